@@ -1,0 +1,413 @@
+"""Every experiment and measurement of this repository, one subcommand each: python bench.py NAME --help
+
+    crossover   the main one: AR against masked diffusion on the same few unique tokens, for many epochs
+    train       training speed and memory, also beside a nanoGPT checkout
+
+Numbers go to results/NAME.json with command, versions, device and seed, pictures to results/NAME.png. The tables and
+pictures of the README come from there.
+"""
+import argparse
+import dataclasses
+import json
+import math
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+import numpy as np
+import torch
+
+import diffusion
+import prepare
+import train
+from model import LM, PRESETS, ModelConfig, override
+
+HERE = Path(__file__).resolve().parent
+
+
+def device_name(device):
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name()
+    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "") \
+        if os.path.exists("/proc/cpuinfo") else platform.processor()
+    return f"{cpu or 'CPU'}, {os.cpu_count()} cores"
+
+
+def record(name, rows, device="cpu", folder="results", **about):
+    """Write results/NAME.json: what was run, on what, and the rows (a list of flat dictionaries). Returns its path."""
+    path = Path(folder) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({
+        "command": " ".join(["python", "bench.py", *sys.argv[1:]]), "device": device_name(device),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        **about, "rows": rows}, indent=1) + "\n")
+    print(f"wrote {path}")
+    return path
+
+
+def plot(name, series, xlabel, ylabel, title="", folder="results", xlog=True, ylog=False, ylim=None, lines=()):
+    """Write results/NAME.png. series: {label: (xs, ys, style dictionary)}; lines: (axis "x"|"y", value, label)."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("no picture: matplotlib is missing (pip install matplotlib)")
+        return
+    fig, ax = plt.subplots(figsize=(8, 5))
+    for label, (xs, ys, style) in series.items():
+        ax.plot(xs, ys, label=label, **style)
+    for i, (axis, value, label) in enumerate(lines):
+        draw = ax.axvline if axis == "x" else ax.axhline
+        draw(value, color="0.45", lw=1, ls=":" if axis == "x" else "--", label=label)
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    if xlog:
+        ax.set_xscale("log")
+        ax.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
+    if ylog:
+        ax.set_yscale("log")
+    if ylim:
+        ax.set_ylim(*ylim)
+    ax.grid(alpha=0.25)
+    ax.legend(fontsize=8)
+    fig.tight_layout()
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    fig.savefig(Path(folder) / f"{name}.png", dpi=110)
+    plt.close(fig)
+    print(f"wrote {Path(folder) / name}.png")
+
+
+def table(rows, columns):
+    """Print rows (dictionaries) as a table readable by eye and as Markdown."""
+    cells = [[str(c) for c in columns]] + [["" if r.get(c) is None else f"{r[c]:.4g}" if isinstance(r[c], float) else
+                                            f"{r[c]:,}" if isinstance(r[c], int) else str(r[c]) for c in columns] for r in rows]
+    width = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    for i, row in enumerate(cells):
+        print("| " + " | ".join(c.ljust(w) for c, w in zip(row, width)) + " |")
+        if i == 0:
+            print("|" + "|".join("-" * (w + 2) for w in width) + "|")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# crossover
+
+SCALES = {
+    # byte tokens: a small vocabulary, so that the few parameters are in the trunk and not in the embedding
+    "cpu": dict(dataset="docs-byte", tokenizer="byte", unique_tokens=30_000, epochs=160, minutes=4.5, n_layer=3, n_head=4, n_embd=96,
+                block_size=64, batch_tokens=2048, lr=2e-3, log_every=100, workers=2),
+    "gpu": dict(dataset="docs", tokenizer="bpe:4096", unique_tokens=1_000_000, epochs=300, minutes=None, n_layer=6, n_head=6, n_embd=384,
+                block_size=512, batch_tokens=32_768, lr=1e-3, log_every=100, workers=1),
+}
+ARMS = {"ar": dict(objective="ar"), "mdm": dict(objective="mdm")}
+TUNED = {**{f"ar wd {w}": dict(objective="ar", weight_decay=w) for w in (0.4, 0.8, 1.6)},
+         "ar dropout 0.1": dict(objective="ar", dropout=0.1), "ar input mask 0.1": dict(objective="ar", input_mask=0.1),
+         "mixed": dict(objective="mixed")}
+COLOUR = {"ar": "tab:red", "mdm": "tab:blue", "mixed": "tab:green"}
+
+
+def run_arms(jobs, workers):
+    """Run train.py once per job {name: flags}, `workers` at a time, each from its checkpoint if it has one.
+
+    Own processes, so that two arms use two cores. Lines of their logs are shown behind the arm's name. Returns False
+    when a run was interrupted; raises ValueError when one failed.
+    """
+    import threading
+    waiting, running, ok = list(jobs.items()), {}, True
+
+    def show(name, stream, last):
+        for line in stream:
+            last[:] = [line.rstrip()]
+            if line.startswith(("step", "eval", "resumed", "time is up", "interrupted")):
+                print(f"[{name}] {last[0]}", flush=True)
+
+    while waiting or running:
+        while waiting and len(running) < workers:
+            name, flags = waiting.pop(0)
+            args = [a for k, v in flags.items() if v is not None for a in (f"--{k}", str(v))]
+            p = subprocess.Popen([sys.executable, str(HERE / "train.py"), *args, "--resume", "auto"], text=True,
+                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+            last = []
+            reader = threading.Thread(target=show, args=(name, p.stdout, last), daemon=True)
+            reader.start()
+            running[name] = (p, reader, last)
+        try:
+            time.sleep(0.2)
+        except KeyboardInterrupt:                                                      # the arms got it too: they save
+            waiting, ok = [], False
+        for name, (p, reader, last) in list(running.items()):
+            if p.poll() is not None:
+                reader.join()
+                del running[name]
+                if p.returncode == 130:
+                    ok, waiting = False, []
+                elif p.returncode:
+                    for other, *_ in running.values():
+                        other.terminate()
+                    raise ValueError(f"arm '{name}' failed: {last[0] if last else 'no output'}")
+    return ok
+
+
+def read_evals(out):
+    """The evaluation rows of a run folder."""
+    path = Path(out) / "metrics.jsonl"
+    return [r for r in map(json.loads, path.read_text().splitlines()) if r["kind"] == "eval"] if path.exists() else []
+
+
+def crossing(diff, mdm, level=None):
+    """Where the diffusion bound passes below `diff`: the AR losses at the same steps, or one number (`level`).
+
+    A crossing counts when the gap exceeds 2 standard errors of the bound at two successive evaluations; its place is
+    where the gap changes sign, interpolated in log epochs. Returns {"epoch", "step", "tokens", "flops"} or None.
+    """
+    gap = [(level if level is not None else a["loss"]) - d["loss"] for a, d in zip(diff or mdm, mdm)]
+    sure = [g > 2 * d["se"] for g, d in zip(gap, mdm)]
+    i = next((i for i in range(len(sure) - 1) if sure[i] and sure[i + 1]), None)
+    if i is None:
+        return None
+    while i > 0 and gap[i - 1] > 0:                                                    # the change of sign may lie before
+        i -= 1
+    if i == 0:
+        return {k: mdm[0][k] for k in ("epoch", "step", "tokens", "flops")}
+    w = gap[i - 1] / (gap[i - 1] - gap[i])                                             # 0: at i - 1, 1: at i
+    epoch = math.exp((1 - w) * math.log(mdm[i - 1]["epoch"]) + w * math.log(mdm[i]["epoch"]))
+    scale = epoch / mdm[i]["epoch"]
+    return {"epoch": epoch, **{k: round(mdm[i][k] * scale) for k in ("step", "tokens", "flops")}}
+
+
+def tell(c, until):
+    return f"epoch {c['epoch']:.1f} (step {c['step']:,}, {c['tokens'] / 1e6:.2f}M tokens, {c['flops']:.2e} FLOPs)" if c \
+        else f"none up to epoch {until:.0f}"
+
+
+def crossover(args):
+    scale = args.scale if args.scale != "auto" else "gpu" if torch.cuda.is_available() else "cpu"
+    s = dict(SCALES[scale])
+    for key in ("dataset", "unique_tokens", "epochs", "minutes", "lr", "n_layer", "n_head", "n_embd", "block_size", "batch_tokens"):
+        if getattr(args, key) is not None:
+            s[key] = getattr(args, key)
+    print(f"scale {scale}: {s['unique_tokens']:,} unique tokens of {s['dataset']}, {s['epochs']:g} epochs an arm"
+          + (f", at most {s['minutes']:g} minutes of training each" if s["minutes"] else ""))
+    if s["dataset"].startswith("docs") and not (Path("data") / s["dataset"] / "meta.json").exists():
+        prepare.prepare("docs", name=s["dataset"], tokenizer=s["tokenizer"])
+    root = Path(args.out or f"out/crossover-{scale}") / f"{s['dataset']}-U{s['unique_tokens']}-{s['n_layer']}x{s['n_embd']}"
+    arms = {**ARMS, **(TUNED if args.tuned else {})}
+    common = {k: s[k] for k in ("dataset", "unique_tokens", "n_layer", "n_head", "n_embd", "block_size", "batch_tokens", "log_every")}
+    common |= dict(schedule=args.schedule, max_minutes=s["minutes"], save_every=500, eval_windows=256)
+
+    def flags(arm, seed, lr, epochs=s["epochs"]):
+        out = root / f"{arm.replace(' ', '_')}-s{seed}-lr{lr:g}" / ("" if epochs == s["epochs"] else f"annealed-{epochs}")
+        evals = f"geometric:{args.evals}"
+        return {**common, **arms[arm], "seed": seed, "lr": lr, "epochs": epochs, "eval_epochs": evals, "out": str(out)}
+
+    # the rate: on the first seed, the best of {1/2, 1, 2} times the scale's, by each arm's best validation loss
+    seeds, lrs = range(1337, 1337 + args.seeds), {a: s["lr"] for a in arms}
+    if args.lr_sweep:
+        sweep = {(a, f): flags(a, seeds[0], s["lr"] * f) for a in arms for f in (0.5, 1, 2)}
+        if not run_arms({f"{a} lr x{f}": v for (a, f), v in sweep.items()}, s["workers"]):
+            return 130
+        for a in arms:
+            lrs[a] = s["lr"] * min((0.5, 1, 2), key=lambda f: min(r["loss"] for r in read_evals(sweep[a, f]["out"])))
+    runs = {(a, seed): flags(a, seed, lrs[a]) for seed in seeds for a in arms}
+    if not run_arms({a if args.seeds == 1 else f"{a} s{seed}": f for (a, seed), f in runs.items()}, s["workers"]):
+        print("interrupted: the same command goes on from here")
+        return 130
+    evals = {key: read_evals(f["out"]) for key, f in runs.items()}
+    if any(not e for e in evals.values()):
+        raise ValueError(f"an arm ended before its first evaluation: give it more time with --minutes (now {s['minutes']})")
+
+    # where the schedule anneals, AR stopped at its best epoch gets an annealed run of that length
+    short = {}
+    if args.schedule != "constant":
+        best = {k: min(e, key=lambda r: r["loss"]) for k, e in evals.items() if k[0] != "mdm"}
+        short = {k: flags(k[0], k[1], lrs[k[0]], max(1, round(b["epoch"]))) for k, b in best.items() if b is not evals[k][-1]}
+        if not run_arms({f"{a} s{seed} annealed": f for (a, seed), f in short.items()}, s["workers"]):
+            return 130
+    rows = []
+    for seed in seeds:
+        floor = {a: min(r["loss"] for r in evals[a, seed] + (read_evals(short[a, seed]["out"]) if (a, seed) in short else []))
+                 for a in arms if a != "mdm"}
+        mdm = evals["mdm", seed]
+        until = mdm[-1]["epoch"]
+        pure = {a: v for a, v in floor.items() if a != "mixed"}
+        for a in arms:
+            b = min(evals[a, seed], key=lambda r: r["loss"])
+            rows.append(dict(arm=a, seed=seed, lr=lrs[a], best=floor.get(a, b["loss"]), best_epoch=b["epoch"], last=evals[a, seed][-1]["loss"],
+                             epochs=evals[a, seed][-1]["epoch"], train=evals[a, seed][-1]["train_loss"], se=b["se"], bpb=b["bpb"],
+                             measure={"ar": "exact", "mdm": "bound", "mixed": "smaller of exact and bound"}[arms[a]["objective"]],
+                             minutes=evals[a, seed][-1]["seconds"] / 60, evals=evals[a, seed]))
+        found = dict(curve=crossing(evals["ar", seed], mdm), honest=crossing(None, mdm, floor["ar"]))
+        if args.tuned:
+            found["honest_tuned"] = crossing(None, mdm, min(pure.values()))
+        rows.append(dict(arm="crossing", seed=seed, **found))
+        print(f"\nseed {seed}, validation loss in nats per token (diffusion: an upper bound)")
+        table([r for r in rows if r["seed"] == seed and r["arm"] != "crossing"],
+              ["arm", "measure", "lr", "best", "best_epoch", "last", "epochs", "se", "bpb", "minutes"])
+        print(f"curve crossing  (diffusion below AR at the same epoch):       {tell(found['curve'], until)}")
+        print(f"honest crossing (diffusion below the best AR ever reached):   {tell(found['honest'], until)}")
+        if args.tuned:
+            print(f"honest crossing against the best regularised AR ({min(pure, key=pure.get)}): {tell(found['honest_tuned'], until)}")
+
+    name = args.name or f"crossover_{scale}"
+    device = train.pick_device("auto")
+    record(name, rows, device, args.results, settings=s, seeds=list(seeds), schedule=args.schedule)
+    series, lines, seed = {}, [], seeds[0]
+    for a in arms:
+        e, colour = evals[a, seed], COLOUR.get(a)
+        series[f"{a}: validation" + (" (bound)" if a == "mdm" else "")] = ([r["epoch"] for r in e], [r["loss"] for r in e],
+                                                                          dict(marker="o", ms=3, color=colour))
+        if a in ARMS:
+            series[f"{a}: training text"] = ([r["epoch"] for r in e], [r["train_loss"] for r in e], dict(lw=0.8, color=colour, alpha=0.6))
+    floor = min(r["best"] for r in rows if r["seed"] == seed and r["arm"] == "ar")
+    lines.append(("y", floor, f"AR's best, {floor:.3f}"))
+    for kind in ("curve", "honest"):
+        c = next(r for r in rows if r["arm"] == "crossing" and r["seed"] == seed)[kind]
+        if c:
+            lines.append(("x", c["epoch"], f"{kind} crossing, epoch {c['epoch']:.1f}"))
+    top = max(evals["mdm", seed][0]["loss"], evals["ar", seed][0]["loss"])
+    plot(name, series, "epochs over the same tokens", "nats per token",
+         f"{s['unique_tokens']:,} unique tokens of {s['dataset']}, {s['n_layer']}x{s['n_embd']}", args.results, lines=lines, ylim=(None, top * 1.05))
+    for a in ARMS:
+        text = Path(runs[a, seed]["out"]) / "samples.txt"
+        if text.exists():
+            print(f"\n--- a sample of {a} after {evals[a, seed][-1]['epoch']:.0f} epochs\n{text.read_text(encoding='utf-8').strip()}")
+    return 0
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train: speed and memory
+
+def throughput(args):
+    """One process, one model: time --iters optimizer steps on random tokens; prints one JSON line."""
+    device = train.pick_device(args.device)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    cuda = device.startswith("cuda")
+    config = override(ModelConfig(), {**PRESETS[args.preset], **{k: getattr(args, k) for k in ("n_layer", "n_head", "n_embd", "block_size",
+                                      "vocab_size") if getattr(args, k) is not None}})
+    T, B = config.block_size, args.batch
+    if args.peer:                                                                      # a nanoGPT checkout: same shape
+        sys.path.insert(0, args.peer)
+        sys.modules.pop("model")
+        from model import GPT, GPTConfig                                               # noqa: nanoGPT's, not ours
+        lm = GPT(GPTConfig(block_size=T, vocab_size=config.vocab_size, n_layer=config.n_layer, n_head=config.n_head,
+                           n_embd=config.n_embd, dropout=0.0, bias=False)).to(device)
+        optimizers = [lm.configure_optimizers(0.1, 1e-3, (0.9, 0.95), torch.device(device).type)]
+        loss_of = lambda x, noise: lm(x[:, :-1].contiguous(), x[:, 1:].contiguous())[1]
+    else:
+        lm = LM(config).to(device)
+        flags = {**train.DEFAULTS, "optimizer": args.optimizer}
+        optimizers = train.make_optimizers(lm, flags, device)
+        if args.objective == "ar":
+            loss_of = lambda x, noise: diffusion.ar_loss(lm, x[:, :T], lm.mask_id)
+        else:
+            loss_of = lambda x, noise: diffusion.mdm_loss(lm, x[:, :T], lm.mask_id, noise=noise)
+    if args.compile == "on" or args.compile == "auto" and cuda:
+        loss_of = torch.compile(loss_of, dynamic=False)
+    autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=cuda and args.dtype != "float32")
+    gen, times, losses = torch.Generator().manual_seed(0), [], []
+    wait = torch.cuda.synchronize if cuda else lambda: None
+    timer = time.perf_counter if cuda else time.process_time                           # CPU time: robust on a busy machine
+    for _ in range(args.warmup + args.iters):
+        x = torch.randint(config.vocab_size, (B, T + 1), generator=gen)
+        wait()
+        tic = timer()
+        x = x.to(device)
+        noise = [a.to(device) for a in diffusion.mdm_noise(B, T, generator=gen)]
+        with autocast:
+            loss = loss_of(x, noise)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
+        for o in optimizers:
+            o.step()
+            o.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        wait()
+        times.append(timer() - tic)
+    ms = statistics.median(times[args.warmup:]) * 1e3
+    tok_s = B * T / ms * 1e3
+    memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    nanogpt_flops = 6 * sum(p.numel() for p in lm.parameters()) + 12 * config.n_layer * config.n_embd * T  # its own formula
+    peak = train.peak_flops(device)
+    print(json.dumps(dict(ms=ms, tok_per_s=tok_s, peak_mib=memory / 2 ** 20, mfu=tok_s * nanogpt_flops / peak if peak else None,
+                          params=sum(p.numel() for p in lm.parameters()), loss=losses[-1])))
+
+
+def bench_train(args):
+    """Ours and, with --vs, nanoGPT, alternating in own processes: tokens/s, ms, memory, MFU, and the ratio."""
+    if args.child:
+        return throughput(args)
+    base = [sys.executable, str(HERE / "bench.py"), "train", "--child"]
+    base += [a for k in ("preset", "n_layer", "n_head", "n_embd", "block_size", "vocab_size", "batch", "iters", "warmup", "device", "compile",
+                         "dtype", "threads", "optimizer") if getattr(args, k) is not None for a in (f"--{k}", str(getattr(args, k)))]
+    kinds = {o: base + ["--objective", o] for o in args.objectives.split(",")}
+    if args.vs:
+        if not (Path(args.vs) / "model.py").exists():
+            raise ValueError(f"--vs {args.vs} holds no model.py: name the folder of a nanoGPT checkout")
+        kinds["nanoGPT"] = base + ["--peer", args.vs]
+    measured = {k: [] for k in kinds}
+    for i in range(args.rounds):
+        for k, command in kinds.items():
+            p = subprocess.run(command, capture_output=True, text=True)
+            if p.returncode:
+                raise ValueError(f"{k}: {p.stderr.strip().splitlines()[-1] if p.stderr.strip() else 'failed'}")
+            measured[k].append(json.loads(p.stdout.strip().splitlines()[-1]))
+            print(f"round {i + 1}/{args.rounds} {k}: {measured[k][-1]['ms']:.1f} ms, {measured[k][-1]['tok_per_s']:,.0f} tok/s")
+    rows = []
+    for k, runs in measured.items():
+        row = dict(model=k, params=runs[0]["params"], **{key: statistics.median(r[key] for r in runs) if runs[0][key] is not None else None
+                                                         for key in ("ms", "tok_per_s", "peak_mib", "mfu")}, rounds=args.rounds)
+        if args.vs:
+            row["speed_vs_nanoGPT"] = statistics.median(b["ms"] / a["ms"] for a, b in zip(runs, measured["nanoGPT"]))
+            row["memory_vs_nanoGPT"] = statistics.median(a["peak_mib"] / b["peak_mib"] for a, b in zip(runs, measured["nanoGPT"]))
+        rows.append(row)
+    table(rows, [c for c in rows[0] if any(r[c] is not None for r in rows)])
+    device = train.pick_device(args.device)
+    shape = {k: getattr(args, k) for k in ("preset", "n_layer", "n_head", "n_embd", "block_size", "batch", "threads", "optimizer")}
+    record(args.name or f"train_{torch.device(device).type}", rows, device, args.results, settings=shape, seed=0,
+           clock="wall" if device.startswith("cuda") else "process CPU time")
+
+
+def main(argv=None):
+    parser = prepare.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=prepare.Parser)
+
+    def command(name, function, **options):
+        p = commands.add_parser(name, help=(function.__doc__ or name).splitlines()[0])
+        p.set_defaults(run=function)
+        p.add_argument("--results", default="results", help="folder for numbers and pictures (default: results)")
+        p.add_argument("--name", help="of the files in it")
+        for key, (kind, default, text) in options.items():
+            if kind is bool:
+                p.add_argument(f"--{key}", action="store_true", help=text)
+            else:
+                p.add_argument(f"--{key}", type=kind, default=default, help=f"{text}" + (f" (default: {default})" if default is not None else ""))
+
+    shape = {k: (int, None, "default: the scale's or preset's") for k in ("n_layer", "n_head", "n_embd", "block_size")}
+    command("crossover", crossover, scale=(str, "auto", "auto (gpu where there is one) | cpu | gpu"), **shape,
+            dataset=(str, None, "default: the scale's"), unique_tokens=(int, None, "default: the scale's"),
+            epochs=(float, None, "default: the scale's"), minutes=(float, None, "of training, at most, per arm (default: the scale's)"),
+            lr=(float, None, "default: the scale's"), batch_tokens=(int, None, "default: the scale's"),
+            seeds=(int, 1, "number of seeds"), evals=(int, 12, "evaluations, geometric in epochs"),
+            schedule=(str, "constant", "constant | wsd | cosine: with the last two AR's best epoch gets an annealed run of its own"),
+            tuned=(bool, None, "add the regularised AR arms and the mixed arm"), lr_sweep=(bool, None, "try 1/2, 1 and 2 times the rate"),
+            out=(str, None, "folder of the runs (default: out/crossover-SCALE)"))
+    command("train", bench_train, preset=(str, "gpt2", "model"), **shape, vocab_size=(int, None, "default: the preset's"),
+            batch=(int, 12, "windows in a step"), iters=(int, 40, "timed steps"), warmup=(int, 5, "steps before them"),
+            rounds=(int, 3, "alternating runs of each model"), device=(str, "auto", "auto | cuda | cpu"), threads=(int, 1, "CPU threads"),
+            compile=(str, "auto", "auto (on cuda) | on | off"), dtype=(str, "auto", "auto (bfloat16 on cuda) | float32"),
+            optimizer=(str, "adamw", "adamw | muon"), objectives=(str, "ar,mdm", "which of ours"), objective=(str, "ar", argparse.SUPPRESS),
+            vs=(str, None, "folder of a nanoGPT checkout to run beside"), child=(bool, None, argparse.SUPPRESS), peer=(str, None, argparse.SUPPRESS))
+    try:
+        args = parser.parse_args(argv)
+        return args.run(args) or 0
+    except ValueError as e:
+        print(f"bench.py: {e}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
