@@ -65,10 +65,11 @@ def generate(args, lm, tokenizer, objective):
     prompt = args.prompt if args.prompt is not None else ""
     ids = parse_prompt(prompt, tokenizer, lm.mask_id)
     infill = lm.mask_id in ids
-    if infill and objective == "ar":
+    as_ar = objective == "ar" or objective == "mixed" and not infill                   # a mixed model does both
+    if infill and as_ar:
         raise ValueError("[MASK] in a prompt needs a diffusion model, and this run is autoregressive: train with --objective mdm")
     new = args.max_new_tokens if args.max_new_tokens is not None else 0 if infill else max(1, min(200, lm.config.block_size - len(ids)))
-    if len(ids) + new > lm.config.block_size and objective != "ar":
+    if len(ids) + new > lm.config.block_size and not as_ar:
         raise ValueError(f"prompt ({len(ids)} tokens) and new tokens ({new}) exceed the model's window of {lm.config.block_size}: "
                          "shorten one, or use --max_new_tokens")
     if new < 1 and not infill:
@@ -78,13 +79,12 @@ def generate(args, lm, tokenizer, objective):
     x, gen = x.to(device), torch.Generator(device).manual_seed(args.seed)
     how = dict(temperature=args.temperature, top_p=args.top_p, eot_id=tokenizer.eot, generator=gen,
                callback=watcher(tokenizer, lm.mask_id, args.pause) if args.watch else None)
-    if objective == "ar":
+    if as_ar:
         out = diffusion.sample_ar(lm, x, lm.mask_id, top_k=args.top_k, **how)
     else:
         if args.top_k is not None:
             raise ValueError("--top_k is for AR models: with diffusion use --top_p or --temperature")
-        steps = args.steps or max(1, int((x[0] == lm.mask_id).sum()))
-        out = diffusion.sample_mdm(lm, x, lm.mask_id, steps=steps, order=args.order, **how)
+        out = diffusion.sample_mdm(lm, x, lm.mask_id, steps=args.steps, order=args.order, **how)
     for i, row in enumerate(out.tolist()):
         text = tokenizer.decode(row[:row.index(tokenizer.eot, len(ids)) if tokenizer.eot in row[len(ids):] else None])
         print((f"--- sample {i + 1}\n" if args.num_samples > 1 else "") + text)

@@ -628,7 +628,7 @@ def show_sample(result, objective, n=200):
     gen = torch.Generator(device).manual_seed(0)
     lm.eval()
     if objective == "mdm":
-        ids = diffusion.sample_mdm(lm, x, lm.mask_id, steps=x.size(1), order="random", generator=gen)
+        ids = diffusion.sample_mdm(lm, x, lm.mask_id, order="random", generator=gen)
     else:
         ids = diffusion.sample_ar(lm, x, lm.mask_id, generator=gen)
     text = tokenizer.decode(ids[0].tolist())
