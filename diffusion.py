@@ -261,28 +261,25 @@ def canvas(prompts, max_new_tokens, mask_id):
     return x.masked_fill(~valid, 0), valid                          # padding is any real token: it is never read
 
 
-def gumbel(shape, generator=None, device=None):
-    """Standard Gumbel noise, in float64: from float32 uniforms none can exceed 16.7, which cuts the tail of rare tokens and
-    quietly lowers the temperature (Zheng et al. 2409.02908); in float64 the limit is 36.7."""
-    return -torch.log(-torch.log(torch.rand(shape, generator=generator, device=device, dtype=torch.float64)))
-
-
 def draw(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """One token from each row of logits (M, V) -> (M,). temperature 0 is argmax. top_k, then top_p, act after temperature."""
+    """One token from each row of logits (M, V) -> (M,). temperature 0 is argmax. top_k, then top_p, act after temperature.
+
+    By inversion of the cumulative distribution in float64. In float32 the tail is cut: uniforms are multiples of 2^-24, so
+    Gumbel noise made of them never exceeds 16.7, rare tokens never come and the temperature is quietly lower (Zheng et
+    al. 2409.02908). One uniform a row is also 6 times cheaper than Gumbel noise, which needs V of them."""
     if temperature == 0:
         return logits.argmax(-1)
     device = logits.device
-    logits = logits.cpu() if device.type == "mps" else logits       # MPS has no float64
-    logits, token = logits.double() / temperature, None
+    logits, token = logits.cpu() if device.type == "mps" else logits, None      # MPS has no float64
     if top_k is not None or top_p is not None:
-        logits, token = logits.sort(dim=-1, descending=True, stable=True)
-        if top_k is not None:
-            logits[:, top_k:] = -torch.inf
-        if top_p is not None:                                       # the smallest set that reaches top_p
-            p = logits.softmax(-1)
-            logits = logits.masked_fill(p.cumsum(-1) - p >= top_p, -torch.inf)
-    choice = (logits + gumbel(logits.shape, generator, logits.device)).argmax(-1)
-    return (choice if token is None else token.gather(-1, choice[:, None])[:, 0]).to(device)
+        logits, token = logits.topk(min(top_k or logits.size(1), logits.size(1)))       # sorted
+    p = (logits.double() / temperature).softmax(-1)
+    if top_p is not None:                                           # the smallest set of tokens that reaches top_p
+        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)
+    below = p.cumsum(-1)                                            # (M, V)
+    u = torch.rand(len(p), 1, generator=generator, device=p.device, dtype=torch.float64) * below[:, -1:]
+    choice = torch.searchsorted(below, u, right=True).clamp(max=p.size(1) - 1)  # right: never a token of probability 0
+    return (choice if token is None else token.gather(-1, choice))[:, 0].to(device)
 
 
 def check_sampling(temperature, top_k, top_p):
@@ -302,9 +299,12 @@ def stop_at_eot(x, given, eot_id):
 
 
 def new_cache(f, x):
-    """f's own cache with room for the canvas x, in the dtype of its weights."""
-    p = next(iter(f.parameters()), None) if hasattr(f, "parameters") else None
-    return f.init_cache(x.size(0), x.size(1), x.device, torch.float32 if p is None else p.dtype)
+    """f's own cache with room for the canvas x, in the dtype that its keys and values will have."""
+    if not hasattr(f, "init_cache"):
+        raise ValueError("this model has no init_cache: sample with cache=False")
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else next(f.parameters()).dtype
+    return f.init_cache(x.size(0), x.size(1), x.device, dtype)
 
 
 @torch.no_grad()
@@ -322,38 +322,42 @@ def sample_ar(f, x, bos_id, temperature=1.0, top_k=None, top_p=None, eot_id=None
     end = torch.full_like(b, T) if valid is None else valid.sum(1)
     at = torch.where(given, T, t).amin(1)                           # (B,) the place that each row fills next
     kv = new_cache(f, x) if (hasattr(f, "init_cache") if cache is None else cache) else None
-    read, step = torch.zeros_like(at), 0                            # (B,) tokens that the cache holds
-    while bool((at < end).any()):
-        i, P, tokens = at.clamp(max=T - 1), int((at - read).max()) + 1, shift_right(x, bos_id)
+    even = bool((at == at[0]).all())                                # then the cache needs no positions, and takes fast paths
+    first, read = int(at.max()), torch.zeros_like(at)               # read (B,): tokens that the cache holds
+    for step in range(1, 1 + int((end - at).max())):
+        i, tokens = at.clamp(max=T - 1), shift_right(x, bos_id)
         if kv is None:
-            logits = f(tokens[:, :int(i.max()) + 1], causal=True)[b, i]                 # (B, V)
+            logits = f(tokens[:, :first + step], causal=True)[b, i.clamp(max=first + step - 1)]       # (B, V)
         else:
-            pos = read[:, None] + t[:P]                             # (B, P); P is 1 after the prompts
+            pos = read[:, None] + t[:first + 1 if step == 1 else 1]                      # (B, P): the prompts, then P = 1
             ok = (pos <= at[:, None]) & (at < end)[:, None]
             pos = pos.clamp(max=T - 1)
-            ragged = {} if bool(ok.all()) and step == 0 else {"pos": pos, "valid": ok}
-            logits = f(tokens.gather(1, pos), causal=True, cache=kv, **ragged)[b, (at - read).clamp(max=P - 1)]
-            read = torch.where(at < end, at + 1, read)
+            logits = f(tokens.gather(1, pos), causal=True, cache=kv, **({} if even else {"pos": pos, "valid": ok}))
+            logits = logits[b, (at - read).clamp(max=pos.size(1) - 1)]
         write = (at < end) & ~given[b, i]                           # a given token further on is read, not written
-        x[b[write], i[write]] = draw(logits[write][:, :bos_id], temperature, top_k, top_p, generator)
+        x[b, i] = torch.where(write, draw(logits[:, :bos_id], temperature, top_k, top_p, generator), x[b, i])
         stop_at_eot(x, given, eot_id)
-        at = torch.where(((x == bos_id) & (t < end[:, None])).any(1), at + 1, end)
-        step += 1
+        more = ((x == bos_id) & (t < end[:, None])).any(1)
+        at = torch.where(more, at + 1, end)
+        read = torch.where(more, at, end)
         if callback is not None:
             callback(step, x)
+        if eot_id is not None and not bool(more.any()):
+            break
     return x
 
 
 def confidence(logits, order):
     """logits (..., V) -> (...): how sure the prediction is, whatever token is then drawn from it."""
     logits = logits.float() if logits.dtype != torch.float64 else logits
-    if order == "max_prob":
-        return torch.exp(logits.amax(-1) - logits.logsumexp(-1))
     p = logits.softmax(-1)
+    if order == "max_prob":
+        return p.amax(-1)
     if order == "margin":
         best = p.topk(2, dim=-1).values
         return best[..., 0] - best[..., 1]
-    return -torch.special.entr(p).sum(-1)                           # entropy
+    below = (logits - logits.amax(-1, keepdim=True)).clamp_(min=-100)           # 0 * -inf would be NaN, and e^-100 is 0
+    return (p * below).sum(-1) + p.amax(-1).log()                               # -entropy = sum p log p, without V logarithms
 
 
 def reveal(x, live, logits, left, order, threshold, how):
@@ -424,27 +428,28 @@ def sample_mdm(f, x, mask_id, steps=None, threshold=None, order="max_prob", bloc
     x, hole = x.clone(), x == mask_id if valid is None else (x == mask_id) & valid
     B, T = x.shape
     t, S = torch.arange(T, device=x.device), min(block_size or T, T)
-    padding = {} if valid is None or bool(valid.all()) else {"valid": valid}
+    extra = {} if valid is None or bool(valid.all()) else {"valid": valid}
     first = torch.where(hole, t, T).amin(1)                         # (B,)
+    last = (T if valid is None else valid.sum(1)) - torch.full_like(first, S)       # (B,) the last window of a row
     block = torch.where(hole, (t - first[:, None]).div(S, rounding_mode="floor"), -1)       # (B, T)
     blocks = block.amax(1) + 1                                      # (B,)
     share = torch.full_like(blocks, S) if steps is None else (steps / blocks.clamp(min=1)).ceil()
     how, step = dict(temperature=temperature, top_k=top_k, top_p=top_p, generator=generator), 0
     for k in range(int(blocks.max())):
-        start, age = (first + k * S).clamp(max=T - S), 0
-        window = start[:, None] + t[:S]                             # (B, S) positions, those of the block among them
+        window = torch.minimum(first + k * S, last).clamp(min=0)[:, None] + t[:S]   # (B, S) places, all the block's among them
+        age = 0
         while bool((live := (block == k) & (x == mask_id)).any()):
             left = (share - age).clamp(min=1)
             if cache and age % (refresh or T):
-                part = {"valid": valid.gather(1, window)} if padding else {}
-                logits = f(x.gather(1, window), causal=False, cache=kv, commit=False, pos=window, **part)
                 fill = x.gather(1, window)
+                part = {"valid": valid.gather(1, window)} if "valid" in extra else {}
+                logits = f(fill, causal=False, cache=kv, commit=False, pos=window, **part)
                 reveal(fill, live.gather(1, window), logits[..., :mask_id], left, order, threshold, how)
                 x.scatter_(1, window, fill)
             else:
                 if cache:
-                    padding["cache"] = kv = new_cache(f, x)
-                reveal(x, live, f(x, causal=False, **padding)[..., :mask_id], left, order, threshold, how)
+                    extra["cache"] = kv = new_cache(f, x)
+                reveal(x, live, f(x, causal=False, **extra)[..., :mask_id], left, order, threshold, how)
             stop_at_eot(x, ~hole, eot_id)
             step, age = step + 1, age + 1
             if callback is not None:
@@ -460,7 +465,9 @@ def sample_block(f, x, mask_id, block_size, steps=None, threshold=None, order="m
     Blocks are [0, block_size), [block_size, 2 block_size), ... as in training, for all rows alike: a row whose prompt
     is longer has its tokens of the block given, so rows with prompts of any lengths (`canvas`) go in step. The cache is
     exact: a noisy block reads it with commit=False as often as needed, one pass commits it when it is clean.
-    cache=False recomputes the prefix under a block-causal mask (f takes `mask`): slow, for the tests.
+    cache=False recomputes the prefix under a block-causal mask (f takes `mask`): slow, for the tests. Every layer with a
+    cache can generate (a recurrent one starts each block from the state after the clean prefix), but the training loss
+    needs `mask`, which only `full` and `mla` take.
 
     steps: passes per block; None: one token a step. Other arguments as in `sample_mdm`.
     on_block(x, given, start, stop) is called when x[:, start:stop] is clean and before it is committed, and may edit x and

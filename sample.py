@@ -117,6 +117,7 @@ def main(argv=None):
     import argparse
     argv = list(sys.argv[1:] if argv is None else argv)
     scoring = argv[:1] == ["score"]
+    argv = argv[scoring:]
     parser = prepare.Parser(prog="sample.py" + " score" * scoring, description=__doc__,
                             formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="run folder of train.py, or a checkpoint in one")

@@ -429,7 +429,7 @@ def test_muon_is_torchs():
     """Our batched Muon against torch.optim.Muon, matrices of two shapes, three steps."""
     torch.manual_seed(0)
     ours = [torch.randn(s) for s in ((8, 24), (8, 24), (24, 8))]
-    theirs = [p.clone() for p in ours]
+    start, theirs = [p.clone() for p in ours], [p.clone() for p in ours]
     a = train.Muon(ours, lr=0.01, weight_decay=0.1)
     b = torch.optim.Muon(theirs, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for _ in range(3):
@@ -438,8 +438,8 @@ def test_muon_is_torchs():
             q.grad = p.grad.clone()
         a.step()
         b.step()
-    for p, q in zip(ours, theirs):
-        torch.testing.assert_close(p, q, rtol=0, atol=2e-4)                            # bf16 matmuls, batched or not
+    for p, q, s in zip(ours, theirs, start):
+        assert (p - q).norm() < 0.03 * (q - s).norm()                                  # bf16 matmuls, batched or not
 
 
 def test_orthogonalise():
@@ -567,7 +567,7 @@ def test_sample_goes_on_fills_in_and_scores(runs, capsys, tmp_path):
         assert status == 0 and out.count("the cat") == 2
     for objective in ("mdm", "mixed"):
         status, out = say(runs / objective, "--prompt", "the [MASK:3] sat", "--watch", "--pause", 0)
-        assert status == 0 and "the ░░░ sat" in out and "step 3" in out and out.rstrip().endswith(" sat")
+        assert status == 0 and "step 1" in out and "step 3" in out and re.search(r"\nthe [^░]* sat\s*$", out)
     (tmp_path / "text").write_text("the cat sat on a mat. " * 10)
     for objective, measures in (("ar", 1), ("mdm", 3), ("mixed", 4)):
         status, out = say("score", runs / objective, "--text", tmp_path / "text", "--n_mc", 8, "--windows", 2)

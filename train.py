@@ -544,7 +544,7 @@ def train(given, log=print):
                 f.write(json.dumps(row) + "\n")
         return row
 
-    stop = []
+    stop, late = [], False
     handlers = {}
     with contextlib.suppress(ValueError):                                              # not in the main thread: leave them
         handlers = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -552,7 +552,8 @@ def train(given, log=print):
     line_step, line_seconds = step, seconds
     try:
         while True:
-            if step in evals and step not in [r["step"] for r in eval_log]:
+            late = flags["max_minutes"] and seconds >= 60 * flags["max_minutes"]
+            if (step in evals or late) and step not in [r["step"] for r in eval_log]:
                 save()                                                                 # first: evaluation may run out of memory
                 t0, saved = time.perf_counter(), step
                 with autocast:
@@ -566,7 +567,7 @@ def train(given, log=print):
                 if row["loss"] < best:
                     best = row["loss"]
                     save("best")
-            if stop or step >= total or flags["max_minutes"] and seconds >= 60 * flags["max_minutes"]:
+            if stop or step >= total or late:
                 break
             tic = time.perf_counter()
             losses = gradients(step)
@@ -640,7 +641,7 @@ def main(argv=None):
     try:
         flags = parse_flags(argv)
         result = train(flags)
-        if int(os.environ.get("RANK", 0)) == 0 and result["finished"]:
+        if int(os.environ.get("RANK", 0)) == 0 and not result["stopped"]:
             print(f"---\nbest validation loss {result['best']:.4f} nats/token, {clock(result['seconds'])} of training. A sample:\n")
             print(show_sample(result, {**DEFAULTS, **flags}["objective"]))
             print(f"\nmore: python sample.py {result['out']}")
