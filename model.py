@@ -23,11 +23,11 @@ from attention import ATTENTION, Cache
 class ModelConfig:
     # shape
     vocab_size: int = 257           # V, with <|endoftext|> as its last id
-    block_size: int = 256           # window of training, T
+    block_size: int = 128           # window of training, T
     layers: str = "full"            # pattern: "gated_deltanet*3 full", "full(window=128) full", see parse_layers
-    n_layer: int = 6
-    n_head: int = 6
-    n_embd: int = 384               # C
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 128               # C
     # MLP and norm
     mlp: str = "swiglu"             # swiglu | relu2 | gelu
     n_inner: int | None = None      # hidden width of the MLP; None: 8/3 C for swiglu (rounded up to 32), 4 C otherwise

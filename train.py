@@ -55,7 +55,7 @@ FLAGS = {
     },
     "optimizer": {
         "optimizer": ("adamw", "adamw | muon (hidden matrices; AdamW for the rest)"),
-        "lr": (1e-3, "peak learning rate"),
+        "lr": (2e-3, "peak learning rate"),
         "min_lr": (0.0, "learning rate at the end of the schedule"),
         "schedule": ("wsd", "wsd (constant, linear decay over the last fifth) | cosine | constant, all after the warm-up"),
         "warmup": (100, "steps of linear warm-up"),
@@ -64,7 +64,7 @@ FLAGS = {
         "grad_clip": (1.0, "largest gradient norm, 0 = off"),
     },
     "system": {
-        "batch_tokens": (4096, "tokens in a step, over all micro-batches and processes"),
+        "batch_tokens": (1024, "tokens in a step, over all micro-batches and processes"),
         "micro_batch": (None, "windows in one forward pass (default: chooses itself)"),
         "device": ("auto", "auto (cuda > mps > cpu) | cuda | mps | cpu"),
         "dtype": ("auto", "auto (bfloat16 where native, on a GPU) | bfloat16 | float32"),
@@ -78,7 +78,7 @@ FLAGS = {
         "eval_epochs": (None, "evaluate at these epochs instead: 1,2,4 or geometric (12 points) or geometric:N"),
         "eval_windows": (256, "fixed validation windows to evaluate on, 0 = all"),
         "save_every": (1000, "steps between checkpoints, besides those at evaluations and at the end"),
-        "log_every": (10, "steps between log lines"),
+        "log_every": (20, "steps between log lines"),
         "resume": (None, "auto: from --out's last checkpoint if there is one; or PATH of a checkpoint or run folder"),
     },
 }
