@@ -253,6 +253,8 @@ class Full(nn.Module):
             if not fresh:
                 k, v = k_all.to(q.dtype), v_all.to(q.dtype)
                 mask = visible(pos, k_pos, causal, window, k_valid).unsqueeze(1)       # (B, 1, T, S)
+        elif mask is not None and window is not None:
+            mask = mask & visible(pos, pos, causal, window)                            # positions: streams may share them
         elif valid is not None and mask is None:
             t = torch.arange(T, device=x.device)
             mask = visible(t, t, causal, window, valid).unsqueeze(1)

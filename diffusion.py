@@ -205,7 +205,7 @@ def mdm_nll(f, x, mask_id, n_mc, generator=None, replicates=4, batch_size=32, bl
     rows = torch.zeros(replicates, W, dtype=torch.float64)          # nats of each window
     for r in range(replicates):
         shift = torch.rand(1, generator=generator, dtype=torch.float64)
-        lattice = torch.randperm(N, generator=generator) / (N * m) + torch.arange(m)[:, None] / m      # (m, N)
+        lattice = (torch.randperm(N, generator=generator) + N * torch.arange(m)[:, None]).double() / (N * m)     # (m, N)
         n = 1 + (((lattice.flatten() + shift) % 1) * size).long()
         n = torch.minimum(n, size)                                  # also: n = 0 where nothing can be masked
         uniforms = torch.rand(m * N, S, generator=generator).masked_fill(~can.repeat(m, 1), 2.0)
@@ -235,7 +235,8 @@ def chain_nll(f, x, mask_id, order="left", scored=None, **keywords):
     if order not in ("left", "confidence"):
         raise ValueError(f"order is {order!r}: expected 'left' or 'confidence'")
     live = torch.ones_like(x, dtype=torch.bool) if scored is None else scored.clone()
-    tokens, nats, b = live.sum(1), torch.zeros(len(x), dtype=torch.float64, device=x.device), torch.arange(len(x))
+    tokens, b = live.sum(1), torch.arange(len(x), device=x.device)
+    nats = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     for _ in range(int(tokens.max())):
         logits = f(torch.where(live, mask_id, x), causal=False, **keywords)
         score = -torch.arange(x.size(1), device=x.device).float() if order == "left" else confidence(logits, "max_prob")
@@ -247,8 +248,8 @@ def chain_nll(f, x, mask_id, order="left", scored=None, **keywords):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Samplers. A canvas (B, T) holds given tokens and mask_id at the places to fill: prompts, infilling and free generation are
-# the same thing. Given tokens never change.
+# Samplers. A canvas (B, T) holds given tokens and mask_id at the places to fill: prompts, infilling and free generation
+# are the same thing. Given tokens never change. A generator lives on x's device (on the CPU for mps).
 
 def canvas(prompts, max_new_tokens, mask_id):
     """Lists of token ids, of any lengths -> (x (B, T), valid (B, T) bool): each prompt, then max_new_tokens places to fill,
@@ -322,7 +323,7 @@ def sample_ar(f, x, bos_id, temperature=1.0, top_k=None, top_p=None, eot_id=None
     end = torch.full_like(b, T) if valid is None else valid.sum(1)
     at = torch.where(given, T, t).amin(1)                           # (B,) the place that each row fills next
     kv = new_cache(f, x) if (hasattr(f, "init_cache") if cache is None else cache) else None
-    even = bool((at == at[0]).all())                                # then the cache needs no positions, and takes fast paths
+    even = bool((at == at[0]).all())                                # then the cache needs no positions: fast paths
     first, read = int(at.max()), torch.zeros_like(at)               # read (B,): tokens that the cache holds
     for step in range(1, 1 + int((end - at).max())):
         i, tokens = at.clamp(max=T - 1), shift_right(x, bos_id)
@@ -356,8 +357,8 @@ def confidence(logits, order):
     if order == "margin":
         best = p.topk(2, dim=-1).values
         return best[..., 0] - best[..., 1]
-    below = (logits - logits.amax(-1, keepdim=True)).clamp_(min=-100)           # 0 * -inf would be NaN, and e^-100 is 0
-    return (p * below).sum(-1) + p.amax(-1).log()                               # -entropy = sum p log p, without V logarithms
+    log_total = logits.amax(-1) - p.amax(-1).log()
+    return p.mul_(logits).nan_to_num_(0).sum(-1) - log_total        # -entropy, without V logarithms; 0 * -inf = 0
 
 
 def reveal(x, live, logits, left, order, threshold, how):
@@ -373,7 +374,8 @@ def reveal(x, live, logits, left, order, threshold, how):
     if order == "left":
         score = -torch.arange(x.size(1), device=x.device).expand(x.shape).float()
     elif order == "random":
-        score = torch.rand(x.shape, generator=how["generator"], device=x.device)
+        g = how["generator"]
+        score = torch.rand(x.shape, generator=g, device=g.device if g else x.device).to(x.device)
     else:
         if order == "confidence_sampled":
             tokens = draw(rows, **how)
@@ -394,6 +396,8 @@ def check_diffusion(order, steps, threshold, block_size):
         raise ValueError(f"order is {order!r}: expected one of {', '.join(ORDERS)}")
     if steps is not None and steps < 1:
         raise ValueError(f"steps is {steps}: it must be at least 1, or None for one token a step")
+    if steps is not None and threshold is not None:
+        raise ValueError("steps and threshold exclude each other: a threshold decides itself how many steps it takes")
     if block_size is not None and block_size < 1:
         raise ValueError(f"block_size is {block_size}: it must be at least 1")
     if threshold is not None and not 0 < threshold <= 1:
@@ -436,7 +440,7 @@ def sample_mdm(f, x, mask_id, steps=None, threshold=None, order="max_prob", bloc
     share = torch.full_like(blocks, S) if steps is None else (steps / blocks.clamp(min=1)).ceil()
     how, step = dict(temperature=temperature, top_k=top_k, top_p=top_p, generator=generator), 0
     for k in range(int(blocks.max())):
-        window = torch.minimum(first + k * S, last).clamp(min=0)[:, None] + t[:S]   # (B, S) places, all the block's among them
+        window = torch.minimum(first + k * S, last).clamp(min=0)[:, None] + t[:S]   # (B, S) places, the block's among them
         age = 0
         while bool((live := (block == k) & (x == mask_id)).any()):
             left = (share - age).clamp(min=1)

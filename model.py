@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from attention import ATTENTION, Cache
+from attention import ATTENTION, Cache, itemsize, top_k
 
 
 @dataclass
@@ -37,6 +37,17 @@ class ModelConfig:
     dropout: float = 0.0            # on the embedding and on what each block adds
     tied: bool = True               # the head shares the embedding's weights
     logit_softcap: float | None = None  # logits = cap * tanh(logits / cap) (Gemma 2)
+    # mixture of experts in place of the MLP
+    n_expert: int = 0               # E, 0: a dense MLP
+    n_expert_active: int = 2        # experts a token is sent to
+    expert_inner: int | None = None  # hidden width of one expert; None: so that the active ones together are n_inner wide
+    shared_inner: int = 0           # hidden width of the shared expert that every token passes, 0: none
+    router: str = "sigmoid"         # sigmoid (DeepSeek-V3: bias rule) | softmax (Qwen3-Next: balance loss, gated shared expert)
+    router_scale: float = 1.0       # sigmoid: the renormalised weights are multiplied by this
+    router_bias_step: float = 1e-3  # sigmoid: how far each step moves the selection bias towards equal load, 0: no balancing
+    router_aux: float = 1e-3        # softmax: coefficient of the balance loss
+    n_expert_group: int = 1         # sigmoid: experts come in groups, and a token may choose only from the
+    n_expert_group_active: int = 1  # best few of them (DeepSeek-V3: 8 and 4)
     # positions
     position: str = "rotary"        # rotary | learned | none
     rope_base: float = 10_000.0
@@ -126,37 +137,144 @@ def make_norm(config):
     raise ValueError(f"norm '{config.norm}' is unknown: rms or layer")
 
 
+def inner_width(config):
+    return config.n_inner or (-(-8 * config.n_embd // 96) * 32 if config.mlp == "swiglu" else 4 * config.n_embd)
+
+
+def activate(h, kind):
+    """swiglu: silu(gate) * up, both halves of h (arXiv 2002.05202); relu2: relu(h)^2 (2109.08668); gelu: GPT-2's."""
+    if kind == "swiglu":
+        gate, up = h.chunk(2, dim=-1)
+        return F.silu(gate) * up
+    return F.relu(h).square() if kind == "relu2" else F.gelu(h)
+
+
 class MLP(nn.Module):
-    """swiglu: down(silu(gate x) * up x) (arXiv 2002.05202); relu2: down(relu(up x)^2) (2109.08668); gelu: GPT-2's."""
-    def __init__(self, config):
+    def __init__(self, config, inner=None):
         super().__init__()
         C, self.kind = config.n_embd, config.mlp
         if self.kind not in ("swiglu", "relu2", "gelu"):
             raise ValueError(f"mlp '{self.kind}' is unknown: swiglu, relu2 or gelu")
-        inner = config.n_inner or (-(-8 * C // 96) * 32 if self.kind == "swiglu" else 4 * C)
+        inner = inner or inner_width(config)
         self.up_proj = nn.Linear(C, inner * (2 if self.kind == "swiglu" else 1), bias=config.bias)  # gate and up in one
         self.down_proj = nn.Linear(inner, C, bias=config.bias)
 
-    def forward(self, x):
-        h = self.up_proj(x)
-        if self.kind == "swiglu":
-            gate, up = h.chunk(2, dim=-1)
-            h = F.silu(gate) * up
-        else:
-            h = F.relu(h).square() if self.kind == "relu2" else F.gelu(h)
-        return self.down_proj(h)
+    def forward(self, x, aux=None):
+        return self.down_proj(activate(self.up_proj(x), self.kind))
+
+
+class MoE(nn.Module):
+    """Mixture of experts: each token passes k of E small MLPs, chosen by a router, and a shared one. (B, T, C) -> same.
+
+    Two routers, in float32. sigmoid (DeepSeek-V3, arXiv 2412.19437 section 2.1.2): scores s = sigmoid(router x); the k
+    largest of s + bias are chosen, weighted by s without the bias, renormalised and scaled. The bias has no gradient:
+    `balance` moves it towards equal load once a step. softmax (Qwen3-Next): p = softmax(router x), the k largest,
+    renormalised; the shared expert behind a sigmoid gate; a balance loss E sum_e f_e P_e goes into aux (Switch,
+    2101.03961), f the share of choices that fell on e (times k, as transformers counts) and P the mean of p.
+
+    Two ways to compute, equal by a test: every expert for every token, weighted by zero where not chosen (any device and
+    dtype, E/k times the work), and grouped_mm on tokens sorted by expert. No token is dropped, no host sync.
+    """
+    def __init__(self, config):
+        super().__init__()
+        C, E, k = config.n_embd, config.n_expert, config.n_expert_active
+        if not 1 <= k <= E:
+            raise ValueError(f"n_expert_active {k} must lie between 1 and n_expert {E}")
+        G, self.groups = config.n_expert_group, config.n_expert_group_active
+        if E % G or not 1 <= self.groups <= G or k > E // G * self.groups:
+            raise ValueError(f"n_expert {E} in n_expert_group {G} groups with n_expert_group_active {self.groups}: the groups must be "
+                             f"equal, and the active ones hold at least the n_expert_active {k} experts")
+        if config.router not in ("sigmoid", "softmax"):
+            raise ValueError(f"router '{config.router}' is unknown: sigmoid or softmax")
+        f = config.expert_inner or max(8, inner_width(config) // k // 8 * 8)           # grouped_mm wants multiples of 16 bytes
+        self.E, self.k, self.G, self.kind, self.sigmoid = E, k, G, config.mlp, config.router == "sigmoid"
+        self.scale, self.bias_step, self.aux_weight = config.router_scale, config.router_bias_step, config.router_aux
+        self.router = nn.Linear(C, E, bias=False)
+        self.expert_up = nn.Parameter(torch.empty(E, C, f * (2 if self.kind == "swiglu" else 1)))
+        self.expert_down = nn.Parameter(torch.empty(E, f, C))
+        self.shared = MLP(config, config.shared_inner) if config.shared_inner else None
+        self.shared_gate = nn.Linear(C, 1, bias=False) if config.shared_inner and not self.sigmoid else None
+        self.register_buffer("bias", torch.zeros(E))
+        self.register_buffer("count", torch.zeros(E), persistent=False)                # choices since the last balance()
+
+    def route(self, x):
+        """x (N, C) -> weights (N, k) float32, experts (N, k) int64, probabilities (N, E)."""
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(x.float(), self.router.weight.float())
+        p = logits.sigmoid() if self.sigmoid else logits.softmax(dim=-1)
+        choice = p.detach() + self.bias
+        if self.G > 1:                                                                 # a group is as good as its best two
+            groups = choice.view(-1, self.G, self.E // self.G)
+            best = top_k(groups.topk(2, dim=-1).values.sum(dim=-1), self.groups)[0]
+            allowed = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter_(1, best, True)
+            choice = groups.masked_fill(~allowed[..., None], -torch.inf).flatten(1)
+        experts = top_k(choice, self.k)[0]
+        weights = p.gather(1, experts)
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        return weights * self.scale if self.sigmoid else weights, experts, p
+
+    def forward(self, x, aux=None):
+        B, T, C = x.shape
+        x = x.reshape(B * T, C)
+        weights, experts, p = self.route(x)
+        count = torch.zeros_like(self.bias).scatter_add_(0, experts.flatten(), torch.ones_like(experts.flatten(), dtype=torch.float32))
+        if self.training:
+            self.count += count
+        if aux is not None and not self.sigmoid:
+            aux["balance"] = aux.get("balance", 0.0) + self.aux_weight * self.E * (count / len(x) * p.mean(dim=0)).sum()
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        xs, up, down = x.to(dtype), self.expert_up.to(dtype), self.expert_down.to(dtype)
+        # grouped_mm: on CUDA bf16 only; compiled in float32 it fails (torch 2.13); rows must be multiples of 16 bytes
+        fits = dtype == torch.bfloat16 or dtype == torch.float32 and x.device.type == "cpu" and not torch.compiler.is_compiling()
+        aligned = all(w.size(i) * itemsize(dtype) % 16 == 0 for w in (up, down) for i in (1, 2))
+        y = (self.grouped if fits and aligned and x.device.type in ("cpu", "cuda") else self.every)(xs, up, down, weights, experts)
+        if self.shared is not None:
+            gate = 1.0 if self.shared_gate is None else torch.sigmoid(self.shared_gate(x))
+            y = y + gate * self.shared(x)
+        return y.view(B, T, C)
+
+    def every(self, x, up, down, weights, experts):
+        """The definition: sum over all experts of weight x expert(x), weight 0 where not chosen."""
+        w = torch.zeros(len(x), self.E, device=x.device).scatter(1, experts, weights)
+        h = activate(torch.einsum("nc,ecf->enf", x, up), self.kind)
+        return torch.einsum("enf,efc,ne->nc", h, down, w.to(x.dtype))
+
+    def grouped(self, x, up, down, weights, experts):
+        """The same on tokens sorted by expert: one matrix product a group, however long the groups are."""
+        order = experts.flatten().argsort(stable=True)                                 # (N k,)
+        count = torch.zeros(self.E, dtype=torch.int32, device=x.device)
+        count.scatter_add_(0, experts.flatten(), torch.ones_like(order, dtype=torch.int32))
+        offs = count.cumsum(0).int()                                                   # cumsum makes int64 of it
+        mm = getattr(F, "grouped_mm", None) or torch._grouped_mm
+        h = activate(mm(x.index_select(0, order // self.k), up, offs=offs), self.kind)
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
+        y = mm(h, down, offs=offs).index_select(0, back).view(len(x), self.k, -1)      # in token order: deterministic sums
+        return torch.bmm(weights[:, None].to(y.dtype), y)[:, 0]
+
+    @torch.no_grad()
+    def balance(self):
+        """Once per optimizer step: one step of the bias towards equal load. Returns the step's counts (E,) and clears them.
+
+        With several processes sum `count` over them first.
+        """
+        count = self.count.clone()
+        if self.sigmoid:
+            delta = self.bias_step * torch.sign(count.mean() - count)
+            self.bias += delta - delta.mean()
+        self.count.zero_()
+        return count
 
 
 class Block(nn.Module):
     def __init__(self, name, config):
         super().__init__()
         self.norm1, self.mixer = make_norm(config), ATTENTION[name](config)
-        self.norm2, self.mlp = make_norm(config), MLP(config)
+        self.norm2, self.mlp = make_norm(config), (MoE if config.n_expert else MLP)(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, **layer_keywords):
-        x = x + self.dropout(self.mixer(self.norm1(x), **layer_keywords))
-        return x + self.dropout(self.mlp(self.norm2(x)))
+    def forward(self, x, aux=None, **layer_keywords):
+        x = x + self.dropout(self.mixer(self.norm1(x), aux=aux, **layer_keywords))
+        return x + self.dropout(self.mlp(self.norm2(x), aux))
 
 
 class LM(nn.Module):
@@ -185,7 +303,7 @@ class LM(nn.Module):
     def forward(self, idx, causal=True, cache=None, commit=True, pos=None, valid=None, mask=None, aux=None):
         B, T = idx.shape
         start = cache.used if cache is not None else 0
-        if start + T > self.config.block_size:
+        if pos is None and start + T > self.config.block_size:
             self.beyond_block_size(start + T)
         own_pos = pos                       # None lets the layers take their fast path; the values are the same
         if cache is not None:
@@ -236,8 +354,12 @@ class LM(nn.Module):
         return sum(p.numel() for p in self.parameters() if embedding or id(p) not in outside)
 
     def active_params(self, embedding=True):
-        """Parameters that one token passes through: all of them in a dense model."""
-        return self.num_params(embedding)
+        """Parameters that one token passes through: of a mixture's E experts, k."""
+        idle = sum((m.expert_up.numel() + m.expert_down.numel()) * (m.E - m.k) // m.E for m in self.moes())
+        return self.num_params(embedding) - idle
+
+    def moes(self):
+        return [b.mlp for b in self.blocks if isinstance(b.mlp, MoE)]
 
     def flops_per_token(self, T=None, causal=True):
         """Training FLOPs per token, forward and backward: 6 (active non-embedding + head parameters) + 3 x the mixers'.
@@ -256,6 +378,7 @@ def init_weights(lm):
     linear weights              N(0, 0.02); o_proj and down_proj, which write to the residual stream, N(0, 0.02 / sqrt(2 L)) (GPT-2)
     biases                      0
     norms                       1 (their constructor), LayerNorm's bias 0
+    expert_up, expert_down      as linear weights and down_proj
     sink                        0 (its constructor)
     """
     std, residual = 0.02, 0.02 / (2 * lm.config.n_layer) ** 0.5
@@ -268,9 +391,9 @@ def init_weights(lm):
                 pass
             elif isinstance(module, nn.Linear) and key == "bias":
                 nn.init.zeros_(p)
-            elif isinstance(module, (nn.Linear, nn.Embedding)):
+            elif isinstance(module, (nn.Linear, nn.Embedding)) or key in ("expert_up", "expert_down"):
                 if p not in known:
-                    nn.init.normal_(p, std=residual if name.endswith(("o_proj", "down_proj")) else std)
+                    nn.init.normal_(p, std=residual if name.endswith(("o_proj", "down_proj")) or key == "expert_down" else std)
             else:
                 raise ValueError(f"no rule initialises the parameter {name}.{key}: add it to init_weights")
             known[p] = name

@@ -76,7 +76,7 @@ def generate(args, lm, tokenizer, objective):
         raise ValueError(f"--max_new_tokens {new}: nothing to generate, use at least 1 or put [MASK] into the prompt")
     device = lm.embed.weight.device
     x, _ = diffusion.canvas([ids] * args.num_samples, new, lm.mask_id)
-    x, gen = x.to(device), torch.Generator(device).manual_seed(args.seed)
+    x, gen = x.to(device), torch.Generator("cpu" if device.type == "mps" else device).manual_seed(args.seed)
     how = dict(temperature=args.temperature, top_p=args.top_p, eot_id=tokenizer.eot, generator=gen,
                callback=watcher(tokenizer, lm.mask_id, args.pause) if args.watch else None)
     if as_ar:

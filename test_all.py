@@ -305,6 +305,487 @@ def test_init_knows_every_parameter(monkeypatch):
         LM(tiny(layers="odd"))
 
 # ---------------------------------------------------------------------------------------------------------------------
+# diffusion.py
+
+class DiffTable:
+    """A frozen random network on tiny canvases: one table entry per canvas of V letters and the mask (id V), no structure.
+    causal=True: the logits at i depend on idx[:, :i+1] only."""
+    def __init__(self, V, T, seed=0):
+        g = torch.Generator().manual_seed(seed)
+        self.V, self.T = V, T
+        self.table = torch.randn((V + 1) ** T, T, V, generator=g, dtype=torch.float64) * 1.5
+
+    def __call__(self, idx, causal):
+        V, T = self.V, idx.size(1)
+        power = (V + 1) ** torch.arange(T)
+        if not causal:
+            return self.table[(idx * power).sum(1)][:, :T]
+        return torch.stack([self.table[(idx[:, :i + 1] * power[:i + 1]).sum(1), i] for i in range(T)], dim=1)
+
+
+def diff_ce(f, x, masked):
+    """(T,) CE of each token of x (T,) with `masked` hidden."""
+    noisy = torch.where(masked, f.V, x)[None]
+    return torch.nn.functional.cross_entropy(f(noisy, causal=False)[0], x, reduction="none")
+
+
+def diff_masks(T):
+    return [torch.tensor(m) for m in itertools.product([False, True], repeat=T)]
+
+
+def diff_bound(f, x):
+    """The bound from its definition: the mean over all T! orders of the chain rule. Nats per token."""
+    T, total = len(x), 0.0
+    for order in itertools.permutations(range(T)):
+        masked = torch.ones(T, dtype=torch.bool)
+        for i in order:
+            total += diff_ce(f, x, masked)[i].item()
+            masked[i] = False
+    return total / math.factorial(T) / T
+
+
+def diff_uniforms(masked):
+    """Uniforms that hide exactly these tokens: below 0.5 where masked."""
+    return torch.where(masked, 0.25, 0.75)[None]
+
+
+@pytest.mark.parametrize("T", [4, 5])
+def test_mdm_forms_have_the_bound_as_mean(T):
+    """All masks enumerated, t integrated in closed form: no sampling anywhere."""
+    f, x = DiffTable(3, T), torch.randint(3, (1, T), generator=torch.Generator().manual_seed(T))
+    bound = diff_bound(f, x[0])
+    exact = realised = bernoulli = 0.0
+    for masked in diff_masks(T):
+        n = int(masked.sum())
+        u = diff_uniforms(masked)
+        if n:
+            loss = diffusion.mdm_loss(f, x, f.V, "exact", (torch.tensor([n]), u)).item()
+            exact += loss / T / math.comb(T, n)                     # P(mask) = 1/T 1/C(T,n)
+            p = math.gamma(n + 1) * math.gamma(T - n + 1) / math.gamma(T + 2)       # int t^n (1-t)^(T-n) dt
+            realised += p * diffusion.mdm_loss(f, x, f.V, "realised", (torch.tensor([0.5]), u)).item()
+            at = [diffusion.mdm_loss(f, x, f.V, "bernoulli", (torch.tensor([t]), u)).item() * t for t in (0.3, 0.6)]
+            assert at[0] == pytest.approx(at[1], rel=1e-6)          # the loss is c/t, so its mean over t is
+            bernoulli += at[0] * math.gamma(n) * math.gamma(T - n + 1) / math.gamma(T + 1)   # c int t^(n-1) (1-t)^(T-n) dt
+    # realised, n = 0: t has density (T+1)(1-t)^T there; each n must come from an interval of t of probability 1/T
+    for n, subset in itertools.product(range(1, T + 1), itertools.permutations(range(T))):
+        t = 1 - (1 - (n - 0.5) / T) ** (1 / (T + 1))
+        u = 0.999 + 1e-4 * torch.tensor([subset])
+        loss = diffusion.mdm_loss(f, x, f.V, "realised", (torch.tensor([t]), u)).item()
+        realised += loss / (T + 1) / T / math.factorial(T)
+    for n in range(T):                                              # the intervals' ends
+        for eps, expect in ((1e-3, n + 1), (-1e-3, n)):
+            t = torch.tensor([1 - (1 - n / T - eps) ** (1 / (T + 1))])
+            if 0 < t.item():
+                assert int(diffusion.mdm_mask("realised", (t, torch.full((1, T), 0.999)))[0].sum()) == expect
+    assert bernoulli == pytest.approx(bound, rel=1e-5)
+    assert exact == pytest.approx(bound, rel=1e-6)
+    assert realised == pytest.approx(bound, rel=1e-6)
+
+
+def test_mdm_noise_is_uniform_and_stratified():
+    g = torch.Generator().manual_seed(1)
+    T, B = 8, 16
+    n = torch.stack([diffusion.mdm_noise(B, T, "exact", g)[0] for _ in range(2000)])
+    assert (n.sort(1).values == torch.arange(1, T + 1).repeat_interleave(B // T)).all()     # each n equally often in a batch
+    first = torch.bincount(n[:, 0], minlength=T + 1)[1:].double()                           # and uniform in a given row
+    assert ((first - 250) ** 2 / 250).sum() < 24.3                                          # chi-square, 7 dof, p = 0.001
+    t = diffusion.mdm_noise(10_000, 1, "realised", g)[0]
+    assert t.min() > 0 and t.max() <= 1 and abs(t.mean() - 0.5) < 1e-3
+    masked = diffusion.smallest(torch.rand(50, 9, generator=g).round(decimals=1), torch.full((50,), 4))
+    assert (masked.sum(1) == 4).all()                                                       # ties included
+
+
+@pytest.mark.parametrize("form", ["exact", "realised", "bernoulli"])
+def test_losses_split_into_micro_batches(form):
+    """sum over micro-batches / tokens == the mean over the batch, for any cut; and the "none" form has the same mean."""
+    f, g = DiffTable(3, 5), torch.Generator().manual_seed(0)
+    x = torch.randint(3, (12, 5), generator=g)
+    noise = diffusion.mdm_noise(12, 5, form, g)
+    whole = diffusion.mdm_loss(f, x, 3, form, noise)
+    parts = [diffusion.mdm_loss(f, x[a:b], 3, form, [z[a:b] for z in noise], reduction="sum")
+             for a, b in ((0, 1), (1, 7), (7, 12))]
+    assert torch.allclose(sum(parts) / x.numel(), whole)
+    assert torch.allclose(diffusion.mdm_loss(f, x, 3, form, noise, reduction="none").mean(), whole)
+    loss, ar, mdm = diffusion.mixed_loss(f, x, 3, 3, 0.25, form, noise)
+    assert torch.allclose(ar, diffusion.ar_loss(f, x[:3], 3))
+    assert torch.allclose(mdm, diffusion.mdm_loss(f, x[3:], 3, form, [z[3:] for z in noise]))
+    assert torch.allclose(loss, (3 * ar + 9 * mdm) / 12)
+    sums = diffusion.mixed_loss(f, x, 3, 3, 0.25, form, noise, reduction="sum")
+    assert torch.allclose(sums[0] / 60, loss) and torch.allclose(sums[2] / 45, mdm)
+
+
+def test_ar_sees_no_future():
+    """-log p(x_i) moves only with x_0..x_i, and the corrupted inputs are read in the same places."""
+    f, g = DiffTable(3, 5), torch.Generator().manual_seed(3)
+    x = torch.randint(3, (1, 5), generator=g)
+    before = diffusion.ar_loss(f, x, 3, reduction="none")[0]
+    for j in range(5):
+        y = x.clone()
+        y[0, j] = (y[0, j] + 1) % 3
+        moved = diffusion.ar_loss(f, y, 3, reduction="none")[0] != before
+        assert not moved[:j].any() and moved[j:].all()
+        moved = diffusion.ar_loss(f, x, 3, inputs=y, reduction="none")[0] != before     # targets stay: only what follows j moves
+        assert not moved[:j + 1].any() and moved[j + 1:].all()
+    every = torch.tensor(list(itertools.product(range(3), repeat=5)))
+    p = torch.exp(-diffusion.ar_loss(f, every, 3, reduction="none").sum(1))
+    assert p.sum().item() == pytest.approx(1, abs=1e-12)
+
+
+def test_corrupt_rates():
+    x = torch.randint(50, (200, 500), generator=torch.Generator().manual_seed(0))
+    y = diffusion.corrupt(x, 50, 0.1, 0.05, torch.Generator().manual_seed(1))
+    assert abs((y == 50).float().mean() - 0.1) < 0.005
+    assert abs(((y != x) & (y != 50)).float().mean() - 0.05 * 49 / 50) < 0.004
+    assert torch.equal(diffusion.corrupt(x, 50), x)
+
+
+@pytest.mark.parametrize("order", ["left", "confidence"])
+def test_chain_nll_is_a_distribution(order):
+    f = DiffTable(3, 4)
+    every = torch.tensor(list(itertools.product(range(3), repeat=4)))
+    nll = diffusion.chain_nll(f, every, 3, order)                           # nats per token
+    assert torch.exp(-nll * 4).sum().item() == pytest.approx(1, abs=1e-12)
+    given = torch.tensor([False, True, True, False]).expand(81, 4)  # p(scored | context) sums to 1 in every context
+    nll = diffusion.chain_nll(f, every, 3, order, scored=given)
+    p = torch.exp(-nll * 2).view(3, 9, 3).sum(1)
+    assert torch.allclose(p, torch.ones_like(p), atol=1e-12)
+    if order == "left":                                             # by definition
+        x = every[35]
+        nats = sum(diff_ce(f, x, torch.arange(4) >= i)[i] for i in range(4))
+        assert diffusion.chain_nll(f, x[None], 3)[0].item() == pytest.approx(nats.item() / 4)
+
+
+def test_mdm_nll_estimates_the_bound():
+    f, g = DiffTable(3, 5), torch.Generator().manual_seed(5)
+    x = torch.randint(3, (6, 5), generator=g)
+    rows = torch.tensor([diff_bound(f, row) for row in x]).double()
+    a = diffusion.mdm_nll(f, x, 3, 64, batch_size=7)
+    assert a == pytest.approx(diffusion.mdm_nll(f, x, 3, 64, batch_size=384), rel=1e-12)        # seed fixed, batch size irrelevant
+    assert abs(a[0] - rows.mean()) < 5 * a[1]
+    # the s.e. is honest: over many seeds the error has mean 0 and its size is the s.e.
+    runs = torch.tensor([diffusion.mdm_nll(f, x, 3, 8, torch.Generator().manual_seed(s)) for s in range(300)]).double()
+    error, se = runs[:, 0] - rows.mean(), runs[:, 1]
+    assert abs(error.mean()) < 4 * error.std() / 300 ** 0.5
+    assert 0.85 < (se ** 2).mean().sqrt() / error.std() < 1.18
+    nll, se = diffusion.mdm_nll(f, x, 3, 4096, batch_size=4096, per_row=True)
+    assert (abs(nll - rows) < 5 * se + 1e-9).all() and se.max() < 0.02
+    # context: only scored tokens are masked, i.e. the bound of the smaller problem
+    scored = torch.tensor([[False, True, True, False, True]]).expand(6, 5)
+    nll, se = diffusion.mdm_nll(f, x, 3, 4096, batch_size=4096, scored=scored, per_row=True)
+    orders = [torch.tensor(o) for o in itertools.permutations([1, 2, 4])]
+    for row, got, err in zip(x, nll, se):
+        want = sum(diff_ce(f, row, torch.isin(torch.arange(5), o[i:]))[o[i]] for o in orders for i in range(3)) / 18
+        assert abs(want - got) < 5 * err + 1e-9
+
+
+def test_losses_compile_to_one_graph():
+    """Forward and backward, static shapes, with the noise given."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Embedding(8, 16), torch.nn.Linear(16, 7))
+    f = lambda idx, causal: net(idx)
+    x = torch.randint(7, (4, 6))
+    forms = ("exact", "realised", "bernoulli")
+
+    def loss(x, noises):
+        mdm = sum(diffusion.mdm_loss(f, x, 7, form, noise) for form, noise in zip(forms, noises))
+        return mdm + diffusion.ar_loss(f, x, 7) + diffusion.mixed_loss(f, x, 7, 7, 0.5, noise=noises[0])[0]
+    fast = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in range(3):
+            noises = [diffusion.mdm_noise(4, 6, form, torch.Generator().manual_seed(seed)) for form in forms]
+            assert torch.allclose(fast(x, noises), loss(x, noises))
+    fast(x, noises).backward()
+
+
+# ---- samplers
+
+class DiffOracle:
+    """The exact denoiser of a random language over V letters and T places: conditional marginals of its joint law p."""
+    def __init__(self, V, T, seed=0, spread=1.5):
+        g = torch.Generator().manual_seed(seed)
+        self.V, self.T = V, T
+        self.x = torch.tensor(list(itertools.product(range(V), repeat=T)))              # (V^T, T), x[c] has code c
+        self.p = (torch.randn(V ** T, generator=g, dtype=torch.float64) * spread).softmax(0)
+        self.code = V ** torch.arange(T - 1, -1, -1)
+
+    def __call__(self, idx, causal, mask=None):
+        """causal: position i predicts token i from those before it, idx being shifted right; otherwise from what is no mask."""
+        extra, idx = max(0, idx.size(1) - self.T), idx[:, :self.T]                      # a last block may reach beyond T
+        L = idx.size(1)
+        one_hot = torch.nn.functional.one_hot(self.x[:, :L], self.V).double()           # (V^T, L, V)
+        agree = (torch.cat([idx[:, 1:], idx[:, :1]], 1) if causal else idx)[:, None] == self.x[:, :L]
+        if causal:
+            w = torch.cat([torch.ones_like(agree[..., :1]), agree[..., :-1]], 2).long().cumprod(2) * self.p[:, None]
+            logits = torch.einsum("bcl,clv->blv", w, one_hot).log()
+        else:
+            logits = torch.einsum("bc,clv->blv", (agree | (idx == self.V)[:, None]).all(2) * self.p, one_hot).log()
+        return torch.nn.functional.pad(logits, (0, 0, 0, extra))
+
+    def counts(self, x):
+        return torch.bincount((x * self.code).sum(1), minlength=len(self.p)).double()
+
+
+def diff_law(f, order, monkeypatch, scores=None):
+    """The exact law of sample_mdm's output: every sequence of tokens that it can draw, with its probability."""
+    if scores is not None:
+        monkeypatch.setattr(diffusion.torch, "rand", lambda shape, **_: torch.tensor(scores).expand(shape))
+    draws = 3 if order != "confidence_sampled" else 6               # that one draws at all 3, then 2, then 1 places
+    script = torch.tensor(list(itertools.product(range(3), repeat=draws)))              # one row of the batch each
+    prob, used = torch.ones(len(script), dtype=torch.float64), [0]
+
+    def scripted(logits, **_):                                      # rows come batch-major, the same number for each
+        k = len(logits) // len(script)
+        tokens = script[:, used[0]:used[0] + k]
+        prob.mul_(logits.softmax(-1).view(len(script), k, -1).gather(2, tokens[..., None])[..., 0].prod(1))
+        used[0] += k
+        return tokens.flatten()
+    monkeypatch.setattr(diffusion, "draw", scripted)
+    x = diffusion.sample_mdm(f, torch.full((len(script), 3), 3), 3, order=order)
+    assert prob.sum().item() == pytest.approx(1) and used[0] == draws
+    return torch.zeros_like(f.p).index_add_(0, (x * f.code).sum(1), prob)
+
+
+def test_oracle_sampler_has_the_exact_law(monkeypatch):
+    """One token a step at temperature 1: every order that does not look at the drawn token gives the law itself."""
+    f = DiffOracle(3, 3)
+    for order in ("max_prob", "margin", "entropy", "left", "random"):
+        for scores in itertools.permutations([0.1, 0.2, 0.3]) if order == "random" else [None]:     # exact for each order
+            with monkeypatch.context() as m:
+                assert torch.allclose(diff_law(f, order, m, scores), f.p, atol=1e-12), order
+    assert (diff_law(f, "confidence_sampled", monkeypatch) - f.p).abs().sum() / 2 > 0.3 # the negative control fails
+
+
+@pytest.mark.parametrize("order", [*diffusion.ORDERS, "blocks", "block", "ar"])
+def test_oracle_sampler_chi_square(order):
+    """The real draws at T = 5: 243 cells, 242 degrees of freedom: mean 242, s.d. 22."""
+    f, N, g = DiffOracle(3, 5, spread=1.0), 10_000, torch.Generator().manual_seed(0)
+    x = torch.full((N, 5), 3)
+    if order == "ar":
+        y = diffusion.sample_ar(f, x, 3, generator=g)
+    elif order == "block":
+        y = diffusion.sample_block(f, x, 3, 2, generator=g, cache=False)
+    elif order == "blocks":
+        y = diffusion.sample_mdm(f, x, 3, block_size=2, generator=g)
+    else:
+        y = diffusion.sample_mdm(f, x, 3, order=order, generator=g)
+    chi2 = ((f.counts(y) - N * f.p) ** 2 / (N * f.p)).sum().item()
+    assert chi2 > 1000 if order == "confidence_sampled" else chi2 < 330, chi2
+
+
+def test_draws_reach_the_tail(monkeypatch):
+    """A token of probability 5.6e-8 (a Gumbel above 16.7) comes about 11 times in 2e8 draws; from float32 uniforms, which
+    are multiples of 2^-24 = 6.0e-8, it never does."""
+    rare, g = math.exp(-16.7), torch.Generator().manual_seed(0)
+    hits = sum(int((torch.rand(10_000_000, generator=g, dtype=torch.float64) > 1 - rare).sum()) for _ in range(20))
+    assert 2 <= hits <= 25                                          # 11 expected, such noise reaches the tail
+    logits = torch.tensor([[math.log1p(-rare), -16.7]])             # and draw asks for it and inverts it rightly
+    for u, token in ((1 - 2.0 ** -53, 1), (1 - 0.99 * rare, 1), (1 - 1.01 * rare, 0), (1 - 2.0 ** -24, 0), (0.0, 0)):
+        monkeypatch.setattr(diffusion.torch, "rand", lambda *shape, dtype, **_: torch.full(shape, u, dtype=dtype))
+        assert diffusion.draw(logits).item() == token, u
+
+
+def test_draw_follows_temperature_top_k_top_p():
+    g = torch.Generator().manual_seed(0)
+    logits = torch.tensor([2.0, 0.5, 1.0, -1.0, 1.5]).repeat(200_000, 1)
+    p = logits[0].double().softmax(0)                               # sorted: tokens 0, 4, 2, 1, 3
+    at_best = float(p[0])
+    for how, keep in (({}, [0, 1, 2, 3, 4]), ({"temperature": 0.5}, [0, 1, 2, 3, 4]), ({"top_k": 2}, [0, 4]),
+                      ({"top_p": at_best - 1e-6}, [0]), ({"top_p": at_best + 1e-6}, [0, 4]),
+                      ({"top_k": 3, "top_p": 0.999}, [0, 2, 4])):
+        want = torch.zeros(5, dtype=torch.float64)
+        want[keep] = p[keep] ** (1 / how.get("temperature", 1.0))
+        want /= want.sum()
+        got = torch.bincount(diffusion.draw(logits, generator=g, **how), minlength=5) / 200_000
+        assert (got - want).abs().max() < 0.005 and (got[want == 0] == 0).all(), how
+    assert diffusion.draw(logits[:3], temperature=0).tolist() == [0, 0, 0]
+
+
+def diff_lm(layers="full", **fields):
+    from model import ATTENTION, LM, ModelConfig
+    if layers not in ATTENTION and "(" not in layers:
+        pytest.skip(f"no layer {layers} yet")
+    torch.manual_seed(0)
+    lm = LM(ModelConfig(vocab_size=13, block_size=64, layers=layers, n_layer=2, n_head=2, n_embd=32, **fields)).double().eval()
+    for p in lm.parameters():                                       # as initialised it predicts nearly the same everywhere
+        p.data.mul_(4 if p.dim() > 1 else 1)
+    return lm
+
+
+def diff_count(f):
+    """f with the sizes of its passes recorded."""
+    class Counted:
+        def __init__(self): self.passes = []
+        def __call__(self, idx, **keywords):
+            self.passes.append(idx.size(1))
+            return f(idx, **keywords)
+        def init_cache(self, *a): return f.init_cache(*a)
+        def parameters(self): return f.parameters()
+    return Counted()
+
+
+def test_sampler_steps_threshold_and_given_tokens():
+    f = diff_count(diff_lm())
+    x, _ = diffusion.canvas([[1, 2, 3], [4, 13, 13, 5]], 12, 13)            # a prompt, and one with places to infill
+    given = x != 13
+    for kind, expect in (({}, 14), ({"steps": 5}, 5), ({"steps": 100}, 14), ({"threshold": 1.0}, 14), ({"threshold": 1e-9}, 1),
+                         ({"steps": 4, "block_size": 6}, 5)):       # 2 and 3 blocks: 2 steps each
+        seen, f.passes = [], []
+        y = diffusion.sample_mdm(f, x, 13, generator=torch.Generator().manual_seed(0),
+                         callback=lambda step, x: seen.append((x == 13).sum().item()), **kind)
+        assert torch.equal(y[given], x[given]) and (y < 13).all()
+        assert len(f.passes) == len(seen) and seen[-1] == 0 and all(a > b for a, b in zip(seen, seen[1:]))
+        assert len(seen) == expect or "block_size" in kind and len(seen) <= 6, (kind, len(seen))
+    assert torch.equal(x != 13, given)                              # the caller's canvas is not touched
+    block = (torch.arange(16) - torch.tensor([[3], [1]])) // 4      # counted from each row's first hole
+
+    def in_order(step, y):                                          # semi-autoregressive: no later block is begun early
+        for row in range(2):
+            open_ = block[row][y[row] == 13]
+            for k in open_.unique()[1:]:
+                assert ((y == 13) | given)[row][block[row] == k].all()
+    diffusion.sample_mdm(f, x, 13, block_size=4, order="random", callback=in_order, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("sampler", ["ar", "mdm", "mdm blocks", "block"])
+def test_nothing_is_generated_after_end_of_text(sampler):
+    lm = diff_lm()
+    x, valid = diffusion.canvas([[12, 2, 3], [4]] * 20, 20, 13)             # id 12 ends a text; one in the prompt ends nothing
+    kw = dict(generator=torch.Generator().manual_seed(0), valid=valid)
+    run = {"ar": lambda **e: diffusion.sample_ar(lm, x, 13, **kw, **e), "mdm": lambda **e: diffusion.sample_mdm(lm, x, 13, **kw, **e),
+           "mdm blocks": lambda **e: diffusion.sample_mdm(lm, x, 13, block_size=4, steps=10, **kw, **e),
+           "block": lambda **e: diffusion.sample_block(lm, x, 13, 4, **kw, **e)}[sampler]
+    y = run(eot_id=12)
+    new = (x == 13) & valid
+    after = ((y == 12) & new).cumsum(1) > 0
+    assert after.any() and (y[after & new] == 12).all() and (y[:, 1] != 12).any()
+    assert (y[~valid] == 0).all() and torch.equal(y[~new], x[~new])
+    steps = []
+    diffusion.sample_ar(lambda idx, causal: torch.nn.functional.one_hot(torch.full(idx.shape, 12), 13) * 1e3, x, 13, eot_id=12,
+                valid=valid, callback=lambda step, x: steps.append(step))
+    assert len(steps) == 1                                          # every row ended: it stops early
+
+
+@pytest.mark.parametrize("layers", ["full", "full(window=6) full", "mla"])
+def test_block_diffusion_equals_its_definition(layers):
+    """Two streams == each noisy block alone against the cache of the clean blocks before it; size 1 == the AR chain."""
+    lm, B, T = diff_lm(layers), 3, 12
+    x = torch.randint(13, (B, T), generator=torch.Generator().manual_seed(0))
+    for S in (1, 3, 12):
+        noise = diffusion.mdm_noise(B * T // S, S, "exact", torch.Generator().manual_seed(S))
+        masked = diffusion.mdm_mask("exact", noise)[0].view(B, T)
+        two = diffusion.masked_nll(lm, x, 13, masked, S)
+        cache, alone = lm.init_cache(B, T, dtype=torch.float64), []
+        for s in range(0, T, S):
+            noisy = torch.where(masked, 13, x)[:, s:s + S]
+            alone.append(diffusion.token_nll(lm(noisy, causal=False, cache=cache, commit=False), x[:, s:s + S]))
+            lm(x[:, s:s + S], causal=False, cache=cache)
+        assert torch.allclose(two, torch.cat(alone, dim=1), atol=1e-9), S
+        loss = diffusion.block_diffusion_loss(lm, x, 13, S, noise=noise)
+        if S == T:
+            assert torch.allclose(loss, diffusion.mdm_loss(lm, x, 13, noise=noise), atol=1e-6)
+        if S == 1:                                                  # no variance: it is the chain itself
+            other = diffusion.block_diffusion_loss(lm, x, 13, 1, noise=diffusion.mdm_noise(B * T, 1))
+            assert loss.item() == pytest.approx(torch.cat(alone, dim=1).mean().item(), rel=1e-6) and torch.equal(loss, other)
+            nll, se = diffusion.mdm_nll(lm, x, 13, 4, block_size=1)
+            assert nll == pytest.approx(loss.item(), rel=1e-6) and se < 1e-9
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_cached_sampling_equals_recomputed(temperature):
+    lm = diff_lm()
+    for prompts in ([[1, 2, 3], [4, 5, 6]], [[1], [2, 3, 4, 5, 6, 7, 8], [9, 13, 10]]):
+        x, valid = diffusion.canvas(prompts, 9, 13)
+        go = lambda f, **kw: f(generator=torch.Generator().manual_seed(7), temperature=temperature, valid=valid, **kw)
+        a, b = (go(lambda **kw: diffusion.sample_ar(lm, x, 13, **kw), cache=c) for c in (True, False))
+        assert torch.equal(a, b) and torch.equal(a[x != 13], x[x != 13])
+        a, b = (go(lambda **kw: diffusion.sample_block(lm, x, 13, 4, steps=3, **kw), cache=c) for c in (True, False))
+        assert torch.equal(a, b) and torch.equal(a[x != 13], x[x != 13])
+        # dual cache: refreshed at every step it is no approximation
+        a, b = (go(lambda **kw: diffusion.sample_mdm(lm, x, 13, block_size=4, steps=7, **kw), cache=c, refresh=1) for c in (True, False))
+        assert torch.equal(a, b)
+    f = diff_count(lm)
+    diffusion.sample_mdm(f, x, 13, block_size=4, cache=True, valid=valid)
+    assert set(f.passes) == {4, x.size(1)} and f.passes.count(4) > 4            # one full pass a block, then 4 tokens
+
+
+def test_dual_cache_window_equals_the_full_pass():
+    """Nothing changed since the full pass: the window computed against the cache gives the canvas's own logits."""
+    lm = diff_lm()
+    x, valid = torch.randint(14, (2, 16), generator=torch.Generator().manual_seed(0)), torch.ones(2, 16, dtype=torch.bool)
+    valid[1, 13:] = False
+    cache = lm.init_cache(2, 16, dtype=torch.float64)
+    full = lm(x, causal=False, cache=cache, valid=valid)
+    pos = torch.tensor([[5], [10]]) + torch.arange(4)
+    part = lm(x.gather(1, pos), causal=False, cache=cache, commit=False, pos=pos, valid=valid.gather(1, pos))
+    want = full.gather(1, pos[..., None].expand(-1, -1, 13))
+    assert torch.allclose(part[0], want[0], atol=1e-9) and torch.allclose(part[1, :3], want[1, :3], atol=1e-9)
+    assert torch.allclose(lm(x[1:, :13], causal=False), full[1:, :13], atol=1e-9)
+
+
+@pytest.mark.parametrize("sampler", ["ar", "mdm", "mdm blocks", "dual", "block"])
+def test_batch_invariance(sampler, monkeypatch):
+    """Alone and beside longer and shorter rows: the same tokens at temperature 0, from the same logits, in float32."""
+    lm, draw, seen = diff_lm().float(), diffusion.draw, []
+    monkeypatch.setattr(diffusion, "draw", lambda logits, *a, **kw: seen.append(logits) or draw(logits, *a, **kw))
+    run = {"ar": lambda x, v: diffusion.sample_ar(lm, x, 13, 0, valid=v),
+           "mdm": lambda x, v: diffusion.sample_mdm(lm, x, 13, steps=6, temperature=0, valid=v),
+           "mdm blocks": lambda x, v: diffusion.sample_mdm(lm, x, 13, steps=6, block_size=4, temperature=0, valid=v),
+           "dual": lambda x, v: diffusion.sample_mdm(lm, x, 13, steps=6, block_size=4, temperature=0, valid=v, cache=True),
+           "block": lambda x, v: diffusion.sample_block(lm, x, 13, 4, steps=2, temperature=0, valid=v)}[sampler]
+    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11, 1, 2], [3, 13, 5, 13]]
+    together = run(*diffusion.canvas(prompts, 10, 13))
+    logits = torch.cat(seen)
+    for row, prompt in zip(together, prompts):
+        seen.clear()
+        assert torch.equal(run(*diffusion.canvas([prompt], 10, 13))[0], row[:len(prompt) + 10])
+        assert torch.cdist(torch.cat(seen), logits, compute_mode="donot_use_mm_for_euclid_dist").amin(1).max() < 1e-5
+
+
+def test_block_hook_pauses():
+    """What a tool call needs: an empty result changes nothing; a result becomes given text and the rest is filled again."""
+    lm = diff_lm()
+    x, _ = diffusion.canvas([[1, 2, 3]], 13, 13)
+    plain = diffusion.sample_block(lm, x, 13, 4, temperature=0)
+    assert torch.equal(plain, diffusion.sample_block(lm, x, 13, 4, temperature=0, on_block=lambda *a: None))
+    called = []
+
+    def tool(x, given, start, stop):
+        if start == 4 and not called:
+            called.append(x.clone())
+            x[0, 6:10], given[0, 6:10] = torch.tensor([7, 7, 7, 7]), True              # the result reaches into the next block
+        elif start == 8 and len(called) == 1:
+            called.append(1)
+            x[0, 11:12] = 13                                        # and a place to be filled again
+    y = diffusion.sample_block(lm, x, 13, 4, temperature=0, on_block=tool)
+    assert torch.equal(y[0, :6], plain[0, :6]) and (y[0, 6:10] == 7).all() and (y < 13).all()
+    again = diffusion.canvas([y[0, :10].tolist()], 6, 13)[0]                # the same from scratch, the result in the prompt
+    assert torch.equal(diffusion.sample_block(lm, again, 13, 4, temperature=0), y)
+
+
+def test_diffusion_bad_input():
+    f, x = DiffTable(3, 4), torch.full((2, 4), 3)
+    for call, word in (
+            (lambda: diffusion.sample_mdm(f, x, 3, steps=0), "steps"),
+            (lambda: diffusion.sample_mdm(f, x, 3, threshold=0.0), "threshold"),
+            (lambda: diffusion.sample_mdm(f, x, 3, threshold=1.5), "threshold"),
+            (lambda: diffusion.sample_mdm(f, x, 3, threshold=0.9, order="left"), "threshold"),
+            (lambda: diffusion.sample_mdm(f, x, 3, steps=4, threshold=0.9), "exclude"),
+            (lambda: diffusion.sample_mdm(f, x, 3, order="best"), "order"),
+            (lambda: diffusion.sample_mdm(f, x, 3, temperature=-1), "temperature"),
+            (lambda: diffusion.sample_mdm(f, x, 3, cache=True), "block_size"),
+            (lambda: diffusion.sample_mdm(f, x, 3, cache=True, block_size=2), "init_cache"),
+            (lambda: diffusion.sample_ar(f, x, 3, top_p=0), "top_p"),
+            (lambda: diffusion.sample_ar(f, x, 3, top_k=0), "top_k"),
+            (lambda: diffusion.sample_block(f, x, 3, 0), "block_size"),
+            (lambda: diffusion.mdm_loss(f, x, 3, "uniform"), "form"),
+            (lambda: diffusion.chain_nll(f, x, 3, "right"), "order"),
+            (lambda: diffusion.block_diffusion_loss(f, x, 3, 3), "block_size"),
+            (lambda: diffusion.mdm_nll(f, x, 3, 2), "n_mc"),
+            (lambda: diffusion.mixed_loss(f, x, 3, 3, 0.1), "ar_frac")):
+        with pytest.raises(ValueError, match=word):
+            call()
+
+# ---------------------------------------------------------------------------------------------------------------------
 # train.py
 
 @pytest.fixture(scope="module")

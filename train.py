@@ -626,7 +626,7 @@ def show_sample(result, objective, n=200):
     lm, tokenizer = result["lm"], result["tokenizer"]
     device = lm.embed.weight.device
     x = torch.full((1, min(n, lm.config.block_size)), lm.mask_id, device=device)       # a canvas with every place to fill
-    gen = torch.Generator(device).manual_seed(0)
+    gen = torch.Generator("cpu" if device.type == "mps" else device).manual_seed(0)
     lm.eval()
     if objective == "mdm":
         ids = diffusion.sample_mdm(lm, x, lm.mask_id, order="random", generator=gen)
