@@ -37,7 +37,8 @@ FLAGS = {
         "seed": (1337, "of the initialisation, the order of windows and the noise"),
     },
     "objective": {
-        "objective": ("ar", "ar | mdm (masked diffusion) | mixed (one network, both losses)"),
+        "objective": ("ar", "ar | mdm (masked diffusion) | mixed (one network, both losses) | block (block diffusion)"),
+        "diffusion_block": (16, "block: tokens in a block, AR over blocks and diffusion inside"),
         "ar_frac": (0.5, "mixed: share of each batch that is trained as AR"),
         "input_mask": (0.0, "share of AR's input tokens replaced by the mask token, a regulariser"),
         "token_noise": (0.0, "share of AR's input tokens replaced by random tokens, a regulariser"),
@@ -88,7 +89,7 @@ KIND = {"unique_tokens": int, "epochs": float, "max_steps": int, "block_size": i
 # These may differ between a checkpoint and the run that resumes it; all other flags shape the trajectory.
 FREE = {"epochs", "max_steps", "max_minutes", "micro_batch", "device", "dtype", "compile", "threads", "out", "eval_every",
         "eval_epochs", "eval_windows", "save_every", "log_every", "resume"}
-CHOICES = {"objective": ("ar", "mdm", "mixed"), "schedule": ("wsd", "cosine", "constant"), "optimizer": ("adamw", "muon"),
+CHOICES = {"objective": ("ar", "mdm", "mixed", "block"), "schedule": ("wsd", "cosine", "constant"), "optimizer": ("adamw", "muon"),
            "dtype": ("auto", "bfloat16", "float32"), "compile": ("auto", "on", "off"), "preset": tuple(PRESETS)}
 
 # Dense bf16 peak by device name, from the makers' data sheets, for MFU. Unknown devices get none, never a guess.
@@ -124,7 +125,7 @@ def check(flags):
         if flags[name] not in choices:
             raise ValueError(f"--{name} {flags[name]} is unknown{nearest(flags[name], choices)}: one of {', '.join(choices)}")
     for name in ("epochs", "max_steps", "unique_tokens", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd",
-                 "micro_batch", "max_minutes", "lr", "log_every", "save_every", "batch_tokens"):
+                 "micro_batch", "max_minutes", "lr", "log_every", "save_every", "batch_tokens", "diffusion_block"):
         if flags[name] is not None and not flags[name] > 0:
             raise ValueError(f"--{name} {flags[name]} must be above 0")
     for name in ("ar_frac", "input_mask", "token_noise", "dropout", "beta2"):
@@ -282,7 +283,7 @@ def learning_rate(step, total, flags):
 # Evaluation and checkpoints
 
 @torch.no_grad()
-def evaluate(lm, windows, objective, rows=64, seed=0, n_mc=4):
+def evaluate(lm, windows, objective, rows=64, seed=0, n_mc=4, diffusion_block=None):
     """Loss of fixed windows (N, T), nats per token: {"loss", "se", ...}; AR exact, diffusion a bound with its s.e.
 
     A mixed model is scored both ways (ar_loss, mdm_loss); `loss` is the smaller, since each bounds the same likelihood.
@@ -294,9 +295,10 @@ def evaluate(lm, windows, objective, rows=64, seed=0, n_mc=4):
     if objective in ("ar", "mixed"):
         nats = sum(diffusion.ar_loss(lm, x.to(device), lm.mask_id).item() * len(x) for x in windows.split(rows))
         out["ar_loss"], out["se"] = nats / len(windows), 0.0
-    if objective in ("mdm", "mixed"):
+    if objective != "ar":
         gen = torch.Generator().manual_seed(seed)
-        out["mdm_loss"], out["se"] = diffusion.mdm_nll(lm, windows.to(device), lm.mask_id, n_mc, gen, batch_size=rows)
+        out["mdm_loss"], out["se"] = diffusion.mdm_nll(lm, windows.to(device), lm.mask_id, n_mc, gen, batch_size=rows,
+                                                       block_size=diffusion_block if objective == "block" else None)
     out["loss"] = min(out[k] for k in ("ar_loss", "mdm_loss") if k in out)
     if objective != "mixed":
         out = {"loss": out["loss"], "se": out["se"]}
@@ -419,6 +421,10 @@ def train(given, log=print):
     seen = fixed_windows(train_data[:windows.U], T, max(1, len(val) // 4))             # for the gap: the same measure
     bytes_per_token = tokenizer.token_bytes[val.numpy()].sum() / val.numel()
 
+    block = flags["diffusion_block"] if flags["objective"] == "block" else T           # tokens that share one noise level
+    if T % block:
+        raise ValueError(f"--diffusion_block {block} must divide block_size {T}")
+
     # ---- length
     per_epoch = windows.U / flags["batch_tokens"]                                      # steps, a fraction
     total = min(math.ceil(flags["epochs"] * per_epoch) if flags["epochs"] else 10 ** 12, flags["max_steps"] or 10 ** 12)
@@ -474,7 +480,7 @@ def train(given, log=print):
     logged = None
 
     # ---- batches: the AR rows of a global batch come first, then the diffusion rows
-    ar_rows = {"ar": B, "mdm": 0, "mixed": round(flags["ar_frac"] * B)}[flags["objective"]]
+    ar_rows = {"ar": B, "mixed": round(flags["ar_frac"] * B)}.get(flags["objective"], 0)
     micro = flags["micro_batch"] or max(1, min(B // world, (65536 if cuda else 8192) // T))
     bos = mask = lm.mask_id
     parts = []                                                                         # (objective, rows) of this process
@@ -483,10 +489,13 @@ def train(given, log=print):
         parts += [(kind, mine[i:i + micro]) for i in range(0, len(mine), micro)]
 
     def ar_part(x, inputs):
-        return diffusion.ar_loss(lm, x, bos, inputs=inputs)
+        aux = {}                                                                       # losses that layers add: balance, ...
+        return diffusion.ar_loss(lambda idx, **k: lm(idx, aux=aux, **k), x, bos, inputs=inputs), sum(aux.values())
 
     def mdm_part(x, n, u):
-        return diffusion.mdm_loss(lm, x, mask, noise=(n, u))
+        aux = {}
+        return diffusion.mdm_loss(lambda idx, **k: lm(idx, aux=aux, **k), x, mask, noise=(n, u),
+                                  block_size=block if block < T else None), sum(aux.values())
 
     compiled = flags["compile"] == "on" or flags["compile"] == "auto" and cuda
     if compiled:
@@ -495,7 +504,7 @@ def train(given, log=print):
     def gradients(step):
         """Adds up the gradient of the whole batch; returns its mean loss (a device tensor, nats per token) by objective."""
         gen = torch.Generator().manual_seed((flags["seed"] << 32) + step)              # the noise of the whole global batch
-        starts, noise = windows.starts(step * B, B), diffusion.mdm_noise(B, T, generator=gen)
+        starts, noise = windows.starts(step * B, B), diffusion.mdm_noise(B * T // block, block, generator=gen)
         losses = torch.zeros(2, device=device)
         x = inputs = windows.read(starts)                                              # (B, T)
         if flags["input_mask"] or flags["token_noise"]:
@@ -504,13 +513,14 @@ def train(given, log=print):
             r = slice(rows.start, rows.stop)
             with autocast:
                 if kind == "ar":
-                    loss = ar_part(x[r], inputs[r])
+                    loss, extra = ar_part(x[r], inputs[r])
                 else:
-                    loss = mdm_part(x[r], *(a[r].to(device, non_blocking=True) for a in noise))
-            (loss * (len(rows) / B)).backward()
+                    n = slice(r.start * T // block, r.stop * T // block)               # noise: a row for each block
+                    loss, extra = mdm_part(x[r], *(a[n].to(device, non_blocking=True) for a in noise))
+            ((loss + extra) * (len(rows) / B)).backward()
             losses[int(kind == "mdm")] += loss.detach() * (len(rows) / B)
         if world > 1:
-            grads = [p.grad for p in lm.parameters() if p.grad is not None] + [losses]
+            grads = [p.grad for p in lm.parameters() if p.grad is not None] + [losses] + [m.count for m in lm.moes()]
             flat = torch.cat([g.reshape(-1) for g in grads])                           # one bucket, one all_reduce
             torch.distributed.all_reduce(flat)
             for g, f in zip(grads, flat.split([g.numel() for g in grads])):
@@ -519,7 +529,7 @@ def train(given, log=print):
 
     # ---- what will happen
     flops = [lm.flops_per_token(T, causal=c) for c in (True, False)]
-    flops_per_token = (ar_rows * flops[0] + (B - ar_rows) * flops[1]) / B
+    flops_per_token = (ar_rows * flops[0] + (B - ar_rows) * flops[1]) / B if block == T else 2 * flops[0]  # two streams
     peak = peak_flops(device)
     log(f"{flags['objective']} | {lm.num_params() / 1e6:.2f}M parameters ({lm.num_params(False) / 1e6:.2f}M without embeddings) | "
         f"{flops_per_token / 1e6:.2f} MFLOP/token | {device}, {'bfloat16' if bf16 else 'float32'}, "
@@ -549,7 +559,7 @@ def train(given, log=print):
     with contextlib.suppress(ValueError):                                              # not in the main thread: leave them
         handlers = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
     saved, pending, began, spent = step if state else None, [], time.perf_counter(), seconds
-    line_step, line_seconds = step, seconds
+    line_step, line_seconds, loads = step, seconds, [torch.zeros_like(m.count) for m in lm.moes()]
     try:
         while True:
             late = flags["max_minutes"] and seconds >= 60 * flags["max_minutes"]
@@ -557,7 +567,7 @@ def train(given, log=print):
                 save()                                                                 # first: evaluation may run out of memory
                 t0, saved = time.perf_counter(), step
                 with autocast:
-                    result, gap = (evaluate(lm, w, flags["objective"], rows=max(1, 16384 // T)) for w in (val, seen))
+                    result, gap = (evaluate(lm, w, flags["objective"], max(1, 16384 // T), diffusion_block=flags["diffusion_block"]) for w in (val, seen))
                 row = record("eval", **result, train_loss=gap["loss"], bpb=result["loss"] / math.log(2) / bytes_per_token,
                              eval_seconds=round(time.perf_counter() - t0, 3))
                 eval_log.append(row)
@@ -573,6 +583,7 @@ def train(given, log=print):
             losses = gradients(step)
             norm = torch.nn.utils.clip_grad_norm_(lm.parameters(), flags["grad_clip"] or math.inf)
             rate = learning_rate(step, total, flags)
+            loads = [a + m.balance() for a, m in zip(loads, lm.moes())]                # choices per expert since the last line
             for o in optimizers:
                 for group in o.param_groups:
                     group["lr"] = rate
@@ -583,21 +594,27 @@ def train(given, log=print):
             seconds += time.perf_counter() - tic
             if step % flags["log_every"] == 0 or step in evals or step == total or step % flags["save_every"] == 0 or stop:
                 tic = time.perf_counter()
-                block = torch.stack(pending).sum(dim=1).tolist()                       # the only wait for the device
+                recent = torch.stack(pending).tolist()                                 # (steps, 2): the only wait for the device
                 seconds += time.perf_counter() - tic
-                for i, value in enumerate(block):
-                    if not math.isfinite(value):
-                        raise ValueError(f"the loss became {value} at step {step - len(block) + i + 1}: lower --lr or raise --warmup; "
-                                         + (f"the last good checkpoint is {out / 'ckpt_last.pt'} (step {saved})" if saved is not None else "no checkpoint was saved yet"))
+                bad = next((i for i, pair in enumerate(recent) if not math.isfinite(sum(pair))), None)
+                if bad is not None:
+                    good = f"the last good checkpoint is {out / 'ckpt_last.pt'} (step {saved})" if saved is not None else "there is no checkpoint yet"
+                    raise ValueError(f"the loss became {sum(recent[bad])} at step {step - len(recent) + bad + 1}: lower --lr or raise --warmup; {good}")
                 if step % flags["log_every"] == 0 or step == total:
-                    mean = torch.stack(pending).mean(dim=0)
+                    mean = [sum(column) / len(recent) for column in zip(*recent)]
                     dt = max(1e-9, seconds - line_seconds) / (step - line_step)
-                    row = record("train", loss=sum(block) / len(block), lr=rate, grad_norm=norm.item(),
-                                 tok_per_s=round(flags["batch_tokens"] / dt))
-                    if flags["objective"] == "mixed":                                  # each as nats per token of its own rows
-                        row["ar_loss"], row["mdm_loss"] = (m * B / max(1, n) for m, n in zip(mean.tolist(), (ar_rows, B - ar_rows)))
+                    more = {}
+                    if flags["objective"] == "mixed":                                  # each in nats per token of its own rows
+                        more = {"ar_loss": mean[0] * B / max(1, ar_rows), "mdm_loss": mean[1] * B / max(1, B - ar_rows)}
+                    if loads:                                                          # per MoE layer
+                        more |= {"load_ratio": [round((a.max() / a.mean()).item(), 4) for a in loads],
+                                 "dead_experts": [int((a < 0.1 * a.mean()).sum()) for a in loads],
+                                 "bias_range": [round((m.bias.max() - m.bias.min()).item(), 4) for m in lm.moes()]}
+                        loads = [torch.zeros_like(a) for a in loads]
+                    row = record("train", loss=sum(mean), lr=rate, grad_norm=norm.item(), tok_per_s=round(flags["batch_tokens"] / dt), **more)
                     mfu = f" | mfu {flops_per_token * flags['batch_tokens'] / dt / peak / world:.1%}" if peak else ""
-                    log(f"step {step}/{total} | epoch {row['epoch']:.2f} | loss {row['loss']:.4f} | lr {rate:.2e} | norm {row['grad_norm']:.2f} | "
+                    load = f" | load {max(more['load_ratio']):.2f}" if more.get("load_ratio") else ""
+                    log(f"step {step}/{total} | epoch {row['epoch']:.2f} | loss {row['loss']:.4f} | lr {rate:.2e} | norm {row['grad_norm']:.2f}{load} | "
                         f"{dt * 1e3:.1f} ms | {row['tok_per_s']:,} tok/s{mfu} | eta {clock((total - step) * dt)}")
                     line_step, line_seconds = step, seconds
                 pending = []
@@ -618,17 +635,19 @@ def train(given, log=print):
         log(f"{why} at step {step} of {total}: saved. Go on with: python train.py --resume auto --out {out}"
             + (" --max_minutes ..." if not stop else ""))
     return {"out": str(out), "step": step, "finished": finished, "stopped": bool(stop), "evals": eval_log, "best": best,
-            "seconds": seconds, "params": lm.num_params(), "lm": lm, "tokenizer": tokenizer, "flops_per_token": flops_per_token}
+            "seconds": seconds, "params": lm.num_params(), "flags": flags, "lm": lm, "tokenizer": tokenizer}
 
 
-def show_sample(result, objective, n=200):
+def show_sample(result, n=200):
     """A short sample of the run's last model, as text; also written to samples.txt."""
-    lm, tokenizer = result["lm"], result["tokenizer"]
+    lm, tokenizer, flags, objective = result["lm"], result["tokenizer"], result["flags"], result["flags"]["objective"]
     device = lm.embed.weight.device
     x = torch.full((1, min(n, lm.config.block_size)), lm.mask_id, device=device)       # a canvas with every place to fill
     gen = torch.Generator("cpu" if device.type == "mps" else device).manual_seed(0)
     lm.eval()
-    if objective == "mdm":
+    if objective == "block":
+        ids = diffusion.sample_block(lm, x, lm.mask_id, flags["diffusion_block"], order="random", generator=gen)
+    elif objective == "mdm":
         ids = diffusion.sample_mdm(lm, x, lm.mask_id, order="random", generator=gen)
     else:
         ids = diffusion.sample_ar(lm, x, lm.mask_id, generator=gen)
@@ -643,7 +662,7 @@ def main(argv=None):
         result = train(flags)
         if int(os.environ.get("RANK", 0)) == 0 and not result["stopped"]:
             print(f"---\nbest validation loss {result['best']:.4f} nats/token, {clock(result['seconds'])} of training. A sample:\n")
-            print(show_sample(result, {**DEFAULTS, **flags}["objective"]))
+            print(show_sample(result))
             print(f"\nmore: python sample.py {result['out']}")
     except ValueError as e:
         print(f"train.py: {e}", file=sys.stderr)
