@@ -305,6 +305,139 @@ def test_init_knows_every_parameter(monkeypatch):
         LM(tiny(layers="odd"))
 
 # ---------------------------------------------------------------------------------------------------------------------
+# model.py: mixture of experts
+
+def make_moe(seed=0, **values):
+    from model import MoE
+    torch.manual_seed(seed)
+    moe = MoE(tiny(**{**dict(n_expert=8, n_expert_active=2, expert_inner=16), **values}))
+    with torch.no_grad():
+        for p in moe.parameters():
+            p.normal_(std=0.3)
+    return moe
+
+
+MOES = {"sigmoid": dict(router="sigmoid", router_scale=2.5, shared_inner=16), "softmax": dict(router="softmax", shared_inner=16),
+        "groups": dict(n_expert_group=4, n_expert_group_active=2), "relu2": dict(mlp="relu2", n_expert_active=3)}
+
+
+@pytest.mark.parametrize("case", MOES)
+def test_moe_paths_are_equal(case):
+    """grouped_mm == every expert with zero weights == a loop over tokens; outputs and all gradients; one expert stays empty."""
+    moe, results = make_moe(**MOES[case]), []
+    moe.bias[3] = -100.0                                                               # never chosen
+    x = torch.randn(2, 9, 32, requires_grad=True)
+    for path in (moe.grouped, moe.every):
+        moe.grouped = path                                                             # on the CPU in float32 forward calls this one
+        moe.zero_grad()
+        x.grad, aux = None, {}
+        y = moe(x, aux)
+        (y.square().sum() + sum(aux.values())).backward()
+        results.append([y.detach(), x.grad.clone()] + [p.grad.clone() for p in moe.parameters()])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * b.abs().max().item())
+    weights, experts, _ = moe.route(x.detach().view(-1, 32))
+    assert not (experts == 3).any()
+    for n, token in enumerate(x.detach().view(-1, 32)):
+        out = sum(w * one_expert(moe, token, e) for w, e in zip(weights[n], experts[n]))
+        if moe.shared is not None:
+            out = out + (1 if moe.shared_gate is None else moe.shared_gate(token).sigmoid()) * moe.shared(token)
+        torch.testing.assert_close(results[0][0].view(-1, 32)[n], out, rtol=0, atol=1e-4)
+
+
+def one_expert(moe, token, e):
+    from model import activate
+    return activate(token @ moe.expert_up[e], moe.kind) @ moe.expert_down[e]
+
+
+def test_moe_router_is_its_definition():
+    """Selection by s + bias inside the best groups, weights from s alone; by brute force, token by token."""
+    moe, x = make_moe(**MOES["groups"], router_scale=2.5), torch.randn(20, 32)
+    moe.bias.normal_()
+    weights, experts, _ = moe.route(x)
+    for n in range(20):
+        s = torch.sigmoid(moe.router.weight @ x[n])
+        groups = [(sum(sorted((s + moe.bias)[g * 2:g * 2 + 2].tolist())[-2:]), g) for g in range(4)]
+        allowed = [e for _, g in sorted(groups)[-2:] for e in (2 * g, 2 * g + 1)]
+        chosen = sorted(allowed, key=lambda e: -(s + moe.bias)[e].item())[:2]
+        assert experts[n].tolist() == chosen
+        torch.testing.assert_close(weights[n], 2.5 * s[chosen] / s[chosen].sum())
+
+
+def test_moe_bias_balances_without_a_gradient():
+    moe, x = make_moe(router_bias_step=0.02), 1 + torch.randn(1, 512, 32)
+    with torch.no_grad():
+        moe.router.weight.mul_(0.3)[0] += 0.1                                          # a skewed start: expert 0 is everyone's first choice
+    loads = []
+    for _ in range(60):
+        moe(x)
+        count = moe.balance()
+        assert count.sum() == 2 * 512, "no token is dropped"
+        loads.append((count.max() / count.mean()).item())
+    assert loads[0] > 1.5 and loads[-1] < 1.3 and not moe.bias.requires_grad and moe.count.sum() == 0
+    assert abs(moe.bias.mean()) < 1e-5
+    moe.eval()
+    moe(x)
+    assert moe.count.sum() == 0, "evaluation must not move the bias"
+
+
+def test_moe_compiles_once():
+    """The readable path under compile in float32: changing routing, no recompile."""
+    moe = make_moe()
+    torch._dynamo.reset()
+    f = torch.compile(moe, backend="aot_eager", fullgraph=True)
+    f(torch.randn(1, 16, 32)).sum().backward()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        x = torch.randn(1, 16, 32) * 10
+        y = f(x)
+    torch.testing.assert_close(y, moe(x), rtol=0, atol=1e-4)
+    torch._dynamo.reset()
+
+
+def test_moe_active_parameters():
+    lm = LM(tiny(n_expert=8, n_expert_active=2, expert_inner=16, shared_inner=16))
+    expert = 3 * 32 * 16
+    assert lm.num_params() - lm.active_params() == 2 * 6 * expert and lm.active_params(False) == lm.num_params(False) - 2 * 6 * expert
+    assert lm.flops_per_token() < LM(tiny(n_expert=8, n_expert_active=4, expert_inner=16)).flops_per_token()
+
+
+@pytest.mark.parametrize("bad", [dict(n_expert_active=9), dict(n_expert_group=3), dict(n_expert_group=4, n_expert_group_active=5),
+                                 dict(router="top")])
+def test_moe_refuses(bad):
+    with pytest.raises(ValueError, match="n_expert|router"):
+        make_moe(**bad)
+
+
+@pytest.mark.parametrize("peer", ("deepseek", "qwen"))
+def test_moe_parity_with_transformers(peer):
+    """The same weights in transformers' layer: the same output."""
+    tf = pytest.importorskip("transformers")
+    base = dict(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_experts_per_tok=2, moe_intermediate_size=16)
+    if peer == "deepseek":
+        theirs = tf.DeepseekV3ForCausalLM(tf.DeepseekV3Config(**base, intermediate_size=64, num_key_value_heads=4, n_routed_experts=8, n_group=4, topk_group=2, q_lora_rank=16,
+                                                              kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, first_k_dense_replace=0)).model.layers[0].mlp
+        ours = make_moe(**MOES["groups"], router_scale=theirs.gate.config.routed_scaling_factor if hasattr(theirs.gate, "config") else 2.5, shared_inner=16)
+        shared, gate = theirs.shared_experts, None
+        theirs.gate.e_score_correction_bias.copy_(ours.bias.normal_())
+    else:
+        theirs = tf.Qwen3NextForCausalLM(tf.Qwen3NextConfig(**base, intermediate_size=64, num_key_value_heads=2, head_dim=8, linear_key_head_dim=8, linear_value_head_dim=8,
+                                                            linear_num_key_heads=2, linear_num_value_heads=4, num_experts=8, shared_expert_intermediate_size=16)).model.layers[0].mlp
+        ours = make_moe(**MOES["softmax"])
+        shared, gate = theirs.shared_expert, theirs.shared_expert_gate
+    with torch.no_grad():
+        theirs.gate.weight.copy_(ours.router.weight)
+        theirs.experts.gate_up_proj.copy_(ours.expert_up.transpose(1, 2))
+        theirs.experts.down_proj.copy_(ours.expert_down.transpose(1, 2))
+        shared.gate_proj.weight.copy_(ours.shared.up_proj.weight[:16])
+        shared.up_proj.weight.copy_(ours.shared.up_proj.weight[16:])
+        shared.down_proj.weight.copy_(ours.shared.down_proj.weight)
+        if gate is not None:
+            gate.weight.copy_(ours.shared_gate.weight)
+        x = torch.randn(2, 7, 32)
+        y = theirs(x)
+        torch.testing.assert_close(ours(x), y[0] if isinstance(y, tuple) else y, rtol=0, atol=1e-5)
+
+# ---------------------------------------------------------------------------------------------------------------------
 # diffusion.py
 
 class DiffTable:
