@@ -2,6 +2,7 @@
 
     crossover   the main one: AR against masked diffusion on the same few unique tokens, for many epochs
     train       training speed and memory, also beside a nanoGPT checkout
+    moe         mixture of experts: speed against dense, load with and without balancing, experts and topics
 
 Numbers go to results/NAME.json with command, versions, device and seed, pictures to results/NAME.png. The tables and
 pictures of the README come from there.
@@ -26,7 +27,7 @@ import torch
 import diffusion
 import prepare
 import train
-from model import LM, PRESETS, ModelConfig, override
+from model import LM, MLP, PRESETS, ModelConfig, MoE, override
 
 HERE = Path(__file__).resolve().parent
 
@@ -371,6 +372,122 @@ def bench_train(args):
            clock="wall" if device.startswith("cuda") else "process CPU time")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# moe: speed, balance, topics
+
+def seconds_of(step, device, repeat):
+    """Smallest time of a call: wall on a GPU, CPU time elsewhere (robust on a busy machine)."""
+    cuda, best = device.startswith("cuda"), math.inf
+    for _ in range(repeat):
+        if cuda:
+            torch.cuda.synchronize()
+        tic = time.perf_counter() if cuda else time.process_time()
+        step()
+        if cuda:
+            torch.cuda.synchronize()
+        best = min(best, (time.perf_counter() if cuda else time.process_time()) - tic)
+    return best
+
+
+def moe_speed(device, repeat):
+    """Tokens/s of the MoE layer against a dense MLP with the same active parameters, forward and backward."""
+    cuda = device.startswith("cuda")
+    dtype, C, inner, tokens = (torch.bfloat16, 2048, 8192, 32768) if cuda else (torch.float32, 384, 1024, 4096)
+    rows = []
+    for E, k in ((64, 8), (128, 8)) if cuda else ((8, 2), (32, 4), (128, 8)):
+        config = ModelConfig(n_embd=C, n_inner=inner, n_expert=E, n_expert_active=k, expert_inner=inner // k)
+        moe, mlp = MoE(config).to(device, dtype), MLP(config).to(device, dtype)
+        for p in (*moe.parameters(), *mlp.parameters()):
+            torch.nn.init.normal_(p, std=0.02)
+        x = torch.randn(1, tokens, C, device=device, dtype=dtype, requires_grad=True)
+
+        def step(f):
+            moe.zero_grad()
+            mlp.zero_grad()
+            x.grad = None
+            (f() * 1.1).sum().backward()
+        calls = [torch.compile(f, dynamic=False) if cuda else f for f in (lambda: mlp(x), lambda: moe(x), lambda: moe.route(x.view(-1, C))[0])]
+        times = [[], [], []]
+        for _ in range(repeat + 2):                                                    # alternating: the machine's mood is shared
+            for t, f in zip(times, calls):
+                t.append(seconds_of(lambda: step(f), device, 1))
+        dense, sparse, route = (min(t[2:]) for t in times)
+        rows.append({"what": "speed", "experts": E, "active": k, "width": C, "tokens": tokens, "dense_tok_per_s": tokens / dense,
+                     "moe_tok_per_s": tokens / sparse, "ratio": dense / sparse, "routing_share": route / sparse})
+    return rows
+
+
+def skew_routers(out, windows):
+    """Rewrite a fresh checkpoint so that the first k experts of every layer are everyone's first choice."""
+    lm, state = train.load_model(out, "last")
+    for i, m in enumerate(lm.moes()):
+        seen = []
+        hook = m.register_forward_pre_hook(lambda _, args: seen.append(args[0].mean(dim=(0, 1))))
+        with torch.no_grad():
+            lm(windows)
+        hook.remove()
+        state["model"][next(n for n, mod in lm.named_modules() if mod is m) + ".router.weight"][:m.k] += 2.0 * seen[0] / seen[0].square().sum()
+    train.save_atomic(state, Path(out) / "ckpt_last.pt")
+
+
+def topics(lm, corpora, rows=64):
+    """Share of each expert in each layer by corpus, and the mutual information of expert and corpus in bits."""
+    out = []
+    for x in corpora.values():
+        loads = []
+        hooks = [m.register_forward_hook(lambda m, args, y: loads.append(torch.zeros(m.E).scatter_add_(
+            0, m.route(args[0].flatten(0, 1))[1].flatten(), torch.ones(args[0].shape[0] * args[0].shape[1] * m.k)))) for m in lm.moes()]
+        with torch.no_grad():
+            lm(x[:rows])
+        for h in hooks:
+            h.remove()
+        out.append(torch.stack(loads) / torch.stack(loads).sum(dim=1, keepdim=True))   # (layers, E)
+    p = torch.stack(out)                                                               # (corpora, layers, E), equal weights
+    mean = p.mean(dim=0)
+    information = (p * (p / mean.clamp(min=1e-9)).clamp(min=1e-9).log2()).sum(dim=-1).mean(dim=0)
+    return p, information.tolist()
+
+
+def bench_moe(args):
+    """Mixture of experts: speed against dense, load with and without the bias rule, experts and topics."""
+    device = train.pick_device(args.device)
+    torch.set_num_threads(args.threads)
+    rows = moe_speed(device, args.repeat)
+    table(rows, [c for c in rows[0] if c != "what"])
+    for name in ("docs-byte", "pysrc-byte"):
+        if not (Path("data") / name / "meta.json").exists():
+            prepare.prepare(name.split("-")[0], name=name, tokenizer="byte")
+    windows = {n: train.fixed_windows(prepare.load_dataset(Path("data") / n)[1], 64, 256) for n in ("docs-byte", "pysrc-byte")}
+    series = {}
+    for label, step in (("bias rule", 1e-3), ("no balancing", 0.0)):
+        out = Path(args.out) / label.replace(" ", "-")
+        flags = dict(dataset="docs-byte", n_layer=2, n_head=4, n_embd=64, block_size=64, batch_tokens=1024, log_every=100, eval_every=0,
+                     max_steps=args.steps, save_every=500, schedule="constant", device=device, out=str(out),
+                     set=["n_expert=32", "n_expert_active=4", "expert_inner=64", f"router_bias_step={step}"])
+        if not (out / "ckpt_last.pt").exists():
+            train.train({**flags, "max_steps": 1, "log_every": 1}, log=lambda *_: None)
+            (out / "metrics.jsonl").unlink()                                           # the run starts now, from a skewed router
+            skew_routers(out, windows["docs-byte"][:16])
+        result = train.train({**flags, "resume": "auto"}, log=lambda line: print(f"[{label}] {line}"))
+        if result["stopped"]:
+            return 130
+        log = [r for r in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if r["kind"] == "train"]
+        worst = [max(r["load_ratio"]) for r in log]
+        series[label] = ([r["step"] for r in log], worst, {})
+        p, information = topics(result["lm"].eval().cpu(), windows)
+        rows.append({"what": "balance", "router": label, "steps": args.steps, "first_load_ratio": worst[0], "last_load_ratio": worst[-1],
+                     "dead_experts": max(log[-1]["dead_experts"]), "bias_range": max(log[-1]["bias_range"]), "val_loss": result["best"],
+                     "bits_of_expert_about_corpus": information})
+        if label == "bias rule":
+            order = (p[0, -1] - p[1, -1]).argsort(descending=True)
+            plot("moe_topics", {n: (range(32), (32 * p[i, -1, order]).tolist(), dict(marker="o", ms=3)) for i, n in enumerate(windows)},
+                 "expert of the last layer, sorted by preference", "load / mean load",
+                 f"experts and topics: {information[-1]:.3f} bits of mutual information", args.results, xlog=False)
+    table(rows[-2:], ["router", "steps", "first_load_ratio", "last_load_ratio", "dead_experts", "bias_range", "val_loss"])
+    plot("moe_load", series, "step", "largest / mean load, worst layer", "32 experts, top 4, from a skewed router", args.results, xlog=False, ylog=True)
+    record(args.name or f"moe_{torch.device(device).type}", rows, device, args.results, seed=1337, threads=args.threads)
+
+
 def main(argv=None):
     parser = prepare.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=prepare.Parser)
@@ -401,6 +518,8 @@ def main(argv=None):
             compile=(str, "auto", "auto (on cuda) | on | off"), dtype=(str, "auto", "auto (bfloat16 on cuda) | float32"),
             optimizer=(str, "adamw", "adamw | muon"), objectives=(str, "ar,mdm", "which of ours"), objective=(str, "ar", argparse.SUPPRESS),
             vs=(str, None, "folder of a nanoGPT checkout to run beside"), child=(bool, None, argparse.SUPPRESS), peer=(str, None, argparse.SUPPRESS))
+    command("moe", bench_moe, device=(str, "auto", "auto | cuda | cpu"), threads=(int, 1, "CPU threads"), repeat=(int, 12, "timed calls"),
+            steps=(int, 2000, "of the balance run"), out=(str, "out/moe", "folder of its two runs"))
     try:
         args = parser.parse_args(argv)
         return args.run(args) or 0
