@@ -450,6 +450,8 @@ def train(given, log=print):
         if cuda and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"])
         step, seconds, best = state["step"], state["seconds"], state["best"]
+        if state["data"] != meta["train_sha256"]:
+            raise ValueError(f"{folder} holds other tokens than the ones this run began with: prepare the same text, or start a new run")
         if step > total:
             raise ValueError(f"the checkpoint is at step {step}, beyond the {total} steps asked for: raise --max_steps or --epochs")
 
@@ -542,7 +544,7 @@ def train(given, log=print):
     def save(which="last"):
         if rank == 0:
             save_atomic({"version": 1, "model": lm.state_dict(), "config": dataclasses.asdict(config), "flags": flags,
-                         "optimizers": [o.state_dict() for o in optimizers], "step": step, "seconds": seconds, "best": best,
+                         "optimizers": [o.state_dict() for o in optimizers], "step": step, "seconds": seconds, "best": best, "data": meta["train_sha256"],
                          "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state() if cuda else None},
                         out / f"ckpt_{which}.pt")
 
@@ -554,16 +556,24 @@ def train(given, log=print):
                 f.write(json.dumps(row) + "\n")
         return row
 
-    stop, late = [], False
-    handlers = {}
+    stop, handlers = [], {}
+
+    def leaving():
+        """0: go on, 1: time is up, 2: a signal came. Processes decide together, at log steps, or one would wait for ever."""
+        flag = torch.tensor(2 if stop else int(bool(flags["max_minutes"]) and seconds >= 60 * flags["max_minutes"]), device=device)
+        if world > 1:
+            if step % flags["log_every"]:
+                return 0
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+        return int(flag)
+
     with contextlib.suppress(ValueError):                                              # not in the main thread: leave them
         handlers = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-    saved, pending, began, spent = step if state else None, [], time.perf_counter(), seconds
+    saved, pending, leave, first = step if state else None, [], leaving(), step
     line_step, line_seconds, loads = step, seconds, [torch.zeros_like(m.count) for m in lm.moes()]
     try:
         while True:
-            late = flags["max_minutes"] and seconds >= 60 * flags["max_minutes"]
-            if (step in evals or late) and step not in [r["step"] for r in eval_log]:
+            if (step in evals or leave == 1) and step not in [r["step"] for r in eval_log]:
                 save()                                                                 # first: evaluation may run out of memory
                 t0, saved = time.perf_counter(), step
                 with autocast:
@@ -577,7 +587,7 @@ def train(given, log=print):
                 if row["loss"] < best:
                     best = row["loss"]
                     save("best")
-            if stop or step >= total or late:
+            if leave or step >= total:
                 break
             tic = time.perf_counter()
             losses = gradients(step)
@@ -591,8 +601,10 @@ def train(given, log=print):
                 o.zero_grad(set_to_none=True)
             step += 1
             pending.append(losses)
-            seconds += time.perf_counter() - tic
-            if step % flags["log_every"] == 0 or step in evals or step == total or step % flags["save_every"] == 0 or stop:
+            if not (compiled and step == first + 1):                                   # the clock leaves out compilation
+                seconds += time.perf_counter() - tic
+            leave = leaving()
+            if step % flags["log_every"] == 0 or step in evals or step == total or step % flags["save_every"] == 0 or leave:
                 tic = time.perf_counter()
                 recent = torch.stack(pending).tolist()                                 # (steps, 2): the only wait for the device
                 seconds += time.perf_counter() - tic
@@ -631,10 +643,10 @@ def train(given, log=print):
             torch.distributed.destroy_process_group()
     finished = step >= total
     if not finished:
-        why = "interrupted" if stop else "time is up"
+        why = "interrupted" if leave == 2 else "time is up"
         log(f"{why} at step {step} of {total}: saved. Go on with: python train.py --resume auto --out {out}"
-            + (" --max_minutes ..." if not stop else ""))
-    return {"out": str(out), "step": step, "finished": finished, "stopped": bool(stop), "evals": eval_log, "best": best,
+            + (" --max_minutes ..." if leave == 1 else ""))
+    return {"out": str(out), "step": step, "finished": finished, "stopped": leave == 2, "evals": eval_log, "best": best,
             "seconds": seconds, "params": lm.num_params(), "flags": flags, "lm": lm, "tokenizer": tokenizer}
 
 
