@@ -2,17 +2,22 @@
 
 By equivalence and by definition: enumeration, float64 oracles, cached against recomputed, peers against ours.
 """
-import dataclasses
+import bz2
+import collections
+import gzip
+import hashlib
 import itertools
 import json
+import lzma
 import math
 import multiprocessing
 import os
+import random
 import re
 import signal
+import subprocess
 import sys
-import threading
-import time
+import zipfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -222,7 +227,7 @@ def test_full_refuses(bad, message):
         ATTENTION["full"](tiny(**bad))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", {name: case for case, (name, _) in CASES.items()}.values())   # the last case of each layer
 def test_layer_compiles_to_one_graph(case):
     layer, x = make_layer(case), torch.randn(1, 33, 32)
     for causal in (True, False):
@@ -1164,6 +1169,404 @@ def test_help_lists_at_most_45_flags(capsys):
         train.main(["--help"])
     text = capsys.readouterr().out
     assert len(train.DEFAULTS) <= 45 and all(f"--{name}" in text for name in train.DEFAULTS)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# prepare.py
+
+PREP_TEXT = ("The cat sat on the mat, and the dog didn't; it's 1984 now.\n\n  Indented  text,\ttabs,   runs of spaces\n"
+             "Zoë's naïve café cost 5€ — 日本語 and 🙂 too. <|endoftext|> inside a line is text.\n") * 6
+
+
+def prep_bpe(n=300, text=PREP_TEXT):
+    return prepare.learn_bpe([(text, True, 1)], n)
+
+
+def prep_documents(stream):
+    """A stream as whole documents."""
+    out, held = [], ""
+    for text, last, done in stream:
+        assert 0 <= done <= 1
+        held += text
+        if last:
+            out, held = out + [held], ""
+    assert not held
+    return out
+
+
+def prep_make(tmp_path, *flags, text=PREP_TEXT):
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    return prepare.main(["--text", str(tmp_path / "a.txt"), "--out_dir", str(tmp_path / "data"), *flags])
+
+
+# Tokenizers
+
+def prep_naive_bpe(words, n_vocab):
+    """By definition: count all pairs afresh before each merge."""
+    words, ranks = {w: [bytes([b]) for b in w] for w in words}, {bytes([b]): b for b in range(256)}
+    freqs = dict(PREP_WORDS)
+    while len(ranks) < n_vocab - 1:
+        count = collections.Counter()
+        for w, parts in words.items():
+            for a, b in zip(parts, parts[1:]):
+                count[a + b] += freqs[w]
+        best = min(count, key=lambda pair: (-count[pair], pair), default=None)
+        if best is None or count[best] < 2:
+            break
+        ranks.setdefault(best, len(ranks))
+        for parts in words.values():
+            j = 0
+            while j < len(parts) - 1:
+                if parts[j] + parts[j + 1] == best:
+                    parts[j:j + 2] = [best]
+                j += 1
+    return ranks
+
+
+prep_rng = random.Random(1)
+PREP_WORDS = collections.Counter(
+    "".join(prep_rng.choice("aabc") for _ in range(prep_rng.randint(1, 9))).encode() for _ in range(400))
+
+
+@pytest.mark.parametrize("n_vocab", [258, 300, 5000])
+def test_bpe_is_the_definition(n_vocab):
+    assert prepare.train_bpe(PREP_WORDS, n_vocab) == prep_naive_bpe(PREP_WORDS, n_vocab)
+
+
+def test_bpe_encodes_as_tiktoken_and_merges_by_rank():
+    tok = prep_bpe()
+    assert tok.n_vocab == len(tok.vocab) == len(tok.ranks) + 1 == 300 and tok.eot == 299
+    for word in (" the", "didn", "日本語", "zzzz"):
+        parts = [bytes([b]) for b in word.encode()]
+        while True:         # the definition of encoding: join the neighbours of lowest rank, leftmost first
+            ranks = [tok.ranks.get(a + b, 1 << 30) for a, b in zip(parts, parts[1:])]
+            if not ranks or min(ranks) == 1 << 30:
+                break
+            i = ranks.index(min(ranks))
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        if len(prep_regex(word)) == 1:
+            assert tok.encode(word) == [tok.ranks[p] for p in parts]
+    assert len(tok.encode(PREP_TEXT)) < 0.7 * len(PREP_TEXT.encode())
+
+
+def prep_regex(text):
+    import regex
+    return regex.findall(prepare.PATTERN, text)
+
+
+def test_split_pattern_is_gpt2s():
+    old = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""        # as OpenAI wrote it
+    import regex
+    assert prep_regex(PREP_TEXT) == regex.findall(old, PREP_TEXT) and "".join(prep_regex(PREP_TEXT)) == PREP_TEXT
+
+
+@pytest.mark.parametrize("make", [lambda: prepare.Tokenizer("byte"), prep_bpe], ids=["byte", "bpe"])
+def test_tokenizer_round_trip(make):
+    tok = make()
+    ids = tok.encode(PREP_TEXT)
+    assert tok.decode(ids) == PREP_TEXT and max(ids) < tok.eot == tok.n_vocab - 1
+    assert tok.token_bytes[ids].sum() == len(PREP_TEXT.encode()) and tok.token_bytes[tok.eot] == 0
+    assert tok.decode([*tok.encode("a"), tok.eot, *tok.encode("b")]) == "a<|endoftext|>b"
+    assert tok.decode(tok.encode("é")[:1] if tok.ranks is None else [0xc3]) == "\ufffd"
+    if tok.bpe:
+        assert tok.bpe.decode(ids) == PREP_TEXT and tok.bpe.n_vocab == tok.n_vocab
+        assert all(tok.bpe.decode_single_token_bytes(i) == tok.vocab[i] for i in range(tok.eot))
+
+
+# Streams
+
+def test_read_text_formats(tmp_path):
+    documents = ["one\ntwo <|endoftext|> not alone\n", "Zoë\n\n\n", "three"]
+    marked = "<|endoftext|>\n".join(documents).encode()
+    lines = "".join(json.dumps({"text": d, "id": i}) + "\n" for i, d in enumerate(documents)).encode()
+    for name, raw in [("a.txt", marked), ("a.txt.gz", gzip.compress(marked)), ("a.txt.bz2", bz2.compress(marked)),
+                      ("a.txt.xz", lzma.compress(marked)), ("a.jsonl", lines), ("a.json.gz", gzip.compress(lines)),
+                      ("bom.txt", b"\xef\xbb\xbf" + marked + b"\n<|endoftext|>\n\n<|endoftext|>\n")]:
+        (tmp_path / name).write_bytes(raw)
+        expected = documents[:2] + ["three\n"] if name == "bom.txt" else documents
+        assert prep_documents(prepare.read_text([tmp_path / name])) == expected, name
+    (tmp_path / "half.jsonl").write_text('{"text": "half \\ud83d a pair"}')
+    assert prep_documents(prepare.read_text([tmp_path / "half.jsonl"])) == ["half ? a pair"]
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as z:
+        z.writestr("a", marked)
+    assert prep_documents(prepare.read_text([tmp_path / "a.zip", tmp_path / "a.txt"])) == documents * 2
+
+
+@pytest.mark.parametrize("text", [PREP_TEXT * 3, "and the cat sat on the mat " * 40, "x" * 500 + " \n \n" * 50 + "y" * 500, " a" * 400])
+def test_pieces_change_no_token(tmp_path, monkeypatch, text):
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(prepare, "PIECE", 64)
+    pieces = list(prepare.read_text([tmp_path / "a.txt"]))
+    tok = prep_bpe()
+    assert len(pieces) > 5 and [last for _, last, _ in pieces] == [False] * (len(pieces) - 1) + [True]
+    assert [i for piece, _, _ in pieces for i in tok.encode(piece)] == tok.encode(text)
+
+
+@pytest.mark.parametrize("name, raw", [
+    ("a.txt", b"good\n" * 9 + b"\xff bad"), ("a.txt.gz", gzip.compress(b"x" * 9999)[:-9]), ("b.txt.bz2", b"no bz2"),
+    ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n'), ("b.jsonl", b'{"text": "x"}\n[1]'), ("c.jsonl", b'{"text": 3}')])
+def test_damaged_text_names_the_file(tmp_path, capsys, name, raw):
+    (tmp_path / name).write_bytes(raw)
+    assert prepare.main(["--text", str(tmp_path / name), "--out_dir", str(tmp_path / "data")]) == 2
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert name in err and ("line 2" in err or name not in ("a.jsonl", "b.jsonl"))
+    assert not list((tmp_path / "data").iterdir())
+
+
+@pytest.mark.parametrize("cut", [0, 1, 10, 121, 122, 123, 5000])
+def test_cut_bytes_divides_the_text(cut):
+    stream = [("Zoë and 日本語", False, 0.1), (" go on.\n" * 12, True, 0.5), ("Next 🙂", True, 1.0)]
+    whole = "".join(text for text, _, _ in stream)
+    train, val = list(prepare.cut_bytes(stream, 0, cut)), list(prepare.cut_bytes(stream, cut, 1 << 40))
+    parts = ["".join(text for text, _, _ in part) for part in (train, val)]
+    assert parts[0] + parts[1] == whole and cut - 3 <= len(parts[0].encode()) <= cut or cut == 5000
+    assert all(not part or part[-1][1] for part in (train, val))            # both end at the end of a document
+
+
+def test_corruption():
+    words, lost = [chr(0x4e00 + i) + "ab" for i in range(4000)], {}
+    damage = lambda rate, seed: list(prepare.corrupt_stream([(" ".join(words), True, 1)], rate, seed))
+    for rate in (0.0, 0.1, 0.5, 1.0):
+        [(out, last, _)] = damage(rate, 3)
+        assert [(out, last, 1)] == damage(rate, 3) and last
+        lost[rate] = set(words) - set(out.split(" "))                       # dropped, or its letters changed
+        assert abs(len(lost[rate]) / len(words) - rate * 2 / 3) < 0.05
+    assert damage(0.0, 3)[0][0] == " ".join(words) and damage(0.1, 4) != damage(0.1, 5)
+    assert lost[0.1] < lost[0.5] < lost[1.0]                                # the damage of a lower rate is in a higher
+
+
+# Python documentation
+
+def prep_roots(tmp_path, monkeypatch):
+    """Twenty small modules, each with its own English docstring, code and junk; some things come in two modules."""
+    root = tmp_path / "lib"
+    (root / "tests").mkdir(parents=True)
+    rng = random.Random(0)
+    nouns = ["".join(rng.choices("abcdefghijklmnop", k=6)) for _ in range(3000)]
+    form = "the %s of a %s is in the %s and it can be used for that %s."
+    prose = lambda n: " ".join(form % tuple(rng.choices(nouns, k=4)) for _ in range(n))
+    shared = "Copied into every module, this is the one paragraph that is the same in all of them. " + prose(3)
+    for i in range(20):
+        (root / f"m{i}.py").write_text(f'''r"""{prose(5)}
+
+{shared}
+
+    >>> a of the in is it to be or not
+
+    x = 1; y = 2 ** 3 + foo(bar)
+
+{"Wordlist " * 30}
+"""
+def f():
+    """Short."""
+
+def g():
+    """{prose(4)} A :func:`~torch.add` and ``code``.
+
+    Notes
+    -----
+    {prose(2)}
+    """
+
+add_newdoc("m", ("g", """{prose(40)}
+
+{prose(40)}"""))
+''' + "x = 1\n" * 60)
+    (root / "copy.py").write_text((root / "m0.py").read_text())
+    (root / "tests" / "test_m.py").write_text(f'"""A wordlist of the tests. {prose(9)}"""')
+    (root / "broken.py").write_text("def (:\n")
+    (root / "latin.py").write_bytes(b'"""caf\xe9"""')
+    monkeypatch.setattr(prepare, "python_roots", lambda: {"python": Path("none"), "numpy": root})
+
+
+def test_docs(tmp_path, monkeypatch, capsys):
+    prep_roots(tmp_path, monkeypatch)
+    folders = [prepare.prepare(tokenizer="byte", out_dir=tmp_path / out, val_fraction=0.3) for out in ("one", "two")]
+    train, val, meta = prepare.load_dataset(folders[0])
+    assert folders[0].name == "docs-byte" and meta == prepare.load_dataset(folders[1])[2]             # the same every time
+    text = [prepare.load_tokenizer(folders[0]).decode(ids).split(prepare.EOT)[:-1] for ids in (train, val)]
+    assert len(text[0]) == meta["train_documents"] and len(text[1]) == meta["val_documents"] > 1
+    joined = "\n".join(text[0] + text[1])
+    assert joined.count("Copied into") == 1 and not any(junk in joined for junk in (">>>", "foo(bar)", "---", "\n\n", "ordlist"))
+    assert "A torch.add and code." in joined and "\nNotes: the " in joined and "Short." not in joined
+    assert all(200 <= len(t) < 8500 for part in text for t in part) and len({*text[0], *text[1]}) == len(sum(text, []))
+    order = [hashlib.sha1(t.encode()).digest() for t in text[0]]
+    assert order == sorted(order)
+    assert f"{meta['dropped_overlap']} of" in capsys.readouterr().err
+    code = prepare.prepare("pysrc", tokenizer="byte", out_dir=tmp_path / "one", val_fraction=0.3)
+    assert "add_newdoc(" in prepare.load_tokenizer(code).decode(prepare.load_dataset(code)[0])
+
+
+def test_split_by_module():
+    documents = [(f"m{i}", f"text {i} {j}") for j in range(3) for i in range(200)] + [(f"m{i}", "copy") for i in range(200)]
+    train, val = prepare.split_modules(documents, 0.2)
+    modules = [{text.split()[1] for text in part if text != "copy"} for part in (train, val)]
+    assert not modules[0] & modules[1] and 20 < len(modules[1]) < 60 and len(train + val) == 601
+
+
+def test_overlap_is_dropped():
+    words = [f"w{i}" for i in range(60)]
+    train = [" ".join(words[:30]), " ".join(words[40:])]
+    val = [" ".join(["x", *words[10:22], "y"]), " ".join(["x", *words[10:23], "y"]), "Short one.",
+           "; ".join(words[5:18]).upper(), " ".join(words[25:45])]
+    assert prepare.drop_overlap(train, val) == [val[0], val[2], val[4]]           # 12 common words pass, 13 do not
+
+
+def test_default_roots_hold_the_promised_packages():
+    roots = prepare.python_roots()
+    assert list(roots)[:3] == ["python", "numpy", "torch"] and {"sympy", "networkx", "mpmath"} <= set(roots)
+    assert all(path.exists() for path in roots.values()) and (roots["python"] / "pydoc_data" / "topics.py").exists()
+    seen = set()
+    topics = list(prepare.documentation((roots["python"] / "pydoc_data" / "topics.py").read_text(), seen))
+    assert sum(map(len, topics)) > 200_000 and max(map(len, topics)) < 10_000
+
+
+# Datasets
+
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe:300"])
+def test_prepare_own_text(tmp_path, capsys, tokenizer):
+    text = PREP_TEXT + prepare.EOT + "\n" + PREP_TEXT.upper()
+    assert prep_make(tmp_path, "--tokenizer", tokenizer, "--name", "mine", text=text) == 0
+    folder = tmp_path / "data" / "mine"
+    train, val, meta = prepare.load_dataset(folder)
+    tok = prepare.load_tokenizer(folder / "meta.json")
+    assert (meta["vocab_size"], meta["tokenizer"]) == (tok.n_vocab, tokenizer) and train.dtype == np.uint16
+    got = tok.decode(train).rsplit(prepare.EOT, 1)[0] + tok.decode(val)           # the last document is divided
+    assert got == PREP_TEXT + prepare.EOT + PREP_TEXT.upper() + prepare.EOT
+    assert (meta["train_documents"], meta["val_documents"]) == (2, 1) and train[-1] == val[-1] == tok.eot
+    for split, ids in (("train", train), ("val", val)):
+        assert meta[f"{split}_tokens"] == len(ids) and meta[f"{split}_bytes"] == tok.token_bytes[ids].sum()
+        assert meta[f"{split}_sha256"] == hashlib.sha256((folder / f"{split}.bin").read_bytes()).hexdigest()
+    assert meta["val_bytes"] == pytest.approx(0.1 * 2 * len(PREP_TEXT.encode()), abs=4)
+    assert {"python", "numpy", "torch"} <= set(meta["versions"])
+    before = {f.name: f.stat().st_mtime_ns for f in folder.iterdir()}
+    capsys.readouterr()
+    assert prep_make(tmp_path, "--tokenizer", tokenizer, "--name", "mine", text=text) == 0      # nothing to do
+    assert prep_make(tmp_path, "--tokenizer", "bpe:280", "--name", "mine", text=text) == 2      # nothing overwritten
+    assert "--name" in capsys.readouterr().err and before == {f.name: f.stat().st_mtime_ns for f in folder.iterdir()}
+
+
+def test_prepare_options(tmp_path):
+    (tmp_path / "v.txt").write_text("validation text\n")
+    (tmp_path / "b.txt").write_text("qx " * 300)
+    base = ["--val", str(tmp_path / "v.txt"), "--tokenizer"]
+    assert prep_make(tmp_path, *base, "bpe:260", "--name", "a", "--bpe_text", str(tmp_path / "b.txt")) == 0
+    assert prepare.load_tokenizer(tmp_path / "data" / "a").vocab[256:-1] == [b"qx", b" qx"]                # learnt from b.txt
+    assert prep_make(tmp_path, *base, str(tmp_path / "data" / "a"), "--name", "c", "--max_tokens", "50") == 0
+    train, val, meta = prepare.load_dataset(tmp_path / "data" / "c")
+    tok = prepare.load_tokenizer(tmp_path / "data" / "c")
+    assert len(train) == 50 == meta["train_tokens"] and tok.ranks == prepare.load_tokenizer(tmp_path / "data" / "a").ranks
+    assert tok.decode(val) == "validation text\n" + prepare.EOT
+    assert prep_make(tmp_path, *base, "bpe:300", "--name", "clean") == 0 == prep_make(
+        tmp_path, *base, "bpe:300", "--name", "dirty", "--corrupt", "0.5")
+    (clean, v1, _), (dirty, v2, meta) = (prepare.load_dataset(tmp_path / "data" / n) for n in ("clean", "dirty"))
+    assert np.array_equal(v1, v2) and not np.array_equal(clean[:99], dirty[:99]) and meta["corrupt"] == 0.5
+    assert prepare.load_tokenizer(tmp_path / "data" / "clean").ranks == prepare.load_tokenizer(tmp_path / "data" / "dirty").ranks
+
+
+def test_never_half_a_dataset(tmp_path, monkeypatch):
+    write = prepare.write_bin
+    monkeypatch.setattr(prepare, "write_bin", lambda path, *rest: 1 / 0 if path.name == "val.bin" else write(path, *rest))
+    with pytest.raises(ZeroDivisionError):
+        prep_make(tmp_path, "--tokenizer", "byte")
+    assert not list((tmp_path / "data").iterdir())
+
+
+def test_byte_needs_no_tiktoken(tmp_path):
+    (tmp_path / "a.txt").write_text(PREP_TEXT)
+    code = ("import sys; sys.modules['tiktoken'] = None; import prepare\n"
+            f"f = prepare.prepare(text=['{tmp_path}/a.txt'], tokenizer='byte', out_dir='{tmp_path}/d')\n"
+            "t, v, m = prepare.load_dataset(f); assert len(t) + len(v) > 100 and 'torch' not in sys.modules\n"
+            "assert prepare.load_tokenizer(f).decode(t[:3]) == 'The'")
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(prepare.__file__).parent)
+
+
+def test_load_bin_forms(tmp_path):
+    ids = np.arange(3000)
+    for magic, dtype in prepare.HEADERS.items():
+        header = np.zeros(256, np.int32)
+        header[:3] = magic, 1, len(ids)
+        (tmp_path / "h.bin").write_bytes(header.tobytes() + ids.astype(dtype).tobytes())
+        loaded = prepare.load_bin(tmp_path / "h.bin")
+        assert loaded.dtype == dtype and np.array_equal(loaded, ids)
+        (tmp_path / "h.bin").write_bytes(header.tobytes() + ids.astype(dtype).tobytes()[:-200])
+        with pytest.raises(ValueError, match="h.bin.*3000"):
+            prepare.load_bin(tmp_path / "h.bin")
+    ids.astype(np.uint16).tofile(tmp_path / "raw.bin")
+    assert np.array_equal(prepare.load_bin(tmp_path / "raw.bin"), ids)
+    for raw in (b"", b"abc"):
+        (tmp_path / "raw.bin").write_bytes(raw)
+        with pytest.raises(ValueError, match="raw.bin is damaged"):
+            prepare.load_bin(tmp_path / "raw.bin")
+
+
+def test_damaged_datasets(tmp_path):
+    assert prep_make(tmp_path, "--tokenizer", "byte", "--name", "d") == 0
+    folder = tmp_path / "data" / "d"
+    with pytest.raises(ValueError, match="prepare.py --text FILE --name e.*d"):
+        prepare.load_dataset(tmp_path / "data" / "e")
+    with pytest.raises(ValueError, match="prepare.py --dataset docs"):
+        prepare.load_dataset(tmp_path / "data" / "docs")
+    raw = (folder / "train.bin").read_bytes()
+    for damaged, message in [(raw[:-2], "train.bin"), (raw[:-1], "train.bin"), (raw[:-2] + b"\1\1", "257.*257")]:
+        (folder / "train.bin").write_bytes(damaged)
+        with pytest.raises(ValueError, match=message):
+            prepare.load_dataset(folder)
+    (folder / "meta.json").write_text("{")
+    with pytest.raises(ValueError, match="meta.json"):
+        prepare.load_dataset(folder)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--toknizer", "byte"], "mean --tokenizer"), (["--tok=byte"], "mean --tokenizer"), (["--dataset", "dox"], "docs"), (["--tokenizer", "gpt5"], "gpt2"),
+    (["--tokenizer", "bpe:12"], "bpe:N"), (["--corrupt", "1.5"], "1.5"), (["--val_fraction", "0"], "val_fraction"),
+    (["--val_fraction", "x"], "float"), (["--val", "a.txt"], "--text"), (["--text", "no.txt"], "no.txt"),
+    (["--max_tokens", "0"], "max_tokens"), (["--name", "a/b"], "out_dir"),
+    (["--dataset", "fineweb10B", "--tokenizer", "byte"], "gpt2"), (["--text", "/dev/null"], "/dev/null"),
+    (["--text", __file__, "--out_dir", __file__, "--tokenizer", "byte"], "test_")])
+def test_bad_input(tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = prepare.main(flags)
+    except SystemExit as e:
+        status = e.code
+    err = capsys.readouterr().err
+    assert status == 2 and message in err and err.count("\n") == 1 and err.startswith("prepare.py: ")
+
+
+# Downloads, from file:// addresses
+
+def test_download(tmp_path, monkeypatch):
+    source = tmp_path / "there" / "input.txt"
+    source.parent.mkdir()
+    source.write_text(PREP_TEXT)
+    sha = hashlib.sha256(source.read_bytes()).hexdigest()
+    there = source.as_uri()
+    for url, digest, message in [(there + "x", None, "prepare.py --text FILE"), (there, "0" * 64, sha)]:
+        with pytest.raises(ValueError, match=message):
+            prepare.download(url, tmp_path / "raw", digest)
+        assert not list((tmp_path / "raw").iterdir())
+    assert prepare.download(source.as_uri(), tmp_path / "raw", sha).read_text() == PREP_TEXT
+    monkeypatch.setitem(prepare.URLS, "shakespeare", [source.as_uri()])
+    monkeypatch.setitem(prepare.SHA256, "shakespeare", sha)
+    folder = prepare.prepare("shakespeare", tokenizer="byte", out_dir=tmp_path / "data")
+    meta = prepare.load_dataset(folder)[2]
+    assert meta["train_bytes"] + meta["val_bytes"] == len(PREP_TEXT.encode())
+    assert [f.name for f in (tmp_path / "data" / "raw" / "shakespeare").iterdir()] == ["input.txt"]
+
+
+def test_shards(tmp_path, monkeypatch):
+    for split, i in (("val", 0), ("train", 1), ("train", 2)):
+        header = np.zeros(256, np.int32)
+        header[:3] = 20240520, 1, 1000
+        ids = np.r_[256, np.arange(999) % 256] + 0 * i
+        (tmp_path / f"{split}_{i:06d}.bin").write_bytes(header.tobytes() + ids.astype(np.uint16).tobytes())
+    monkeypatch.setitem(prepare.SHARDS, "fineweb10B", (tmp_path.as_uri() + "/{}_{:06d}.bin", 2))
+    monkeypatch.setattr(prepare, "find_tokenizer", lambda spec: prepare.Tokenizer("byte"))         # gpt2 itself is a download
+    folder = prepare.prepare("fineweb10B", out_dir=tmp_path / "data", max_tokens=900)
+    train, val, meta = prepare.load_dataset(folder)
+    assert len(train) == 900 and len(val) == 1000 and meta["val_documents"] == 1
+    assert not (tmp_path / "data" / "raw" / "fineweb10B" / "train_000002.bin").exists()     # not reached, not fetched
+    assert len(prepare.load_dataset(prepare.prepare("fineweb10B", "more", out_dir=tmp_path / "data", max_tokens=1500))[0]) == 1500
 
 # ---------------------------------------------------------------------------------------------------------------------
 # sample.py
