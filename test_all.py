@@ -309,6 +309,19 @@ def test_init_knows_every_parameter(monkeypatch):
     with pytest.raises(ValueError, match="extra"):
         LM(tiny(layers="odd"))
 
+
+def test_readme_layer_works(monkeypatch):
+    """The layer that the README tells readers to write: both directions, counts, gradients."""
+    code = re.search(r"```python\n(.*?)```", Path(__file__).with_name("README.md").read_text(encoding="utf-8"), re.S)[1]
+    monkeypatch.setattr(attention, "ATTENTION", dict(ATTENTION))
+    scope = {}
+    exec(code, scope)
+    monkeypatch.setitem(ATTENTION, "mean", scope["Mean"])
+    lm, x = LM(tiny(layers="mean full")), torch.randint(11, (2, 9))
+    assert torch.equal(lm(x)[:, :5], lm(torch.cat([x[:, :5], x[:, :4]], 1))[:, :5]) and not torch.equal(lm(x), lm(x, causal=False))
+    lm(x).sum().backward()
+    assert lm.flops_per_token() > 0
+
 # ---------------------------------------------------------------------------------------------------------------------
 # model.py: mixture of experts
 
