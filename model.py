@@ -59,6 +59,24 @@ class ModelConfig:
     attn_gate: bool = False
     window: int | None = None       # sliding window, the token itself counted
     sink: bool = False
+    # layers `mla` and `dsa`: None takes DeepSeek-V3's ratio to the head width D
+    q_lora_rank: int | None = None      # None: full-rank queries
+    kv_lora_rank: int | None = None     # None: 4 D
+    qk_nope_head_dim: int | None = None     # None: D
+    qk_rope_head_dim: int | None = None     # None: D / 2
+    v_head_dim: int | None = None       # None: D
+    # sparse layers: None takes the published number, which the layer's docstring names
+    sel_block: int | None = None    # keys per block (nsa, infllm, msa)
+    sel_topk: int | None = None     # blocks read by a query, the forced ones among them (dsa: tokens)
+    sel_init: int | None = None     # forced: the first blocks
+    sel_local: int | None = None    # forced: the blocks up to the query's own
+    sel_tile: int | None = None     # neighbouring queries that share their picks when not causal; None: sel_block
+    cmp_block: int = 32             # nsa, infllm: tokens in a compression window
+    cmp_stride: int = 16            # and between two windows
+    dense_len: int = 8192           # infllm: a query that sees no more tokens reads all of them
+    sel_per_head: bool = False      # infllm: each head picks for itself (MoBA)
+    index_n_head: int | None = None     # dsa: None: n_head / 2
+    index_head_dim: int | None = None   # dsa, msa: None: the head width
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -379,7 +397,7 @@ def init_weights(lm):
     biases                      0
     norms                       1 (their constructor), LayerNorm's bias 0
     expert_up, expert_down      as linear weights and down_proj
-    sink                        0 (its constructor)
+    sink, window_pos            0 (their constructors)
     """
     std, residual = 0.02, 0.02 / (2 * lm.config.n_layer) ** 0.5
     known = {}
@@ -387,7 +405,7 @@ def init_weights(lm):
         for key, p in module.named_parameters(recurse=False):
             if p.is_meta:
                 continue
-            if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or key == "sink":
+            if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or key in ("sink", "window_pos"):
                 pass
             elif isinstance(module, nn.Linear) and key == "bias":
                 nn.init.zeros_(p)

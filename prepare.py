@@ -45,10 +45,15 @@ DATASETS = ["docs", "pysrc", *URLS, *SHARDS]
 HEADERS = {20240520: "uint16", 20240801: "uint32"}      # llm.c, modded-nanogpt: 256 int32; [0] this number, [2] tokens
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):         # "(default: None)" tells nobody anything
+        return action.help if action.default in (None, []) else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse that shows defaults, takes no abbreviations, and answers an unknown flag with the nearest known one."""
     def __init__(self, *args, **kwargs):
-        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        kwargs.setdefault("formatter_class", Help)
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def parse_known_args(self, args=None, namespace=None):
@@ -326,7 +331,7 @@ MARKUP = [(r"\n\s*(\W)\1{2,}\s*$", ":"),         # a heading and the ---- under 
 def english(text):
     """Yields the paragraphs of a docstring that are English prose, each as one line. Examples, code, tables, formulas
     and lists of names go: they have too few of the commonest English words, or too few letters."""
-    for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(text)):
+    for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(text.encode("utf-8", "replace").decode())):
         for old, new in MARKUP:
             paragraph = re.sub(old, new, paragraph, flags=re.M)
         paragraph, words = " ".join(paragraph.split()), re.findall(r"[a-z']+", paragraph.lower())
@@ -370,7 +375,7 @@ def program_text(source):
 def split_modules(documents, fraction):
     """documents: (module, text) pairs -> [train, val], lists of texts without exact duplicates. A module is validation
     as a whole, by its hash. The texts are ordered by their hashes: any first part is a fair sample of all modules."""
-    parts, sha1 = ({}, {}), lambda s: hashlib.sha1(s.encode("utf-8", "replace")).digest()
+    parts, sha1 = ({}, {}), lambda s: hashlib.sha1(s.encode()).digest()
     for module, text in documents:
         if text not in parts[0] and text not in parts[1]:
             parts[int.from_bytes(sha1(module)[:4], "big") < fraction * 2**32][text] = None

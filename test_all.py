@@ -17,6 +17,7 @@ import re
 import signal
 import subprocess
 import sys
+import types
 import zipfile
 from pathlib import Path
 
@@ -33,7 +34,8 @@ import diffusion
 import prepare
 import sample
 import train
-from attention import ATTENTION, Cache, softmax_attention, top_k, visible
+from attention import (ATTENTION, block_sparse_attention, compressed_scores, index_block_scores, indexer_kl, lightning_scores,
+                       select_blocks, softmax_attention, top_k, visible, window_attention, windows)
 from model import LM, PRESETS, ModelConfig, override, parse_layers
 
 torch.set_num_threads(1)
@@ -95,6 +97,17 @@ def test_top_k_ties_and_visibility():
 
 # name of a case -> (layer, settings). A new layer or option is tested by being listed here.
 CASES = {
+    "mla": ("mla", {}),
+    "mla low-rank q": ("mla", dict(q_lora_rank=12, kv_lora_rank=4, qk_rope_head_dim=2, v_head_dim=6)),
+    "nsa": ("nsa", dict(n_kv_head=2, sel_block=8, sel_topk=4, cmp_block=8, cmp_stride=4, window=6)),
+    "nsa 6/2/4": ("nsa", dict(sel_block=4, sel_topk=5, sel_local=1, sel_tile=1, cmp_block=6, cmp_stride=2, window=3, attn_gate=True)),
+    "infllm": ("infllm", dict(n_kv_head=2, sel_block=8, sel_topk=4, sel_local=2, cmp_block=8, cmp_stride=4, dense_len=20)),
+    "infllm default": ("infllm", {}),
+    "moba": ("infllm", dict(n_kv_head=2, sel_block=8, sel_topk=2, sel_init=0, sel_local=1, cmp_block=8, cmp_stride=8, dense_len=0,
+                            sel_per_head=True)),
+    "msa": ("msa", dict(n_kv_head=2, sel_block=8, sel_topk=2, qk_norm=True, rotary_fraction=0.5, index_head_dim=6)),
+    "dsa": ("dsa", dict(sel_topk=15, q_lora_rank=12)),
+    "dsa direct q": ("dsa", dict(sel_topk=15, index_n_head=3, index_head_dim=10)),
     "full": ("full", {}),
     "full gqa": ("full", dict(n_kv_head=2)),
     "full window": ("full", dict(window=5)),
@@ -148,7 +161,7 @@ def test_layer_sees_the_past_or_everything(case):
     with torch.no_grad():
         assert torch.equal(layer(x)[:, :12], layer(changed)[:, :12]), "a position saw its future"
         assert not torch.equal(layer(x)[:, 12:], layer(changed)[:, 12:])
-        near = layer(x, causal=False)[:, 9] - layer(changed, causal=False)[:, 9]
+        near = layer(x, causal=False)[:, :12] - layer(changed, causal=False)[:, :12]
         assert near.abs().max() > 1e-6, "bidirectional, yet blind to the right"
 
 
@@ -237,6 +250,534 @@ def test_layer_compiles_to_one_graph(case):
         torch.testing.assert_close(y, layer(x, causal=causal), rtol=0, atol=1e-5)
         y.square().sum().backward()
     torch._dynamo.reset()
+
+# ---------------------------------------------------------------------------------------------------------------------
+# attention.py: low-rank and sparse softmax attention
+
+def soft_layer(name, seed=0, dtype=torch.float32, **values):
+    """The layer with every parameter random, so that nothing is hidden by a zero."""
+    torch.manual_seed(seed)
+    layer = ATTENTION[name](tiny(**values)).to(dtype)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    return layer.eval()
+
+
+# layer -> settings that really are sparse at 200 tokens
+SPARSE = {
+    "nsa": dict(n_kv_head=2, sel_block=8, sel_topk=4, cmp_block=8, cmp_stride=4, window=6),
+    "infllm": dict(n_kv_head=2, sel_block=8, sel_topk=4, sel_local=2, cmp_block=8, cmp_stride=4, dense_len=20),
+    "moba": dict(n_kv_head=2, sel_block=8, sel_topk=2, sel_init=0, sel_local=1, cmp_block=8, cmp_stride=8, dense_len=0, sel_per_head=True),
+    "msa": dict(n_kv_head=2, sel_block=8, sel_topk=2, qk_norm=True, rotary_fraction=0.5, index_head_dim=6),
+    "dsa": dict(sel_topk=9, q_lora_rank=12),
+}
+soft_name = lambda case: {"moba": "infllm"}.get(case, case)
+
+
+# --- block-sparse attention: three paths, one definition
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("G, block, tile", [(1, 8, 1), (2, 8, 8), (4, 64, 64), (2, 128, 128), (2, 16, 64), (4, 128, 16), (1, 5, 3)])
+def test_block_sparse_paths_agree(G, block, tile):
+    """Outputs and gradients; T no multiple of anything; full and empty rows; a shorter query; flex where its sizes are legal."""
+    torch.manual_seed(0)
+    for T, S, causal in ((1, 40, True), (131, 131, True), (131, 131, False), (261, 300, True)):
+        B, h, D = 2, 2, 16
+        q, k, v, w = torch.randn(B, h * G, T, D), torch.randn(B, h, S, D), torch.randn(B, h, S, D), torch.randn(B, h * G, T, D)
+        sel = torch.rand(B, h, -(-T // tile), -(-S // block)) < 0.4
+        sel[0, 0, -1] = False                                                          # reads nothing
+        if T == S and block == tile:
+            sel[1].diagonal(dim1=-2, dim2=-1).fill_(True)                              # rows of the shared triangular mask
+        out = {}
+        for path in ("dense", "gather"):
+            args = [a.clone().requires_grad_() for a in (q, k, v)]
+            y = block_sparse_attention(*args, sel, block, causal, tile, path=path)
+            out[path] = [y, *torch.autograd.grad((y * w).sum(), args)]
+        for a, b in zip(*out.values()):
+            torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
+        if T > 1 and 0 in (block % 128, 128 % block):
+            y = block_sparse_attention(q, k, v, sel, block, causal, tile, path="flex")
+            torch.testing.assert_close(y, out["dense"][0], rtol=0, atol=1e-5)
+
+
+def test_block_sparse_is_its_definition():
+    torch.manual_seed(0)
+    B, H, h, T, S, D, block = 1, 4, 2, 6, 11, 4, 4
+    q, k, v = (torch.randn(B, n, t, D, dtype=torch.float64) for n, t in ((H, T), (h, S), (h, S)))
+    sel = torch.rand(B, h, T, 3) < 0.6
+    for causal in (True, False):
+        y = block_sparse_attention(q, k, v, sel, block, causal)
+        for a, t in itertools.product(range(H), range(T)):
+            keys = [s for s in range(S) if sel[0, a // 2, t, s // block] and (not causal or s <= t + S - T)]
+            p = (torch.stack([q[0, a, t] @ k[0, a // 2, s] for s in keys]) / D ** 0.5).softmax(0) if keys else []
+            torch.testing.assert_close(y[0, a, t], sum((p[i] * v[0, a // 2, s] for i, s in enumerate(keys)), torch.zeros(D).double()))
+    with pytest.raises(ValueError, match="sel has shape"):
+        block_sparse_attention(q, k, v, sel, 3)
+
+
+@pytest.mark.parametrize("path", ("dense", "gather"))
+def test_block_sparse_gradcheck(path):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, n, t, 3, dtype=torch.float64, requires_grad=True) for n, t in ((2, 5), (1, 7), (1, 7)))
+    sel = torch.rand(1, 1, 5, 4) < 0.5
+    assert torch.autograd.gradcheck(lambda *a: block_sparse_attention(*a, sel, 2, path=path), (q, k, v))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("block", (64, 128))
+def test_flex_on_cuda(block):
+    """Forward and backward against the dense mask; sel made by a scatter in the same compiled graph, the CPU's silent bug."""
+    torch.manual_seed(0)
+    B, H, h, T, D = 1, 8, 2, 1000, 64
+    q, k, v, w = (torch.randn(B, n, T, D, device="cuda", requires_grad=True) for n in (H, h, h, H))
+    n, slots = -(-T // block), torch.arange(T, device="cuda")[None]
+    scores = torch.randn(B, h, T, n, device="cuda")
+
+    def run(q, k, v, path):
+        sel = select_blocks(lambda r: scores[:, :, r], slots, slots + 1, n, block, 4)
+        return block_sparse_attention(q, k, v, sel, block, path=path)
+    for f in (run, torch.compile(run, dynamic=False)):
+        out = []
+        for path in ("dense", "flex"):
+            y = f(q, k, v, path)
+            out.append([y, *torch.autograd.grad((y * w).sum(), (q, k, v))])
+        for a, b in zip(*out):
+            torch.testing.assert_close(a, b, rtol=0, atol=2e-2 if torch.backends.cuda.matmul.allow_tf32 else 2e-3)
+
+
+def test_window_attention_is_the_masked_one():
+    torch.manual_seed(0)
+    for T, window, causal in itertools.product((1, 31, 300), (1, 6, 200), (True, False)):
+        q, k, v = torch.randn(3, 1, 2, T, 8)
+        slots = torch.arange(T)[None]
+        limit = slots + 1 if causal else torch.full_like(slots, T)
+        torch.testing.assert_close(window_attention(q, k, v, slots, limit, window, causal),
+                                   softmax_attention(q, k, v, causal, window), rtol=0, atol=1e-5)
+
+
+# --- choosing
+
+def test_select_blocks_is_its_definition():
+    """By enumeration, scores full of ties: forced blocks, exactly min(topk, visible) picks, ties to the earliest."""
+    torch.manual_seed(0)
+    T, block, n = 45, 8, 6
+    slots = torch.arange(T)[None]
+    scores = torch.randint(0, 3, (1, 1, T, n)).float()
+    for causal, init, local, topk, dense_len in itertools.product((True, False), (0, 1), (1, 2), (4, 6), (0, 17)):
+        limit = slots + 1 if causal else torch.full_like(slots, T)
+        sel = select_blocks(lambda r: scores[:, :, r], slots, limit, n, block, topk, init, local, dense_len=dense_len)
+        for t in range(T):
+            seen = [j for j in range(n) if j * block < limit[0, t]]
+            forced = [j for j in seen if j < init or abs(t // block - j) < local]
+            rest = sorted((j for j in seen if j not in forced), key=lambda j: (-scores[0, 0, t, j], j))
+            expected = seen if limit[0, t] <= dense_len else forced + rest[:max(topk - len(forced), 0)]
+            assert sel[0, 0, t].nonzero().flatten().tolist() == sorted(expected)
+            assert len(expected) >= min(topk, len(seen))
+
+
+def test_tiles_add_up_their_queries():
+    torch.manual_seed(0)
+    T, block, tile, n = 45, 8, 16, 6
+    slots, scores = torch.arange(T)[None], torch.rand(2, 1, T, n)
+    limit = torch.tensor([[45], [37]]).expand(2, T)                                    # the second row has padding
+    sel = select_blocks(lambda r: scores[:, :, r], slots.expand(2, T), limit, n, block, 5, 1, 1, tile)
+    for b, i in itertools.product(range(2), range(3)):
+        queries = [t for t in range(i * tile, min((i + 1) * tile, T)) if t < limit[b, 0]]
+        seen = [j for j in range(n) if j * block < limit[b, 0]]
+        forced = sorted({0} | {t // block for t in queries})
+        rest = sorted((j for j in seen if j not in forced), key=lambda j: -scores[b, 0, queries, j].sum())
+        assert sel[b, 0, i].nonzero().flatten().tolist() == sorted(forced + rest[:5 - len(forced)])
+
+
+@pytest.mark.parametrize("size, stride, block", [(32, 16, 64), (8, 4, 8), (16, 4, 8), (4, 4, 12), (8, 8, 8)])
+def test_compressed_scores_are_the_papers(size, stride, block):
+    """NSA's double sum (eq. 9), written down as in the paper; InfLLM-V2: the best of the windows that touch the block."""
+    torch.manual_seed(0)
+    T, D, a, b = 3 * block + 5, 4, size // stride, block // stride
+    q, ck = torch.randn(1, 4, T, D), torch.randn(1, 2, max((T - size) // stride + 1, 1), D)
+    slots = torch.arange(T)[None]
+    total, best = (compressed_scores(q, ck, slots + 1, T, block, size, stride, pool) for pool in ("sum", "max"))
+    assert total.shape == (1, 2, T, -(-T // block))
+    for g, t in itertools.product(range(2), (0, size - 1, block, T - 1)):
+        ends = [i * stride + size - 1 for i in range(ck.size(2))]
+        p = torch.zeros(2, ck.size(2))
+        see = [i for i, e in enumerate(ends) if e <= t]
+        if see:
+            p[:, see] = (q[0, 2 * g:2 * g + 2, t] @ ck[0, g, see].T / D ** 0.5).softmax(-1)
+        p = p.sum(0)
+        at = lambda i: p[i] if 0 <= i < len(p) else torch.zeros(())
+        for j in range(total.size(-1)):                                                # the paper's j, m, n count from 1, 0, 0
+            expected = sum(at(b * (j + 1) - m - n - 1) for m in range(b) for n in range(a))
+            torch.testing.assert_close(total[0, g, t, j], expected, rtol=0, atol=1e-6)
+            touch = [p[i] for i in range(len(p)) if i * stride < (j + 1) * block and i * stride + size > j * block]
+            torch.testing.assert_close(best[0, g, t, j], max(touch, default=torch.zeros(())), rtol=0, atol=1e-6)
+
+
+def test_index_scores_are_their_definition():
+    torch.manual_seed(0)
+    q, k, w = torch.randn(1, 3, 9, 4), torch.randn(1, 1, 9, 4), torch.randn(1, 9, 3)
+    y = lightning_scores(q, k, w)
+    z = index_block_scores(q, k, torch.arange(9)[None] + 1, 4)
+    for t, s in itertools.product(range(9), range(9)):
+        torch.testing.assert_close(y[0, 0, t, s], sum(w[0, t, h] * max(q[0, h, t] @ k[0, 0, s] / 2, torch.zeros(())) for h in range(3)))
+    for t, j in itertools.product(range(9), range(3)):
+        keys = [s for s in range(4 * j, min(4 * j + 4, t + 1))]
+        expected = max([q[0, 1, t] @ k[0, 0, s] for s in keys], default=torch.tensor(-math.inf))
+        torch.testing.assert_close(z[0, 1, t, j], expected)
+
+
+def test_indexer_kl_is_its_definition():
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 4, 5, 3, dtype=torch.float64, requires_grad=True), torch.randn(1, 2, 5, 3, dtype=torch.float64, requires_grad=True)
+    scores = torch.randn(1, 2, 5, 5, dtype=torch.float64, requires_grad=True)
+    mask = torch.ones(5, 5, dtype=torch.bool).tril()[None, None]
+    kl = indexer_kl(scores, q, k, mask)
+    for g, t in itertools.product(range(2), range(5)):
+        p = sum((q[0, h, t] @ k[0, g, :t + 1].T / 3 ** 0.5).softmax(-1) for h in (2 * g, 2 * g + 1)) / 2
+        expected = (p * (p.log() - scores[0, g, t, :t + 1].log_softmax(-1))).sum()
+        torch.testing.assert_close(kl[0, g, t], expected)
+    assert torch.autograd.gradcheck(lambda s: indexer_kl(s, q, k, mask), scores)
+    assert torch.autograd.grad(kl.sum(), (q, k), allow_unused=True) == (None, None)
+    args = [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((1, 2, 3, 4), (1, 1, 3, 4), (1, 3, 2))]
+    assert torch.autograd.gradcheck(lightning_scores, args)
+
+
+# --- layers
+
+@pytest.mark.parametrize("case", SPARSE)
+@pytest.mark.parametrize("T", (31, 200))
+def test_sparse_cached_equals_parallel(case, T):
+    """Well beyond the budget, where the choice matters; prefill in two parts, then token by token, drafts in between."""
+    layer, x = soft_layer(soft_name(case), **SPARSE[case]), torch.randn(2, T, 32)
+    with torch.no_grad():
+        y, cache, out = layer(x), layer.init_cache(2, T), []
+        cuts = [0, T // 4, T // 2, *range(T // 2 + 1, T + 1)]
+        for a, b in zip(cuts, cuts[1:]):
+            layer(torch.randn(2, min(3, T - a), 32), cache=cache, commit=False)
+            out.append(layer(x[:, a:b], cache=cache))
+        torch.testing.assert_close(torch.cat(out, dim=1), y, rtol=0, atol=1e-5)
+        dense = ATTENTION["mla" if case == "dsa" else "full"](tiny(**{k: v for k, v in SPARSE[case].items() if k != "window"}))
+        if case != "nsa" and T == 200:
+            dense.load_state_dict(layer.state_dict(), strict=False)
+            assert (dense(x)[:, T - 1] - y[:, T - 1]).abs().max() > 1e-3, "not sparse at all"
+
+
+@pytest.mark.parametrize("case", SPARSE)
+def test_sparse_ties(case):
+    """Every token the same: all scores tie, and parallel, cached and chunked choices must still agree. The earliest win."""
+    layer, T = soft_layer(soft_name(case), position="none", **SPARSE[case]), 100
+    seen = []
+    def spy(scores, k):
+        index, picked = top_k(scores, k)
+        seen.append((scores, index, picked))
+        return index, picked
+    x = torch.randn(1, 1, 32).expand(1, T, 32).contiguous()
+    tied = 0
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "top_k", spy)
+        y, cache = layer(x), layer.init_cache(1, T)
+        torch.testing.assert_close(torch.cat([layer(x[:, :50], cache=cache)] + [layer(x[:, t:t + 1], cache=cache) for t in range(50, T)], 1),
+                                   y, rtol=0, atol=1e-5)
+    for scores, index, picked in seen:
+        expected = scores.sort(dim=-1, descending=True, stable=True).indices[..., :index.size(-1)]
+        assert torch.equal(index, expected)
+        tied += int((scores.gather(-1, index[..., -1:]) == scores).sum(-1).amax()) > 1
+    assert tied > 10, "no ties were met"
+
+
+def test_budget_of_everything_is_dense():
+    torch.manual_seed(0)
+    x = torch.randn(2, 65, 32)
+    for case, values in SPARSE.items():
+        layer = soft_layer(soft_name(case), **{**values, "sel_topk": 9 if case != "dsa" else 65, "dense_len": 0})
+        if case == "nsa":                                                              # gates: only the selected branch
+            layer.branch_proj.weight.data.zero_()
+            layer.branch_proj.register_parameter("bias", torch.nn.Parameter(torch.tensor([-99.0, 99.0, -99.0]).repeat_interleave(4)))
+        dense = ATTENTION["mla" if case == "dsa" else "full"](tiny(**{k: v for k, v in values.items() if k != "window"}))
+        dense.load_state_dict({k: layer.state_dict()[k] for k in dense.state_dict()})
+        for causal in (True, False):
+            torch.testing.assert_close(layer(x, causal=causal), dense(x, causal=causal), rtol=0, atol=1e-5)
+
+
+def test_bidirectional_sparse_by_definition():
+    """The layers' non-causal picks: shared by tiles of sel_block, local blocks on both sides; and sel_tile=1 per token."""
+    for tile in (None, 1):
+        layer, x = soft_layer("msa", **SPARSE["msa"], sel_tile=tile, position="none"), torch.randn(1, 60, 32)
+        q, k, v = layer.project(x, None)
+        qi = layer.index_q_norm(layer.index_q_proj(x).unflatten(-1, (2, -1)).transpose(1, 2))
+        ki = layer.index_k_norm(layer.index_k_proj(x))
+        score = F.pad(qi @ ki.unsqueeze(1).transpose(-1, -2), (0, 4), value=-math.inf).unflatten(-1, (8, 8)).amax(-1)
+        own = torch.arange(60) // 8
+        if tile is None:
+            score = torch.stack([score[:, :, own == i].sum(2) for i in range(8)], dim=2)[:, :, own]
+        score[:, :, torch.arange(60), own] = math.inf
+        sel = torch.zeros_like(score, dtype=torch.bool).scatter(-1, score.topk(2).indices, True)
+        mask = sel.repeat_interleave(8, -1)[..., :60].repeat_interleave(2, 1)
+        torch.testing.assert_close(layer(x, causal=False), layer.output(softmax_attention(q, k, v, mask=mask), x), rtol=0, atol=1e-5)
+
+
+def test_mla_forms_agree():
+    for values in ({}, dict(q_lora_rank=12, kv_lora_rank=5, qk_rope_head_dim=2, v_head_dim=6), dict(qk_rope_head_dim=0)):
+        layer = soft_layer("mla", dtype=torch.float64, **values)
+        q, latent, _ = layer.project(torch.randn(2, 33, 32, dtype=torch.float64), torch.arange(33))
+        y = [layer.attend(q, latent, softmax_attention_kw, absorbed=a) for a in (False, True)]
+        torch.testing.assert_close(*y, rtol=0, atol=1e-12)
+
+
+def softmax_attention_kw(q, k, v, scale):
+    return softmax_attention(q, k, v, scale=scale)
+
+
+def test_mla_reads_a_mask():
+    layer, x = soft_layer("mla"), torch.randn(1, 20, 32)
+    torch.testing.assert_close(layer(x, mask=torch.ones(20, 20, dtype=torch.bool).tril()), layer(x), rtol=0, atol=1e-5)
+
+
+def test_nsa_is_its_definition():
+    """Three branches and gates written as loops over queries, in float64."""
+    T, h, l, d, L, n, W = 45, 2, 8, 4, 8, 4, 6
+    layer, x = soft_layer("nsa", dtype=torch.float64, **SPARSE["nsa"]), torch.randn(1, T, 32, dtype=torch.float64)
+    q, k, v = layer.project(x, torch.arange(T))
+    ends = range(l - 1, T, d)
+    ck, cv = (torch.stack([mlp((a[0, :, e - l + 1:e + 1] + layer.window_pos[i]).flatten(-2)) for e in ends], 1)
+              for i, (mlp, a) in enumerate(((layer.k_compress, k), (layer.v_compress, v))))     # (h, NC, D)
+    attend = lambda q, k, v: (q @ k.transpose(-1, -2) / 8 ** 0.5).softmax(-1) @ v if k.size(-2) else torch.zeros_like(q)
+    for causal in (True, False):
+        layer.tile, y = 1, torch.zeros(1, 4, T, 8, dtype=torch.float64)
+        for g, t in itertools.product(range(h), range(T)):
+            qt, end = q[0, 2 * g:2 * g + 2, t], t if causal else T - 1
+            c = [i for i, e in enumerate(ends) if e <= end]
+            score = torch.zeros(len(ends) + 8, dtype=torch.float64)
+            if c:
+                score[c] = (qt @ ck[g, c].T / 8 ** 0.5).softmax(-1).sum(0)
+            block = [sum(w * score[2 * j + o] for o, w in ((-1, 1), (0, 2), (1, 1)) if 2 * j + o >= 0) for j in range(6)]
+            forced = [j for j in range(end // L + 1) if j == 0 or abs(t // L - j) < 2]
+            rest = sorted((j for j in range(end // L + 1) if j not in forced), key=lambda j: (-block[j], j))
+            keys = [s for s in range(end + 1) if s // L in forced + rest[:max(n - len(forced), 0)]]
+            near = [s for s in range(end + 1) if abs(t - s) < W]
+            gate = torch.sigmoid(layer.branch_proj(x[0, t])).view(3, 4, 1)[:, 2 * g:2 * g + 2]
+            branches = attend(qt, ck[g, c], cv[g, c]), attend(qt, k[0, g, keys], v[0, g, keys]), attend(qt, k[0, g, near], v[0, g, near])
+            y[0, 2 * g:2 * g + 2, t] = sum(a * b for a, b in zip(gate, branches))
+        torch.testing.assert_close(layer(x, causal=causal), layer.output(y, x), rtol=0, atol=1e-6)     # rotary angles are float32
+
+
+def test_infllm_dense_len():
+    """A checkpoint of `full` loads; query t is dense iff t + 1 <= dense_len, whatever the length of the sequence."""
+    layer, x = soft_layer("infllm", **SPARSE["infllm"]), torch.randn(1, 64, 32)
+    dense = ATTENTION["full"](tiny(n_kv_head=2))
+    dense.load_state_dict(layer.state_dict())
+    for T in (20, 21, 64):
+        e = (layer(x[:, :T]) - dense(x[:, :T])).abs().amax((0, 2))
+        assert e[:20].max() < 1e-5 and (e[40:] > 1e-4).sum() == max(T - 40, 0)
+    assert (layer(x[:, :20], causal=False) - dense(x[:, :20], causal=False)).abs().max() < 1e-5
+    assert (layer(x, causal=False) - dense(x, causal=False)).abs().max() > 1e-4
+
+
+def test_moba_is_its_definition():
+    layer, x = soft_layer("infllm", **SPARSE["moba"]), torch.randn(1, 60, 32)
+    q, k, v = layer.project(x, torch.arange(60))
+    k, v = (a.repeat_interleave(2, 1) for a in (k, v))
+    gate = q @ torch.stack([k[:, :, 8 * j:8 * j + 8].mean(2) for j in range(8)], 2).transpose(-1, -2)  # (1, 4, 60, 8)
+    own = torch.arange(60)[:, None] // 8
+    gate = gate.masked_fill(torch.arange(8) == own, math.inf).masked_fill(torch.arange(8) > own, -math.inf)
+    sel = torch.zeros_like(gate, dtype=torch.bool).scatter(-1, gate.topk(2).indices, True)
+    mask = sel.repeat_interleave(8, -1)[..., :60] & torch.ones(60, 60, dtype=torch.bool).tril()
+    torch.testing.assert_close(layer(x), layer.output(softmax_attention(q, k, v, mask=mask), x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name, values", [
+    ("dsa", dict(n_head=2, sel_topk=9, q_lora_rank=12, index_n_head=4, index_head_dim=16)),
+    ("msa", dict(n_head=2, sel_block=8, sel_topk=3, index_head_dim=16))])
+def test_indexer_trains_alone_and_recall_rises(name, values):
+    """Gradients stay on their side; 150 steps of warm-up raise the share of the true attention mass that is picked."""
+    layer, x = soft_layer(name, **values), torch.randn(2, 96, 32)
+    (layer.q_b_proj if name == "dsa" else layer.qkv_proj).weight.data.mul_(2)          # attention worth choosing from
+    index = {n for n, _ in layer.named_parameters() if n.startswith("index_")}
+    for stage in ("dense", "warmup", "sparse"):
+        layer.stage, aux = stage, {}
+        layer.zero_grad()
+        layer(x, aux=aux).sum().backward()
+        assert {n for n, p in layer.named_parameters() if p.grad is None} == index
+        assert ("indexer_kl" in aux) == (stage != "dense")
+        if aux:
+            layer.zero_grad()
+            aux["indexer_kl"].backward()
+            assert {n for n, p in layer.named_parameters() if p.grad is not None} == index
+
+    def recall():
+        seen = []
+        with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attention, "indexer_kl", lambda s, *args: seen.append(args) or s[..., 0])
+            layer.stage = "sparse"
+            layer(x, aux={})
+        q, k, mask = seen[0][:3]
+        p = (q @ k.transpose(-1, -2) * q.size(-1) ** -0.5).masked_fill(torch.ones(96, 96).triu(1) > 0, -math.inf).softmax(-1)
+        p = p.unflatten(1, (mask.size(1), -1)).mean(2)
+        return float((p * mask).sum(-1)[..., 40:].mean())
+    before, losses = recall(), []
+    layer.stage = "warmup"
+    optimizer = torch.optim.AdamW([p for n, p in layer.named_parameters() if n in index], lr=1e-2)
+    for _ in range(150):
+        aux = {}
+        layer(x, aux=aux)
+        optimizer.zero_grad()
+        aux["indexer_kl"].backward()
+        optimizer.step()
+        losses.append(aux["indexer_kl"].item())
+    after = recall()
+    print(f"{name}: kl {losses[0]:.3f} -> {losses[-1]:.3f}, recall {before:.3f} -> {after:.3f}")
+    assert losses[-1] < 0.5 * losses[0] and after > before + 0.3
+
+
+def test_published_costs():
+    """Cache bytes per token of DeepSeek-V3 and V3.2's latents, NSA's access ratios, reads counted from a real choice."""
+    bf16 = torch.bfloat16
+    mla = dict(n_head=128, head_dim=128, n_embd=7168, kv_lora_rank=512, q_lora_rank=1536, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
+    with torch.device("meta"):
+        assert 61 * ATTENTION["mla"](tiny(**mla)).cache_bytes(1, bf16) == 70_272
+        assert ATTENTION["dsa"](tiny(**mla, index_n_head=64, index_head_dim=128)).cache_bytes(1, bf16) == 1152 + 256
+        nsa = ATTENTION["nsa"](tiny(n_head=64, n_kv_head=4, head_dim=128, n_embd=2560))
+        assert [round(T / nsa.reads(T), 1) for T in (8192, 16384, 32768, 65536)] == [4.0, 6.4, 9.1, 11.6]
+        assert ATTENTION["full"](tiny(n_head=64, n_kv_head=8, head_dim=128, n_embd=8192)).cache_bytes(1, bf16) * 80 == 327_680
+    for case, values in SPARSE.items():
+        layer = soft_layer(soft_name(case), **values)
+        reads = []
+        with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attention, "select_blocks", lambda *a, **k: reads.append(select_blocks(*a, **k)) or reads[-1])
+            layer(torch.randn(1, 61, 32))
+        block = getattr(layer, "block", 1)
+        keys = (reads[0].repeat_interleave(block, -1)[..., :61] & torch.ones(61, 61, dtype=torch.bool).tril()).sum(-1)[0, 0]
+        own = [layer.block_reads(t, True) if case == "nsa" else layer.reads(t) for t in range(1, 62)]
+        assert keys.tolist() == own
+        cache = layer.init_cache(1, 64)
+        assert layer.cache_bytes(64, torch.float32) == sum(4 * (b.numel() - b[:, :, :1].numel() * n.startswith("c"))
+                                                           for n, b in vars(cache).items() if torch.is_tensor(b) and n != "pos")
+
+
+@pytest.mark.parametrize("name, bad, message", [
+    ("nsa", dict(cmp_stride=5), "cmp_stride 5 must divide"), ("nsa", dict(sel_topk=2), "sel_topk 2 must be at least sel_init"),
+    ("nsa", dict(sink=True), "nsa"), ("infllm", dict(window=9), "infllm"), ("infllm", dict(sel_topk=0), "sel_topk"),
+    ("msa", dict(sel_block=0), "sel_block 0"), ("msa", dict(index_head_dim=2), "index_head_dim 2"), ("msa", dict(sel_tile=0), "sel_tile"),
+    ("dsa", dict(sel_topk=0), "sel_topk 0"), ("dsa", dict(index_n_head=0), "index_n_head"), ("mla", dict(kv_lora_rank=0), "kv_lora_rank"),
+    ("mla", dict(qk_rope_head_dim=3), "qk_rope_head_dim 3 must be even"), ("mla", dict(n_head=5), "n_head")])
+def test_sparse_refuses(name, bad, message):
+    with pytest.raises(ValueError, match=message):
+        ATTENTION[name](tiny(**bad))
+
+
+@pytest.mark.parametrize("case", ["mla", *SPARSE])
+def test_sparse_in_bfloat16(case):
+    """Mixed precision as train.py uses it: float32 parameters under autocast, a bf16 cache."""
+    layer, x = soft_layer(soft_name(case), **SPARSE.get(case, {})), torch.randn(2, 60, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        aux = {}
+        (layer(x, aux=aux).float().square().mean() + aux.get("indexer_kl", 0)).backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+        cache = layer.init_cache(2, 60, dtype=torch.bfloat16)
+        with torch.no_grad():
+            y = torch.cat([layer(x[:, :40], cache=cache), layer(x[:, 40:41], cache=cache)], dim=1)
+        assert y.isfinite().all() and (y[:, :5].float() - layer(x).detach()[:, :5]).abs().max() < 0.2
+
+
+# --- peers, where they are installed
+
+def soft_copy(module, std=0.1):
+    torch.manual_seed(0)
+    for p in module.parameters():
+        torch.nn.init.normal_(p, std=std if p.ndim > 1 else 0.3)
+    return module.eval()
+
+
+@pytest.mark.parametrize("version", ("v3", "v3 no q-lora", "v32"))
+def test_parity_deepseek(version):
+    pytest.importorskip("transformers")
+    from importlib import import_module
+    name = "v32" if version == "v32" else "v3"
+    peer = import_module(f"transformers.models.deepseek_{name}.modeling_deepseek_{name}")
+    Config = import_module(f"transformers.models.deepseek_{name}").__dict__[f"Deepseek{name.upper()}Config"]
+    q_rank = None if "no" in version else 24
+    config = Config(hidden_size=64, max_position_embeddings=64, num_attention_heads=4, num_key_value_heads=4, q_lora_rank=q_rank,
+                    kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16, num_hidden_layers=2, n_routed_experts=8,
+                    num_experts_per_tok=2, n_group=2, topk_group=1, **(dict(index_topk=8, index_head_dim=16, index_n_heads=16)
+                                                                       if name == "v32" else dict(moe_intermediate_size=32)))
+    config._attn_implementation = "eager"
+    theirs = soft_copy(peer.__dict__[f"Deepseek{name.upper()}Attention"](config, 0))
+    rotary = peer.__dict__[f"Deepseek{name.upper()}RotaryEmbedding"](config)
+    ours = ATTENTION["dsa" if name == "v32" else "mla"](tiny(
+        n_embd=64, q_lora_rank=q_rank, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16, sel_topk=8,
+        index_head_dim=16, index_n_head=16))      # 4 heads leave rows of zeros, where transformers breaks ties otherwise
+    names = {"q_a_layernorm": "q_a_norm", "kv_a_layernorm": "kv_a_norm", "kv_a_proj_with_mqa": "kv_a_proj", "q_proj": "q_b_proj",
+             "indexer.wq_b": "index_q_proj", "indexer.wk": "index_k_proj", "indexer.k_norm": "index_k_norm",
+             "indexer.weights_proj": "index_w_proj"}
+    ours.load_state_dict({names.get(n.rpartition(".")[0], n.rpartition(".")[0]) + "." + n.rpartition(".")[2]: p
+                          for n, p in theirs.state_dict().items()})
+    T = 32
+    x, pos = torch.randn(2, T, 64), torch.arange(T)[None]
+    mask = torch.full((T, T), -math.inf).triu(1).expand(2, 1, T, T)
+    with torch.no_grad():
+        expected = theirs(x, position_embeddings=rotary(x, pos), attention_mask=mask, position_ids=pos)[0]
+        cache = ours.init_cache(2, T)
+        cached = torch.cat([ours(x[:, t:t + 1], cache=cache) for t in range(T)], dim=1)
+        print(version, "parallel", float((ours(x) - expected).abs().max()), "decoded", float((cached - expected).abs().max()))
+        torch.testing.assert_close(ours(x), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(cached, expected, rtol=0, atol=1e-5)
+
+
+def test_parity_minimax():
+    pytest.importorskip("transformers.models.minimax_m3_vl")
+    from transformers.models.minimax_m3_vl import modeling_minimax_m3_vl as peer
+    config = peer.MiniMaxM3VLTextConfig(
+        hidden_size=64, max_position_embeddings=64, num_attention_heads=8, num_key_value_heads=2, head_dim=16, rotary_dim=8,
+        num_hidden_layers=1, layer_types=["minimax_m3_sparse"], index_n_heads=2, index_head_dim=16, index_block_size=4,
+        index_topk_blocks=3, index_local_blocks=1)
+    config._attn_implementation = "eager"
+    theirs = soft_copy(peer.MiniMaxM3VLAttention(config, 0))
+    base, share = config.rope_parameters["rope_theta"], config.rope_parameters.get("partial_rotary_factor", 1.0)
+    ours = ATTENTION["msa"](tiny(n_embd=64, n_head=8, n_kv_head=2, head_dim=16, qk_norm=True, rotary_fraction=share, rope_base=base,
+                                 index_head_dim=16, sel_block=4, sel_topk=3))
+    w = theirs.state_dict()
+    ours.load_state_dict({"qkv_proj.weight": torch.cat([w[f"{n}_proj.weight"] for n in "qkv"]), "o_proj.weight": w["o_proj.weight"],
+                          "q_norm.weight": 1 + w["q_norm.weight"], "k_norm.weight": 1 + w["k_norm.weight"],      # theirs is x (1 + w)
+                          **{f"index_{n}_proj.weight": w[f"indexer.{n}_proj.weight"] for n in "qk"},
+                          **{f"index_{n}_norm.weight": 1 + w[f"indexer.{n}_norm.weight"] for n in "qk"}})
+    x, pos = torch.randn(2, 30, 64), torch.arange(30).expand(2, -1)
+    mask = torch.full((30, 30), -math.inf).triu(1).expand(2, 1, 30, 30)
+    with torch.no_grad():
+        text = getattr(config, "text_config", config)
+        rotary = peer.MiniMaxM3VLRotaryEmbedding(text)
+        expected = theirs(x, position_embeddings=rotary(x, pos), attention_mask=mask, position_ids=pos)[0]
+        print("msa", float((ours(x) - expected).abs().max()))
+        torch.testing.assert_close(ours(x), expected, rtol=0, atol=1e-5)
+
+
+def test_parity_native_sparse_attention():
+    """lucidrains' module put together from our functions: three branches, its own weights, rotation, memory key and masks."""
+    peer = pytest.importorskip("native_sparse_attention_pytorch")
+    h, G, D, L, n, W, T = 2, 2, 16, 4, 2, 6, 32
+    m = soft_copy(peer.SparseAttention(dim=32, dim_head=D, heads=h * G, kv_heads=h, sliding_window_size=W, compress_block_size=L,
+                                       compress_block_sliding_stride=L, selection_block_size=L, num_selected_blocks=n, causal=True), 0.3)
+    x = torch.randn(2, T, 32)
+    with torch.no_grad():
+        a = m.norm(x)
+        q, k, v = (b.unflatten(-1, (-1, D)).transpose(1, 2) for b in m.to_qkv(a).split(m.qkv_split, dim=-1))
+        i = torch.arange(T // L).expand(2, -1)
+        ck, cv = (torch.cat([mem.expand(2, -1, -1, -1), f(windows(b, i, L, L) + p[:, None])], dim=2) for mem, f, b, p in (
+            (m.compress_mem_kv[0], m.k_compress, k, m.k_intrablock_positions), (m.compress_mem_kv[1], m.v_compress, v, m.v_intrablock_positions)))
+        t = torch.arange(T)
+        seen = t[:, None] > torch.arange(T // L) * L + L - 1                           # theirs: strictly after the window
+        compressed = softmax_attention(q, ck, cv, mask=F.pad(seen, (1, 0), value=True))
+        score = (q.unflatten(1, (h, G)) @ ck[:, :, None, 1:].transpose(-1, -2)).mean(2)
+        score = score.masked_fill(~seen, -math.inf)
+        sel = select_blocks(lambda r: score[:, :, r], t[None], t[None] + 1, T // L, L, n + 1)   # theirs adds the own block to n
+        q, k = m.rotary_emb.rotate_queries_with_cached_keys(q, k)
+        selected = block_sparse_attention(q, k, v, sel, L)
+        near = window_attention(q, k, v, t[None], t[None] + 1, W + 1, True)            # theirs does not count the own token
+        gate = m.to_strategy_combine(a)
+        y = (torch.stack([compressed, selected, near], -1) * gate.unsqueeze(-2)).sum(-1)
+        y = m.combine_heads(m.merge_heads(y))
+        print("nsa", float((y - m(x)).abs().max()))
+        torch.testing.assert_close(y, m(x), rtol=0, atol=1e-5)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # model.py
@@ -1304,7 +1845,8 @@ def test_read_text_formats(tmp_path):
     assert prep_documents(prepare.read_text([tmp_path / "a.zip", tmp_path / "a.txt"])) == documents * 2
 
 
-@pytest.mark.parametrize("text", [PREP_TEXT * 3, "and the cat sat on the mat " * 40, "x" * 500 + " \n \n" * 50 + "y" * 500, " a" * 400])
+@pytest.mark.parametrize("text", [PREP_TEXT * 3, "and the cat sat on the mat " * 40,
+                                  "x" * 500 + " \n \n" * 50 + "y" * 500, " a" * 400])
 def test_pieces_change_no_token(tmp_path, monkeypatch, text):
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     monkeypatch.setattr(prepare, "PIECE", 64)
@@ -1342,8 +1884,11 @@ def test_corruption():
         [(out, last, _)] = damage(rate, 3)
         assert [(out, last, 1)] == damage(rate, 3) and last
         lost[rate] = set(words) - set(out.split(" "))                       # dropped, or its letters changed
-        assert abs(len(lost[rate]) / len(words) - rate * 2 / 3) < 0.05
-    assert damage(0.0, 3)[0][0] == " ".join(words) and damage(0.1, 4) != damage(0.1, 5)
+        new, kept = set(out.split(" ")) - set(words), [word for word in out.split(" ") if word in words]
+        assert abs(len(lost[rate]) / len(words) - rate * 2 / 3) < 0.05 and abs(len(new) / len(words) - rate / 3) < 0.05
+        assert (kept == sorted(kept)) == (rate == 0)
+    assert list(prepare.corrupt_stream([(PREP_TEXT, True, 1)], 0.0, 3)) == [(PREP_TEXT, True, 1)]
+    assert damage(0.1, 4) != damage(0.1, 5)
     assert lost[0.1] < lost[0.5] < lost[1.0]                                # the damage of a lower rate is in a higher
 
 
@@ -1380,7 +1925,7 @@ def g():
     {prose(2)}
     """
 
-add_newdoc("m", ("g", """{prose(40)}
+add_newdoc("m", ("g", """This is of the new documentation. {prose(40)}
 
 {prose(40)}"""))
 ''' + "x = 1\n" * 60)
@@ -1399,8 +1944,10 @@ def test_docs(tmp_path, monkeypatch, capsys):
     text = [prepare.load_tokenizer(folders[0]).decode(ids).split(prepare.EOT)[:-1] for ids in (train, val)]
     assert len(text[0]) == meta["train_documents"] and len(text[1]) == meta["val_documents"] > 1
     joined = "\n".join(text[0] + text[1])
-    assert joined.count("Copied into") == 1 and not any(junk in joined for junk in (">>>", "foo(bar)", "---", "\n\n", "ordlist"))
-    assert "A torch.add and code." in joined and "\nNotes: the " in joined and "Short." not in joined
+    assert joined.count("Copied into") == 1
+    assert not any(junk in joined for junk in (">>>", "foo(bar)", "---", "\n\n", "ordlist"))
+    assert "A torch.add and code." in joined and "\nNotes: the " in joined
+    assert "This is of the" in joined and "Short." not in joined
     assert all(200 <= len(t) < 8500 for part in text for t in part) and len({*text[0], *text[1]}) == len(sum(text, []))
     order = [hashlib.sha1(t.encode()).digest() for t in text[0]]
     assert order == sorted(order)
@@ -1410,7 +1957,7 @@ def test_docs(tmp_path, monkeypatch, capsys):
 
 
 def test_split_by_module():
-    documents = [(f"m{i}", f"text {i} {j}") for j in range(3) for i in range(200)] + [(f"m{i}", "copy") for i in range(200)]
+    documents = [(f"m{i}", text) for j in range(3) for i in range(200) for text in (f"text {i} {j}", "copy")]
     train, val = prepare.split_modules(documents, 0.2)
     modules = [{text.split()[1] for text in part if text != "copy"} for part in (train, val)]
     assert not modules[0] & modules[1] and 20 < len(modules[1]) < 60 and len(train + val) == 601
@@ -1530,7 +2077,8 @@ def test_damaged_datasets(tmp_path):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--toknizer", "byte"], "mean --tokenizer"), (["--tok=byte"], "mean --tokenizer"), (["--dataset", "dox"], "docs"), (["--tokenizer", "gpt5"], "gpt2"),
+    (["--toknizer", "byte"], "mean --tokenizer"), (["--tok=byte"], "mean --tokenizer"),
+    (["--dataset", "dox"], "docs"), (["--tokenizer", "gpt5"], "gpt2"),
     (["--tokenizer", "bpe:12"], "bpe:N"), (["--corrupt", "1.5"], "1.5"), (["--val_fraction", "0"], "val_fraction"),
     (["--val_fraction", "x"], "float"), (["--val", "a.txt"], "--text"), (["--text", "no.txt"], "no.txt"),
     (["--max_tokens", "0"], "max_tokens"), (["--name", "a/b"], "out_dir"),
@@ -1544,6 +2092,14 @@ def test_bad_input(tmp_path, monkeypatch, capsys, flags, message):
         status = e.code
     err = capsys.readouterr().err
     assert status == 2 and message in err and err.count("\n") == 1 and err.startswith("prepare.py: ")
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as e:
+        prepare.main(["--help"])
+    text = capsys.readouterr().out
+    assert e.value.code == 0 and "default: bpe:4096" in text
+    assert "default: None" not in text and "default: []" not in text
 
 
 # Downloads, from file:// addresses
