@@ -1600,6 +1600,15 @@ def test_two_processes_equal_one(dataset, tmp_path):
     np.testing.assert_allclose(history(tmp_path / "one"), history(tmp_path / "two"), rtol=1e-5)
 
 
+def test_indexer_stages(dataset, tmp_path):
+    """Dense steps leave the indexer alone, the warm-up leaves everything else alone, and sparse steps train both."""
+    kind = dict(layers="dsa", dense_steps=2, indexer_warmup=2, weight_decay=0.0, schedule="constant", set=["sel_topk=4"])
+    weights = [go(dataset, tmp_path / "run", resume="auto", max_steps=n, **kind)["lm"].state_dict() for n in (1, 2, 4, 6)]
+    for before, after, moved in zip(weights, weights[1:], ({False}, {True}, {False, True})):
+        changed = {"index" in k for k in after if not torch.equal(before[k], after[k])}
+        assert changed == moved
+
+
 def test_muon_is_torchs():
     """Our batched Muon against torch.optim.Muon, matrices of two shapes, three steps."""
     torch.manual_seed(0)
@@ -1695,7 +1704,7 @@ BAD = {
     "--epochs -1": "above 0", "--batch_tokens 70": "multiple of block_size", "--set windw=3": "did you mean 'window'", "--set window": "key=value",
     "--layers ful": "did you mean 'full'", "--resume {tmp}/no.pt": "no checkpoint", "--eval_epochs often": "neither a list", "--out {out}": "already holds a run",
     "--out {out} --resume auto --n_embd 32": "checkpoint: 16", "--resume {cut}": "truncated", "--device cuda:9": "CUDA", "--out {file}/x": "cannot write",
-    "--dropout 2": "between 0 and 1",
+    "--dropout 2": "between 0 and 1", "--indexer_warmup 3": "indexer", "--objective block --diffusion_block 5": "must divide",
 }
 
 

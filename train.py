@@ -41,6 +41,8 @@ FLAGS = {
         "diffusion_block": (16, "block: tokens in a block, AR over blocks and diffusion inside"),
         "ar_frac": (0.5, "mixed: share of each batch that is trained as AR"),
         "input_mask": (0.0, "share of AR's input tokens replaced by the mask token, a regulariser"),
+        "dense_steps": (0, "layers with an indexer (dsa, msa): first so many steps with dense attention,"),
+        "indexer_warmup": (0, "then so many in which the indexer alone learns, then sparse attention"),
         "token_noise": (0.0, "share of AR's input tokens replaced by random tokens, a regulariser"),
     },
     "model": {
@@ -131,7 +133,7 @@ def check(flags):
     for name in ("ar_frac", "input_mask", "token_noise", "dropout", "beta2"):
         if flags[name] is not None and not 0 <= flags[name] <= 1:
             raise ValueError(f"--{name} {flags[name]} must lie between 0 and 1")
-    for name in ("eval_every", "eval_windows", "warmup", "weight_decay", "min_lr", "grad_clip", "threads"):
+    for name in ("eval_every", "eval_windows", "dense_steps", "indexer_warmup", "warmup", "weight_decay", "min_lr", "grad_clip", "threads"):
         if flags[name] < 0:
             raise ValueError(f"--{name} {flags[name]} must not be negative")
 
@@ -503,11 +505,18 @@ def train(given, log=print):
     if compiled:
         ar_part, mdm_part = (torch.compile(f, dynamic=False, fullgraph=True) for f in (ar_part, mdm_part))
 
+    indexed = [b.mixer for b in lm.blocks if hasattr(b.mixer, "stage")]
+    if (flags["dense_steps"] or flags["indexer_warmup"]) and not indexed:
+        raise ValueError(f"--dense_steps and --indexer_warmup need layers with an indexer (dsa, msa), and --layers is {config.layers}")
+
     def gradients(step):
         """Adds up the gradient of the whole batch; returns its mean loss (a device tensor, nats per token) by objective."""
         gen = torch.Generator().manual_seed((flags["seed"] << 32) + step)              # the noise of the whole global batch
         starts, noise = windows.starts(step * B, B), diffusion.mdm_noise(B * T // block, block, generator=gen)
-        losses = torch.zeros(2, device=device)
+        losses, until = torch.zeros(2, device=device), flags["dense_steps"] + flags["indexer_warmup"]
+        stage = "dense" if step < flags["dense_steps"] else "warmup" if step < until else "sparse"
+        for mixer in indexed:                                                          # DeepSeek-V3.2's stages of training
+            mixer.stage = stage
         x = inputs = windows.read(starts)                                              # (B, T)
         if flags["input_mask"] or flags["token_noise"]:
             inputs = diffusion.corrupt(x.cpu(), mask, flags["input_mask"], flags["token_noise"], gen).to(device)
@@ -519,7 +528,7 @@ def train(given, log=print):
                 else:
                     n = slice(r.start * T // block, r.stop * T // block)               # noise: a row for each block
                     loss, extra = mdm_part(x[r], *(a[n].to(device, non_blocking=True) for a in noise))
-            ((loss + extra) * (len(rows) / B)).backward()
+            ((extra if stage == "warmup" and indexed else loss + extra) * (len(rows) / B)).backward()
             losses[int(kind == "mdm")] += loss.detach() * (len(rows) / B)
         if world > 1:
             grads = [p.grad for p in lm.parameters() if p.grad is not None] + [losses] + [m.count for m in lm.moes()]
