@@ -955,6 +955,462 @@ class DSA(MLA):
         main = 2 * self.H * (self.nope + self.rope + self.Dv) * total(lambda t: self.reads(t, causal), T, causal)
         return main + 2 * self.Hi * (self.Di + 1) * count_visible(T, causal)
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Linear attention and the delta rule
 
-ATTENTION = {"full": Full}
-ATTENTION |= {"mla": MLA, "nsa": NSA, "infllm": InfLLM, "msa": MSA, "dsa": DSA}
+def stack_lower(A, B, low):
+    """[[A, 0], [low, B]] for square A, B and low of the same size."""
+    return torch.cat([F.pad(A, (0, A.size(-1))), torch.cat([low, B], dim=-1)], dim=-2)
+
+
+def inverse_of_one_minus(N):
+    """(I - N)^-1 for strictly lower triangular N (P, C, C), C a power of two, by block doubling.
+
+    The inverse of [[A, 0], [-L, B]] is [[A', 0], [B' L A', B']], from 1 x 1 tiles upwards: only true inverses are ever
+    multiplied, so it is as accurate as substitution. The power series I + N + N^2 + ... is not: with correlated keys
+    its terms reach 1e7 before they cancel, even when it is summed by doubling.
+    """
+    n, s = N.detach(), 1
+    X = torch.ones_like(n[:, :, :1]).unsqueeze(-1)                                     # (P, C, 1, 1): the tiles
+    while X.size(1) > 1:
+        pairs = X.size(1) // 2
+        low = n.view(-1, pairs, 2, s, pairs, 2, s)[:, :, 1, :, :, 0]                   # below the diagonal of a pair
+        low = low.diagonal(dim1=1, dim2=3).movedim(-1, 1)                              # (P, pairs, s, s)
+        A, B = X.unflatten(1, (pairs, 2)).unbind(2)
+        X, s = stack_lower(A, B, B @ low @ A), 2 * s
+    X = X.squeeze(1)
+    # dX = X dN X needs nothing but the inverse: a term of value 0 carries it, and autograd skips the levels.
+    return torch.baddbmm(X, X, (N - n) @ X) if N.requires_grad else X
+
+
+def head_scores(rows, k, G, last):
+    """Scores with one decay a head: rows is [q] or [q, erase], all (P, N, C, K); G (P, N, C, 1). See chunked."""
+    f = k.dtype
+    D = (G - G.mT).to(f).exp_().tril_()                                                # above the diagonal exp may be inf
+    into, out = G.exp().to(f), (G[:, :, -1:] - G).exp().to(f) * last
+    scores = [(a @ k.mT) * d for a, d in zip(rows, (D, D.tril(-1)))]
+    return scores, [a * into for a in rows], k * out
+
+
+def channel_scores(rows, k, G, last, g_min):
+    """Scores with a decay per channel: rows is [q] or [q, erase], all and G (P, N, C, K). See chunked.
+
+    sum_d q_id k_jd exp(G_id - G_jd) is a matmul once the exponent is split at a reference between j and i. Below the
+    diagonal that is G at the first row of the lower tile: both factors are at most 1 whatever g is, and no row looks at
+    a later one (a reference in the middle leaks the future through rounding). Tiles double in size from c rows. With
+    c = 1 this is exact for every g; with g >= -5 the factors of c = 16 rows also fit in float32, exp(5 * 15) = 4e32.
+    """
+    C, f = G.size(-2), k.dtype
+    c = 1 if g_min is None else 16
+    k, G, *rows = (a.unflatten(2, (-1, c)) for a in (k, G, *rows))                     # (P, N, C/c, c, K)
+    R = G[..., :1, :]
+    if c > 1:
+        down = (G - R).to(f)
+        k, rows = k * (-down).exp(), [a * down.exp() for a in rows]
+    into, out = R.exp().to(f), (G[:, :, -1:, -1:] - R).exp().to(f) * last.unsqueeze(2)
+    ins, k_out = [(a * into).flatten(2, 3) for a in rows], (k * out).flatten(2, 3)
+    scores = [(a @ k.mT).tril(-i) for i, a in enumerate(rows)]                         # (P, N, n, c, c), n tiles
+    while scores[0].size(2) > 1:
+        n, s = scores[0].size(2) // 2, C // scores[0].size(2) // c                     # merge n pairs of s * c rows
+
+        def half(a, i):
+            return a.unflatten(2, (n, 2, s)).unbind(3)[i]                              # (P, N, n, s, c, K)
+        R0, R1 = half(R, 0), half(R, 1)
+        down, up = (R1 - R1[:, :, :, :1]).exp().to(f), (R1[:, :, :, :1] - R0).exp().to(f)
+        k_up = (half(k, 0) * up).flatten(3, 4)
+        for i, (a, A) in enumerate(zip(rows, scores)):
+            scores[i] = stack_lower(*A.unflatten(2, (n, 2)).unbind(3), (half(a, 1) * down).flatten(3, 4) @ k_up.mT)
+    return [A.squeeze(2) for A in scores], ins, k_out
+
+
+def scan_chunks(through, k_out, U, W, S):
+    """States before each chunk (P, N, K, V), u of each chunk, the last state: u = U + W S, S' = through S + k_out^T u."""
+    states, us = [], []
+    W = [None] * U.size(1) if W is None else W.unbind(1)                               # None: linear attention, u = v
+    for d, kT, u, w in zip(through.unbind(1), k_out.mT.unbind(1), U.unbind(1), W):
+        u = u if w is None else torch.baddbmm(u, w, S.to(u.dtype))
+        states.append(S)
+        us.append(u)
+        S = torch.baddbmm(d * S, kT, u.to(S.dtype))
+    return torch.stack(states, 1), torch.stack(us, 1), S
+
+
+def scan_groups(through, k_out, U, W, S, size):
+    """scan_chunks in about 2 sqrt(N) steps instead of N, for torch.compile, whose graph holds every step.
+
+    A chunk is the affine map S -> M S + A. Compose the maps along each group of `size` chunks, all groups at once; walk
+    over the groups; apply the partial compositions to the state at the start of each group.
+    """
+    (P, K, V), n = S.shape, U.size(1) // size
+    A, M = k_out.mT @ U.to(S.dtype), through.expand(-1, -1, K, 1)
+    step = lambda m, s, a: a + m * s
+    if W is not None:
+        M = k_out.mT @ W.to(S.dtype) + through * torch.eye(K, dtype=S.dtype, device=S.device)
+        step = lambda m, s, a: torch.baddbmm(a, m, s)                                  # one kernel, where a + m @ s is two
+
+    def split(a):                                                                      # (P, N, K, .) -> size x (P n, K, .)
+        return a.unflatten(1, (n, size)).movedim(2, 0).flatten(1, 2).unbind(0)
+    M, A = split(M), split(A)
+    maps = [(M[0], A[0])]
+    for m, a in zip(M[1:], A[1:]):
+        m0, a0 = maps[-1]
+        maps.append((m * m0 if W is None else m @ m0, step(m, a0, a)))
+    starts = []
+    for m, a in zip(*(x.view(P, n, K, -1).movedim(1, 0).contiguous().unbind(0) for x in maps[-1])):
+        starts.append(S)
+        S = step(m, S, a)
+    starts = torch.stack(starts, 1).flatten(0, 1)                                      # (P n, K, V)
+    states = torch.stack([starts] + [step(m, starts, a) for m, a in maps[:-1]], 1).view(P, -1, K, V)
+    return states, U if W is None else U + W @ states.to(U.dtype), S
+
+
+def chunked(q, k, v, beta, g, S, own, reset, scale, g_min, chunk_size):
+    """The chunk-parallel core; beta None is linear attention, u = v. For the arguments see two_way.
+
+    Inside a chunk of C tokens with G = cumsum(g) and D_ij = exp(G_i - G_j), u solves a triangular system:
+        u_i = beta_i (v_i - e^G_i S^T k_i - sum_{j<i} D_ij (k_i . k_j) u_j)
+        o_i = e^G_i S^T q_i + sum_{j<=i} D_ij (q_i . k_j) u_j
+        S'  = e^G_C S + sum_j e^(G_C - G_j) k_j u_j^T
+    (DeltaNet arXiv 2406.06484, Gated DeltaNet 2412.06464, Kimi Delta Attention 2510.26692). Decays, scores, inverse and
+    state are float32, the rest has the dtype of q.
+    """
+    (B, H, T, K), low, f = q.shape, q.dtype, S.dtype
+    C = min(chunk_size, max(16, 1 << (T - 1).bit_length()))
+    N = -(-T // C)
+    size = 1 << N.bit_length() // 2 if torch.compiler.is_compiling() else 1            # chunks in a group, about sqrt(N)
+    pad = -T % (C * size)                                                              # k = v = beta = g = 0: no change of S
+
+    def chunks(a):                                                                     # (B, H, T, .) -> (P, N, C, .), P = B H
+        a = F.pad(a, (0, 0, 0, pad)) if pad else a
+        return a.reshape(B * H, -1, C, a.size(-1))
+    q, k, v, S = chunks(q).to(f), chunks(k).to(f), chunks(v), S.flatten(0, 1)
+    # After a strong decay G_i - G_j is a small difference of large numbers: float64 where the device has it.
+    G = chunks(q.new_zeros(B, H, T, 1) if g is None else g.detach())
+    G = G.cumsum(-2, dtype=f if G.device.type == "mps" else torch.float64)
+    r = c = last = 1.0
+    row_k = k
+    if g is not None:
+        # The gradient of G is what decayed from its row minus what decayed to it: dG = q dq - k dk (GLA, arXiv
+        # 2312.06635). r and c have the value 1 and carry it, so that no exponential needs a gradient.
+        z = (chunks(g) - chunks(g).detach()).cumsum(-2)
+        r, c, last = 1 + z, 1 - z, 1 + z[:, :, -1:]
+        k, row_k = k * c, k
+    q = q * (r * scale)
+    through = (G[:, :, -1:].exp().to(f) * last).mT                                     # (P, N, 1 or K, 1)
+    if beta is None:
+        rows = [q]
+    else:
+        beta = chunks(beta.unsqueeze(-1)).to(f)
+        rows = [q, row_k * (r * -beta)]
+    args = rows, k, G, last
+    scores, ins, k_out = head_scores(*args) if G.size(-1) == 1 else channel_scores(*args, g_min)
+    if own is not None:                                                                # (B,) False: read before the write
+        hide = torch.eye(C, dtype=torch.bool, device=q.device) & ~own.repeat_interleave(H)[:, None, None, None]
+        scores[0] = scores[0].masked_fill(hide, 0)
+    if reset is not None:
+        doc = chunks(reset[:, None, :, None].expand(B, H, T, 1)).cumsum(-2)
+        scores = [A * (doc == doc.mT) for A in scores]
+        ins, k_out = [a * (doc == 0) for a in ins], k_out * (doc == doc[:, :, -1:])
+        through = through * (doc[:, :, -1:] == 0)
+    U, W = v, None
+    if beta is not None:
+        X = inverse_of_one_minus(scores[1].flatten(0, 1)).view_as(scores[1]).to(low)
+        U, W = X @ (beta * v).to(low), X @ ins[1].to(low)
+    if size == 1:
+        states, u, S = scan_chunks(through, k_out, U, W, S)
+    else:
+        states, u, S = scan_groups(through, k_out, U, W, S, size)
+    o = ins[0].to(low) @ states.to(low) + scores[0].to(low) @ u
+    return o.reshape(B, H, -1, o.size(-1))[:, :, :T], S.unflatten(0, (B, H))
+
+
+def token_by_token(q, k, v, beta, g, S, own, reset, scale):
+    """The recurrence itself: decay the state, correct what it holds for k towards v, read it with q."""
+    q, k, v = q.to(S.dtype) * scale, k.to(S.dtype), v.to(S.dtype)
+    out = []
+    for t in range(q.size(2)):
+        kt, u = k[:, :, t].unsqueeze(-1), v[:, :, t].unsqueeze(-2)                     # (B, H, K, 1), (B, H, 1, V)
+        if reset is not None:
+            S = S.masked_fill(reset[:, t, None, None, None], 0)
+        if g is not None:
+            S = S * g[:, :, t].exp().unsqueeze(-1)
+        if beta is not None:
+            u = beta[:, :, t, None, None].to(S.dtype) * (u - kt.mT @ S)
+        before, S = S, S + kt * u
+        out.append(q[:, :, t].unsqueeze(-2) @ (S if own is None else torch.where(own[:, None, None, None], S, before)))
+    return torch.cat(out, dim=2), S
+
+
+def two_way(core, q, k, v, beta, g, state, causal, reset, scale, **settings):
+    """Run a core; when not causal, on [x ; flip(x)] along the batch, the flipped half reading before it writes (own)."""
+    (B, H, T, K), own = q.shape, None
+    f = torch.promote_types(q.dtype, torch.float32)
+    S = q.new_zeros(B, H, K, v.size(-1), dtype=f) if state is None else state.to(f)
+    scale = K ** -0.5 if scale is None else scale
+    if g is not None:
+        g = g.to(f)
+        g = g.unsqueeze(-1) if g.dim() == 3 else g
+        if settings.get("g_min") is None:
+            g = g.clamp(min=-1e3)                                                      # exp(-1000) is 0 too, and sums stay exact
+    if not causal:
+        q, k, v, beta, g = (None if a is None else torch.cat([a, a.flip(2)]) for a in (q, k, v, beta, g))
+        if reset is not None:                                                          # backwards a document starts at its end
+            reset = torch.cat([reset, F.pad(reset[:, 1:], (0, 1)).flip(1)])
+        S = torch.cat([S, torch.zeros_like(S)])
+        own = torch.arange(2 * B, device=q.device) < B
+    with torch.autocast(q.device.type, enabled=False):                                 # it would run the inverse in bf16
+        o, S = core(q, k, v, beta, g, S, own, reset, scale, **settings)
+    if not causal:
+        o, S = o[:B] + o[B:].flip(2), S[:B]
+    return o.to(q.dtype), S
+
+
+def check_chunk(chunk_size, g_min=None):
+    if chunk_size < 16 or chunk_size & (chunk_size - 1):
+        raise ValueError(f"chunk_size {chunk_size} must be a power of two, at least 16")
+    if g_min is not None and not -5 <= g_min <= 0:
+        raise ValueError(f"g_min {g_min} must lie in [-5, 0]: a stronger decay overflows float32 inside 16 tokens; leave "
+                         "it out, and the exact form is used")
+
+
+def linear_attention(q, k, v, g=None, state=None, causal=True, chunk_size=64, scale=None):
+    """S_t = exp(g_t) S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t, in O(T). q, k (B, H, T, K), v (B, H, T, V).
+
+    g: log decay <= 0. None: none (arXiv 2006.16236). (B, H, T): one a head (RetNet 2307.08621, Mamba-2 2405.21060,
+    Lightning 2401.04658). (B, H, T, K): per channel (GLA 2312.06635). state (B, H, K, V): float32, where to start.
+    Returns (o (B, H, T, V), state after the last token). scale defaults to K ** -0.5. No feature map, no normaliser.
+    causal=False adds a second scan from the right that reads before it writes, so that the own token counts once; state
+    seeds and returns the scan from the left. Without decay that is one matrix for all tokens.
+    """
+    check_chunk(chunk_size)
+    if g is None and not causal:
+        S = widen(k).mT @ widen(v) + (0 if state is None else state)
+        return (q @ S.to(q.dtype)) * (q.size(-1) ** -0.5 if scale is None else scale), S
+    return two_way(chunked, q, k, v, None, g, state, causal, None, scale, g_min=None, chunk_size=chunk_size)
+
+
+def linear_attention_recurrent(q, k, v, g=None, state=None, causal=True, chunk_size=64, scale=None):
+    """linear_attention token by token: the definition, and the decode step."""
+    return two_way(token_by_token, q, k, v, None, g, state, causal, None, scale)
+
+
+def delta_rule(q, k, v, beta, g=None, state=None, causal=True, g_min=None, reset=None, chunk_size=64, scale=None):
+    """S = exp(g_t) S; S = S + beta_t k_t (v_t - S^T k_t)^T; o_t = scale S^T q_t. Shapes as in linear_attention.
+
+    beta (B, H, T) in [0, 2]; k is used as given: the layers L2-normalise it. g None: DeltaNet (arXiv 2406.06484).
+    (B, H, T): Gated DeltaNet (2412.06464). (B, H, T, K): Kimi Delta Attention (2510.26692).
+    g_min: a bound g >= g_min >= -5 that the caller guarantees for per-channel g: about twice as fast.
+    reset (B, T) bool: a document starts here and nothing crosses its border. causal=False and state: as above.
+    """
+    check_chunk(chunk_size, g_min)
+    return two_way(chunked, q, k, v, beta, g, state, causal, reset, scale, g_min=g_min, chunk_size=chunk_size)
+
+
+def delta_rule_recurrent(q, k, v, beta, g=None, state=None, causal=True, g_min=None, reset=None, chunk_size=64, scale=None):
+    """delta_rule token by token: the definition, and the decode step."""
+    return two_way(token_by_token, q, k, v, beta, g, state, causal, reset, scale)
+
+
+def widen(x):
+    """float32 for what bf16 would spoil (gates, norms, states: it has no number between 0.996 and 1); float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def l2_norm(x):
+    """x / sqrt(sum x^2 + 1e-6) in float32: the eps of fla and of every model since, added and not a maximum."""
+    w = widen(x)
+    return (w * torch.rsqrt(w.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def short_conv(x, weight, symmetric=False):
+    """Depthwise convolution over time. x (B, W-1+T, D) with the W-1 tokens before, weight (D, W) -> (B, T, D).
+
+    The last tap is the token itself, as in nn.Conv1d of the published models. symmetric: tap W-1-d also reads d tokens
+    ahead, so that one weight serves both directions, as one decay does; beyond the end are zeros.
+    """
+    if symmetric:
+        weight = torch.cat([weight, weight[:, :-1].flip(1)], dim=1)                    # (D, 2W-1)
+        x = F.pad(x, (0, 0, 0, weight.size(1) // 2))
+    return F.conv1d(x.mT, weight.unsqueeze(1), groups=weight.size(0)).mT
+
+
+def low_rank(n_in, n_out, rank):
+    """A bias-free linear map, in two steps through `rank` channels unless rank is 0."""
+    if not rank:
+        return nn.Linear(n_in, n_out, bias=False)
+    return nn.Sequential(nn.Linear(n_in, rank, bias=False), nn.Linear(rank, n_out, bias=False))
+
+
+class FixedState(nn.Module):
+    """What the four layers share: convolution, gates, output norm, and a cache whose size does not depend on T.
+
+        q, k, v = silu(conv(W x)), q and k L2-normalised; beta = sigmoid(W x) for the delta rule
+        log decay: softplus  g = -exp(A_log) softplus(W x + dt_bias)         (Mamba-2, Gated DeltaNet)
+                   lower     g = g_min sigmoid(exp(A_log) (W x + dt_bias))   (GLM-5, Kimi K3: bounded, so that KDA is fast)
+        y = W (norm(o) * act(W x)), the norm per head
+
+    neg_eigval doubles beta, so that a write can flip the sign of what was stored (arXiv 2411.12537, OLMo-Hybrid).
+    linear_n_v_head > linear_n_head: heads of values share queries and keys (Qwen3-Next: 32 and 16). linear_key_dim,
+    linear_value_dim: width of a head. conv_size 4 as everywhere, 1 is none. out_gate_rank: low-rank gate, 0 full.
+    bidir, for causal=False: sum = scans from both ends added before the norm; forward, backward = one of them: the
+    pattern "kda(bidir=forward) kda(bidir=backward)" alternates at half the cost.
+
+    Initialised here for good: A_log, dt_bias, conv_weight, o_norm (no weight decay on them); the nn.Linear are the
+    model's business. Cached calls are for inference. The state is float32 whatever the dtype of the cache.
+    """
+    name = delta = decay = gate = out_gate = None                                      # set by each layer below
+    low_rank_gate = False
+
+    def __init__(self, config):
+        super().__init__()
+        C, self.H = config.n_embd, config.linear_n_head or config.n_head
+        self.Hv = config.linear_n_v_head or self.H
+        if self.Hv % self.H:
+            raise ValueError(f"linear_n_v_head {self.Hv} must be a multiple of the {self.H} heads of queries and keys")
+        if config.linear_key_dim is None and C % self.H:
+            raise ValueError(f"n_embd {C} must be a multiple of {self.H} heads, or give linear_key_dim")
+        self.K = config.linear_key_dim or C // self.H
+        self.V = config.linear_value_dim or self.K
+        if self.name == "linear":
+            self.decay = config.linear_decay
+        self.gate = self.gate if config.decay_gate == "auto" else config.decay_gate
+        self.out_gate = self.out_gate if config.out_gate == "auto" else config.out_gate
+        self.bidir, self.g_min, self.beta_max = config.bidir, config.g_min, 2.0 if config.neg_eigval else 1.0
+        for field, value, legal in (("linear_decay", self.decay, (None, "fixed", "head", "channel")),
+                                    ("decay_gate", self.gate, (None, "softplus", "lower")),
+                                    ("out_gate", self.out_gate, (None, "silu", "sigmoid")),
+                                    ("bidir", self.bidir, ("sum", "forward", "backward"))):
+            if value not in legal:
+                raise ValueError(f"{field} '{value}' is unknown: one of {', '.join(str(a).lower() for a in legal)}")
+        self.sizes = [self.H * self.K, self.H * self.K, self.Hv * self.V]              # q, k, v
+        self.qkv_proj = nn.Linear(C, sum(self.sizes), bias=False)
+        bound = config.conv_size ** -0.5                                               # nn.Conv1d's own
+        self.conv_weight = nn.Parameter(torch.empty(sum(self.sizes), config.conv_size).uniform_(-bound, bound))
+        if self.delta:
+            self.beta_proj = nn.Linear(C, self.Hv, bias=False)
+        if self.decay in ("head", "channel"):
+            per_head = 1 if self.decay == "head" else self.K
+            self.decay_proj = low_rank(C, self.Hv * per_head, 0 if self.decay == "head" else self.K)
+            # Mamba's start: dt log-uniform in [0.001, 0.1], A in [1, 16], a memory of 1 to 1000 tokens. With dt_bias = 1
+            # (transformers' Qwen3-Next) it would be a tenth of a token.
+            dt = torch.empty(self.Hv * per_head).uniform_(math.log(1e-3), math.log(0.1)).exp()
+            self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))             # softplus(dt_bias) = dt
+            A = torch.ones(self.Hv) if self.gate == "lower" else torch.empty(self.Hv).uniform_(1, 16)
+            self.A_log = nn.Parameter(A.log())
+        if self.out_gate:
+            rank = config.out_gate_rank if config.out_gate_rank is not None else self.low_rank_gate * self.V
+            self.gate_proj = low_rank(C, self.Hv * self.V, rank)
+        self.o_norm = nn.RMSNorm(self.V, eps=config.norm_eps)
+        self.o_proj = nn.Linear(self.Hv * self.V, C, bias=False)
+
+    def log_decay(self, x):
+        """(B, T, C) -> None, (B, Hv, T) or (B, Hv, T, K), at least float32."""
+        B, T, _ = x.shape
+        if self.decay == "fixed":                                                      # RetNet: 1 - 2^(-5 - head)
+            h = torch.arange(self.Hv, device=x.device, dtype=torch.float32)
+            return torch.log1p(-2.0 ** (-5 - h)).view(1, -1, 1).expand(B, -1, T)
+        if self.decay is None:
+            return None
+        f = (self.decay_proj(x) + widen(self.dt_bias)).view(B, T, self.Hv, -1).transpose(1, 2)   # (B, Hv, T, 1 or K)
+        A = widen(self.A_log).exp().view(-1, 1, 1)
+        g = self.g_min * torch.sigmoid(A * f) if self.gate == "lower" else -A * F.softplus(f)
+        return g if self.decay == "channel" else g.squeeze(-1)
+
+    def forward(self, x, causal=True, cache=None, commit=True, pos=None, valid=None, mask=None, aux=None):
+        no_mask(self.name, mask)
+        B, T, _ = x.shape
+        if not causal and self.bidir == "backward":
+            if cache is not None:
+                raise ValueError(f"layer '{self.name}' with bidir=backward starts at the end of the text and has no cache: "
+                                 "use bidir=sum or causal=True")
+            return self.forward(x.flip(1), valid=None if valid is None else valid.flip(1)).flip(1)
+        both = not causal and self.bidir == "sum"
+        qkv = self.qkv_proj(x)
+        if valid is not None:
+            qkv = qkv.masked_fill(~valid[:, :, None], 0)
+        W = self.conv_weight.size(1)
+        before = qkv.new_zeros(B, W - 1, qkv.size(2)) if cache is None else cache.conv.to(qkv.dtype)
+        qkv = torch.cat([before, qkv], dim=1)
+        q, k, v = F.silu(short_conv(qkv, self.conv_weight, both)).split(self.sizes, dim=-1)
+        q = q.unflatten(2, (self.H, self.K)).transpose(1, 2)                           # (B, H, T, K)
+        k = k.unflatten(2, (self.H, self.K)).transpose(1, 2)
+        v = v.unflatten(2, (self.Hv, self.V)).transpose(1, 2)                          # (B, Hv, T, V)
+        q, k = l2_norm(q), l2_norm(k)
+        if self.Hv > self.H:
+            q, k = (a.repeat_interleave(self.Hv // self.H, dim=1) for a in (q, k))     # (B, Hv, T, K)
+        g = self.log_decay(x)
+        if not self.delta and self.decay == "head" and self.gate == "softplus":
+            v = v * (-g / self.A_log.exp()[:, None]).unsqueeze(-1).to(v.dtype)         # Mamba-2 writes dt v, g = -A dt
+        write = self.beta_max * torch.sigmoid(widen(self.beta_proj(x))).transpose(1, 2) if self.delta else v
+        if valid is not None:                                                          # padding: no write and no decay
+            pad = ~valid[:, None, :, None]
+            write, g = (a if a is None else a.masked_fill(pad.view(pad.shape[:a.dim()]), 0) for a in (write, g))
+        state = None if cache is None else cache.state
+        if self.delta:
+            rule = delta_rule_recurrent if T == 1 else delta_rule
+            o, S = rule(q, k, v, write, g, state, not both, self.g_min if self.gate == "lower" else None)
+        else:
+            rule = linear_attention_recurrent if T == 1 else linear_attention
+            # The norm below undoes any scale; 1 keeps the small first outputs, with Mamba-2's dt above all, out of its eps.
+            o, S = rule(q, k, write, g, state, not both, scale=1.0)
+        if cache is not None and commit:
+            end = T if valid is None else valid.sum(1)
+            tail = torch.arange(W - 1, device=x.device) + (end if valid is None else end[:, None])
+            cache.conv.copy_(qkv.gather(1, tail.expand(B, -1)[:, :, None].expand(-1, -1, qkv.size(2))))
+            cache.state.copy_(S)
+            cache.advance(cache.pos[:, None] + torch.arange(T, device=x.device), valid)
+        y = self.o_norm(o.transpose(1, 2).to(self.o_norm.weight.dtype))                # (B, T, Hv, V)
+        if self.out_gate:
+            z = self.gate_proj(x).view_as(y)
+            y = y * (F.silu(z) if self.out_gate == "silu" else torch.sigmoid(z))
+        return self.o_proj(y.flatten(2).to(x.dtype))
+
+    def init_cache(self, batch_size, max_len, device=None, dtype=None):
+        wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+        return Cache(batch_size, max_len, device,
+                     conv=torch.zeros(batch_size, self.conv_weight.size(1) - 1, sum(self.sizes), device=device, dtype=dtype),
+                     state=torch.zeros(batch_size, self.Hv, self.K, self.V, device=device, dtype=wide))
+
+    def cache_bytes(self, T, dtype):
+        return 4 * self.Hv * self.K * self.V + (self.conv_weight.size(1) - 1) * sum(self.sizes) * itemsize(dtype)
+
+    def reads(self, T, causal=True):
+        """Rows of the state, each as large as one key and value: K, whatever T; both scans have one."""
+        return self.K * (1 if causal or self.bidir != "sum" else 2)
+
+    def flops(self, T, causal=True):
+        """The chunk-parallel form as computed, C = 64 tokens a chunk, and the convolution; both scans count."""
+        C, K, V, ways = min(64, T), self.K, self.V, 1 if causal or self.bidir != "sum" else 2
+        head = 2 * C * (K + V) + 4 * K * V                                             # scores, their use, S' and its reading
+        if self.delta:
+            head += 2 * C * (2 * K + V) + 2 * C * C // 3 + 2 * K * V                   # the system, its inverse, U, W; W S
+        elif self.decay is None and not causal and ways == 2:
+            head, ways = 4 * K * V, 1                                                  # one matrix for all tokens
+        return T * (ways * self.Hv * head + 2 * (self.conv_weight.size(1) * ways) * sum(self.sizes))
+
+
+class Linear(FixedState):
+    """Linear attention without a delta rule: state S += k v^T. linear_decay: None none; fixed RetNet and Lightning; head
+    Mamba-2's; channel GLA's (softplus(f) with A = 1/16 is GLA's -logsigmoid(-f) / 16)."""
+    name, delta, gate, out_gate = "linear", False, "softplus", "silu"
+
+
+class DeltaNet(FixedState):
+    """DeltaNet (arXiv 2406.06484): a write replaces what the state held for its key. No decay, no output gate."""
+    name, delta = "deltanet", True
+
+
+class GatedDeltaNet(FixedState):
+    """Gated DeltaNet (arXiv 2412.06464): one decay a head. Qwen3-Next, Qwen3.5, OLMo-Hybrid."""
+    name, delta, decay, gate, out_gate = "gated_deltanet", True, "head", "softplus", "silu"
+
+
+class KDA(FixedState):
+    """Kimi Delta Attention (arXiv 2510.26692): a decay per channel, low-rank gates. Kimi Linear, GLM-5.3-Flash."""
+    name, delta, decay, gate, out_gate, low_rank_gate = "kda", True, "channel", "lower", "sigmoid", True
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Registry
+
+ATTENTION = {"full": Full, "mla": MLA, "nsa": NSA, "infllm": InfLLM, "dsa": DSA, "msa": MSA,
+             "linear": Linear, "deltanet": DeltaNet, "gated_deltanet": GatedDeltaNet, "kda": KDA}

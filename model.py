@@ -59,6 +59,19 @@ class ModelConfig:
     attn_gate: bool = False
     window: int | None = None       # sliding window, the token itself counted
     sink: bool = False
+    # layers `linear`, `deltanet`, `gated_deltanet`, `kda`: None takes n_head, n_head, n_embd / heads, the key width
+    linear_n_head: int | None = None    # query and key heads
+    linear_n_v_head: int | None = None  # value heads, a multiple: each q, k head serves several
+    linear_key_dim: int | None = None
+    linear_value_dim: int | None = None
+    linear_decay: str | None = None     # linear: None | fixed (RetNet) | head (Mamba-2) | channel (GLA)
+    decay_gate: str = "auto"            # softplus | lower (a lower bound g_min); auto: the published one
+    g_min: float = -5.0
+    neg_eigval: bool = False            # beta in (0, 2): a write may flip what the state held (OLMo-Hybrid)
+    conv_size: int = 4                  # short convolution before q, k and v
+    out_gate: str | None = "auto"       # None | silu | sigmoid
+    out_gate_rank: int | None = None    # 0: full rank; None: the published one
+    bidir: str = "sum"                  # bidirectional: sum of both scans | forward | backward
     # layers `mla` and `dsa`: None takes DeepSeek-V3's ratio to the head width D
     q_lora_rank: int | None = None      # None: full-rank queries
     kv_lora_rank: int | None = None     # None: 4 D
@@ -389,6 +402,9 @@ class LM(nn.Module):
         return 6 * (self.active_params(embedding=False) + self.V * self.config.n_embd) + 3 * mixers
 
 
+OWN_INIT = ("sink", "window_pos", "A_log", "dt_bias", "conv_weight")
+
+
 def init_weights(lm):
     """Every parameter by one rule; one that no rule knows is an error (a forgotten one would keep random memory).
 
@@ -397,7 +413,7 @@ def init_weights(lm):
     biases                      0
     norms                       1 (their constructor), LayerNorm's bias 0
     expert_up, expert_down      as linear weights and down_proj
-    sink, window_pos            0 (their constructors)
+    OWN_INIT                    by the constructor of the layer, whose docstring says how
     """
     std, residual = 0.02, 0.02 / (2 * lm.config.n_layer) ** 0.5
     known = {}
@@ -405,7 +421,7 @@ def init_weights(lm):
         for key, p in module.named_parameters(recurse=False):
             if p.is_meta:
                 continue
-            if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or key in ("sink", "window_pos"):
+            if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or key in OWN_INIT:
                 pass
             elif isinstance(module, nn.Linear) and key == "bias":
                 nn.init.zeros_(p)

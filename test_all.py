@@ -107,6 +107,15 @@ CASES = {
                             sel_per_head=True)),
     "msa": ("msa", dict(n_kv_head=2, sel_block=8, sel_topk=2, qk_norm=True, rotary_fraction=0.5, index_head_dim=6)),
     "dsa": ("dsa", dict(sel_topk=15, q_lora_rank=12)),
+    "linear": ("linear", {}),
+    "linear fixed": ("linear", dict(linear_decay="fixed")),
+    "linear head": ("linear", dict(linear_decay="head", linear_n_v_head=8, linear_key_dim=6, linear_value_dim=10)),
+    "linear channel": ("linear", dict(linear_decay="channel", out_gate_rank=0)),
+    "deltanet": ("deltanet", dict(neg_eigval=True)),
+    "gated_deltanet": ("gated_deltanet", dict(linear_n_head=2, linear_n_v_head=4, linear_key_dim=8, linear_value_dim=12)),
+    "gated_deltanet lower": ("gated_deltanet", dict(decay_gate="lower", out_gate="sigmoid", conv_size=1, bidir="sum")),
+    "kda": ("kda", {}),
+    "kda softplus": ("kda", dict(decay_gate="softplus", neg_eigval=True, out_gate_rank=0)),
     "dsa direct q": ("dsa", dict(sel_topk=15, index_n_head=3, index_head_dim=10)),
     "full": ("full", {}),
     "full gqa": ("full", dict(n_kv_head=2)),
@@ -205,11 +214,16 @@ def test_layer_block_reads_clean_prefix(case):
 def test_layer_costs_and_errors(case):
     layer = make_layer(case)
     cache = layer.init_cache(3, 64, dtype=torch.bfloat16)
-    assert layer.cache_bytes(64, torch.bfloat16) > 0 and layer.flops(64, True) <= layer.flops(64, False)
+    fixed_state = CASES[case][0] in ("linear", "deltanet", "gated_deltanet", "kda")
+    assert layer.cache_bytes(64, torch.bfloat16) > 0 and layer.flops(64, True) > 0
+    assert fixed_state or layer.flops(64, True) <= layer.flops(64, False)              # without decay, one matrix serves all
     assert 0 < layer.reads(64, True) <= layer.reads(64, False)
     layer(torch.randn(3, 60, 32), cache=cache)
-    with pytest.raises(ValueError, match="max_len"):
-        layer(torch.randn(3, 5, 32), cache=cache)
+    if fixed_state:
+        assert layer.cache_bytes(64, torch.bfloat16) == layer.cache_bytes(10 ** 6, torch.bfloat16)
+    else:
+        with pytest.raises(ValueError, match="max_len"):
+            layer(torch.randn(3, 5, 32), cache=cache)
     if CASES[case][0] not in ("full", "mla"):
         with pytest.raises(ValueError, match=CASES[case][0]):
             layer(torch.randn(1, 4, 32), mask=torch.ones(4, 4, dtype=torch.bool))

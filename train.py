@@ -252,12 +252,12 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(lm, flags, device):
-    """Every parameter in exactly one group: matrices decay, vectors (norms, biases, gates) do not."""
+    """Every parameter in exactly one group: matrices decay, vectors (norms, biases, gates) and short convolutions do not."""
     params = dict(lm.named_parameters())
-    hidden = {n for n, p in params.items() if n.startswith("blocks.") and p.ndim >= 2 and "conv" not in n}
-    muon = hidden if flags["optimizer"] == "muon" else set()
-    groups = [[p for n, p in params.items() if n not in muon and p.ndim >= 2],
-              [p for n, p in params.items() if n not in muon and p.ndim < 2]]
+    muon = {n for n, p in params.items() if n.startswith("blocks.") and p.ndim >= 2 and "conv" not in n and flags["optimizer"] == "muon"}
+    decays = {n for n, p in params.items() if p.ndim >= 2 and "conv" not in n}
+    groups = [[p for n, p in params.items() if n not in muon and n in decays],
+              [p for n, p in params.items() if n not in muon and n not in decays]]
     fused = torch.device(device).type in ("cuda", "cpu")
     optimizers = [torch.optim.AdamW([dict(params=groups[0], weight_decay=flags["weight_decay"]),
                                      dict(params=groups[1], weight_decay=0.0)],
