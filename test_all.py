@@ -36,7 +36,7 @@ import sample
 import train
 from attention import (ATTENTION, block_sparse_attention, compressed_scores, index_block_scores, indexer_kl, lightning_scores,
                        select_blocks, softmax_attention, top_k, visible, window_attention, windows)
-from model import LM, PRESETS, ModelConfig, override, parse_layers
+from model import LM, PRESETS, ModelConfig, MoE, activate, from_preset, override, parse_layers
 
 torch.set_num_threads(1)
 
@@ -808,20 +808,13 @@ def test_layer_patterns():
         LM(tiny(layers="full(windw=3)"))
 
 
-def on_meta(**values):
+def test_gpt2_sizes_and_flops():
     with torch.device("meta"):
-        return LM(ModelConfig(**values))
-
-
-def test_published_sizes():
-    """Our embedding has the mask row and is padded to a multiple of 64: that is the only difference."""
-    gpt2, llama = on_meta(**PRESETS["gpt2"]), on_meta(**PRESETS["llama"])
+        gpt2 = LM(from_preset("gpt2"))
     biases = 12 * (2 * 768 + (3 + 1 + 4 + 1) * 768) + 768                              # GPT-2 has them, nanoGPT's training recipe not
     assert gpt2.num_params() + biases - (50304 - 50257) * 768 == 124_439_808
-    assert llama.num_params() - 2 * (128320 - 128256) * 4096 == 8_030_261_248
     assert gpt2.flops_per_token() == 6 * (gpt2.num_params(False) + 50257 * 768) + 3 * 12 * 4 * 768 * (1024 * 1025 // 2) / 1024
     assert gpt2.flops_per_token(causal=False) > gpt2.flops_per_token()
-    assert llama.cache_bytes(1, torch.bfloat16) == 32 * 2 * 8 * 128 * 2
 
 
 def test_logits_have_no_mask_column_and_weights_are_tied():
@@ -881,7 +874,6 @@ def test_readme_layer_works(monkeypatch):
 # model.py: mixture of experts
 
 def make_moe(seed=0, **values):
-    from model import MoE
     torch.manual_seed(seed)
     moe = MoE(tiny(**{**dict(n_expert=8, n_expert_active=2, expert_inner=16), **values}))
     with torch.no_grad():
@@ -891,7 +883,8 @@ def make_moe(seed=0, **values):
 
 
 MOES = {"sigmoid": dict(router="sigmoid", router_scale=2.5, shared_inner=16), "softmax": dict(router="softmax", shared_inner=16),
-        "groups": dict(n_expert_group=4, n_expert_group_active=2), "relu2": dict(mlp="relu2", n_expert_active=3)}
+        "groups": dict(n_expert_group=4, n_expert_group_active=2), "relu2": dict(mlp="relu2", n_expert_active=3),
+        "gpt-oss": dict(router="softmax", bias=True, mlp="swiglu_clamped")}
 
 
 @pytest.mark.parametrize("case", MOES)
@@ -919,8 +912,8 @@ def test_moe_paths_are_equal(case):
 
 
 def one_expert(moe, token, e):
-    from model import activate
-    return activate(token @ moe.expert_up[e], moe.kind) @ moe.expert_down[e]
+    up, down = (0, 0) if moe.expert_up_bias is None else (moe.expert_up_bias[e], moe.expert_down_bias[e])
+    return activate(token @ moe.expert_up[e] + up, moe.kind) @ moe.expert_down[e] + down
 
 
 def test_moe_router_is_its_definition():
@@ -1009,6 +1002,54 @@ def test_moe_parity_with_transformers(peer):
         x = torch.randn(2, 7, 32)
         y = theirs(x)
         torch.testing.assert_close(ours(x), y[0] if isinstance(y, tuple) else y, rtol=0, atol=1e-5)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# model.py: presets
+
+PUBLISHED = {   # our total less the padding rows of both embeddings, and the extra of transformers' class: (total, cache bytes a token at 64k)
+    "llama": (8_030_261_248, 131_072), "qwen3-next": (79_674_391_296, None), "deepseek-v3": (671_026_404_352, 70_272),
+    "gpt-oss": (20_914_757_184, None), "kimi-linear": (49_122_675_072, None), "llada": (8_015_581_184, 524_288),
+}
+
+
+def on_meta(name):
+    with torch.device("meta"):
+        return LM(from_preset(name))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_have_the_published_sizes(name):
+    """Our embeddings have the mask row and are padded to a multiple of 64: that is the only difference."""
+    lm, (total, cache) = on_meta(name), PUBLISHED[name]
+    padding = 2 * (lm.embed.weight.size(0) - lm.V) * lm.config.n_embd
+    assert lm.num_params() - padding == total
+    assert cache is None or lm.cache_bytes(65536, torch.bfloat16) == cache * 65536
+
+
+@pytest.mark.parametrize("name", [n for n in PUBLISHED if n != "llada"])
+def test_presets_equal_transformers(name):
+    tf = pytest.importorskip("transformers")
+    kimi = ["full_attention" if (i + 1) % 4 == 0 or i == 26 else "linear_attention" for i in range(27)]   # the checkpoint's, not the class's default
+    theirs = {"llama": ("Llama", dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8)),
+              "qwen3-next": ("Qwen3Next", {}), "deepseek-v3": ("DeepseekV3", {}), "gpt-oss": ("GptOss", dict(num_hidden_layers=24, num_local_experts=32)),
+              "kimi-linear": ("KimiLinear", dict(layer_types=kimi))}[name]
+    with torch.device("meta"):
+        model = getattr(tf, theirs[0] + "ForCausalLM")(getattr(tf, theirs[0] + "Config")(**theirs[1]))
+    assert sum(p.numel() for p in model.parameters()) == PUBLISHED[name][0]
+
+
+@pytest.mark.parametrize("name", [n for n in PRESETS if n != "small"])
+def test_preset_twins_train_and_decode(name):
+    """Four layers of width 64 in the preset's ratios: cached equals parallel, and every parameter gets a gradient."""
+    torch.manual_seed(0)
+    lm = LM(from_preset(name, n_layer=4, n_embd=64, vocab_size=11, block_size=64, **({"n_expert": 16} if "n_expert" in PRESETS[name] else {})))
+    x = torch.randint(11, (2, 24))
+    aux = {}
+    (diffusion.ar_loss(lambda idx, **k: lm(idx, aux=aux, **k), x, 11) + sum(aux.values())).backward()
+    assert all(p.grad is not None for p in lm.parameters())
+    lm.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(decode(lm, x, [9] + [1] * 15, lm.init_cache(2, 24)), lm(x), rtol=0, atol=1e-5)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # diffusion.py

@@ -24,7 +24,7 @@ import torch
 
 import diffusion
 import prepare
-from model import LM, PRESETS, ModelConfig, nearest, override, parse_value
+from model import LM, PRESETS, ModelConfig, from_preset, nearest, override, parse_value
 
 # name: (default, help). A default of None means "chooses itself" or "from the preset", as the help says.
 FLAGS = {
@@ -140,7 +140,7 @@ def check(flags):
 
 def model_config(flags, vocab_size=None):
     """ModelConfig from --preset, then the model flags, then --set. vocab_size: the tokenizer's, None keeps the preset's."""
-    values = dict(PRESETS[flags["preset"]])
+    values = {}
     for name in ("block_size", "layers", "n_layer", "n_head", "n_kv_head", "n_embd", "mlp", "dropout"):
         if flags[name] is not None:
             values[name] = flags[name]
@@ -151,7 +151,7 @@ def model_config(flags, vocab_size=None):
         values[key] = parse_value(value)
     if vocab_size is not None:
         values["vocab_size"] = vocab_size
-    return override(ModelConfig(), values)
+    return from_preset(flags["preset"], **values)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data
