@@ -95,7 +95,18 @@ def softmax_attention(q, k, v, causal=True, window=None, sink=None, scale=None, 
     so that a head can attend to no token (gpt-oss). scale defaults to D ** -0.5.
     """
     T, S = q.size(-2), k.size(-2)
-    gqa = q.size(1) != k.size(1)
+    if window is not None and mask is None and S > 2 * max(window, 128):
+        # A stretch of queries at a time against the keys around it: O(T window), and never a (T, S) mask.
+        t, step, y = torch.arange(S, device=q.device), max(window, 128), []
+        for i in range(S - T, S, step):
+            j = min(i + step, S)
+            keys = slice(max(0, i - window + 1), j if causal else min(S, j + window - 1))
+            y.append(softmax_attention(q[:, :, i - S + T:j - S + T], k[:, :, keys], v[:, :, keys], sink=sink, scale=scale,
+                                       mask=visible(t[i:j], t[keys], causal, window)))
+        return torch.cat(y, dim=2)
+    Dv = v.size(-1)
+    if Dv < q.size(-1) and T > 16:
+        v = F.pad(v, (0, q.size(-1) - Dv))                                             # MLA: the fast kernels want one width
     if mask is None and (window is not None and window < S or sink is not None or (causal and 1 < T < S)):
         t = torch.arange(S, device=q.device)
         mask = visible(t[S - T:], t, causal, window)
@@ -103,13 +114,13 @@ def softmax_attention(q, k, v, causal=True, window=None, sink=None, scale=None, 
         # cuDNN's kernel in torch 2.13 can return NaN gradients under a mask (huggingface/trl #7181)
         with sdpa_kernel(SAFE_UNDER_MASK) if mask is not None and q.is_cuda else contextlib.nullcontext():
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None and T > 1,
-                                                  scale=scale, enable_gqa=gqa)
+                                                  scale=scale, enable_gqa=q.size(1) != k.size(1))[..., :Dv]
     # SDPA has no sink and does not return its normaliser, so this is the definition, with its (T, S) scores in memory.
     k, v = (a.repeat_interleave(q.size(1) // a.size(1), dim=1) for a in (k, v))
     scores = (q @ k.transpose(-1, -2)).float() * (scale or q.size(-1) ** -0.5)         # (B, H, T, S)
     scores = scores.masked_fill(~mask, -math.inf)
     null = sink.float().view(1, -1, 1, 1).expand(q.size(0), -1, T, 1)
-    return torch.cat([scores, null], dim=-1).softmax(dim=-1)[..., :-1].to(v.dtype) @ v
+    return torch.cat([scores, null], dim=-1).softmax(dim=-1)[..., :-1].to(v.dtype) @ v[..., :Dv]
 
 
 def rotary(x, pos, dim=None, base=10_000.0, interleaved=False):

@@ -2,7 +2,10 @@
 
     crossover   the main one: AR against masked diffusion on the same few unique tokens, for many epochs
     train       training speed and memory, also beside a nanoGPT checkout
+    attention   every layer: time and memory against length, keys read, cache
+    quality     the same small model with every mixer, AR and diffusion
     moe         mixture of experts: speed against dense, load with and without balancing, experts and topics
+    presets     sizes and caches of the published models
 
 Numbers go to results/NAME.json with command, versions, device and seed, pictures to results/NAME.png. The tables and
 pictures of the README come from there.
@@ -27,7 +30,8 @@ import torch
 import diffusion
 import prepare
 import train
-from model import LM, MLP, PRESETS, ModelConfig, MoE, override
+from attention import ATTENTION
+from model import LM, MLP, PRESETS, ModelConfig, MoE, from_preset, override
 
 HERE = Path(__file__).resolve().parent
 
@@ -129,7 +133,7 @@ def run_arms(jobs, workers):
     while waiting or running:
         while waiting and len(running) < workers:
             name, flags = waiting.pop(0)
-            args = [a for k, v in flags.items() if v is not None for a in (f"--{k}", str(v))]
+            args = [a for k, v in flags.items() if v is not None for a in (f"--{k}", *(v if isinstance(v, list) else [str(v)]))]
             p = subprocess.Popen([sys.executable, str(HERE / "train.py"), *args, "--resume", "auto"], text=True,
                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONUNBUFFERED": "1"})
             last = []
@@ -488,6 +492,171 @@ def bench_moe(args):
     record(args.name or f"moe_{torch.device(device).type}", rows, device, args.results, seed=1337, threads=args.threads)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# presets: sizes of the published models
+
+PUBLISHED = {"gpt2": "124M", "llama": "8.03B", "llada": "8B", "qwen3-next": "80B-A3B", "kimi-linear": "48B-A3B",
+             "deepseek-v3": "671B-A37B", "gpt-oss": "20.9B-A3.6B"}
+
+
+def presets(args):
+    """Sizes and caches of the published models as configured here, counted on the meta device."""
+    rows, T = [], 65536
+    for name, published in PUBLISHED.items():
+        with torch.device("meta"):
+            lm = LM(from_preset(name))
+        c, cache = lm.config, lm.cache_bytes(T, torch.bfloat16) / T
+        D = c.head_dim or c.n_embd // c.n_head
+        if c.qk_nope_head_dim:                                                         # MLA: the heads it stands for
+            D = (c.qk_nope_head_dim + c.v_head_dim) // 2
+        mha = 2 * 2 * c.n_layer * c.n_head * D
+        rows.append({"preset": name, "published": published, "total": lm.num_params(), "active": lm.active_params(),
+                     "active_no_embedding": lm.active_params(False), "mixers": " ".join(dict.fromkeys(type(b.mixer).__name__ for b in lm.blocks)),
+                     "cache_bytes_per_token_64k": cache, "vs_mha": cache / mha - 1, "vs_gqa8": cache / (mha * 8 / c.n_head) - 1})
+    table([{**r, **{k: f"{r[k] / 1e9:.3f}B" for k in ("total", "active", "active_no_embedding")}, "cache_bytes_per_token_64k": round(r["cache_bytes_per_token_64k"]),
+            **{k: f"{r[k]:+.0%}" for k in ("vs_mha", "vs_gqa8")}} for r in rows], list(rows[0]))
+    record(args.name or "presets", rows, folder=args.results, context=T, cache_dtype="bfloat16",
+           columns="vs_mha, vs_gqa8: cache against the same depth and head width with n_head, with 8 key/value heads")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# attention: time and memory against length
+
+# layer -> settings of the sweep: a query of a sparse layer reads at most an eighth of a context of 8,192
+SWEEP = {
+    "full": {}, "full gqa": dict(n_kv_head=1), "full window": dict(window=512), "mla": {}, "linear": dict(linear_decay="head"), "deltanet": {},
+    "gated_deltanet": {}, "kda": {}, "nsa": dict(n_kv_head=1, window=256, sel_block=64, sel_topk=8), "infllm": dict(n_kv_head=1, sel_topk=16, sel_local=4, dense_len=0),
+    "msa": dict(n_kv_head=1, sel_block=128, sel_topk=8, qk_norm=True), "dsa": dict(sel_topk=1024),
+}
+
+
+def bench_attention(args):
+    """Every layer: forward and forward+backward against length, ratio to `full` in the same run, keys read, cache."""
+    device = train.pick_device(args.device)
+    cuda = device.startswith("cuda")
+    dtype = torch.bfloat16 if cuda else torch.float32
+    torch.set_num_threads(args.threads)
+    names = args.layers.split(",") if args.layers else list(SWEEP)
+    lengths, rows = [int(t) for t in args.lengths.split(",")], []
+    C, H = args.n_head * args.head_dim, args.n_head
+    for T in lengths:
+        for name in ["full"] + [n for n in names if n != "full"]:
+            kind = name.split()[0]
+            layer = ATTENTION[kind](override(ModelConfig(n_embd=C, n_head=H, n_layer=1, block_size=T), SWEEP.get(name, {}))).to(device, dtype)
+            run = torch.compile(layer, dynamic=False) if cuda else layer
+            x = torch.randn(1, T, C, device=device, dtype=dtype, requires_grad=True)
+
+            def forward():
+                with torch.no_grad():
+                    run(x, causal=not args.bidirectional)
+
+            def both():
+                layer.zero_grad()
+                x.grad = None
+                (run(x, causal=not args.bidirectional) * 1.1).sum().backward()
+            try:
+                if cuda:
+                    both()
+                    torch.cuda.reset_peak_memory_stats()
+                times = [seconds_of(f, device, args.repeat) for f in (forward, both)]
+                peak = torch.cuda.max_memory_allocated() / 2 ** 20 if cuda else None
+            except torch.OutOfMemoryError:
+                print(f"{name} at T = {T}: out of memory")
+                continue
+            dense = next((r for r in rows if r["layer"] == "full" and r["T"] == T), None)
+            ms = [1e3 * t for t in times]
+            rows.append({"layer": name, "T": T, "forward_ms": ms[0], "both_ms": ms[1], "forward_vs_full": dense["forward_ms"] / ms[0] if dense else 1.0,
+                         "both_vs_full": dense["both_ms"] / ms[1] if dense else 1.0, "reads": layer.reads(T, not args.bidirectional),
+                         "cache_bytes_per_token": layer.cache_bytes(T, torch.bfloat16) / T,
+                         "cache_vs_mha": layer.cache_bytes(T, torch.bfloat16) / (4 * C * T), "peak_mib": peak})
+            print(f"T {T:6d} {name:<16} forward {ms[0]:9.1f} ms  forward+backward {ms[1]:9.1f} ms  ({rows[-1]['both_vs_full']:.2f}x full)", flush=True)
+    last = [r for r in rows if r["T"] == lengths[-1]]
+    table(last, [c for c in rows[0] if any(r[c] is not None for r in last)])
+    for name in names:                                                                 # the exponent of time in T, from its upper half
+        mine = [r for r in rows if r["layer"] == name]
+        if len(mine) > 1:
+            slope = math.log(mine[-1]["both_ms"] / mine[-2]["both_ms"]) / math.log(mine[-1]["T"] / mine[-2]["T"])
+            wins = next((r["T"] for r in mine if r["both_vs_full"] > 1), None)
+            print(f"{name:<16} time ~ T^{slope:.2f} at the end; " + (f"faster than full from T = {wins}" if wins else "never faster than full here"))
+    file = args.name or f"attention_{torch.device(device).type}" + "_bidirectional" * args.bidirectional
+    record(file, rows, device, args.results, heads=H, head_width=args.head_dim, threads=args.threads, settings=SWEEP,
+           clock="wall" if cuda else "process CPU time", what="one whole layer, projections included, batch 1")
+    plot(file, {n: ([r["T"] for r in rows if r["layer"] == n], [r["both_ms"] for r in rows if r["layer"] == n],
+                    dict(marker="o", ms=3, lw=2.5 if n == "full" else 1.2)) for n in names},
+         "tokens", "ms, forward + backward", f"one layer, {H} heads of {args.head_dim}, {device_name(device)}", args.results, ylog=True)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# quality: the same small model with every mixer
+
+# name -> (layer pattern, settings). Sparse layers read at most a quarter of T at t = T; widths of the MLP match parameters.
+MIXERS = {
+    "full": ("full", {}), "full window": ("full", dict(window=64)), "mla": ("mla", {}),
+    "linear": ("linear", dict(linear_decay="head")), "deltanet": ("deltanet", {}), "gated_deltanet": ("gated_deltanet", {}), "kda": ("kda", {}),
+    "gated_deltanet alternate": ("gated_deltanet(bidir=forward) gated_deltanet(bidir=backward)", {}),
+    "gated_deltanet forward": ("gated_deltanet", dict(bidir="forward")),
+    "gated_deltanet*3 full": ("gated_deltanet*3 full", {}), "kda*3 mla": ("kda*3 mla", {}),
+    "nsa": ("nsa", dict(n_kv_head=1, window=32, sel_block=16, sel_topk=4, cmp_block=16, cmp_stride=8)),
+    "infllm": ("infllm", dict(n_kv_head=1, sel_block=16, sel_topk=7, sel_local=2, cmp_block=16, cmp_stride=8, dense_len=0)),
+    "msa": ("msa", dict(n_kv_head=1, sel_block=16, sel_topk=7, qk_norm=True)), "dsa": ("dsa", dict(sel_topk=112)),
+    "gated_deltanet*3 msa": ("gated_deltanet*3 msa", dict(n_kv_head=1, sel_block=16, sel_topk=7, qk_norm=True)),
+    "kda*3 dsa": ("kda*3 dsa", dict(sel_topk=112)),
+    "linear*3 infllm": ("linear*3 infllm", dict(linear_decay="head", n_kv_head=1, sel_block=16, sel_topk=7, cmp_block=16, cmp_stride=8, dense_len=0)),
+}
+
+
+def bigram_loss(train_data, val_windows, V):
+    """Nats per token of a bigram model with add-one smoothing, the first token of a window from the unigram."""
+    pairs = np.bincount(np.asarray(train_data[:-1], np.int64) * V + train_data[1:], minlength=V * V).reshape(V, V) + 1.0
+    uni = np.log(pairs.sum(axis=1) / pairs.sum())
+    bi = np.log(pairs / pairs.sum(axis=1, keepdims=True))
+    x = val_windows.numpy()
+    return -(uni[x[:, 0]].sum() + bi[x[:, :-1], x[:, 1:]].sum()) / x.size
+
+
+def quality(args):
+    """The same small model with every mixer, AR and diffusion: validation loss, tokens read, parameters matched."""
+    names = args.mixers.split(",") if args.mixers else list(MIXERS)
+    folder = Path("data") / args.dataset
+    if args.dataset.startswith("docs") and not (folder / "meta.json").exists():
+        prepare.prepare("docs", name=args.dataset, tokenizer="byte")
+    train_data, val_data, _ = prepare.load_dataset(folder)
+    V, T = prepare.load_tokenizer(folder).n_vocab, args.block_size
+    bigram = bigram_loss(train_data, train.fixed_windows(val_data, T, 256), V)
+    base = dict(n_layer=args.n_layer, n_head=4, n_embd=args.n_embd, block_size=T, vocab_size=V)
+    target = LM(ModelConfig(**base, layers="full")).num_params()
+    jobs = {}
+    for name in names:
+        pattern, values = MIXERS[name]
+        size = lambda inner: LM(ModelConfig(**base, layers=pattern, n_inner=inner, **values)).num_params()
+        slope = (size(64) - size(32)) / 32                                             # parameters per unit of the MLP's width
+        inner = max(8, round((target - size(32)) / slope / 8) * 8 + 32)
+        settings = [f"{k}={v}" for k, v in {**values, "n_inner": inner}.items()]
+        for objective in args.objectives.split(","):
+            if objective == "ar" and name in ("gated_deltanet alternate", "gated_deltanet forward"):
+                continue                                                               # the same as gated_deltanet when causal
+            for seed in range(1337, 1337 + args.seeds):
+                out = Path(args.out) / f"{name.replace(' ', '_').replace('*', 'x')}-{objective}-s{seed}"
+                jobs[f"{name} {objective} {seed}"] = dict(
+                    dataset=str(folder), objective=objective, layers=pattern, set=settings, seed=seed, out=str(out), max_steps=args.steps, block_size=T,
+                    n_layer=args.n_layer, n_head=4, n_embd=args.n_embd, batch_tokens=args.batch_tokens, lr=args.lr, eval_every=0, log_every=50, save_every=100)
+    if not run_arms(jobs, args.workers):
+        return 130
+    rows = []
+    for name in names:
+        for objective in args.objectives.split(","):
+            mine = [read_evals(f["out"])[-1] for key, f in jobs.items() if key.rsplit(" ", 2)[:2] == [name, objective]]
+            if not mine:
+                continue
+            lm, _ = train.load_model(next(f["out"] for key, f in jobs.items() if key.startswith(f"{name} {objective} ")), "last")
+            losses = [r["loss"] for r in mine]
+            rows.append({"mixer": name, "objective": objective, "measure": "exact" if objective == "ar" else "bound", "loss": statistics.mean(losses),
+                         "std": statistics.stdev(losses) if len(losses) > 1 else None, "seeds": len(losses), "se": mine[0]["se"] or None,
+                         "params": lm.num_params(), "reads": max(b.mixer.reads(T, objective == "ar") for b in lm.blocks),
+                         "below_bigram": bigram - statistics.mean(losses), "minutes": mine[0]["seconds"] / 60})
+    table(rows, list(rows[0]))
+    record(args.name or f"quality_{torch.device(train.pick_device('auto')).type}", rows, train.pick_device("auto"), args.results, bigram=bigram, T=T,
+           dataset=args.dataset, steps=args.steps, batch_tokens=args.batch_tokens, lr=args.lr)
+
+
 def main(argv=None):
     parser = prepare.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=prepare.Parser)
@@ -520,6 +689,14 @@ def main(argv=None):
             vs=(str, None, "folder of a nanoGPT checkout to run beside"), child=(bool, None, argparse.SUPPRESS), peer=(str, None, argparse.SUPPRESS))
     command("moe", bench_moe, device=(str, "auto", "auto | cuda | cpu"), threads=(int, 1, "CPU threads"), repeat=(int, 12, "timed calls"),
             steps=(int, 2000, "of the balance run"), out=(str, "out/moe", "folder of its two runs"))
+    command("presets", presets)
+    command("attention", bench_attention, device=(str, "auto", "auto | cuda | cpu"), threads=(int, 1, "CPU threads"), repeat=(int, 3, "timed calls"),
+            layers=(str, None, f"comma-separated, of: {', '.join(SWEEP)} (default: all)"), lengths=(str, "512,1024,2048,4096,8192", "tokens"),
+            n_head=(int, 4, "heads"), head_dim=(int, 64, "width of a head"), bidirectional=(bool, None, "as a diffusion model uses it"))
+    command("quality", quality, mixers=(str, None, f"comma-separated, of: {', '.join(MIXERS)} (default: all)"), objectives=(str, "ar,mdm", "which"),
+            dataset=(str, "docs-byte", "text"), steps=(int, 600, "of each run"), seeds=(int, 3, "number of seeds"), n_layer=(int, 4, "blocks"),
+            n_embd=(int, 128, "width"), block_size=(int, 512, "window"), batch_tokens=(int, 4096, "tokens in a step"), lr=(float, 2e-3, "rate"),
+            workers=(int, 1, "runs at a time"), out=(str, "out/quality", "folder of the runs"))
     try:
         args = parser.parse_args(argv)
         return args.run(args) or 0

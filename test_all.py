@@ -62,6 +62,18 @@ def test_softmax_attention_is_its_definition():
             torch.testing.assert_close(y[b, h, t], expected, rtol=0, atol=1e-6 if s is not None else 1e-12)
 
 
+@pytest.mark.parametrize("window", (3, 130, 200))
+def test_long_windows_are_cut_into_stretches(window):
+    """The O(T window) form against the dense mask, causal and not, with a sink, the queries all or the last ones."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 700, 8)
+    t = torch.arange(700)
+    for causal, sink, T in itertools.product((True, False), (None, torch.randn(2)), (700, 333)):
+        mask = visible(t[700 - T:], t, causal, window)
+        torch.testing.assert_close(softmax_attention(q[:, :, 700 - T:], k, v, causal, window, sink),
+                                   softmax_attention(q[:, :, 700 - T:], k, v, sink=sink, mask=mask), rtol=0, atol=1e-5)
+
+
 def test_fewer_queries_than_keys_are_the_last_ones():
     q, k, v = torch.randn(3, 1, 2, 9, 4)
     torch.testing.assert_close(softmax_attention(q[:, :, 5:], k, v), softmax_attention(q, k, v)[:, :, 5:])
