@@ -7,12 +7,13 @@
     recall      associative recall: what a fixed state can hold, and what a hybrid gets back
     moe         mixture of experts: speed against dense, load with and without balancing, experts and topics
     presets     sizes and caches of the published models
+    decode      tokens/s against quality of every sampler, AR and diffusion; steps needed on arithmetic
+    panel       all likelihoods of the same models: exact, bounds, chains, bits per byte
 
 Numbers go to results/NAME.json with command, versions, device and seed, pictures to results/NAME.png. The tables and
 pictures of the README come from there.
 """
 import argparse
-import dataclasses
 import json
 import math
 import os
@@ -30,6 +31,7 @@ import torch
 
 import diffusion
 import prepare
+import sample
 import train
 from attention import ATTENTION
 from model import LM, MLP, PRESETS, ModelConfig, MoE, from_preset, override
@@ -729,6 +731,229 @@ def recall(args):
                                  for i, n in enumerate(names) for c in (True, False)},
          "key-value pairs to remember", "accuracy", f"associative recall, {T} tokens, width 64, 2 heads of 32", args.results)
 
+# ---------------------------------------------------------------------------------------------------------------------
+# decode, panel: what sampling costs and what it gives; the likelihoods of the same models
+
+DECODE = {
+    # bytes again; 256 of them, of which the first 32 are a prompt and 7 blocks of 32 are filled
+    "cpu": dict(dataset="docs-byte", n_layer=4, n_head=4, n_embd=128, block_size=256, batch_tokens=1024, max_steps=2000, lr=2e-3),
+    "gpu": dict(dataset="docs-byte", n_layer=8, n_head=8, n_embd=512, block_size=256, batch_tokens=32_768, max_steps=5000, lr=1e-3),
+}
+SUMS = dict(n_layer=3, n_head=4, n_embd=96, block_size=80, batch_tokens=1280, max_steps=3000, lr=3e-3)
+ROLES = {"ar": dict(objective="ar"), "judge": dict(objective="ar", seed=1), "mdm": dict(objective="mdm"),
+         "block": dict(objective="block", diffusion_block=16)}
+
+
+def sums(pairs):
+    """'37+58=095;' for each pair (a, b): the answers follow from the questions, so a model that can add is sure of them."""
+    return "".join(f"{a:02}+{b:02}={a + b:03};" for a, b in pairs)
+
+
+def sums_dataset(out):
+    """Folder of the arithmetic data, and the 1,000 of the 10,000 questions that are only in its validation part."""
+    pairs = np.random.default_rng(0).permutation([(a, b) for a in range(100) for b in range(100)]).tolist()
+    held, files = pairs[:1000], [out / "sums-train.txt", out / "sums-val.txt"]
+    out.mkdir(parents=True, exist_ok=True)
+    files[0].write_text("".join(sums(np.random.default_rng(i).permutation(pairs[1000:]).tolist()) for i in range(10)))
+    files[1].write_text(sums(held))
+    return prepare.prepare(text=files[:1], val=files[1:], name="sums", tokenizer="byte", out_dir=str(out / "data")), held
+
+
+def decode_runs(args, roles):
+    """{role: run folder}: those given by a flag, the others trained under --out, from where they were left."""
+    scale = "gpu" if torch.cuda.is_available() else "cpu"
+    common = {**DECODE[scale], **{k: v for k in DECODE[scale] if (v := getattr(args, k, None)) is not None}}
+    out, jobs, folders = Path(args.out or f"out/decode-{scale}"), {}, {}
+    for role in roles:
+        given = getattr(args, "judge" if role == "judge" else f"run_{role}", None)
+        folders[role] = given or str(out / role)
+        flags = {**common, **ROLES[role]} if role != "sums" else {**SUMS, "objective": "mdm", "dataset": str(out / "data" / "sums")}
+        done = read_evals(folders[role])
+        if not given and not (done and done[-1]["step"] == flags["max_steps"]):
+            jobs[role] = {**flags, "out": folders[role], "eval_every": 500, "log_every": 500}
+            sums_dataset(out) if role == "sums" else flags["dataset"] == "docs-byte" and prepare.prepare("docs", name="docs-byte", tokenizer="byte")
+    if not run_arms(jobs, args.workers):
+        raise ValueError("interrupted: the same command goes on from here")
+    return folders
+
+
+class Timed:
+    """A model that counts its passes and the seconds in them."""
+    def __init__(self, lm, clock):
+        self.lm, self.clock, self.passes, self.seconds = lm, clock, 0, 0.0
+
+    def __call__(self, idx, **keywords):
+        tic = self.clock()
+        out = self.lm(idx, **keywords)
+        self.seconds, self.passes = self.seconds + self.clock() - tic, self.passes + 1
+        return out
+
+    def __getattr__(self, name):
+        return getattr(self.lm, name)
+
+
+def clock_of(device):
+    """Seconds: of this process on a CPU (robust on a busy machine), of the wall behind a GPU that has finished."""
+    return (lambda: (torch.cuda.synchronize(), time.perf_counter())[1]) if torch.device(device).type == "cuda" else time.process_time
+
+
+def decoders(n, S=32):
+    """The samplers that are compared: {family: [settings]} for n places to fill, blocks of S."""
+    fewer = [max(1, n >> i) for i in range(5)]
+    return {"AR, cache": [dict()],
+            "diffusion, random order": [dict(order="random", steps=k) for k in fewer],
+            "diffusion, surest first": [dict(steps=k) for k in fewer[2:]],
+            "diffusion, threshold": [dict(threshold=p) for p in (0.9, 0.7, 0.5)],
+            "diffusion in blocks": [dict(block_size=S, steps=k) for k in (fewer[0], fewer[2])],
+            "diffusion in blocks, dual cache": [dict(block_size=S, cache=True, steps=k) for k in fewer[:4]]
+            + [dict(block_size=S, cache=True, steps=n, refresh=8), dict(block_size=S, cache=True, threshold=0.7),
+               dict(block_size=S // 4, cache=True, steps=n)],
+            "block diffusion, exact cache": [dict(steps=k) for k in (16, 8, 4, 2)] + [dict(threshold=0.7)]}
+
+
+def judged(judge, x, start):
+    """(loss, its standard error, unigram entropy) of the tokens from `start` on, under an AR judge. x (N, T).
+
+    Entropy (nats, of the counts of one row, mean over rows) stands beside the loss because a sampler that repeats itself
+    gets a low loss."""
+    with torch.no_grad():
+        nats = torch.cat([diffusion.ar_loss(judge, w, judge.mask_id, reduction="none")[:, start:].mean(1) for w in x.split(32)])
+    p = torch.nn.functional.one_hot(x[:, start:], judge.V).float().mean(1)             # (N, V)
+    return nats.mean().item(), (nats.std() / len(x) ** 0.5).item(), -torch.special.xlogy(p, p).sum(1).mean().item()
+
+
+def overhead(device, clock, layers=8, width=320):
+    """Share of sampling time outside the model's passes, at 10M parameters (untrained: time does not know)."""
+    torch.manual_seed(0)
+    lm = LM(ModelConfig(vocab_size=4096, n_layer=layers, n_embd=width, n_head=5, block_size=256)).to(device).eval()
+    x, rows = torch.full((1, 256), lm.mask_id, device=device), []
+    for order in ("max_prob", "entropy", "random"):
+        f = Timed(lm, clock)
+        tic = clock()
+        diffusion.sample_mdm(f, x, lm.mask_id, steps=32, order=order, generator=torch.Generator(device).manual_seed(0))
+        total = clock() - tic
+        rows.append(dict(sampler=f"overhead, {order}", params=lm.num_params(), passes=f.passes, overhead=1 - f.seconds / total))
+    return rows
+
+
+def arithmetic(args, folder, device):
+    """Steps and exact match on held-out sums, 8 questions a row, their 24 answer digits open: rows of the table."""
+    lm, _ = train.load_model(folder, "last", device)
+    held = sums_dataset(Path(args.out or f"out/decode-{'gpu' if torch.cuda.is_available() else 'cpu'}"))[1]
+    x = torch.tensor(list(sums(held).encode())).view(-1, 80)                           # (125, 80)
+    open_ = (torch.arange(80) % 10 >= 6) & (torch.arange(80) % 10 < 9)
+    canvas, rows = torch.where(open_, lm.mask_id, x).to(device), []
+    for setting in [dict(order="left"), dict(), *(dict(steps=k) for k in (12, 8, 4, 2, 1)), *(dict(threshold=p) for p in (0.99, 0.95, 0.9, 0.7))]:
+        used = torch.ones(len(x), device=device)                                       # steps of each row, as if alone
+
+        def count(step, y):
+            used.add_((y == lm.mask_id).any(1))
+        y = diffusion.sample_mdm(lm, canvas, lm.mask_id, temperature=0, callback=count, **setting).cpu()
+        right = (y == x)[:, open_].view(-1, 3).all(1).float()
+        rows.append(dict(sampler="sums", **setting, steps_used=used.mean().item(), exact_match=right.mean().item(),
+                         fewer=int(open_.sum()) / used.mean().item()))
+    return rows
+
+
+def decode(args):
+    """Tokens/s against quality of every sampler on trained models, by batch size; steps needed on arithmetic."""
+    kinds = args.objective.split(",")
+    if not set(kinds) <= {"ar", "mdm"}:
+        raise ValueError(f"--objective {args.objective}: expected ar, mdm or ar,mdm")
+    folders = decode_runs(args, ["judge"] + ["ar"] * ("ar" in kinds) + ["mdm", "block", "sums"] * ("mdm" in kinds))
+    device = train.pick_device(args.device)
+    torch.set_num_threads(args.threads)
+    clock, batches = clock_of(device), [int(b) for b in args.batches.split(",")]
+    models = {role: train.load_model(folder, "last", device) for role, folder in folders.items() if role != "sums"}
+    judge, state = models["judge"]
+    T, P = judge.config.block_size, judge.config.block_size // 8                       # the first P tokens are the prompt
+    data = train.fixed_windows(prepare.load_dataset(Path(state["flags"]["dataset"]) if os.sep in state["flags"]["dataset"]
+                                                    else Path("data") / state["flags"]["dataset"])[1], T, max(batches)).to(device)
+    canvas = data.clone()
+    canvas[:, P:] = judge.mask_id
+    loss, se, entropy = judged(judge, data, P)
+    about = {r: dict(params=lm.num_params(), steps=s["step"], loss=(read_evals(folders[r]) or [{}])[-1].get("loss")) for r, (lm, s) in models.items()}
+    for role, a in about.items():
+        print(f"{role}: {a['params']:,} parameters, {a['steps']:,} training steps, validation loss {a['loss']:.4f} nats/token")
+    rows = [dict(sampler="real text", loss=loss, se=se, entropy=entropy)]
+
+    def go(family, setting, x, **how):
+        role = "ar" if family.startswith("AR") else "block" if family.startswith("block") else "mdm"
+        f, setting = Timed(models[role][0], clock), dict(setting)
+        gen = torch.Generator(device if torch.device(device).type != "mps" else "cpu").manual_seed(0)
+        tic = clock()
+        if role == "ar":
+            y = diffusion.sample_ar(f, x, f.mask_id, generator=gen, **how)
+        elif role == "block":
+            y = diffusion.sample_block(f, x, f.mask_id, models[role][1]["flags"]["diffusion_block"], generator=gen, **setting, **how)
+        else:
+            y = diffusion.sample_mdm(f, x, f.mask_id, generator=gen, **setting, **how)
+        return y, clock() - tic, f
+
+    # a batch smaller than 4 is repeated with other prompts: one row alone says little about a threshold
+    for family, settings in decoders(T - P).items():
+        if ("ar" if family.startswith("AR") else "mdm") not in kinds:
+            continue
+        for setting in settings:
+            for B in sorted(batches, reverse=True):                                    # quality from the largest batch
+                runs = [go(family, setting, x) for x in canvas[:max(B, min(4, max(batches)))].split(B)]
+                seconds, passes = sum(r[1] for r in runs), statistics.mean(r[2].passes for r in runs)
+                if B == max(batches):
+                    loss, se, entropy = judged(judge, torch.cat([r[0] for r in runs]), P)
+                rows.append(dict(sampler=family, **setting, batch=B, passes=passes, tok_per_s=sum(len(r[0]) for r in runs) * (T - P) / seconds,
+                                 overhead=1 - sum(r[2].seconds for r in runs) / seconds, loss=loss, se=se, entropy=entropy))
+            print(f"{family} {setting}: " + ", ".join(f"batch {r['batch']}: {r['tok_per_s']:,.0f} tok/s" for r in rows[-len(batches):])
+                  + f", loss {loss:.3f}", flush=True)
+    columns = ["sampler", "order", "steps", "threshold", "block_size", "refresh", "batch", "passes", "tok_per_s", "overhead", "loss", "se", "entropy"]
+    print(f"\n{T - P} tokens after {P} of real text; loss under the AR judge, nats per token; entropy of a text's own counts")
+    table(rows, columns)
+    extra = []
+    if "mdm" in kinds:
+        small, blocks = canvas[:16], [s for s in decoders(T - P)["diffusion in blocks, dual cache"] if s.get("steps") == T - P]
+        for setting in blocks + [dict(blocks[0], refresh=r) for r in (4, 2)]:
+            a, slow, _ = go("diffusion in blocks", {**setting, "cache": False, "refresh": None}, small, temperature=0)
+            b, fast, _ = go("diffusion in blocks, dual cache", setting, small, temperature=0)
+            extra.append(dict(sampler="dual cache against none", **setting, batch=len(small), speedup=slow / fast,
+                              agreement=(a == b)[:, P:].float().mean().item()))
+        print("\nthe dual cache against none, greedy, one token a step: share of equal tokens")
+        table(extra, ["block_size", "refresh", "batch", "speedup", "agreement"])
+        more = arithmetic(args, folders["sums"], device)
+        print("\nheld-out sums, 8 in a row with 24 digits open, greedy; fewer: than one digit a step")
+        table(more, ["order", "steps", "threshold", "steps_used", "fewer", "exact_match"])
+        over = overhead(device, clock)
+        print("\nshare of the time outside the model, 256 tokens in 32 steps, batch 1")
+        table(over, ["sampler", "params", "passes", "overhead"])
+        extra += more + over
+    name = args.name or ("decode" if len(kinds) > 1 else f"decode_{kinds[0]}")
+    record(name, rows + extra, device, args.results, models=about, threads=args.threads, seed=0,
+           clock="wall" if torch.device(device).type == "cuda" else "process CPU time", prompt=P, new=T - P)
+    series = {}
+    for i, family in enumerate(dict.fromkeys(r["sampler"] for r in rows[1:])):
+        for B, style in ((max(batches), dict(ls="-")), (min(batches), dict(ls=":", mfc="white"))):
+            points = sorted((r["tok_per_s"], r["loss"]) for r in rows if r["sampler"] == family and r.get("batch") == B)
+            series[family + f", batch {B}"] = (*zip(*points), dict(marker="*osD^vP"[i], ms=6, lw=0.8, color=f"C{i}", **style))
+    plot(name, series, "tokens/s", "loss under the AR judge, nats per token", f"{about['judge']['params'] / 1e6:.1f}M parameters, {T - P} tokens",
+         args.results, lines=[("y", rows[0]["loss"], "real text")])
+
+
+def bench_panel(args):
+    """All likelihoods of the decode runs on the same validation windows: exact, bounds, chains; bits per byte."""
+    folders = decode_runs(args, ["ar", "mdm", "block"])
+    device, rows = train.pick_device(args.device), []
+    torch.set_num_threads(args.threads)
+    for role, folder in folders.items():
+        lm, state = train.load_model(folder, "last", device)
+        name = state["flags"]["dataset"]
+        x = train.fixed_windows(prepare.load_dataset(Path(name) if os.sep in name else Path("data") / name)[1], lm.config.block_size, args.windows)
+        bytes_per_token = prepare.load_tokenizer(folder).token_bytes[x.numpy()].sum() / x.numel()
+        rows += [dict(run=role, measure=measure, nats=nats, se=se or None, bits_per_byte=nats / math.log(2) / bytes_per_token,
+                      params=lm.num_params(), steps=state["step"], windows=len(x), tokens=x.size(1))
+                 for measure, nats, se in sample.panel(lm, state["flags"], x.to(device), args.n_mc)]
+    table(rows, ["run", "measure", "nats", "se", "bits_per_byte", "params", "steps"])
+    record(args.name or "panel", rows, device, args.results, seed=0, n_mc=args.n_mc)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
 
 def main(argv=None):
     parser = prepare.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -773,6 +998,14 @@ def main(argv=None):
             dataset=(str, "docs-byte", "text"), steps=(int, 600, "of each run"), seeds=(int, 3, "number of seeds"), n_layer=(int, 4, "blocks"),
             n_embd=(int, 128, "width"), block_size=(int, 512, "window"), batch_tokens=(int, 4096, "tokens in a step"), lr=(float, 2e-3, "rate"),
             workers=(int, 1, "runs at a time"), out=(str, "out/quality", "folder of the runs"))
+    models = dict(run_ar=(str, None, "run folder of the AR model (default: trained)"), run_mdm=(str, None, "of the diffusion model"),
+                  run_block=(str, None, "of the block-diffusion model"), dataset=(str, None, "default: the scale's"), **shape,
+                  batch_tokens=(int, None, "default: the scale's"), max_steps=(int, None, "of training (default: the scale's)"),
+                  out=(str, None, "folder of the runs (default: out/decode-SCALE)"), device=(str, "auto", "auto | cuda | cpu"),
+                  threads=(int, 1, "CPU threads"), workers=(int, 2, "trainings at a time"))
+    command("decode", decode, objective=(str, "ar,mdm", "ar, mdm or both"), judge=(str, None, "run folder of the AR judge"),
+            run_sums=(str, None, "of the arithmetic model"), batches=(str, "1,8,64", "batch sizes; quality is that of the largest"), **models)
+    command("panel", bench_panel, windows=(int, 16, "validation windows"), n_mc=(int, 64, "masks per window of a bound"), **models)
     try:
         args = parser.parse_args(argv)
         return args.run(args) or 0

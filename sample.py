@@ -1,7 +1,9 @@
 """Write text with a trained model, fill gaps in a text, or score one: from a run folder that train.py made.
 
     python sample.py out/RUN --prompt "The function returns" --num_samples 3
+    python sample.py out/RUN --prompt "One" --prompt "Another, longer"       # different lengths, one batch
     python sample.py out/RUN --prompt "The [MASK:12] sat on" --watch         # diffusion fills gaps; --watch shows how
+    python sample.py out/RUN --threshold 0.9 --block_size 32 --cache         # diffusion, several tokens a pass
     python sample.py score out/RUN --text FILE                               # nats per token and bits per byte
 """
 import math
@@ -18,6 +20,9 @@ import torch
 import diffusion
 import prepare
 import train
+from model import parse_layers
+
+DIFFUSION = ("steps", "threshold", "order", "block_size", "cache", "refresh")          # flags that AR has no use for
 
 
 def parse_prompt(text, tokenizer, mask_id):
@@ -61,56 +66,114 @@ def groups(ids, mask_id):
     return out
 
 
-def generate(args, lm, tokenizer, objective):
-    prompt = args.prompt if args.prompt is not None else ""
-    ids = parse_prompt(prompt, tokenizer, lm.mask_id)
-    infill = lm.mask_id in ids
-    as_ar = objective == "ar" or objective == "mixed" and not infill                   # a mixed model does both
-    if infill and as_ar:
-        raise ValueError("[MASK] in a prompt needs a diffusion model, and this run is autoregressive: train with --objective mdm")
-    new = args.max_new_tokens if args.max_new_tokens is not None else 0 if infill else max(1, min(200, lm.config.block_size - len(ids)))
-    if len(ids) + new > lm.config.block_size and not as_ar:
-        raise ValueError(f"prompt ({len(ids)} tokens) and new tokens ({new}) exceed the model's window of {lm.config.block_size}: "
-                         "shorten one, or use --max_new_tokens")
-    if new < 1 and not infill:
-        raise ValueError(f"--max_new_tokens {new}: nothing to generate, use at least 1 or put [MASK] into the prompt")
-    device = lm.embed.weight.device
-    x, _ = diffusion.canvas([ids] * args.num_samples, new, lm.mask_id)
-    x, gen = x.to(device), torch.Generator("cpu" if device.type == "mps" else device).manual_seed(args.seed)
-    how = dict(temperature=args.temperature, top_p=args.top_p, eot_id=tokenizer.eot, generator=gen,
-               callback=watcher(tokenizer, lm.mask_id, args.pause) if args.watch else None)
-    if as_ar:
-        out = diffusion.sample_ar(lm, x, lm.mask_id, top_k=args.top_k, **how)
-    else:
-        if args.top_k is not None:
-            raise ValueError("--top_k is for AR models: with diffusion use --top_p or --temperature")
-        out = diffusion.sample_mdm(lm, x, lm.mask_id, steps=args.steps, order=args.order, **how)
-    for i, row in enumerate(out.tolist()):
-        text = tokenizer.decode(row[:row.index(tokenizer.eot, len(ids)) if tokenizer.eot in row[len(ids):] else None])
-        print((f"--- sample {i + 1}\n" if args.num_samples > 1 else "") + text)
+def check_dual_cache(config):
+    """The dual cache writes keys into the middle of a canvas: ValueError unless every layer can."""
+    for name, values in parse_layers(config.layers, config.n_layer):
+        if name != "mla" and (name != "full" or values.get("window", config.window) is not None):
+            raise ValueError(f"--cache computes a block inside the text anew, which only the layers 'full' without window and 'mla' can do, "
+                             f"and this run's are '{config.layers}', window {config.window}: leave --cache out")
 
 
-def score(args, lm, tokenizer, objective):
+def sampler(args, lm, flags, infill):
+    """The run's sampler with the flags that fit it: a function of (x, **common keywords). ValueError names a wrong flag."""
+    objective = flags["objective"]
+    asked = [k for k in DIFFUSION if getattr(args, k) not in (None, False)]
+    if objective == "ar" or objective == "mixed" and not (infill or asked):            # a mixed model does both
+        if infill:
+            raise ValueError("[MASK] in a prompt needs a diffusion model, and this run is autoregressive: train with --objective mdm")
+        if asked:
+            raise ValueError(f"--{asked[0]} is for diffusion, and this run is autoregressive: leave it out, or train with --objective mdm")
+        return "ar", lambda x, **how: diffusion.sample_ar(lm, x, lm.mask_id, **how)
+    order = args.order or ("random" if args.threshold is None else "max_prob")
+    how_many = dict(steps=args.steps, threshold=args.threshold, order=order)
+    if objective == "block":
+        wrong = next((k for k in ("block_size", "cache", "refresh") if k in asked), None)
+        if wrong:
+            raise ValueError(f"--{wrong} is for --objective mdm: this run was trained in blocks of {flags['diffusion_block']}, and their "
+                             "cache is always on and exact; leave it out")
+        return "block", lambda x, **how: diffusion.sample_block(lm, x, lm.mask_id, flags["diffusion_block"], **how_many, **how)
+    if args.refresh is not None and (args.refresh < 1 or not args.cache):
+        raise ValueError(f"--refresh {args.refresh}: it is a number of steps, at least 1, and needs --cache")
+    if args.cache:
+        check_dual_cache(lm.config)
+    return "mdm", lambda x, **how: diffusion.sample_mdm(lm, x, lm.mask_id, **how_many, block_size=args.block_size, cache=args.cache,
+                                                        refresh=args.refresh, **how)
+
+
+def generate(args, lm, tokenizer, flags):
+    mask, window, eot, rows = lm.mask_id, lm.config.block_size, tokenizer.eot, []
+    prompts = [parse_prompt(p, tokenizer, mask) for p in args.prompt or [""]]
+    kind, run = sampler(args, lm, flags, any(mask in p for p in prompts))
+    for p in prompts:
+        new = args.max_new_tokens if args.max_new_tokens is not None else 0 if mask in p else max(1, min(200, window - len(p)))
+        if len(p) + new > window and (kind != "ar" or len(p) >= window):               # AR may go on behind its window
+            raise ValueError(f"prompt ({len(p)} tokens) and new tokens ({new}) exceed the model's window of {window}: "
+                             "shorten one, or use --max_new_tokens")
+        if new < 0 or new == 0 and mask not in p:
+            raise ValueError(f"--max_new_tokens {new}: nothing to generate, use at least 1 or put [MASK] into the prompt")
+        rows += [p + [mask] * new] * args.num_samples
+    device, steps, tic = lm.embed.weight.device, 0, time.perf_counter()
+    show = watcher(tokenizer, mask, args.pause) if args.watch else None
+
+    def seen(step, x):
+        nonlocal steps
+        steps = step
+        if show:
+            show(step, x)
+    x, valid = (a.to(device) for a in diffusion.canvas(rows, 0, mask))
+    gen = torch.Generator("cpu" if device.type == "mps" else device).manual_seed(args.seed)
+    out = run(x, valid=valid, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, eot_id=eot, generator=gen, callback=seen)
+    for i, (row, given) in enumerate(zip(out.tolist(), rows)):
+        text = tokenizer.decode([t for t, g in zip(row, given) if g != mask or t != eot])      # what was drawn ends at EOT
+        print((f"--- sample {i + 1}\n" if len(rows) > 1 else "") + text)
+    print(f"{sum(r.count(mask) for r in rows)} tokens in {steps} steps, {time.perf_counter() - tic:.2f} s", file=sys.stderr)
+
+
+def block_chain(lm, x, S, order):
+    """Exact -log p of a block-diffusion model as a sampler with one token a pass: block after block, inside one in `order`.
+
+    x (N, T), T a multiple of S. (N,) nats per token. A block sees itself and the clean text before it."""
+    T = x.size(1)
+    of = torch.arange(T, device=x.device).div(S, rounding_mode="floor")
+    f = lambda idx, causal: lm(idx, causal=False, mask=of[:idx.size(1), None] >= of[:idx.size(1)])
+    return sum(diffusion.chain_nll(f, x[:, :s], lm.mask_id, order, scored=(of[:s] == of[s - 1]).expand(len(x), -1))
+               for s in range(S, T + 1, S)) * S / T
+
+
+@torch.no_grad()
+def panel(lm, flags, x, n_mc=64):
+    """All likelihoods of the windows x (N, T) that the run's objective defines: [(name, nats per token, s.e. over masks)].
+
+    A block run needs T to be a multiple of its blocks. Chains take T passes each."""
+    mean = lambda f: torch.cat([f(w) for w in x.split(32)]).mean().item()
+    objective, mask, S, rows = flags["objective"], lm.mask_id, flags["diffusion_block"], []
+    if objective in ("ar", "mixed"):
+        rows.append(("AR, exact", mean(lambda w: diffusion.ar_loss(lm, w, mask, reduction="none").double()), 0.0))
+    if objective in ("mdm", "mixed"):
+        rows.append(("diffusion, bound", *diffusion.mdm_nll(lm, x, mask, n_mc)))
+        rows += [(f"diffusion, exact chain ({order})", mean(lambda w: diffusion.chain_nll(lm, w, mask, order)), 0.0)
+                 for order in ("left", "confidence")]
+    if objective == "block":
+        rows.append((f"block diffusion ({S}), bound", *diffusion.mdm_nll(lm, x, mask, n_mc, block_size=S)))
+        rows += [(f"block diffusion ({S}), exact chain ({order})", mean(lambda w: block_chain(lm, w, S, order)), 0.0)
+                 for order in ("left", "confidence")]
+    return rows
+
+
+def score(args, lm, tokenizer, flags):
     """Likelihood of a text, cut into windows of the model's block size: exact for AR, a bound and exact chains for diffusion."""
     with open(args.text, encoding="utf-8") as f:
         ids = tokenizer.encode(f.read())
     T = min(lm.config.block_size, len(ids))
+    T -= T % flags["diffusion_block"] if flags["objective"] == "block" else 0
     if T < 1:
-        raise ValueError(f"{args.text} is empty: there is nothing to score")
+        raise ValueError(f"{args.text} is {'empty: there is nothing to score' if not ids else 'shorter than one block of the run'}")
     n = min(args.windows or 10 ** 9, len(ids) // T)
     x = torch.tensor(ids[:n * T]).view(n, T)
     bytes_per_token = tokenizer.token_bytes[x.numpy()].sum() / x.numel()
     print(f"{n} windows of {T} tokens, {bytes_per_token:.3f} bytes per token")
-    x = x.to(lm.embed.weight.device)
-    rows = []
-    if objective in ("ar", "mixed"):
-        rows.append(("AR, exact", torch.stack([diffusion.ar_loss(lm, r, lm.mask_id) for r in x.split(1)]).mean().item(), 0.0))
-    if objective in ("mdm", "mixed"):
-        rows.append(("diffusion, bound", *diffusion.mdm_nll(lm, x, lm.mask_id, args.n_mc)))
-        for order in ("left", "confidence"):
-            rows.append((f"diffusion, exact chain ({order})", diffusion.chain_nll(lm, x, lm.mask_id, order).mean().item(), 0.0))
-    for name, nats, se in rows:
-        print(f"{name:<36} {nats:.4f}{f' +- {se:.4f}' if se else ''} nats/token, {nats / math.log(2) / bytes_per_token:.4f} bits/byte")
+    for name, nats, se in panel(lm, flags, x.to(lm.embed.weight.device), args.n_mc):
+        print(f"{name:<45} {nats:.4f}{f' +- {se:.4f}' if se else ''} nats/token, {nats / math.log(2) / bytes_per_token:.4f} bits/byte")
 
 
 def main(argv=None):
@@ -129,14 +192,19 @@ def main(argv=None):
         parser.add_argument("--windows", type=int, default=16, help="score only the first ones, 0 = all (default: 16)")
         parser.add_argument("--n_mc", type=int, default=64, help="masks per window of the bound, a multiple of 4 (default: 64)")
     else:
-        parser.add_argument("--prompt", help="text to go on with; [MASK:n] marks n tokens to fill in (default: none)")
-        parser.add_argument("--num_samples", type=int, default=1, help="(default: 1)")
+        parser.add_argument("--prompt", action="append",
+                            help="text to go on with; [MASK:n] marks n tokens to fill in; may be given several times (default: none)")
+        parser.add_argument("--num_samples", type=int, default=1, help="of each prompt (default: 1)")
         parser.add_argument("--max_new_tokens", type=int, help="tokens after the prompt (default: up to 200, 0 when infilling)")
         parser.add_argument("--temperature", type=float, default=1.0, help="0 = the most probable token (default: 1)")
-        parser.add_argument("--top_k", type=int, help="AR: draw from the k most probable tokens")
+        parser.add_argument("--top_k", type=int, help="draw from the k most probable tokens")
         parser.add_argument("--top_p", type=float, help="draw from the smallest set of tokens with this probability")
-        parser.add_argument("--steps", type=int, help="diffusion: forward passes (default: one per token)")
-        parser.add_argument("--order", default="random", help=f"diffusion: {', '.join(diffusion.ORDERS)} (default: random)")
+        parser.add_argument("--steps", type=int, help="diffusion: forward passes, of each block in a block run (default: one per token)")
+        parser.add_argument("--threshold", type=float, help="diffusion: a pass takes every token that is at least so probable, instead of --steps")
+        parser.add_argument("--order", help=f"diffusion: {', '.join(diffusion.ORDERS)} (default: random; max_prob with --threshold)")
+        parser.add_argument("--block_size", type=int, help="diffusion: fill blocks of so many tokens, one after the other (default: no blocks)")
+        parser.add_argument("--cache", action="store_true", help="diffusion in blocks: the dual cache, faster, an approximation")
+        parser.add_argument("--refresh", type=int, help="renew it also after so many steps inside a block (default: only when one starts)")
         parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
         parser.add_argument("--watch", action="store_true", help="show every step in the terminal")
         parser.add_argument("--pause", type=float, default=0.03, help="seconds between the steps shown (default: 0.03)")
@@ -147,7 +215,7 @@ def main(argv=None):
             raise ValueError(f"--num_samples {args.num_samples} must be at least 1")
         lm, state = train.load_model(args.run, args.which, train.pick_device(args.device))
         folder = args.run if os.path.isdir(args.run) else os.path.dirname(args.run)
-        (score if scoring else generate)(args, lm, prepare.load_tokenizer(folder), state["flags"]["objective"])
+        (score if scoring else generate)(args, lm, prepare.load_tokenizer(folder), {**train.DEFAULTS, **state["flags"]})
     except (ValueError, OSError) as e:
         print(f"sample.py: {e}", file=sys.stderr)
         return 2

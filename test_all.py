@@ -2219,8 +2219,8 @@ def test_shards(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def runs(dataset, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    for objective in ("ar", "mdm", "mixed"):
-        go(dataset, folder / objective, objective=objective)
+    for objective in ("ar", "mdm", "mixed", "block"):
+        go(dataset, folder / objective, objective=objective, diffusion_block=4)
     return folder
 
 
@@ -2233,17 +2233,68 @@ def test_sample_goes_on_fills_in_and_scores(runs, capsys, tmp_path):
         status, out = say(runs / objective, "--prompt", "the [MASK:3] sat", "--watch", "--pause", 0)
         assert status == 0 and "step 1" in out and "step 3" in out and re.search(r"\nthe [^░]* sat\s*$", out)
     (tmp_path / "text").write_text("the cat sat on a mat. " * 10)
-    for objective, measures in (("ar", 1), ("mdm", 3), ("mixed", 4)):
+    for objective, measures in (("ar", 1), ("mdm", 3), ("mixed", 4), ("block", 3)):
         status, out = say("score", runs / objective, "--text", tmp_path / "text", "--n_mc", 8, "--windows", 2)
         assert status == 0 and out.count("nats/token") == measures
 
 
+@pytest.mark.parametrize("run, flags, steps", [
+    ("ar", "--top_k 5", 6), ("mixed", "", 6), ("mixed", "--steps 2", 2), ("mdm", "--steps 3 --order margin", 3), ("mdm", "--threshold 1e-9", 1),
+    ("mdm", "--block_size 3 --steps 4", 4), ("mdm", "--block_size 3 --cache --top_p 0.9", 6), ("mdm", "--block_size 3 --cache --refresh 2", 6),
+    ("block", "", None), ("block", "--steps 1", None), ("block", "--threshold 0.9 --order max_prob", None)])
+def test_sample_reaches_every_sampler(runs, capsys, run, flags, steps):
+    """Prompts of two lengths go through one batch, and each comes out as it does alone."""
+    def say(*prompts):
+        argv = [str(runs / run), *flags.split(), "--max_new_tokens", "6", "--temperature", "0"] + [a for p in prompts for a in ("--prompt", p)]
+        assert sample.main(argv) == 0
+        out, err = capsys.readouterr()
+        return out, int(re.search(r"tokens in (\d+) steps", err)[1])
+    prompts = ["the", "the cat s"]
+    together, n = say(*prompts)
+    alone = [say(p)[0] for p in prompts]
+    assert together == "".join(f"--- sample {i + 1}\n{text}" for i, text in enumerate(alone)) and steps in (None, n)
+    assert all(text.startswith(p) for text, p in zip(alone, prompts))
+
+
+def test_sample_prints_nothing_after_end_of_text(runs, capsys, monkeypatch):
+    monkeypatch.setattr(diffusion, "sample_mdm", lambda f, x, mask, **how: torch.where(x == mask, how["eot_id"], x))
+    assert sample.main([str(runs / "mdm"), "--prompt", "a [MASK:2]b", "--prompt", "the cat"]) == 0
+    assert capsys.readouterr().out == "--- sample 1\na b\n--- sample 2\nthe cat\n"
+
+
+def test_block_chain_is_a_distribution():
+    """exp(-nll) sums to 1 over all texts; size 1 is the bound without variance, size T the chain of the whole window."""
+    torch.manual_seed(0)
+    lm = LM(tiny(vocab_size=2, n_layer=2)).double().eval()
+    x = torch.tensor(list(itertools.product((0, 1), repeat=6)))
+    with torch.no_grad():
+        for order in ("left", "confidence"):
+            for S in (1, 2, 3, 6):
+                nll = sample.block_chain(lm, x, S, order)
+                assert torch.exp(-6 * nll).sum().item() == pytest.approx(1, abs=1e-9)
+            assert torch.allclose(nll, diffusion.chain_nll(lm, x, 2, order))
+        assert sample.block_chain(lm, x, 1, "left").mean().item() == pytest.approx(diffusion.mdm_nll(lm, x, 2, 4, block_size=1)[0], abs=1e-9)
+
+
+def test_dual_cache_needs_layers_that_rewrite():
+    sample.check_dual_cache(tiny(layers="full*3"))
+    for bad in (tiny(layers="full(window=4) full"), tiny(window=8)):
+        with pytest.raises(ValueError, match="leave --cache out"):
+            sample.check_dual_cache(bad)
+
+
 def test_sample_refuses(runs, capsys):
-    for argv, message in (([runs / "ar", "--prompt", "a [MASK:2]"], "diffusion"), ([runs / "mdm", "--prompt", "a" * 30], "window"),
-                          ([runs / "none"], "no checkpoint"), ([runs / "mdm", "--steps", "0"], "steps"), ([runs / "mdm", "--order", "best"], "order")):
-        assert sample.main([str(a) for a in argv]) == 2
+    for argv, message in (("ar --prompt a_[MASK:2]", "needs a diffusion model"), ("ar --steps 4", "autoregressive"), ("none", "no checkpoint"),
+                          (f"ar --prompt {'a' * 30}", "window of 16"), (f"mdm --prompt {'a' * 30}", "window of 16"),
+                          ("mdm --prompt a --max_new_tokens 0", "put [MASK]"), ("mdm --steps 0", "at least 1"), ("mdm --order best", "max_prob"),
+                          ("mdm --threshold 1.5", "(0, 1]"), ("mdm --threshold 0", "(0, 1]"), ("mdm --threshold 0.9 --steps 3", "exclude"),
+                          ("mdm --threshold 0.9 --order left", "max_prob"), ("mdm --cache", "block_size"), ("mdm --block_size 0", "at least 1"),
+                          ("mdm --refresh 2", "needs --cache"), ("mdm --block_size 4 --cache --refresh 0", "at least 1"),
+                          ("block --block_size 8", "blocks of 4"), ("block --cache", "blocks of 4"), ("mdm --temperature -1", "temperature")):
+        run, *rest = argv.split()
+        assert sample.main([str(runs / run), *rest]) == 2, argv
         error = capsys.readouterr().err
-        assert message in error and len(error.splitlines()) == 1
+        assert message in error and len(error.splitlines()) == 1, (argv, error)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # bench.py
@@ -2272,3 +2323,31 @@ def test_crossover_end_to_end(dataset, tmp_path, capsys):
     rows = json.loads((tmp_path / "results" / "crossover_cpu.json").read_text())["rows"]
     assert [r["arm"] for r in rows] == ["ar", "mdm", "crossing"] and len(rows[0]["evals"]) == 3
     assert (tmp_path / "results" / "crossover_cpu.png").stat().st_size > 10_000
+
+
+def test_judged_is_its_definition():
+    torch.manual_seed(0)
+    lm, x = LM(tiny(vocab_size=7)).eval(), torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 6, 6, 6, 6]])
+    loss, se, entropy = bench.judged(lm, x, 2)
+    with torch.no_grad():
+        want = diffusion.token_nll(lm(diffusion.shift_right(x, 7)), x)[:, 2:]
+    assert loss == pytest.approx(want.mean().item()) and se == pytest.approx(want.mean(1).std().item() / 2 ** 0.5)
+    assert entropy == pytest.approx(math.log(4) / 2), "four different tokens, and four equal ones"
+    assert bench.sums([(7, 58), (99, 99)]) == "07+58=065;99+99=198;"
+
+
+def test_decode_and_panel_end_to_end(runs, tmp_path, capsys, monkeypatch):
+    """Every sampler on runs of the tests: rows, picture, the arithmetic set, the likelihoods."""
+    monkeypatch.setattr(bench, "overhead", lambda *_: [])
+    common = f"--run_ar {runs / 'ar'} --run_mdm {runs / 'mdm'} --run_block {runs / 'block'} --results {tmp_path} --out {tmp_path / 'out'}".split()
+    assert bench.main(["decode", *common, "--judge", str(runs / "ar"), "--run_sums", str(runs / "mdm"), "--batches", "1,2"]) == 0
+    rows = json.loads((tmp_path / "decode.json").read_text())["rows"]
+    timed = [r for r in rows if "tok_per_s" in r]
+    assert {r["sampler"] for r in timed} == set(bench.decoders(14)) and {r["batch"] for r in timed} == {1, 2}
+    assert all(r["passes"] == r.get("steps", 14) for r in timed if "order" in r) and all(0 < r["overhead"] < 1 for r in timed)
+    assert all(r["agreement"] <= 1 for r in rows if "agreement" in r) and any("exact_match" in r for r in rows)
+    assert (tmp_path / "decode.png").stat().st_size > 10_000
+    assert bench.main(["panel", *common, "--windows", "2", "--n_mc", "4"]) == 0
+    rows = json.loads((tmp_path / "panel.json").read_text())["rows"]
+    assert [r["run"] for r in rows] == ["ar"] + ["mdm"] * 3 + ["block"] * 3 and all(r["bits_per_byte"] > 0 for r in rows)
+    assert bench.main(["decode", *common, "--objective", "block"]) == 2 and "ar, mdm" in capsys.readouterr().err
