@@ -7,6 +7,7 @@
     recall      associative recall: what a fixed state can hold, and what a hybrid gets back
     moe         mixture of experts: speed against dense, load with and without balancing, experts and topics
     presets     sizes and caches of the published models
+    gpu         all GPU measurements, in order of value, as many as fit into --minutes
     decode      tokens/s against quality of every sampler, AR and diffusion; steps needed on arithmetic
     panel       all likelihoods of the same models: exact, bounds, chains, bits per byte
 
@@ -19,6 +20,8 @@ import math
 import os
 import platform
 import resource
+import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -193,8 +196,12 @@ def tell(c, until):
 
 
 def crossover(args):
+    if args.scale not in ("auto", *SCALES):
+        raise ValueError(f"--scale {args.scale} is unknown: auto, cpu or gpu")
     scale = args.scale if args.scale != "auto" else "gpu" if torch.cuda.is_available() else "cpu"
     s = dict(SCALES[scale])
+    if scale == "gpu" and (Path("data") / "classics" / "meta.json").exists():
+        s["dataset"] = "classics"                                                      # the standard corpus, where it was prepared
     for key in ("dataset", "unique_tokens", "epochs", "minutes", "lr", "n_layer", "n_head", "n_embd", "block_size", "batch_tokens"):
         if getattr(args, key) is not None:
             s[key] = getattr(args, key)
@@ -203,7 +210,11 @@ def crossover(args):
     if s["dataset"].startswith("docs") and not (Path("data") / s["dataset"] / "meta.json").exists():
         prepare.prepare("docs", name=s["dataset"], tokenizer=s["tokenizer"])
     root = Path(args.out or f"out/crossover-{scale}") / f"{s['dataset']}-U{s['unique_tokens']}-{s['n_layer']}x{s['n_embd']}"
-    arms = {**ARMS, **(TUNED if args.tuned else {})}
+    known = {**ARMS, **TUNED}
+    wanted = args.arms.split(",") if args.arms else list(known if args.tuned else ARMS)
+    if not {"ar", "mdm"} <= set(wanted) <= set(known):
+        raise ValueError(f"--arms {args.arms} must hold ar and mdm, and of the others only: {', '.join(TUNED)}")
+    arms = {a: known[a] for a in wanted}
     common = {k: s[k] for k in ("dataset", "unique_tokens", "n_layer", "n_head", "n_embd", "block_size", "batch_tokens", "log_every")}
     common |= dict(schedule=args.schedule, max_minutes=s["minutes"], save_every=500, eval_windows=256)
 
@@ -249,7 +260,7 @@ def crossover(args):
                              measure={"ar": "exact", "mdm": "bound", "mixed": "smaller of exact and bound"}[arms[a]["objective"]],
                              minutes=evals[a, seed][-1]["seconds"] / 60, evals=evals[a, seed]))
         found = dict(curve=crossing(evals["ar", seed], mdm), honest=crossing(None, mdm, floor["ar"]))
-        if args.tuned:
+        if len(pure) > 1:
             found["honest_tuned"] = crossing(None, mdm, min(pure.values()))
         rows.append(dict(arm="crossing", seed=seed, **found))
         print(f"\nseed {seed}, validation loss in nats per token (diffusion: an upper bound)")
@@ -257,7 +268,7 @@ def crossover(args):
               ["arm", "measure", "lr", "best", "best_epoch", "last", "epochs", "se", "bpb", "minutes"])
         print(f"curve crossing  (diffusion below AR at the same epoch):       {tell(found['curve'], until)}")
         print(f"honest crossing (diffusion below the best AR ever reached):   {tell(found['honest'], until)}")
-        if args.tuned:
+        if len(pure) > 1:
             print(f"honest crossing against the best regularised AR ({min(pure, key=pure.get)}): {tell(found['honest_tuned'], until)}")
 
     name = args.name or f"crossover_{scale}"
@@ -494,6 +505,44 @@ def bench_moe(args):
     plot("moe_load", series, "step", "largest / mean load, worst layer", "32 experts, top 4, from a skewed router", args.results, xlog=False, ylog=True)
     record(args.name or f"moe_{torch.device(device).type}", rows, device, args.results, seed=1337, threads=args.threads)
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# gpu: the queue
+
+def gpu(args):
+    """A queue of GPU measurements in order of value: skips what results/ holds, stops in time, goes on at the next call."""
+    if not torch.cuda.is_available():
+        raise ValueError("torch sees no CUDA device here: run this on a machine with an NVIDIA GPU")
+    study = "crossover --scale gpu --results {r}"
+    queue = [   # file that the entry leaves, command
+        ("gpu_tests.txt", "-m pytest test_all.py -q -m gpu"),
+        ("train_cuda.json", "bench.py train --preset gpt2 --batch 64 --iters 20 --rounds 1 --vocab_size 50304 --results {r}"),
+        ("train_cuda_width128.json", "bench.py train --preset gpt2 --n_head 6 --batch 64 --iters 20 --rounds 1 --vocab_size 50304 --name train_cuda_width128 --results {r}"),
+        ("train_cuda_10M.json", "bench.py train --preset llama --n_layer 6 --n_head 6 --n_embd 384 --block_size 512 --vocab_size 4096 --batch 64 --iters 40 --rounds 1 --name train_cuda_10M --results {r}"),
+        ("crossover_U1M.json", f"bench.py {study} --arms ar,mdm,'ar wd 0.8' --name crossover_U1M"),
+        ("crossover_U1M_seeds.json", f"bench.py {study} --seeds 3 --name crossover_U1M_seeds"),
+        ("decode_gpu.json", "bench.py decode --results {r}"),
+        ("attention_cuda.json", "bench.py attention --lengths 2048,4096,8192,16384,32768,65536 --n_head 16 --head_dim 128 --results {r}"),
+        ("crossover_U2M.json", f"bench.py {study} --unique_tokens 2000000 --name crossover_U2M"),
+        ("moe_cuda.json", "bench.py moe --results {r}"),
+        ("crossover_U5M.json", f"bench.py {study} --unique_tokens 5000000 --n_layer 10 --n_embd 512 --n_head 8 --name crossover_U5M"),
+    ]
+    end, todo = time.time() + 60 * args.minutes, [(f, c) for f, c in queue if not (Path(args.results) / f).exists()]
+    for file, command in todo:
+        left = end - time.time()
+        if left < 20:
+            break
+        print(f"\n=== {file}: {command}   ({train.clock(left)} left)", flush=True)
+        p = subprocess.Popen([sys.executable, *shlex.split(command.format(r=args.results))], cwd=HERE, start_new_session=True)
+        try:
+            p.wait(timeout=left - 10)
+        except subprocess.TimeoutExpired:
+            os.killpg(p.pid, signal.SIGINT)                                            # runs save and go on at the next call
+            p.wait()
+        if p.returncode == 0 and file.endswith(".txt"):
+            (Path(args.results) / file).write_text(f"passed on {device_name('cuda')}, torch {torch.__version__}\n")
+    missing = [f for f, _ in queue if not (Path(args.results) / f).exists()]
+    print("\nnot measured yet: " + (", ".join(missing) or "nothing"))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # presets: sizes of the published models
@@ -977,7 +1026,8 @@ def main(argv=None):
             lr=(float, None, "default: the scale's"), batch_tokens=(int, None, "default: the scale's"),
             seeds=(int, 1, "number of seeds"), evals=(int, 12, "evaluations, geometric in epochs"),
             schedule=(str, "constant", "constant | wsd | cosine: with the last two AR's best epoch gets an annealed run of its own"),
-            tuned=(bool, None, "add the regularised AR arms and the mixed arm"), lr_sweep=(bool, None, "try 1/2, 1 and 2 times the rate"),
+            tuned=(bool, None, "add the regularised AR arms and the mixed arm"),
+            arms=(str, None, "the arms, comma-separated: ar,mdm and of 'ar wd 0.4', 'ar dropout 0.1', 'mixed', ..."), lr_sweep=(bool, None, "try 1/2, 1 and 2 times the rate"),
             out=(str, None, "folder of the runs (default: out/crossover-SCALE)"))
     command("train", bench_train, preset=(str, "gpt2", "model"), **shape, vocab_size=(int, None, "default: the preset's"),
             batch=(int, 12, "windows in a step"), iters=(int, 40, "timed steps"), warmup=(int, 5, "steps before them"),
@@ -988,6 +1038,7 @@ def main(argv=None):
     command("moe", bench_moe, device=(str, "auto", "auto | cuda | cpu"), threads=(int, 1, "CPU threads"), repeat=(int, 12, "timed calls"),
             steps=(int, 2000, "of the balance run"), out=(str, "out/moe", "folder of its two runs"))
     command("presets", presets)
+    command("gpu", gpu, minutes=(float, 9.0, "for all of it"))
     command("attention", bench_attention, device=(str, "auto", "auto | cuda | cpu"), threads=(int, 1, "CPU threads"), repeat=(int, 3, "timed calls"),
             layers=(str, None, f"comma-separated, of: {', '.join(SWEEP)} (default: all)"), lengths=(str, "512,1024,2048,4096,8192", "tokens"),
             n_head=(int, 4, "heads"), head_dim=(int, 64, "width of a head"), bidirectional=(bool, None, "as a diffusion model uses it"))
@@ -1009,7 +1060,7 @@ def main(argv=None):
     try:
         args = parser.parse_args(argv)
         return args.run(args) or 0
-    except ValueError as e:
+    except (ValueError, OSError) as e:
         print(f"bench.py: {e}", file=sys.stderr)
         return 2
 

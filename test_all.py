@@ -350,6 +350,7 @@ def test_block_sparse_gradcheck(path):
     assert torch.autograd.gradcheck(lambda *a: block_sparse_attention(*a, sel, 2, path=path), (q, k, v))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("block", (64, 128))
 def test_flex_on_cuda(block):

@@ -685,7 +685,7 @@ def main(argv=None):
             print(f"---\nbest validation loss {result['best']:.4f} nats/token, {clock(result['seconds'])} of training. A sample:\n")
             print(show_sample(result))
             print(f"\nmore: python sample.py {result['out']}")
-    except ValueError as e:
+    except (ValueError, OSError) as e:
         print(f"train.py: {e}", file=sys.stderr)
         return 2
     return 130 if result["stopped"] else 0
