@@ -110,6 +110,12 @@ def softmax_attention(q, k, v, causal=True, window=None, sink=None, scale=None, 
     if mask is None and (window is not None and window < S or sink is not None or (causal and 1 < T < S)):
         t = torch.arange(S, device=q.device)
         mask = visible(t[S - T:], t, causal, window)
+    if sink is None and q.size(1) != k.size(1) and (T == 1 or (mask is not None and T < q.size(-1))):
+        # A few queries: for enable_gqa SDPA may copy all keys once per query head. As rows of one head they share them.
+        if mask is not None:
+            mask = mask.expand(q.size(0), q.size(1), T, S).unflatten(1, (k.size(1), -1)).flatten(2, 3)
+        y = softmax_attention(q.unflatten(1, (k.size(1), -1)).flatten(2, 3), k, v, causal=False, scale=scale, mask=mask)
+        return y[..., :Dv].unflatten(2, (-1, T)).flatten(1, 2)                         # from (B, H_kv, G T, Dv)
     if sink is None:
         # cuDNN's kernel in torch 2.13 can return NaN gradients under a mask (huggingface/trl #7181)
         with sdpa_kernel(SAFE_UNDER_MASK) if mask is not None and q.is_cuda else contextlib.nullcontext():
@@ -384,7 +390,9 @@ class MLA(nn.Module):
         c, k_rope = latent.split([self.R, self.rope], dim=-1)
         if absorbed:
             q, q_rope = q.split([self.nope, self.rope], dim=-1)
-            return attention(torch.cat([q @ w_k, q_rope], dim=-1), latent, c, scale=self.scale) @ w_v.transpose(1, 2)
+            # the values are the whole latents, cut afterwards: SDPA is fast where keys and values have one width
+            y = attention(torch.cat([q @ w_k, q_rope], dim=-1), latent, latent, scale=self.scale)  # (B, H, T, R + rope)
+            return y[..., :self.R] @ w_v.transpose(1, 2)
         k = torch.cat([c @ w_k.transpose(1, 2), k_rope.expand(-1, self.H, -1, -1)], dim=-1)
         return attention(q, k, c @ w_v.transpose(1, 2), scale=self.scale)
 
@@ -456,14 +464,14 @@ def block_sparse_attention(q, k, v, sel, block_size, causal=True, tile=1, limit=
     if limit is None:
         t = torch.arange(T, device=q.device)[None]
         limit = t + 1 + S - T if causal else torch.full_like(t, S)
-    if path is None:
-        if q.is_cuda and T >= 128 and 128 % (H // Hkv) == 0 and 0 in (block_size % 128, 128 % block_size):
-            path = "flex"
-        elif tile >= 16 or T <= 16:
-            most = most if torch.compiler.is_compiling() else int(sel.sum(-1).amax())
-            path = "gather" if 2 * (sel.size(-1) if most is None else most) * block_size <= S else "dense"
-    if path == "gather":
-        return gather_attention(q, k, v, sel, block_size, tile, limit, sel.size(-1) if most is None else most, scale)
+    if path is None and q.is_cuda and T >= 128 and 128 % (H // Hkv) == 0 and 0 in (block_size % 128, 128 % block_size):
+        path = "flex"
+    if path == "gather" or path is None and (tile >= 16 or T <= 16):
+        if not torch.compiler.is_compiling():
+            most = max(int(sel.sum(-1).amax()), 1)
+        most = sel.size(-1) if most is None else most
+        if path == "gather" or 2 * most * block_size <= S:
+            return gather_attention(q, k, v, sel, block_size, tile, limit, most, scale)
     if tile > 1:
         sel = sel.repeat_interleave(tile, dim=2)[:, :, :T]
     if path == "flex":
@@ -477,16 +485,20 @@ def block_sparse_attention(q, k, v, sel, block_size, causal=True, tile=1, limit=
     return torch.cat(y, dim=2).unflatten(0, (B, Hkv)).flatten(1, 2)
 
 
+def pad_slots(a, n):
+    """(B, h, S, D) -> (B, h, n, D), zeros at the end; a itself when S = n, where F.pad would copy a whole cache."""
+    return a if a.size(2) == n else F.pad(a, (0, 0, 0, n - a.size(2)))
+
+
 def gather_attention(q, k, v, sel, block, tile, limit, n, scale):
     """The gather path; no row of sel picks more than n blocks."""
-    (B, H, T, _), (Hkv, S), nt = q.shape, k.shape[1:3], sel.size(2)
+    (B, _, T, _), Hkv, nt = q.shape, k.size(1), sel.size(2)
     index, picked = top_k(torch.zeros(sel.shape, device=q.device).masked_fill(~sel, -math.inf), n)     # in ascending order
     index, picked, n = index.flatten(0, 2), picked.flatten(0, 2), index.size(-1)       # (R, n) with rows R = B Hkv nt
-    q = F.pad(q, (0, 0, 0, nt * tile - T)).unflatten(2, (nt, tile)).unflatten(1, (Hkv, -1))
+    q = pad_slots(q, nt * tile).unflatten(2, (nt, tile)).unflatten(1, (Hkv, -1))
     q = q.transpose(2, 3).flatten(0, 2)                                                # (R, G, tile, D)
     limit = F.pad(limit, (0, nt * tile - T)).view(-1, 1, nt, tile).expand(B, Hkv, -1, -1).flatten(0, 2)        # (R, tile)
-    pad = (0, 0, 0, sel.size(3) * block - S)                       # 0 for the layers' caches: a step must not copy them
-    k, v = (F.pad(a, pad).unflatten(2, (-1, block)) for a in (k, v))                   # (B, Hkv, NB, block, D)
+    k, v = (pad_slots(a, sel.size(3) * block).unflatten(2, (-1, block)) for a in (k, v))       # (B, Hkv, NB, block, D)
     inside = torch.arange(max(block, tile), device=q.device)
 
     def attend(r, mask):
@@ -506,7 +518,7 @@ def gather_attention(q, k, v, sel, block, tile, limit, n, scale):
         # same one (their last pick is the diagonal block). 64 rows at a time, since their keys fit into a CPU's cache.
         last = index[:, -1:] * block
         free = picked.all(1) & (last[:, 0] + block <= limit.amin(1))
-        diagonal = picked.all(1) & (limit == last + 1 + inside[:tile]).all(1) & (tile <= block)
+        diagonal = ~free & picked.all(1) & (limit == last + 1 + inside[:tile]).all(1) & (tile <= block)
         triangle = torch.ones(tile, n * block, dtype=torch.bool, device=q.device).tril((n - 1) * block)
         parts = [(rows, mask) for kind, mask in ((free, False), (diagonal, triangle), (~free & ~diagonal, None))
                  for rows in r[kind].split(64) if len(rows)]
