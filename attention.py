@@ -1009,7 +1009,7 @@ def inverse_of_one_minus(N):
 def head_scores(rows, k, G, last):
     """Scores with one decay a head: rows is [q] or [q, erase], all (P, N, C, K); G (P, N, C, 1). See chunked."""
     f = k.dtype
-    D = (G - G.mT).to(f).exp_().tril_()                                                # above the diagonal exp may be inf
+    D = (G - G.mT).to(f).exp_().tril_()                                                # above the diagonal: maybe inf
     into, out = G.exp().to(f), (G[:, :, -1:] - G).exp().to(f) * last
     scores = [(a @ k.mT) * d for a, d in zip(rows, (D, D.tril(-1)))]
     return scores, [a * into for a in rows], k * out
@@ -1047,7 +1047,7 @@ def channel_scores(rows, k, G, last, g_min):
 
 
 def scan_chunks(through, k_out, U, W, S):
-    """States before each chunk (P, N, K, V), u of each chunk, the last state: u = U + W S, S' = through S + k_out^T u."""
+    """u = U + W S, S' = through S + k_out^T u -> S before each chunk (P, N, K, V), u of each chunk, the last S."""
     states, us = [], []
     W = [None] * U.size(1) if W is None else W.unbind(1)                               # None: linear attention, u = v
     for d, kT, u, w in zip(through.unbind(1), k_out.mT.unbind(1), U.unbind(1), W):
@@ -1069,9 +1069,9 @@ def scan_groups(through, k_out, U, W, S, size):
     step = lambda m, s, a: a + m * s
     if W is not None:
         M = k_out.mT @ W.to(S.dtype) + through * torch.eye(K, dtype=S.dtype, device=S.device)
-        step = lambda m, s, a: torch.baddbmm(a, m, s)                                  # one kernel, where a + m @ s is two
+        step = lambda m, s, a: torch.baddbmm(a, m, s)                                  # one kernel, a + m @ s is two
 
-    def split(a):                                                                      # (P, N, K, .) -> size x (P n, K, .)
+    def split(a):                                                                      # -> size x (P n, K, .)
         return a.unflatten(1, (n, size)).movedim(2, 0).flatten(1, 2).unbind(0)
     M, A = split(M), split(A)
     maps = [(M[0], A[0])]
@@ -1100,10 +1100,10 @@ def chunked(q, k, v, beta, g, S, own, reset, scale, g_min, chunk_size):
     (B, H, T, K), low, f = q.shape, q.dtype, S.dtype
     C = min(chunk_size, max(16, 1 << (T - 1).bit_length()))
     N = -(-T // C)
-    size = 1 << N.bit_length() // 2 if torch.compiler.is_compiling() else 1            # chunks in a group, about sqrt(N)
-    pad = -T % (C * size)                                                              # k = v = beta = g = 0: no change of S
+    size = 1 << N.bit_length() // 2 if torch.compiler.is_compiling() else 1            # chunks in a group, ~ sqrt(N)
+    pad = -T % (C * size)                                                              # zeros do not change S
 
-    def chunks(a):                                                                     # (B, H, T, .) -> (P, N, C, .), P = B H
+    def chunks(a):                                                                     # -> (P, N, C, .), P = B H
         a = F.pad(a, (0, 0, 0, pad)) if pad else a
         return a.reshape(B * H, -1, C, a.size(-1))
     q, k, v, S = chunks(q).to(f), chunks(k).to(f), chunks(v), S.flatten(0, 1)
@@ -1127,7 +1127,7 @@ def chunked(q, k, v, beta, g, S, own, reset, scale, g_min, chunk_size):
         rows = [q, row_k * (r * -beta)]
     args = rows, k, G, last
     scores, ins, k_out = head_scores(*args) if G.size(-1) == 1 else channel_scores(*args, g_min)
-    if own is not None:                                                                # (B,) False: read before the write
+    if own is not None:                                                                # (B,) False: read, then write
         hide = torch.eye(C, dtype=torch.bool, device=q.device) & ~own.repeat_interleave(H)[:, None, None, None]
         scores[0] = scores[0].masked_fill(hide, 0)
     if reset is not None:
@@ -1165,7 +1165,7 @@ def token_by_token(q, k, v, beta, g, S, own, reset, scale):
 
 
 def two_way(core, q, k, v, beta, g, state, causal, reset, scale, **settings):
-    """Run a core; when not causal, on [x ; flip(x)] along the batch, the flipped half reading before it writes (own)."""
+    """Run a core; when not causal, on [x ; flip(x)] along the batch, the flipped half reading before it writes."""
     (B, H, T, K), own = q.shape, None
     f = torch.promote_types(q.dtype, torch.float32)
     S = q.new_zeros(B, H, K, v.size(-1), dtype=f) if state is None else state.to(f)
@@ -1174,29 +1174,33 @@ def two_way(core, q, k, v, beta, g, state, causal, reset, scale, **settings):
         g = g.to(f)
         g = g.unsqueeze(-1) if g.dim() == 3 else g
         if settings.get("g_min") is None:
-            g = g.clamp(min=-1e3)                                                      # exp(-1000) is 0 too, and sums stay exact
+            g = g.clamp(min=-1e3)                                                      # still exp = 0; sums stay exact
     if not causal:
         q, k, v, beta, g = (None if a is None else torch.cat([a, a.flip(2)]) for a in (q, k, v, beta, g))
-        if reset is not None:                                                          # backwards a document starts at its end
+        if reset is not None:                                                          # backwards it starts at its end
             reset = torch.cat([reset, F.pad(reset[:, 1:], (0, 1)).flip(1)])
         S = torch.cat([S, torch.zeros_like(S)])
         own = torch.arange(2 * B, device=q.device) < B
-    with torch.autocast(q.device.type, enabled=False):                                 # it would run the inverse in bf16
+    with torch.autocast(q.device.type, enabled=False):                                 # the inverse in bf16 is wrong
         o, S = core(q, k, v, beta, g, S, own, reset, scale, **settings)
     if not causal:
         o, S = o[:B] + o[B:].flip(2), S[:B]
     return o.to(q.dtype), S
 
 
-def check_chunk(chunk_size, g_min=None):
+def pick_chunk(chunk_size, q, g_min=None):
+    """Checks, and the default: 64, but 32 on the CPU, where the caches are small (measured, 10 to 30% faster)."""
+    if g_min is not None and not -5 <= g_min <= 0:
+        raise ValueError(f"g_min {g_min} must lie in [-5, 0]: more decay overflows float32 within 16 tokens; leave "
+                         "it out, and the exact form is used")
+    if chunk_size is None:
+        return 32 if q.device.type == "cpu" and not torch.compiler.is_compiling() else 64
     if chunk_size < 16 or chunk_size & (chunk_size - 1):
         raise ValueError(f"chunk_size {chunk_size} must be a power of two, at least 16")
-    if g_min is not None and not -5 <= g_min <= 0:
-        raise ValueError(f"g_min {g_min} must lie in [-5, 0]: a stronger decay overflows float32 inside 16 tokens; leave "
-                         "it out, and the exact form is used")
+    return chunk_size
 
 
-def linear_attention(q, k, v, g=None, state=None, causal=True, chunk_size=64, scale=None):
+def linear_attention(q, k, v, g=None, state=None, causal=True, chunk_size=None, scale=None):
     """S_t = exp(g_t) S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t, in O(T). q, k (B, H, T, K), v (B, H, T, V).
 
     g: log decay <= 0. None: none (arXiv 2006.16236). (B, H, T): one a head (RetNet 2307.08621, Mamba-2 2405.21060,
@@ -1205,31 +1209,33 @@ def linear_attention(q, k, v, g=None, state=None, causal=True, chunk_size=64, sc
     causal=False adds a second scan from the right that reads before it writes, so that the own token counts once; state
     seeds and returns the scan from the left. Without decay that is one matrix for all tokens.
     """
-    check_chunk(chunk_size)
+    chunk_size = pick_chunk(chunk_size, q)
     if g is None and not causal:
         S = widen(k).mT @ widen(v) + (0 if state is None else state)
         return (q @ S.to(q.dtype)) * (q.size(-1) ** -0.5 if scale is None else scale), S
     return two_way(chunked, q, k, v, None, g, state, causal, None, scale, g_min=None, chunk_size=chunk_size)
 
 
-def linear_attention_recurrent(q, k, v, g=None, state=None, causal=True, chunk_size=64, scale=None):
+def linear_attention_recurrent(q, k, v, g=None, state=None, causal=True, chunk_size=None, scale=None):
     """linear_attention token by token: the definition, and the decode step."""
     return two_way(token_by_token, q, k, v, None, g, state, causal, None, scale)
 
 
-def delta_rule(q, k, v, beta, g=None, state=None, causal=True, g_min=None, reset=None, chunk_size=64, scale=None):
+def delta_rule(q, k, v, beta, g=None, state=None, causal=True, g_min=None, reset=None, chunk_size=None, scale=None):
     """S = exp(g_t) S; S = S + beta_t k_t (v_t - S^T k_t)^T; o_t = scale S^T q_t. Shapes as in linear_attention.
 
     beta (B, H, T) in [0, 2]; k is used as given: the layers L2-normalise it. g None: DeltaNet (arXiv 2406.06484).
     (B, H, T): Gated DeltaNet (2412.06464). (B, H, T, K): Kimi Delta Attention (2510.26692).
     g_min: a bound g >= g_min >= -5 that the caller guarantees for per-channel g: about twice as fast.
-    reset (B, T) bool: a document starts here and nothing crosses its border. causal=False and state: as above.
+    reset (B, T) bool: a document starts here and nothing crosses its border. causal=False and state: as above. Only
+    first derivatives are right: see r and c in chunked.
     """
-    check_chunk(chunk_size, g_min)
+    chunk_size = pick_chunk(chunk_size, q, g_min)
     return two_way(chunked, q, k, v, beta, g, state, causal, reset, scale, g_min=g_min, chunk_size=chunk_size)
 
 
-def delta_rule_recurrent(q, k, v, beta, g=None, state=None, causal=True, g_min=None, reset=None, chunk_size=64, scale=None):
+def delta_rule_recurrent(q, k, v, beta, g=None, state=None, causal=True, g_min=None, reset=None, chunk_size=None,
+                         scale=None):
     """delta_rule token by token: the definition, and the decode step."""
     return two_way(token_by_token, q, k, v, beta, g, state, causal, reset, scale)
 
@@ -1269,7 +1275,7 @@ class FixedState(nn.Module):
 
         q, k, v = silu(conv(W x)), q and k L2-normalised; beta = sigmoid(W x) for the delta rule
         log decay: softplus  g = -exp(A_log) softplus(W x + dt_bias)         (Mamba-2, Gated DeltaNet)
-                   lower     g = g_min sigmoid(exp(A_log) (W x + dt_bias))   (GLM-5, Kimi K3: bounded, so that KDA is fast)
+                   lower     g = g_min sigmoid(exp(A_log) (W x + dt_bias))   (GLM-5, Kimi K3: a bound makes KDA fast)
         y = W (norm(o) * act(W x)), the norm per head
 
     neg_eigval doubles beta, so that a write can flip the sign of what was stored (arXiv 2411.12537, OLMo-Hybrid).
@@ -1314,8 +1320,8 @@ class FixedState(nn.Module):
         if self.decay in ("head", "channel"):
             per_head = 1 if self.decay == "head" else self.K
             self.decay_proj = low_rank(C, self.Hv * per_head, 0 if self.decay == "head" else self.K)
-            # Mamba's start: dt log-uniform in [0.001, 0.1], A in [1, 16], a memory of 1 to 1000 tokens. With dt_bias = 1
-            # (transformers' Qwen3-Next) it would be a tenth of a token.
+            # Mamba's start: dt log-uniform in [0.001, 0.1], A in [1, 16], a memory of 1 to 1000 tokens. With
+            # dt_bias = 1 (transformers' Qwen3-Next) it would be a tenth of a token.
             dt = torch.empty(self.Hv * per_head).uniform_(math.log(1e-3), math.log(0.1)).exp()
             self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))             # softplus(dt_bias) = dt
             A = torch.ones(self.Hv) if self.gate == "lower" else torch.empty(self.Hv).uniform_(1, 16)
@@ -1344,8 +1350,8 @@ class FixedState(nn.Module):
         B, T, _ = x.shape
         if not causal and self.bidir == "backward":
             if cache is not None:
-                raise ValueError(f"layer '{self.name}' with bidir=backward starts at the end of the text and has no cache: "
-                                 "use bidir=sum or causal=True")
+                raise ValueError(f"layer '{self.name}' with bidir=backward starts at the end of the text and has no "
+                                 "cache: use bidir=sum or causal=True")
             return self.forward(x.flip(1), valid=None if valid is None else valid.flip(1)).flip(1)
         both = not causal and self.bidir == "sum"
         qkv = self.qkv_proj(x)
@@ -1374,7 +1380,7 @@ class FixedState(nn.Module):
             o, S = rule(q, k, v, write, g, state, not both, self.g_min if self.gate == "lower" else None)
         else:
             rule = linear_attention_recurrent if T == 1 else linear_attention
-            # The norm below undoes any scale; 1 keeps the small first outputs, with Mamba-2's dt above all, out of its eps.
+            # The norm below undoes any scale; 1 keeps small first outputs (Mamba-2's dt v) out of its eps.
             o, S = rule(q, k, write, g, state, not both, scale=1.0)
         if cache is not None and commit:
             end = T if valid is None else valid.sum(1)
@@ -1391,7 +1397,8 @@ class FixedState(nn.Module):
     def init_cache(self, batch_size, max_len, device=None, dtype=None):
         wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
         return Cache(batch_size, max_len, device,
-                     conv=torch.zeros(batch_size, self.conv_weight.size(1) - 1, sum(self.sizes), device=device, dtype=dtype),
+                     conv=torch.zeros(batch_size, self.conv_weight.size(1) - 1, sum(self.sizes), device=device,
+                                      dtype=dtype),
                      state=torch.zeros(batch_size, self.Hv, self.K, self.V, device=device, dtype=wide))
 
     def cache_bytes(self, T, dtype):
@@ -1404,17 +1411,17 @@ class FixedState(nn.Module):
     def flops(self, T, causal=True):
         """The chunk-parallel form as computed, C = 64 tokens a chunk, and the convolution; both scans count."""
         C, K, V, ways = min(64, T), self.K, self.V, 1 if causal or self.bidir != "sum" else 2
-        head = 2 * C * (K + V) + 4 * K * V                                             # scores, their use, S' and its reading
+        head = 2 * C * (K + V) + 4 * K * V                                             # scores, their use; S' and S q
         if self.delta:
-            head += 2 * C * (2 * K + V) + 2 * C * C // 3 + 2 * K * V                   # the system, its inverse, U, W; W S
+            head += 2 * C * (2 * K + V) + 2 * C * C // 3 + 2 * K * V                   # system, inverse, U, W; W S
         elif self.decay is None and not causal and ways == 2:
             head, ways = 4 * K * V, 1                                                  # one matrix for all tokens
         return T * (ways * self.Hv * head + 2 * (self.conv_weight.size(1) * ways) * sum(self.sizes))
 
 
 class Linear(FixedState):
-    """Linear attention without a delta rule: state S += k v^T. linear_decay: None none; fixed RetNet and Lightning; head
-    Mamba-2's; channel GLA's (softplus(f) with A = 1/16 is GLA's -logsigmoid(-f) / 16)."""
+    """Linear attention, S += k v^T, with linear_decay None; fixed (RetNet, Lightning); head (Mamba-2: it writes dt v);
+    channel (GLA: its g = logsigmoid(-f) / 16 is the softplus form with A = 1/16)."""
     name, delta, gate, out_gate = "linear", False, "softplus", "silu"
 
 

@@ -34,8 +34,9 @@ import diffusion
 import prepare
 import sample
 import train
-from attention import (ATTENTION, block_sparse_attention, compressed_scores, index_block_scores, indexer_kl, lightning_scores,
-                       select_blocks, softmax_attention, top_k, visible, window_attention, windows)
+from attention import (ATTENTION, block_sparse_attention, compressed_scores, delta_rule, delta_rule_recurrent,
+                       index_block_scores, indexer_kl, inverse_of_one_minus, lightning_scores, linear_attention,
+                       linear_attention_recurrent, select_blocks, softmax_attention, top_k, visible, window_attention, windows)
 from model import LM, PRESETS, ModelConfig, MoE, activate, from_preset, override, parse_layers
 
 torch.set_num_threads(1)
@@ -266,7 +267,7 @@ def test_full_refuses(bad, message):
         ATTENTION["full"](tiny(**bad))
 
 
-@pytest.mark.parametrize("case", {name: case for case, (name, _) in CASES.items()}.values())   # the last case of each layer
+@pytest.mark.parametrize("case", {n: case for case, (n, _) in CASES.items() if "linear" not in n and "delta" not in n and n != "kda"}.values())
 def test_layer_compiles_to_one_graph(case):
     layer, x = make_layer(case), torch.randn(1, 33, 32)
     for causal in (True, False):
@@ -818,6 +819,447 @@ def test_parity_native_sparse_attention():
         y = m.combine_heads(m.merge_heads(y))
         print("nsa", float((y - m(x)).abs().max()))
         torch.testing.assert_close(y, m(x), rtol=0, atol=1e-5)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# attention.py: linear attention and the delta rule
+
+LINEAR = ["linear", "deltanet", "gated_deltanet", "kda"]
+
+
+def lin_rel(a, b, norm=None):
+    assert torch.isfinite(a).all()
+    return ((a.double() - b).norm() / (b.norm() if norm is None else norm).clamp(min=1e-30)).item()
+
+
+def lin_inputs(T, keys="random", beta=1.9, g=None, gmax=5.0, B=2, H=2, K=32, V=24):
+    """q, k, v, beta, g, state of one regime: half of the decays are a thousand times weaker than gmax."""
+    z = torch.randn(B, H, T, K)
+    z = {"random": z, "silu": F.silu(z + 1), "correlated": 0.95 * torch.randn(K) + 0.3 * z, "same": torch.randn(K).expand_as(z)}[keys]
+    b = torch.rand(B, H, T) * beta if keys == "random" else torch.full((B, H, T), beta)
+    a = None
+    if g:
+        a = -gmax * torch.rand((B, H, T) if g == "head" else (B, H, T, K))
+        a = torch.where(torch.rand_like(a) < 0.5, 1e-3 * a, a)
+    q, k = F.normalize(torch.randn(B, H, T, K), dim=-1), F.normalize(z, dim=-1)
+    return q, k, torch.randn(B, H, T, V), b, a, torch.randn(B, H, K, V)
+
+
+def lin_run(fn, inputs, dtype, **settings):
+    """Outputs and all gradients of fn(q, k, v, beta, g, state) in one dtype."""
+    x = [None if a is None else a.detach().to(dtype).requires_grad_() for a in inputs]
+    o, S = fn(*x, **settings)
+    gen = torch.Generator().manual_seed(1)
+    w, wS = (torch.randn(a.shape, generator=gen).to(dtype) for a in (o, S))
+    grads = torch.autograd.grad((o * w).sum() + (S * wS).sum(), [a for a in x if a is not None], allow_unused=True)
+    return o, S, grads
+
+
+def lin_compare(inputs, tol, fn=delta_rule, oracle=delta_rule_recurrent, **settings):
+    o, S, grads = lin_run(fn, inputs, torch.float32, **settings)
+    o2, S2, grads2 = lin_run(oracle, inputs, torch.float64, **settings)
+    v_norm = grads2[2].norm()
+    errors = [lin_rel(a, b, torch.maximum(b.norm(), v_norm)) for a, b in zip(grads, grads2) if b is not None]
+    assert max([lin_rel(o, o2), lin_rel(S, S2)] + errors) < tol
+
+
+KINDS = {"none": {}, "head": dict(g="head"), "channel": dict(g="channel"), "bounded": dict(g="channel")}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_delta_rule_is_the_recurrence_at_any_length(kind):
+    torch.manual_seed(0)
+    for T in (1, 2, 15, 63, 64, 65, 200):
+        lin_compare(lin_inputs(T, **KINDS[kind]), 5e-6, g_min=-5.0 if kind == "bounded" else None)
+    lin_compare(lin_inputs(1000, B=1, H=1, **KINDS[kind]), 5e-6, g_min=-5.0 if kind == "bounded" else None)
+
+
+@pytest.mark.parametrize("keys, beta, tol", [("silu", 1.99, 1e-5), ("correlated", 1.99, 1e-5), ("same", 1.0, 5e-6), ("same", 1.99, 2e-4)])
+def test_delta_rule_survives_hostile_keys(keys, beta, tol):
+    torch.manual_seed(0)
+    for kind in KINDS:                              # weak decay or none, so that nothing is forgotten
+        x = lin_inputs(200, keys, beta, gmax=0.01, B=1, **KINDS[kind])
+        lin_compare(x, tol, g_min=-5.0 if kind == "bounded" else None)
+
+
+@pytest.mark.parametrize("kind", ["head", "channel"])
+def test_delta_rule_is_exact_for_any_decay(kind):
+    torch.manual_seed(0)
+    lin_compare(lin_inputs(200, g=kind, gmax=100.0), 1e-5)
+    q, k, v, beta, g, S = lin_inputs(100, g=kind)
+    g[:, :, ::7] = -torch.inf                       # forget everything: the softplus gate can come close
+    o, S1, grads = lin_run(delta_rule, (q, k, v, beta, g, S), torch.float32)
+    assert lin_rel(o, lin_run(delta_rule_recurrent, (q, k, v, beta, g, S), torch.float64)[0]) < 5e-6
+    assert all(torch.isfinite(a).all() for a in grads)
+
+
+@pytest.mark.parametrize("kind", ["none", "head", "channel"])
+def test_linear_attention_is_the_recurrence(kind):
+    torch.manual_seed(0)
+    fns = [lambda q, k, v, beta, g, S, f=f, **kw: f(q, k, v, g, S, **kw) for f in (linear_attention, linear_attention_recurrent)]
+    for T, causal in ((1, True), (65, True), (200, True), (65, False), (200, False)):
+        lin_compare(lin_inputs(T, **KINDS[kind]), 5e-6, *fns, causal=causal)
+
+
+def test_block_doubling_inverts_what_a_power_series_cannot():
+    torch.manual_seed(0)
+    k = F.normalize(0.95 * torch.randn(64) + 0.3 * torch.randn(8, 64, 64), dim=-1)
+    N = (-0.9 * k @ k.mT).tril(-1).requires_grad_()
+    X, exact = inverse_of_one_minus(N), torch.linalg.inv(torch.eye(64).double() - N.double())
+    assert lin_rel(X, exact) < 1e-6
+    w = torch.randn(8, 64, 64)
+    got, want = (torch.autograd.grad((Y * w).sum(), N)[0].double().tril(-1) for Y in (X, exact))
+    assert lin_rel(got, want) < 1e-5
+
+
+def test_bf16_inputs():
+    torch.manual_seed(0)
+    for kind in KINDS:
+        x = [a if a is None or i > 2 else a.bfloat16() for i, a in enumerate(lin_inputs(500, gmax=0.05, **KINDS[kind]))]
+        o, S = delta_rule(*x, g_min=-5.0 if kind == "bounded" else None)
+        o2, S2 = delta_rule_recurrent(*(None if a is None else a.double() for a in x))
+        assert o.dtype == torch.bfloat16 and S.dtype == torch.float32
+        assert lin_rel(o, o2) < 1e-2 and lin_rel(S, S2) < 1e-2
+        with torch.autocast("cpu", torch.bfloat16):                                    # must not reach into the inverse
+            assert torch.equal(delta_rule(*x, g_min=-5.0 if kind == "bounded" else None)[0], o)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck(kind):
+    torch.manual_seed(0)
+    q, k, v, beta, g, S = (None if a is None else a.double().requires_grad_() for a in
+                           lin_inputs(18, B=1, H=1, K=2, V=1, gmax=0.5, **KINDS[kind]))
+    args = [a for a in (q, k, v, beta, S, g) if a is not None]
+    g_min = -5.0 if kind == "bounded" else None
+    assert torch.autograd.gradcheck(lambda q, k, v, beta, S, g=None: delta_rule(q, k, v, beta, g, S, False, g_min), args)
+    if g_min is None:
+        assert torch.autograd.gradcheck(lambda q, k, v, beta, S, g=None: linear_attention(q, k, v, g, S), args)
+
+
+@pytest.mark.parametrize("kind", list(KINDS) + ["linear"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_no_bit_of_the_past_depends_on_the_future(kind, compiled, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiled)              # True: the grouped scan
+    g = {"linear": "channel"}.get(kind, KINDS.get(kind, {}).get("g"))
+
+    def run(q, k, v, beta, g, S):
+        return linear_attention(q, k, v, g, S)[0] if kind == "linear" else delta_rule(q, k, v, beta, g, S, g_min=-5.0 if kind == "bounded" else None)[0]
+    x, y = lin_inputs(300, g=g), lin_inputs(300, g=g)
+    o = run(*x)
+    for t in (1, 7, 16, 17, 33, 64, 100, 257):
+        mixed = [a if a is None or a.size(2) != 300 else torch.cat([a[:, :, :t], b[:, :, t:]], 2) for a, b in zip(x, y)]
+        o2 = run(*mixed)
+        assert torch.equal(o[:, :, :t], o2[:, :, :t]) and not torch.equal(o[:, :, t], o2[:, :, t])
+
+
+@pytest.mark.parametrize("kind", list(KINDS) + ["linear"])
+def test_grouped_scan_is_the_loop(kind, monkeypatch):
+    torch.manual_seed(0)
+    x = lin_inputs(700, g={"linear": "head"}.get(kind, KINDS.get(kind, {}).get("g")), gmax=0.1)
+    fn = (lambda q, k, v, beta, g, S: linear_attention(q, k, v, g, S)) if kind == "linear" else delta_rule
+    o, S, grads = lin_run(fn, x, torch.float64)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    o2, S2, grads2 = lin_run(fn, x, torch.float64)
+    assert max(lin_rel(a, b.double()) for a, b in zip((o2, S2) + grads2, (o, S) + grads) if a is not None) < 1e-12
+
+
+def test_collapses():
+    torch.manual_seed(0)
+    q, k, v, beta, g, S = lin_inputs(150, g="head")
+    wide = g[..., None].expand(-1, -1, -1, 32)
+    for causal in (True, False):
+        gdn = delta_rule(q, k, v, beta, g, S, causal)
+        for g_min in (None, -5.0):                                                     # KDA with one decay a head is GDN
+            assert all(lin_rel(a, b.double()) < 1e-6 for a, b in zip(delta_rule(q, k, v, beta, wide, S, causal, g_min), gdn))
+        assert torch.equal(delta_rule(q, k, v, beta, 0 * g, S, causal)[0], delta_rule(q, k, v, beta, None, S, causal)[0])
+        ssd = linear_attention(q, k, v, g, S, causal)
+        assert all(lin_rel(a, b.double()) < 1e-6 for a, b in zip(linear_attention(q, k, v, wide, S, causal), ssd))
+        assert lin_rel(linear_attention(q, k, v, 0 * g, S, causal)[0], linear_attention(q, k, v, None, S, causal)[0].double()) < 1e-6
+    k = torch.eye(150).expand(2, 2, -1, -1)                                            # orthonormal keys: nothing to correct,
+    q = torch.randn(2, 2, 150, 150)                                                    # the delta rule writes beta v
+    assert lin_rel(delta_rule(q, k, v, beta, g)[0], linear_attention(q, k, v * beta[..., None], g)[0].double()) < 1e-6
+
+
+def test_both_directions():
+    torch.manual_seed(0)
+    q, k, v, beta, _, S = lin_inputs(150)
+    gamma = torch.tensor([0.9, 0.99])
+    g = gamma.log()[None, :, None].expand(2, 2, 150)
+    t = torch.arange(150)
+    D = gamma[:, None, None] ** (t[:, None] - t).abs()                                 # (H, T, T): the definition
+    want = ((q @ k.mT) * D * 32 ** -0.5 @ v).double()
+    assert lin_rel(linear_attention(q, k, v, g, causal=False)[0], want) < 1e-5
+    assert lin_rel(linear_attention(q, k, v, causal=False)[0], (q @ k.mT * 32 ** -0.5 @ v).double()) < 1e-5
+    # the delta rule: two scans, the second of which reads before it writes, i.e. its output less its own last write
+    fwd, S1 = delta_rule(q, k, v, beta, g, S)
+    flip = [a.flip(2) for a in (q, k, v, beta, g)]
+    back, state = [], torch.zeros_like(S)
+    for i in range(150):
+        a = [x[:, :, i:i + 1] for x in flip]
+        back.append(delta_rule_recurrent(a[0], 0 * a[1], a[2], 0 * a[3], a[4], state)[0])   # beta = 0 reads only
+        state = delta_rule_recurrent(*a, state)[1]
+    both, S2 = delta_rule(q, k, v, beta, g, S, causal=False)
+    assert lin_rel(both, (fwd + torch.cat(back, 2).flip(2)).double()) < 5e-6 and lin_rel(S2, S1.double()) < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reset_is_a_fresh_start(kind):
+    torch.manual_seed(0)
+    q, k, v, beta, g, S = x = lin_inputs(150, B=1, **KINDS[kind])
+    cuts = [0, 1, 30, 64, 65, 120, 150]
+    reset = torch.zeros(1, 150, dtype=torch.bool)
+    reset[0, cuts[1:-1]] = True
+    g_min = -5.0 if kind == "bounded" else None
+    for causal in (True, False):
+        o, S1, grads = lin_run(delta_rule, x, torch.float32, causal=causal, g_min=g_min, reset=reset)
+        lin_compare(x, 5e-6, causal=causal, g_min=g_min, reset=reset)
+        parts = []
+        for a, b in zip(cuts, cuts[1:]):
+            y = [None if i is None else i[:, :, a:b] for i in (q, k, v, beta, g)]
+            parts.append(delta_rule(*y, S if a == 0 else None, causal, g_min))
+        assert lin_rel(o, torch.cat([p[0] for p in parts], 2).double()) < 2e-6 and lin_rel(S1, parts[-1][1].double()) < 2e-6
+        assert all(torch.isfinite(a).all() for a in grads)
+
+
+def test_linear_function_errors():
+    q, k, v, beta, g, _ = lin_inputs(20, g="channel")
+    with pytest.raises(ValueError, match="power of two"):
+        delta_rule(q, k, v, beta, chunk_size=48)
+    with pytest.raises(ValueError, match="g_min"):
+        delta_rule(q, k, v, beta, g, g_min=-8.0)
+
+
+# Layers
+
+def lin_config(**fields):
+    base = dict(n_embd=32, n_head=2, norm_eps=1e-6, bias=False, linear_n_head=None, linear_n_v_head=None, linear_key_dim=None,
+                linear_value_dim=None, conv_size=4, linear_decay="fixed", decay_gate="auto", g_min=-5.0, neg_eigval=False,
+                out_gate="auto", out_gate_rank=None, bidir="sum")
+    return types.SimpleNamespace(**{**base, **fields})
+
+
+def lin_layer(name, **fields):
+    torch.manual_seed(0)
+    return ATTENTION[name](lin_config(**fields))
+
+
+VARIANTS = [(n, {}) for n in LINEAR] + [
+    ("linear", dict(linear_decay=None)), ("linear", dict(linear_decay="head", conv_size=1)), ("linear", dict(linear_decay="channel", decay_gate="lower")),
+    ("gated_deltanet", dict(linear_n_head=1, linear_n_v_head=2, linear_key_dim=8, linear_value_dim=12, neg_eigval=True, decay_gate="lower")),
+    ("kda", dict(decay_gate="softplus", out_gate_rank=0, out_gate="silu", linear_n_v_head=4)), ("deltanet", dict(bidir="forward", out_gate="sigmoid"))]
+
+
+@pytest.mark.parametrize("name, fields", VARIANTS)
+def test_linear_layer_cache_commit_and_padding(name, fields):
+    layer = lin_layer(name, **fields)
+    x = torch.randn(3, 40, 32)
+    with torch.no_grad():
+        y = layer(x)
+        cache = layer.init_cache(3, 64)
+        start = [a.clone() for a in (cache.conv, cache.state, cache.pos)]
+        draft = layer(x, cache=cache, commit=False, causal=False)
+        assert all(torch.equal(a, b) for a, b in zip(start, (cache.conv, cache.state, cache.pos)))
+        assert torch.allclose(draft, layer(x, causal=False), atol=1e-5)                # an empty cache changes nothing
+        steps = [layer(x[:, a:b], cache=cache) for a, b in ((0, 17), (17, 18), (18, 19), (19, 21), (21, 40))]
+        assert torch.allclose(torch.cat(steps, 1), y, atol=2e-5) and cache.pos.tolist() == [40] * 3
+        # rows of different length, padded on the right (with NaN, which must not spread), continue as if alone
+        n = torch.tensor([40, 23, 2])
+        valid = torch.arange(40) < n[:, None]
+        padded = x.masked_fill(~valid[:, :, None], torch.nan)
+        cache, more = layer.init_cache(3, 64), torch.randn(3, 5, 32)
+        out, tail = layer(padded, cache=cache, valid=valid), layer(more, cache=cache)
+        both = layer(padded, causal=False, valid=valid)
+        for i, m in enumerate(n):
+            alone = layer(torch.cat([x[i:i + 1, :m], more[i:i + 1]], 1))
+            assert torch.allclose(torch.cat([out[i, :m], tail[i]]), alone[0], atol=2e-5)
+            assert torch.allclose(both[i, :m], layer(x[i:i + 1, :m], causal=False)[0], atol=2e-5)
+        assert cache.pos.tolist() == (n + 5).tolist()
+    with pytest.raises(ValueError, match=name):
+        layer(x, mask=torch.ones(40, 40, dtype=torch.bool))
+    assert layer.cache_bytes(40, torch.float32) == sum(a[0].numel() * 4 for a in (cache.conv, cache.state))
+    assert layer.flops(4096) <= 2 * layer.flops(2048) and layer.reads(4096) == layer.K
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_linear_layer_noisy_block_after_a_clean_prefix(name):
+    """A cached causal=False call sees the whole prefix through the state and its own block from both sides."""
+    layer = lin_layer(name, norm_eps=1e-12)
+    prefix, block = torch.randn(1, 20, 32), torch.randn(1, 8, 32)
+    cache = layer.init_cache(1, 64)
+    with torch.no_grad():
+        layer(prefix, cache=cache)
+        y = layer(block, causal=False, cache=cache, commit=False)
+        other = block.clone()
+        other[:, -1] += 1
+        assert not torch.equal(layer(other, causal=False, cache=cache, commit=False)[:, 0], y[:, 0])
+        # the last token has nothing behind it: there it is the causal answer, but for the convolution's look ahead
+        narrow = lin_layer(name, conv_size=1)
+        cache = narrow.init_cache(1, 64)
+        narrow(prefix, cache=cache)
+        y = narrow(block, causal=False, cache=cache, commit=False)
+        assert torch.allclose(y[:, -1], narrow(torch.cat([prefix, block], 1))[:, -1], atol=1e-5)
+        assert not torch.allclose(y[:, 0], narrow(torch.cat([prefix, block], 1))[:, 20], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_linear_layer_directions(name):
+    x = torch.randn(2, 30, 32)
+    fwd, back = lin_layer(name, bidir="forward"), lin_layer(name, bidir="backward")
+    assert torch.equal(fwd(x, causal=False), fwd(x)) and torch.allclose(back(x, causal=False), fwd(x.flip(1)).flip(1), atol=1e-6)
+    with pytest.raises(ValueError, match="backward"):
+        back(x, causal=False, cache=back.init_cache(2, 64))
+    y = lin_layer("linear")(x, causal=False)                                           # symmetric in time, exactly
+    assert torch.allclose(lin_layer("linear")(x.flip(1), causal=False).flip(1), y, atol=1e-5)
+
+
+@pytest.mark.parametrize("fields, message", [(dict(linear_n_head=2, linear_n_v_head=3), "multiple"), (dict(n_head=5), "multiple"), (dict(bidir="both"), "bidir"),
+                                             (dict(decay_gate="hard"), "decay_gate"), (dict(linear_decay="x"), "linear_decay"), (dict(out_gate="tanh"), "out_gate")])
+def test_linear_layer_errors(fields, message):
+    with pytest.raises(ValueError, match=message):
+        ATTENTION["linear"](lin_config(**fields))
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_linear_layer_in_bf16(name):
+    layer = lin_layer(name)
+    x = torch.randn(2, 100, 32)
+    y = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert lin_rel(layer(x), y.double()) < 2e-2
+    layer, cache = layer.bfloat16(), layer.init_cache(2, 128, dtype=torch.bfloat16)
+    with torch.no_grad():
+        out = torch.cat([layer(x[:, :90].bfloat16(), cache=cache)] + [layer(x[:, i:i + 1].bfloat16(), cache=cache) for i in range(90, 100)], 1)
+    assert out.dtype == torch.bfloat16 and cache.state.dtype == torch.float32 and lin_rel(out, y.double()) < 3e-2
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_linear_layer_compiles_to_one_graph(name):
+    from torch._dynamo.testing import CompileCounterWithBackend
+    layer, sizes = lin_layer(name), []
+    for T, backend in ((256, "aot_eager"), (4096, "eager")):
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend(backend)
+        compiled = torch.compile(layer, backend=counter, fullgraph=True)
+        for _ in range(2 if T == 256 else 1):                                          # other values, the same graph
+            x = torch.randn(1, T, 32, requires_grad=True)
+            y = compiled(x)
+        sizes.append(len(counter.graphs[0].graph.nodes))
+        assert counter.frame_count == 1
+        if T == 256:
+            g, g2 = (torch.autograd.grad(a.square().sum(), x)[0] for a in (y, layer(x)))
+            assert lin_rel(g, g2.double()) < 1e-5
+    assert sizes[1] < 1.6 * sizes[0]                                                   # with 16 times the chunks
+    cache = layer.init_cache(1, 64)
+    with torch.no_grad():
+        want = layer(x[:, :20])
+        layer(x[:, :15], cache=cache)
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        step = torch.compile(layer, backend=counter, fullgraph=True)
+        out = [step(x[:, i:i + 1], cache=cache) for i in range(15, 20)]
+    assert counter.frame_count == 1 and torch.allclose(torch.cat(out, 1), want[:, 15:], atol=1e-5) and cache.pos.item() == 20
+    torch._dynamo.reset()
+
+
+# Peers, where they are installed: pip install transformers; pip install --no-deps flash-linear-attention fla-core; pip install einops
+
+def lin_fla(name):
+    """fla's plain-torch reference of one operator: a file that loads without Triton, which its package does not."""
+    import importlib.util
+    import os
+    fla = pytest.importorskip("fla")
+    pytest.importorskip("einops")
+    spec = importlib.util.spec_from_file_location("naive", os.path.join(os.path.dirname(fla.__file__), "ops", name, "naive.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_parity_with_fla():
+    torch.manual_seed(0)
+    q, k, v, beta, g, _ = lin_inputs(128, beta=1.0, g="head", H=3)
+    gk = lin_inputs(128, g="channel", H=3)[4]
+    t = lambda *xs: [a.transpose(1, 2) for a in xs]                                    # (B, H, T, .) <-> (B, T, H, .)
+    fixed = torch.log1p(-2.0 ** (-5 - torch.arange(3.0))).view(1, 3, 1).expand(2, 3, 128)
+    pairs = [
+        (delta_rule(q, k, v, beta), lin_fla("delta_rule").delta_rule_recurrence(q, k, v, beta)),
+        (delta_rule(q, k, v, beta, g), lin_fla("gated_delta_rule").naive_recurrent_gated_delta_rule(*t(q, k, v, beta, g), output_final_state=True)),
+        (delta_rule(q, k, v, beta, gk, g_min=-5.0), lin_fla("kda").naive_recurrent_kda(*t(q, k, v, gk, beta), output_final_state=True)),
+        (linear_attention(q, k, v), lin_fla("linear_attn").naive_recurrent_linear_attn(*t(q, k, v), output_final_state=True)),
+        (linear_attention(q, k, v, g), lin_fla("simple_gla").naive_recurrent_simple_gla(*t(q, k, v, g))),
+        (linear_attention(q, k, v, gk), lin_fla("gla").naive_recurrent_gla(*t(q, k, v, gk), output_final_state=True)),
+        (linear_attention(q, k, v, fixed), (lin_fla("retention").naive_retention(q, k, v), None))]
+    for (o, S), (o2, S2) in pairs:
+        o2 = o2 if o2.shape == o.shape else o2.transpose(1, 2)
+        assert (o - o2).abs().max() < 1e-5 and (S2 is None or (S - S2).abs().max() < 1e-5)
+
+
+def lin_copy(layer, **weights):
+    """Random values for every parameter of our layer, which the named tensors of the peer then take over."""
+    for name, p in layer.named_parameters():
+        with torch.no_grad():
+            p.copy_(1 + 0.1 * torch.randn_like(p) if "norm" in name else torch.randn_like(p) * (1 if p.dim() == 1 else p.size(1) ** -0.5))
+    for name, p in weights.items():
+        own = dict(layer.named_parameters())[name] if isinstance(name, str) else name
+        assert own.numel() == p.numel(), name
+        p.data.copy_(own.data.view(p.shape))
+
+
+def lin_same(layer, peer, x):
+    """Outputs and input gradients agree to 1e-5 of their norm; returns the difference of the outputs."""
+    y, y2 = layer(x), peer(x)
+    g, g2 = (torch.autograd.grad(a.square().sum(), x)[0] for a in (y, y2))
+    assert lin_rel(y, y2.double()) < 1e-5 and lin_rel(g, g2.double()) < 1e-5
+    return f"{lin_rel(y, y2.double()):.1e} of the norm, {(y - y2).abs().max():.1e} at most"
+
+
+@pytest.mark.parametrize("model", ["qwen3_next", "olmo_hybrid", "kimi_linear", "glm5_next"])
+def test_parity_with_transformers_layers(model):
+    pytest.importorskip("transformers")
+    import importlib
+    try:
+        config_of = importlib.import_module(f"transformers.models.{model}.configuration_{model}")
+        peers = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+    except ImportError as e:
+        pytest.skip(str(e))
+    torch.manual_seed(0)
+    x = torch.randn(2, 100, 64, requires_grad=True)
+    small = dict(vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, rms_norm_eps=1e-6, pad_token_id=0, bos_token_id=1,
+                 eos_token_id=2, layer_types=["linear_attention", "full_attention"])
+    if model in ("qwen3_next", "olmo_hybrid"):
+        qwen = model == "qwen3_next"
+        gdn = dict(linear_num_key_heads=2 if qwen else 4, linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=24)
+        if qwen:
+            peer = peers.Qwen3NextGatedDeltaNet(config_of.Qwen3NextConfig(**small, **gdn), 0)
+        else:
+            peer = peers.OlmoHybridGatedDeltaNet(config_of.OlmoHybridConfig(**small, **gdn, linear_allow_neg_eigval=True), 0)
+        layer = ATTENTION["gated_deltanet"](lin_config(n_embd=64, linear_n_head=gdn["linear_num_key_heads"], linear_n_v_head=4, linear_key_dim=16,
+                                                       linear_value_dim=24, neg_eigval=not qwen, norm_eps=1e-6 if qwen else 1e-5))
+        names = dict(A_log=peer.A_log, dt_bias=peer.dt_bias, conv_weight=peer.conv1d.weight)
+        if qwen:
+            lin_copy(layer, **names, **{"o_norm.weight": peer.norm.weight, "o_proj.weight": peer.out_proj.weight})
+            q, k, v = (w.view(2, -1, 64) for w in layer.qkv_proj.weight.split(layer.sizes))   # they interleave by key head
+            z, b, a = (m.weight.view(2, -1, 64) for m in (layer.gate_proj, layer.beta_proj, layer.decay_proj))
+            peer.in_proj_qkvz.weight.data.copy_(torch.cat([q, k, v, z], 1).reshape(-1, 64))
+            peer.in_proj_ba.weight.data.copy_(torch.cat([b, a], 1).reshape(-1, 64))
+        else:
+            lin_copy(layer, **names, **{"o_norm.weight": peer.o_norm.weight, "o_proj.weight": peer.o_proj.weight, "gate_proj.weight": peer.g_proj.weight,
+                                        "beta_proj.weight": peer.b_proj.weight, "decay_proj.weight": peer.a_proj.weight})
+    else:
+        kda = dict(linear_head_dim=16, linear_num_heads=4)
+        if model == "kimi_linear":
+            peer = peers.KimiLinearDeltaAttention(config_of.KimiLinearConfig(**small, **kda), 0)
+        else:
+            peer = peers.Glm5NextTextLinearAttention(config_of.Glm5NextTextConfig(**small, **kda, linear_lower_bound=-5.0), 0)
+        layer = ATTENTION["kda"](lin_config(n_embd=64, linear_n_head=4, linear_key_dim=16, decay_gate="softplus" if model == "kimi_linear" else "lower"))
+        lin_copy(layer, A_log=peer.forget_gate.A_log, dt_bias=peer.forget_gate.dt_bias, conv_weight=peer.conv1d.weight, **{
+            "o_norm.weight": peer.o_norm.weight, "o_proj.weight": peer.o_proj.weight, "beta_proj.weight": peer.b_proj.weight,
+            "decay_proj.0.weight": peer.forget_gate.f_a_proj.weight, "decay_proj.1.weight": peer.forget_gate.f_b_proj.weight,
+            "gate_proj.0.weight": peer.g_a_proj.weight, "gate_proj.1.weight": peer.g_b_proj.weight})
+    if model != "qwen3_next":
+        for own, theirs in zip(layer.qkv_proj.weight.split(layer.sizes), (peer.q_proj, peer.k_proj, peer.v_proj)):
+            theirs.weight.data.copy_(own)
+    print(model, "differs by", lin_same(layer, peer, x))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # model.py
