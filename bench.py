@@ -175,7 +175,10 @@ def crossing(diff, mdm, level=None):
     A crossing counts when the gap exceeds 2 standard errors of the bound at two successive evaluations; its place is
     where the gap changes sign, interpolated in log epochs. Returns {"epoch", "step", "tokens", "flops"} or None.
     """
-    gap = [(level if level is not None else a["loss"]) - d["loss"] for a, d in zip(diff or mdm, mdm)]
+    if level is None:                                                                  # only steps at which both were evaluated
+        at = {a["step"]: a["loss"] for a in diff}
+        mdm = [d for d in mdm if d["step"] in at]
+    gap = [(at[d["step"]] if level is None else level) - d["loss"] for d in mdm]
     sure = [g > 2 * d["se"] for g, d in zip(gap, mdm)]
     i = next((i for i in range(len(sure) - 1) if sure[i] and sure[i + 1]), None)
     if i is None:
@@ -263,6 +266,8 @@ def crossover(args):
         if len(pure) > 1:
             found["honest_tuned"] = crossing(None, mdm, min(pure.values()))
         rows.append(dict(arm="crossing", seed=seed, **found))
+        if until < s["epochs"]:
+            print("\ntime was up before the last epoch: the same command goes on from here")
         print(f"\nseed {seed}, validation loss in nats per token (diffusion: an upper bound)")
         table([r for r in rows if r["seed"] == seed and r["arm"] != "crossing"],
               ["arm", "measure", "lr", "best", "best_epoch", "last", "epochs", "se", "bpb", "minutes"])

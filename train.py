@@ -72,7 +72,7 @@ FLAGS = {
         "device": ("auto", "auto (cuda > mps > cpu) | cuda | mps | cpu"),
         "dtype": ("auto", "auto (bfloat16 where native, on a GPU) | bfloat16 | float32"),
         "compile": ("auto", "auto (on cuda) | on | off"),
-        "max_minutes": (None, "stop and save after so many minutes of training"),
+        "max_minutes": (None, "stop and save after so many minutes of training in this call"),
         "threads": (0, "CPU threads; 0: 1 for models below 5M parameters, else all cores"),
     },
     "output": {
@@ -565,11 +565,12 @@ def train(given, log=print):
                 f.write(json.dumps(row) + "\n")
         return row
 
-    stop, handlers = [], {}
+    stop, handlers, spent = [], {}, seconds
 
     def leaving():
         """0: go on, 1: time is up, 2: a signal came. Processes decide together, at log steps, or one would wait for ever."""
-        flag = torch.tensor(2 if stop else int(bool(flags["max_minutes"]) and seconds >= 60 * flags["max_minutes"]), device=device)
+        late = flags["max_minutes"] is not None and seconds - spent >= 60 * flags["max_minutes"]
+        flag = torch.tensor(2 if stop else int(late), device=device)
         if world > 1:
             if step % flags["log_every"]:
                 return 0
@@ -578,7 +579,7 @@ def train(given, log=print):
 
     with contextlib.suppress(ValueError):                                              # not in the main thread: leave them
         handlers = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-    saved, pending, leave, first = step if state else None, [], leaving(), step
+    saved, pending, leave, first = step if state else None, [], 0, step
     line_step, line_seconds, loads = step, seconds, [torch.zeros_like(m.count) for m in lm.moes()]
     try:
         while True:
@@ -653,8 +654,7 @@ def train(given, log=print):
     finished = step >= total
     if not finished:
         why = "interrupted" if leave == 2 else "time is up"
-        log(f"{why} at step {step} of {total}: saved. Go on with: python train.py --resume auto --out {out}"
-            + (" --max_minutes ..." if leave == 1 else ""))
+        log(f"{why} at step {step} of {total}: saved. Go on with: python train.py --resume auto --out {out}")
     return {"out": str(out), "step": step, "finished": finished, "stopped": leave == 2, "evals": eval_log, "best": best,
             "seconds": seconds, "params": lm.num_params(), "flags": flags, "lm": lm, "tokenizer": tokenizer}
 
