@@ -186,7 +186,7 @@ def crossing(diff, mdm, level=None):
     while i > 0 and gap[i - 1] > 0:                                                    # the change of sign may lie before
         i -= 1
     if i == 0:
-        return {k: mdm[0][k] for k in ("epoch", "step", "tokens", "flops")}
+        return {"before": True, **{k: mdm[0][k] for k in ("epoch", "step", "tokens", "flops")}}
     w = gap[i - 1] / (gap[i - 1] - gap[i])                                             # 0: at i - 1, 1: at i
     epoch = math.exp((1 - w) * math.log(mdm[i - 1]["epoch"]) + w * math.log(mdm[i]["epoch"]))
     scale = epoch / mdm[i]["epoch"]
@@ -194,7 +194,7 @@ def crossing(diff, mdm, level=None):
 
 
 def tell(c, until):
-    return f"epoch {c['epoch']:.1f} (step {c['step']:,}, {c['tokens'] / 1e6:.2f}M tokens, {c['flops']:.2e} FLOPs)" if c \
+    return ("at or before " if c and c.get("before") else "") + f"epoch {c['epoch']:.1f} (step {c['step']:,}, {c['tokens'] / 1e6:.2f}M tokens, {c['flops']:.2e} FLOPs)" if c \
         else f"none up to epoch {until:.0f}"
 
 
@@ -275,6 +275,10 @@ def crossover(args):
         print(f"honest crossing (diffusion below the best AR ever reached):   {tell(found['honest'], until)}")
         if len(pure) > 1:
             print(f"honest crossing against the best regularised AR ({min(pure, key=pure.get)}): {tell(found['honest_tuned'], until)}")
+
+    for kind in ("curve", "honest") if args.seeds > 1 else ():
+        epochs = [r[kind]["epoch"] for r in rows if r["arm"] == "crossing" and r[kind]]
+        print(f"{kind} crossing over {args.seeds} seeds: {len(epochs)} times" + (f", epochs {min(epochs):.1f} to {max(epochs):.1f}" if epochs else ""))
 
     name = args.name or f"crossover_{scale}"
     device = train.pick_device("auto")
