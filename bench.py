@@ -6,6 +6,7 @@
     quality     the same small model with every mixer, AR and diffusion
     recall      associative recall: what a fixed state can hold, and what a hybrid gets back
     moe         mixture of experts: speed against dense, load with and without balancing, experts and topics
+    theory      what few sampling steps cost: token errors and wrong sequences, closed form and trained models
     presets     sizes and caches of the published models
     gpu         all GPU measurements, in order of value, as many as fit into --minutes
     decode      tokens/s against quality of every sampler, AR and diffusion; steps needed on arithmetic
@@ -15,6 +16,7 @@ Numbers go to results/NAME.json with command, versions, device and seed, picture
 pictures of the README come from there.
 """
 import argparse
+import itertools
 import json
 import math
 import os
@@ -31,6 +33,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import diffusion
 import prepare
@@ -504,6 +507,238 @@ def bench_moe(args):
     table(rows[-2:], ["router", "steps", "first_load_ratio", "last_load_ratio", "dead_experts", "bias_range", "val_loss"])
     plot("moe_load", series, "step", "largest / mean load, worst layer", "32 experts, top 4, from a skewed router", args.results, xlog=False, ylog=True)
     record(args.name or f"moe_{torch.device(device).type}", rows, device, args.results, seed=1337, threads=args.threads)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# theory: token error and sequence error (Feng et al. 2502.09622)
+
+class Parity:
+    """Sequences of bits in triples, x3 = x1 xor x2. Called like a model it answers exactly: the oracle."""
+    name, V, layers = "parity", 2, "full(window=4)"
+
+    def nats(self, L):
+        """Entropy of a sequence: -log p(x) of the best possible model."""
+        return 2 / 3 * L * math.log(2)
+
+    def draw(self, B, L, generator):
+        x = torch.randint(2, (B, L // 3, 3), generator=generator)
+        x[..., 2] = x[..., 0] ^ x[..., 1]
+        return x.flatten(1)
+
+    def valid(self, x):
+        return (x.view(len(x), -1, 3).sum(-1) % 2 == 0).all(1)
+
+    def __call__(self, x, causal=False):
+        x = x.view(len(x), -1, 3)
+        known = x < 2
+        others = known.sum(-1, keepdim=True) - known.long() == 2                       # both others of the triple are there
+        one = torch.where(others, ((x * known).sum(-1, keepdim=True) - x * known) % 2, 0.5).flatten(1)
+        return torch.stack([1 - one, one], dim=-1).log()
+
+    def inputs(self, x):
+        """What a trained model reads: letters of their own for each place of a triple, so that it need not count."""
+        return x + 3 * (torch.arange(x.size(1)) % 3)
+
+    def theory(self, N, L):
+        """Closed forms. tie: the last step of a triple reveals two or three of its bits; half of these come out invalid.
+        ter averages log p over schedules, as an ELBO does; ter_marginal is the paper's: log of p averaged over schedules."""
+        tie = (3 * N - 1) / (2 * N * N)
+        return {"ter": 2 ** ((2 + tie) / 3), "ter_marginal": 2 ** ((2 - math.log2(1 - tie / 2)) / 3), "ser": 1 - (1 - tie / 2) ** (L / 3)}
+
+
+class NGram:
+    """A random n-gram language: after each n-1 letters half of the V letters may come, with random probabilities."""
+    layers = "full(window=8)"
+
+    def __init__(self, n, V=8, seed=0):
+        self.name, self.n, self.V, gen = f"{n}-gram", n, V, torch.Generator().manual_seed(seed)
+        S = V ** (n - 1)                                                               # states: the last n-1 letters as a number
+        p = -torch.rand(S, V, generator=gen, dtype=torch.float64).log()
+        p[torch.rand(S, V, generator=gen).argsort(1) >= V // 2] = 0
+        self.p = p / p.sum(1, keepdim=True)                                            # (S, V)
+        self.A = torch.zeros(S, S, dtype=torch.float64)                                # state to state
+        self.A[torch.arange(S)[:, None], self.next(torch.arange(S)[:, None], torch.arange(V))] = self.p
+        self.start = self.A.matrix_power(1 << 16).mean(0).clamp(min=0)
+        self.start[self.start < 1e-12] = 0
+
+    def next(self, state, letter):
+        return (state * self.V + letter) % len(self.p)
+
+    def nats(self, L):
+        return (entropy(self.start) + (L - self.n + 1) * (self.start * entropy(self.p)).sum()).item()
+
+    def draw(self, B, L, generator):
+        state = self.start.multinomial(B, replacement=True, generator=generator)
+        x = [state // self.V ** i % self.V for i in range(self.n - 2, -1, -1)]         # its letters, first to last
+        for _ in range(L - self.n + 1):
+            x.append(self.p[state].multinomial(1, generator=generator)[:, 0])
+            state = self.next(state, x[-1])
+        return torch.stack(x, dim=1)
+
+    def valid(self, x):
+        state = sum(x[:, i] * self.V ** (self.n - 2 - i) for i in range(self.n - 1))
+        ok = self.start[state] > 0
+        for letter in x[:, self.n - 1:].T:
+            ok, state = ok & (self.p[state, letter] > 0), self.next(state, letter)
+        return ok
+
+    def __call__(self, x, causal=False):
+        """Forward-backward over the states; a letter's own evidence does not count. Where nothing is legal any more: uniform."""
+        (B, T), S, A = x.shape, len(self.p), self.A.float()
+        seen = (x[..., None] == torch.arange(self.V)) | (x[..., None] == self.V)
+        seen = seen.repeat(1, 1, S // self.V).float()                                  # (B, T, S): the last letter of a state
+        unit = lambda a: a / a.sum(-1, keepdim=True).clamp(min=1e-30)
+        a, b, forth, back = self.start.float().expand(B, S), torch.ones(B, S), [], []
+        for t in range(T):
+            forth.append(a)
+            back.append(b)
+            a, b = unit((a * seen[:, t]) @ A), unit((b * seen[:, T - 1 - t]) @ A.T)
+        p = (torch.stack(forth, 1) * torch.stack(back[::-1], 1)).view(B, T, -1, self.V).sum(2)
+        return torch.where(p.sum(-1, keepdim=True) > 0, unit(p), 1 / self.V).log()
+
+    def inputs(self, x):
+        return x
+
+    def theory(self, N, L, far=32):
+        """n = 2, closed form: a letter that is revealed when each other one is open with probability t knows its nearest
+        neighbours at distances a and b, and -log p is on average H(x0 | x-a, xb). Beyond `far` a neighbour says nothing."""
+        if self.n > 2:
+            return {}
+        power = [self.A.matrix_power(d) for d in range(1, far + 1)] + [self.start.expand_as(self.A)]
+        H = torch.zeros(far + 1, far + 1, dtype=torch.float64)
+        for i, left in enumerate(power):
+            for j, right in enumerate(power):
+                joint = self.start[:, None, None] * left[:, :, None] * right           # p(x-a, x0, xb)
+                H[i, j] = entropy(joint.flatten()) - entropy(joint.sum(1).flatten())
+        t = torch.arange(1, N + 1, dtype=torch.float64) / N
+        d, edge = torch.arange(far), torch.arange(L)[:, None].clamp(max=far)           # edge: letters on the left
+        near = (1 - t)[:, None, None] * t[:, None, None] ** d * (d < edge)             # (N, L, far): distance d + 1
+        near = torch.cat([near, 1 - near.sum(-1, keepdim=True)], dim=-1)
+        return {"ter": torch.einsum("tia,ab,tib->ti", near, H, near.flip(1)).mean().exp().item()}
+
+
+def entropy(p):
+    return -torch.xlogy(p, p).sum(-1)
+
+
+@torch.no_grad()
+def nats_by_hidden(f, x, mask_id, generator, batch=512):
+    """(M, L) for sequences x (M, L): column n - 1 is the mean -log p of the hidden tokens when n random ones are hidden."""
+    M, L = x.shape
+    n = torch.arange(1, L + 1).repeat(M)
+    hidden = diffusion.smallest(torch.rand(M * L, L, generator=generator), n)
+    x = x.repeat_interleave(L, dim=0)
+    nats = torch.cat([diffusion.masked_nll(f, *xm) for xm in zip(x.split(batch), itertools.repeat(mask_id), hidden.split(batch))])
+    return ((nats * hidden).sum(1) / n).view(M, L).double()
+
+
+def token_error(nats, N):
+    """(TER averaged over schedules, its s.e.) of a sampler of N steps, from `nats_by_hidden`.
+
+    When a token is revealed, each other one is still open with probability t = j/N, j uniform on 1..N: the number of open
+    ones is 1 + Binomial(L-1, t). So one table over n gives every N; N -> infinity weights all n alike: the diffusion bound.
+    """
+    L = nats.size(1)
+    k, t = torch.arange(L, dtype=torch.float64), torch.arange(1, N + 1, dtype=torch.float64)[:, None] / N
+    choose = math.lgamma(L) - torch.lgamma(k + 1) - torch.lgamma(L - k)
+    w = (choose + torch.xlogy(k, t) + torch.xlogy(L - 1 - k, 1 - t)).exp().mean(0)
+    rows = nats @ w
+    return rows.mean().exp().item(), (rows.mean().exp() * rows.std() / len(rows) ** 0.5).item()
+
+
+@torch.no_grad()
+def sample_in_steps(f, B, L, N, mask_id, generator):
+    """The sampler of the theory: each token has its step of 1..N at random; those of one step are drawn independently.
+    Steps in which a row reveals nothing are skipped: f knows no time."""
+    step, order = torch.randint(N, (B, L), generator=generator).sort(dim=1)
+    rank = F.pad(step.diff(dim=1) > 0, (1, 0)).cumsum(1)
+    step = torch.empty_like(step).scatter_(1, order, rank)
+    x = torch.full((B, L), mask_id)
+    for k in range(int(step.max()) + 1):
+        rows = (step == k).any(1).nonzero()[:, 0]                                      # some rows are done earlier
+        now = step[rows] == k
+        part = x[rows]
+        part[now] = diffusion.draw(f(part, causal=False)[now], generator=generator)
+        x[rows] = part
+    return x
+
+
+def learn(language, objective, lengths, steps, path):
+    """A small model of the language, trained on fresh sequences of alternating lengths; goes on from its checkpoint."""
+    torch.manual_seed(1337)
+    lm = LM(ModelConfig(vocab_size=language.V, block_size=max(lengths), n_layer=2, n_head=4, n_embd=64, layers=language.layers))
+    flags = {**train.DEFAULTS, "lr": 3e-3, "warmup": 50}
+    optimizer, = train.make_optimizers(lm, flags, "cpu")
+    f = lambda x, **keywords: lm(language.inputs(x), **keywords)
+    first = 0
+    if path.exists():
+        state = train.load_checkpoint(path)
+        lm.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+    for step in range(first, steps):
+        gen, L = torch.Generator().manual_seed((1337 << 32) + step), lengths[step % len(lengths)]
+        x = language.draw(1536 // L, L, gen)
+        loss = diffusion.ar_loss(f, x, lm.mask_id) if objective == "ar" else diffusion.mdm_loss(f, x, lm.mask_id, generator=gen)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = train.learning_rate(step, steps, flags)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            train.save_atomic({"model": lm.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, path)
+            print(f"[{language.name} {objective}] step {step + 1}/{steps} | loss {loss.item():.4f} | entropy {language.nats(L) / L:.4f}")
+    lm.eval()
+    return f
+
+
+def theory(args):
+    """Token and sequence error rates against sampling steps and length: closed form, oracle, trained models."""
+    torch.set_num_threads(args.threads)
+    points = Path(args.out) / f"steps{args.steps}-n{args.sequences}" / "points.jsonl"
+    points.parent.mkdir(parents=True, exist_ok=True)
+    done = [json.loads(line) for line in points.open() if line.endswith("}\n")] if points.exists() else []
+    rows, lengths, grid = [], (24, 96), [4 ** i for i in range(6)]
+    for language in (Parity(), NGram(2), NGram(3, V=4)):
+        models = {"oracle": language}
+        for o, steps in (("mdm", args.steps), ("ar", args.steps // 4)):                # AR is there much earlier
+            models[o] = learn(language, o, lengths, steps, points.with_name(f"{language.name}-{o}.pt"))
+        for (kind, f), L in itertools.product(models.items(), lengths):
+            V, gen, nats = language.V, torch.Generator().manual_seed(L), None
+            count = args.sequences * (8 if kind == "oracle" else 1)
+            x = language.draw(256, L, gen)
+            for N in {"oracle": grid, "mdm": grid[:-1], "ar": [L]}[kind]:
+                key = dict(language=language.name, model=kind, L=L, N=N)
+                row = next((r for r in done if key.items() <= r.items()), None)
+                if row is None:
+                    if kind == "ar":
+                        loss = diffusion.ar_loss(f, x, V, reduction="none").detach().double().mean(1)
+                        ter = loss.mean().exp().item(), (loss.mean().exp() * loss.std() / len(loss) ** 0.5).item()
+                        y = diffusion.sample_ar(f, torch.full((count, L), V), V, generator=gen, cache=False)
+                    else:
+                        nats = nats_by_hidden(f, x[:64], V, gen) if nats is None else nats
+                        ter, y = token_error(nats, N), sample_in_steps(f, count, L, N, V, torch.Generator().manual_seed(N))
+                    ser = 1 - language.valid(y).double().mean().item()
+                    row = key | dict(best_ter=math.exp(language.nats(L) / L), ter=ter[0], ter_se=ter[1], ser=ser, ser_se=(ser * (1 - ser) / count) ** 0.5,
+                                     sequences=count, **{f"theory_{k}": v for k, v in language.theory(N, L).items() if kind != "ar"})
+                    with points.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+                rows.append(row)
+        mine = [r for r in rows if r["language"] == language.name]
+        print(f"\n{language.name}: ter is exact for ar, averaged over schedules (a bound) for the others")
+        table(mine, [c for c in mine[0] if c not in ("language", "sequences")])
+        series = {}
+        for (L, colour), what in itertools.product(zip(lengths, ("tab:blue", "tab:orange")), ("ser", "ter")):
+            curves = {kind: [(r["N"], r[what]) for r in mine if (r["model"], r["L"]) == (kind, L)] for kind in models}
+            curves["closed form"] = [(N, language.theory(N, L)[what]) for N in (*range(1, 32), *grid[3:]) if what in language.theory(N, L)]
+            for kind, style in (("oracle", "o"), ("mdm", "x--"), ("ar", "*"), ("closed form", "-")):
+                label = f"L = {L}, {'trained ' * (kind in ('mdm', 'ar'))}{kind}"
+                label = "_" * (label in series) + label                                # one legend for both: matplotlib hides "_..."
+                if curves[kind]:
+                    series[label] = (*zip(*curves[kind]), dict(marker=style[0].strip("-"), ls=style[1:] or "-" * (style == "-"), color=colour, lw=1))
+        plot(f"{args.name or 'theory'}_{language.name}", series, "sampling steps", "sequence error rate (0 to 1), token error rate (above)",
+             f"{language.name}: token errors do not grow with length, wrong sequences do", args.results,
+             ylim=(-0.05, min(1.05 * mine[0]["ter"], 1.7 * mine[0]["best_ter"])))
+    record(args.name or "theory", rows, "cpu", args.results, seed=1337, train_steps=args.steps)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1057,6 +1292,9 @@ def main(argv=None):
     command("decode", decode, objective=(str, "ar,mdm", "ar, mdm or both"), judge=(str, None, "run folder of the AR judge"),
             run_sums=(str, None, "of the arithmetic model"), batches=(str, "1,8,64", "batch sizes; quality is that of the largest"), **models)
     command("panel", bench_panel, windows=(int, 16, "validation windows"), n_mc=(int, 64, "masks per window of a bound"), **models)
+    command("theory", theory, steps=(int, 1000, "of training for a diffusion model, a quarter of them for AR"),
+            sequences=(int, 128, "sampled from a trained model for each point, 8 times as many from an oracle"),
+            threads=(int, 1, "CPU threads"), out=(str, "out/theory", "folder of the models and of the points measured so far"))
     try:
         args = parser.parse_args(argv)
         return args.run(args) or 0
