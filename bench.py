@@ -6,6 +6,7 @@
     quality     the same small model with every mixer, AR and diffusion
     recall      associative recall: what a fixed state can hold, and what a hybrid gets back
     moe         mixture of experts: speed against dense, load with and without balancing, experts and topics
+    tools       a calculator inside an answer, AR and block diffusion
     theory      what few sampling steps cost: token errors and wrong sequences, closed form and trained models
     presets     sizes and caches of the published models
     gpu         all GPU measurements, in order of value, as many as fit into --minutes
@@ -603,12 +604,9 @@ class NGram:
         neighbours at distances a and b, and -log p is on average H(x0 | x-a, xb). Beyond `far` a neighbour says nothing."""
         if self.n > 2:
             return {}
-        power = [self.A.matrix_power(d) for d in range(1, far + 1)] + [self.start.expand_as(self.A)]
-        H = torch.zeros(far + 1, far + 1, dtype=torch.float64)
-        for i, left in enumerate(power):
-            for j, right in enumerate(power):
-                joint = self.start[:, None, None] * left[:, :, None] * right           # p(x-a, x0, xb)
-                H[i, j] = entropy(joint.flatten()) - entropy(joint.sum(1).flatten())
+        power = torch.stack([self.A.matrix_power(d) for d in range(1, far + 1)] + [self.start.expand_as(self.A)])
+        joint = torch.einsum("u,auv,bvw->abuvw", self.start, power, power)             # p(x-a, x0, xb)
+        H = entropy(joint.flatten(2)) - entropy(joint.sum(3).flatten(2))               # (far + 1, far + 1)
         t = torch.arange(1, N + 1, dtype=torch.float64) / N
         d, edge = torch.arange(far), torch.arange(L)[:, None].clamp(max=far)           # edge: letters on the left
         near = (1 - t)[:, None, None] * t[:, None, None] ** d * (d < edge)             # (N, L, far): distance d + 1
@@ -692,12 +690,18 @@ def learn(language, objective, lengths, steps, path):
 
 
 def theory(args):
-    """Token and sequence error rates against sampling steps and length: closed form, oracle, trained models."""
+    """Token and sequence error rates against sampling steps and length: closed form, oracle, trained models.
+
+    TER, the perplexity of true sequences under the sampler, hardly depends on L (a little in the n-grams, whose first letters
+    have nothing before them); SER, the share of impossible sequences that it writes, is a matter of N/L.
+    """
     torch.set_num_threads(args.threads)
-    points = Path(args.out) / f"steps{args.steps}-n{args.sequences}" / "points.jsonl"
+    points = Path(args.out) / f"{args.lengths}-steps{args.steps}-n{args.sequences}" / "points.jsonl"
     points.parent.mkdir(parents=True, exist_ok=True)
     done = [json.loads(line) for line in points.open() if line.endswith("}\n")] if points.exists() else []
-    rows, lengths, grid = [], (24, 96), [4 ** i for i in range(6)]
+    rows, lengths, grid = [], [int(L) for L in args.lengths.split(",")], [4 ** i for i in range(6)]
+    if any(L < 3 or L % 3 for L in lengths):
+        raise ValueError(f"--lengths {args.lengths}: expected multiples of 3, such as 24,96")
     for language in (Parity(), NGram(2), NGram(3, V=4)):
         models = {"oracle": language}
         for o, steps in (("mdm", args.steps), ("ar", args.steps // 4)):                # AR is there much earlier
@@ -727,19 +731,57 @@ def theory(args):
         print(f"\n{language.name}: ter is exact for ar, averaged over schedules (a bound) for the others")
         table(mine, [c for c in mine[0] if c not in ("language", "sequences")])
         series = {}
-        for (L, colour), what in itertools.product(zip(lengths, ("tab:blue", "tab:orange")), ("ser", "ter")):
+        for (i, L), what in itertools.product(enumerate(lengths), ("ser", "ter")):
             curves = {kind: [(r["N"], r[what]) for r in mine if (r["model"], r["L"]) == (kind, L)] for kind in models}
-            curves["closed form"] = [(N, language.theory(N, L)[what]) for N in (*range(1, 32), *grid[3:]) if what in language.theory(N, L)]
+            curves["closed form"] = [(N, t[what]) for N in dict.fromkeys(int(n) for n in np.geomspace(1, 1024, 60).round()) if what in (t := language.theory(N, L))]
             for kind, style in (("oracle", "o"), ("mdm", "x--"), ("ar", "*"), ("closed form", "-")):
                 label = f"L = {L}, {'trained ' * (kind in ('mdm', 'ar'))}{kind}"
                 label = "_" * (label in series) + label                                # one legend for both: matplotlib hides "_..."
                 if curves[kind]:
-                    series[label] = (*zip(*curves[kind]), dict(marker=style[0].strip("-"), ls=style[1:] or "-" * (style == "-"), color=colour, lw=1))
+                    series[label] = (*zip(*curves[kind]), dict(marker=style[0].strip("-"), ls=style[1:] or "-" * (style == "-"), color=f"C{i}", lw=1))
         plot(f"{args.name or 'theory'}_{language.name}", series, "sampling steps", "sequence error rate (0 to 1), token error rate (above)",
              f"{language.name}: token errors do not grow with length, wrong sequences do", args.results,
              ylim=(-0.05, min(1.05 * mine[0]["ter"], 1.7 * mine[0]["best_ter"])))
     record(args.name or "theory", rows, "cpu", args.results, seed=1337, train_steps=args.steps)
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tools: a calculator inside an answer
+
+CALCULATOR = dict(dataset="arithmetic", n_layer=4, n_head=4, n_embd=128, block_size=128, batch_tokens=2048, max_steps=1500, lr=3e-3,
+                  eval_every=500, log_every=100, save_every=500)
+
+
+def bench_tools(args):
+    """Held-out arithmetic with and without a calculator, as AR and as block diffusion: share of right answers."""
+    _, val, _ = prepare.load_dataset(prepare.prepare("arithmetic"))
+    tokenizer = prepare.load_tokenizer("data/arithmetic")
+    texts = tokenizer.decode(val.tolist()).split(prepare.EOT)[:args.problems]
+    prompts = [tokenizer.encode(t[:t.index("?") + 1]) for t in texts]
+    jobs = {o: {**CALCULATOR, "max_steps": args.steps, "objective": o, "diffusion_block": 16 if o == "block" else None,
+                "out": f"{args.out}/{o}-{args.steps}"} for o in ("ar", "block")}
+    if not run_arms(jobs, args.workers):
+        return 130
+    rows, device = [], train.pick_device(args.device)
+    torch.set_num_threads(args.threads)
+    for objective, job in jobs.items():
+        lm, state = train.load_model(job["out"], "last", device)
+        for tool in (None, sample.calculator):
+            x, valid = (a.to(device) for a in diffusion.canvas(prompts, 60, lm.mask_id))
+            hook = sample.ToolCalls(tool or (lambda call: ""), tokenizer, lm.mask_id, valid.sum(1))
+            how = dict(temperature=0, eot_id=tokenizer.eot, valid=valid)
+            if objective == "ar":
+                y = diffusion.sample_ar(lm, x, lm.mask_id, on_token=hook, **how)
+            else:
+                y = diffusion.sample_block(lm, x, lm.mask_id, job["diffusion_block"], on_block=hook, **how)
+            out = [tokenizer.decode(r).split(prepare.EOT)[0] for r in y.tolist()]
+            right = torch.tensor([t.rpartition(" ")[2] == o.rpartition(" ")[2] for t, o in zip(texts, out)]).double()
+            called = sum(any(c == t[:t.index("?")] for b, c, *_ in hook.calls if b == i) for i, t in enumerate(texts))
+            rows.append(dict(model=objective, tool="calculator" if tool else "none", problems=len(texts), accuracy=right.mean().item(),
+                             se=(right.std() / len(texts) ** 0.5).item(), right_calls=called, failed=sum(w is not None for *_, w in hook.calls),
+                             minutes=state["seconds"] / 60, loss=state["best"], example=out[0]))
+    table(rows, [c for c in rows[0] if c != "example"])
+    record(args.name or "tools", rows, device, args.results, settings=CALCULATOR, seed=1337)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # gpu: the queue
@@ -1294,7 +1336,9 @@ def main(argv=None):
     command("panel", bench_panel, windows=(int, 16, "validation windows"), n_mc=(int, 64, "masks per window of a bound"), **models)
     command("theory", theory, steps=(int, 1000, "of training for a diffusion model, a quarter of them for AR"),
             sequences=(int, 128, "sampled from a trained model for each point, 8 times as many from an oracle"),
-            threads=(int, 1, "CPU threads"), out=(str, "out/theory", "folder of the models and of the points measured so far"))
+            lengths=(str, "24,96", "of sequences, multiples of 3"), threads=(int, 1, "CPU threads"), out=(str, "out/theory", "folder of the models and of the points measured so far"))
+    command("tools", bench_tools, steps=(int, 1500, "of training, each"), problems=(int, 500, "held-out ones to solve"), workers=(int, 1, "runs at a time"),
+            device=(str, "auto", "auto | cuda | cpu"), threads=(int, 1, "CPU threads"), out=(str, "out/tools", "folder of the runs"))
     try:
         args = parser.parse_args(argv)
         return args.run(args) or 0
