@@ -6,6 +6,8 @@
     quality     the same small model with every mixer, AR and diffusion
     recall      associative recall: what a fixed state can hold, and what a hybrid gets back
     moe         mixture of experts: speed against dense, load with and without balancing, experts and topics
+    tools       a calculator inside an answer, AR and block diffusion
+    theory      what few sampling steps cost: token errors and wrong sequences, closed form and trained models
     presets     sizes and caches of the published models
     gpu         all GPU measurements, in order of value, as many as fit into --minutes
     decode      tokens/s against quality of every sampler, AR and diffusion; steps needed on arithmetic
@@ -15,6 +17,7 @@ Numbers go to results/NAME.json with command, versions, device and seed, picture
 pictures of the README come from there.
 """
 import argparse
+import itertools
 import json
 import math
 import os
@@ -31,6 +34,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import diffusion
 import prepare
@@ -514,6 +518,279 @@ def bench_moe(args):
     plot("moe_load", series, "step", "largest / mean load, worst layer", "32 experts, top 4, from a skewed router", args.results, xlog=False, ylog=True)
     record(args.name or f"moe_{torch.device(device).type}", rows, device, args.results, seed=1337, threads=args.threads)
 
+# ---------------------------------------------------------------------------------------------------------------------
+# theory: token error and sequence error (Feng et al. 2502.09622)
+
+class Parity:
+    """Sequences of bits in triples, x3 = x1 xor x2. Called like a model it answers exactly: the oracle."""
+    name, V, layers = "parity", 2, "full(window=4)"
+
+    def nats(self, L):
+        """Entropy of a sequence: -log p(x) of the best possible model."""
+        return 2 / 3 * L * math.log(2)
+
+    def draw(self, B, L, generator):
+        x = torch.randint(2, (B, L // 3, 3), generator=generator)
+        x[..., 2] = x[..., 0] ^ x[..., 1]
+        return x.flatten(1)
+
+    def valid(self, x):
+        return (x.view(len(x), -1, 3).sum(-1) % 2 == 0).all(1)
+
+    def __call__(self, x, causal=False):
+        x = x.view(len(x), -1, 3)
+        known = x < 2
+        others = known.sum(-1, keepdim=True) - known.long() == 2                       # both others of the triple are there
+        one = torch.where(others, ((x * known).sum(-1, keepdim=True) - x * known) % 2, 0.5).flatten(1)
+        return torch.stack([1 - one, one], dim=-1).log()
+
+    def inputs(self, x):
+        """What a trained model reads: letters of their own for each place of a triple, so that it need not count."""
+        return x + 3 * (torch.arange(x.size(1)) % 3)
+
+    def theory(self, N, L):
+        """Closed forms. tie: the last step of a triple reveals two or three of its bits; half of these come out invalid.
+        ter averages log p over schedules, as an ELBO does; ter_marginal is the paper's: log of p averaged over schedules."""
+        tie = (3 * N - 1) / (2 * N * N)
+        return {"ter": 2 ** ((2 + tie) / 3), "ter_marginal": 2 ** ((2 - math.log2(1 - tie / 2)) / 3), "ser": 1 - (1 - tie / 2) ** (L / 3)}
+
+
+class NGram:
+    """A random n-gram language: after each n-1 letters half of the V letters may come, with random probabilities."""
+    layers = "full(window=8)"
+
+    def __init__(self, n, V=8, seed=0):
+        self.name, self.n, self.V, gen = f"{n}-gram", n, V, torch.Generator().manual_seed(seed)
+        S = V ** (n - 1)                                                               # states: the last n-1 letters as a number
+        p = -torch.rand(S, V, generator=gen, dtype=torch.float64).log()
+        p[torch.rand(S, V, generator=gen).argsort(1) >= V // 2] = 0
+        self.p = p / p.sum(1, keepdim=True)                                            # (S, V)
+        self.A = torch.zeros(S, S, dtype=torch.float64)                                # state to state
+        self.A[torch.arange(S)[:, None], self.next(torch.arange(S)[:, None], torch.arange(V))] = self.p
+        self.start = self.A.matrix_power(1 << 16).mean(0).clamp(min=0)
+        self.start[self.start < 1e-12] = 0
+
+    def next(self, state, letter):
+        return (state * self.V + letter) % len(self.p)
+
+    def nats(self, L):
+        return (entropy(self.start) + (L - self.n + 1) * (self.start * entropy(self.p)).sum()).item()
+
+    def draw(self, B, L, generator):
+        state = self.start.multinomial(B, replacement=True, generator=generator)
+        x = [state // self.V ** i % self.V for i in range(self.n - 2, -1, -1)]         # its letters, first to last
+        for _ in range(L - self.n + 1):
+            x.append(self.p[state].multinomial(1, generator=generator)[:, 0])
+            state = self.next(state, x[-1])
+        return torch.stack(x, dim=1)
+
+    def valid(self, x):
+        state = sum(x[:, i] * self.V ** (self.n - 2 - i) for i in range(self.n - 1))
+        ok = self.start[state] > 0
+        for letter in x[:, self.n - 1:].T:
+            ok, state = ok & (self.p[state, letter] > 0), self.next(state, letter)
+        return ok
+
+    def __call__(self, x, causal=False):
+        """Forward-backward over the states; a letter's own evidence does not count. Where nothing is legal any more: uniform."""
+        (B, T), S, A = x.shape, len(self.p), self.A.float()
+        seen = (x[..., None] == torch.arange(self.V)) | (x[..., None] == self.V)
+        seen = seen.repeat(1, 1, S // self.V).float()                                  # (B, T, S): the last letter of a state
+        unit = lambda a: a / a.sum(-1, keepdim=True).clamp(min=1e-30)
+        a, b, forth, back = self.start.float().expand(B, S), torch.ones(B, S), [], []
+        for t in range(T):
+            forth.append(a)
+            back.append(b)
+            a, b = unit((a * seen[:, t]) @ A), unit((b * seen[:, T - 1 - t]) @ A.T)
+        p = (torch.stack(forth, 1) * torch.stack(back[::-1], 1)).view(B, T, -1, self.V).sum(2)
+        return torch.where(p.sum(-1, keepdim=True) > 0, unit(p), 1 / self.V).log()
+
+    def inputs(self, x):
+        return x
+
+    def theory(self, N, L, far=32):
+        """n = 2, closed form: a letter that is revealed when each other one is open with probability t knows its nearest
+        neighbours at distances a and b, and -log p is on average H(x0 | x-a, xb). Beyond `far` a neighbour says nothing."""
+        if self.n > 2:
+            return {}
+        power = torch.stack([self.A.matrix_power(d) for d in range(1, far + 1)] + [self.start.expand_as(self.A)])
+        joint = torch.einsum("u,auv,bvw->abuvw", self.start, power, power)             # p(x-a, x0, xb)
+        H = entropy(joint.flatten(2)) - entropy(joint.sum(3).flatten(2))               # (far + 1, far + 1)
+        t = torch.arange(1, N + 1, dtype=torch.float64) / N
+        d, edge = torch.arange(far), torch.arange(L)[:, None].clamp(max=far)           # edge: letters on the left
+        near = (1 - t)[:, None, None] * t[:, None, None] ** d * (d < edge)             # (N, L, far): distance d + 1
+        near = torch.cat([near, 1 - near.sum(-1, keepdim=True)], dim=-1)
+        return {"ter": torch.einsum("tia,ab,tib->ti", near, H, near.flip(1)).mean().exp().item()}
+
+
+def entropy(p):
+    return -torch.xlogy(p, p).sum(-1)
+
+
+@torch.no_grad()
+def nats_by_hidden(f, x, mask_id, generator, batch=512):
+    """(M, L) for sequences x (M, L): column n - 1 is the mean -log p of the hidden tokens when n random ones are hidden."""
+    M, L = x.shape
+    n = torch.arange(1, L + 1).repeat(M)
+    hidden = diffusion.smallest(torch.rand(M * L, L, generator=generator), n)
+    x = x.repeat_interleave(L, dim=0)
+    nats = torch.cat([diffusion.masked_nll(f, *xm) for xm in zip(x.split(batch), itertools.repeat(mask_id), hidden.split(batch))])
+    return ((nats * hidden).sum(1) / n).view(M, L).double()
+
+
+def token_error(nats, N):
+    """(TER averaged over schedules, its s.e.) of a sampler of N steps, from `nats_by_hidden`.
+
+    When a token is revealed, each other one is still open with probability t = j/N, j uniform on 1..N: the number of open
+    ones is 1 + Binomial(L-1, t). So one table over n gives every N; N -> infinity weights all n alike: the diffusion bound.
+    """
+    L = nats.size(1)
+    k, t = torch.arange(L, dtype=torch.float64), torch.arange(1, N + 1, dtype=torch.float64)[:, None] / N
+    choose = math.lgamma(L) - torch.lgamma(k + 1) - torch.lgamma(L - k)
+    w = (choose + torch.xlogy(k, t) + torch.xlogy(L - 1 - k, 1 - t)).exp().mean(0)
+    rows = nats @ w
+    return rows.mean().exp().item(), (rows.mean().exp() * rows.std() / len(rows) ** 0.5).item()
+
+
+@torch.no_grad()
+def sample_in_steps(f, B, L, N, mask_id, generator):
+    """The sampler of the theory: each token has its step of 1..N at random; those of one step are drawn independently.
+    Steps in which a row reveals nothing are skipped: f knows no time."""
+    step, order = torch.randint(N, (B, L), generator=generator).sort(dim=1)
+    rank = F.pad(step.diff(dim=1) > 0, (1, 0)).cumsum(1)
+    step = torch.empty_like(step).scatter_(1, order, rank)
+    x = torch.full((B, L), mask_id)
+    for k in range(int(step.max()) + 1):
+        rows = (step == k).any(1).nonzero()[:, 0]                                      # some rows are done earlier
+        now = step[rows] == k
+        part = x[rows]
+        part[now] = diffusion.draw(f(part, causal=False)[now], generator=generator)
+        x[rows] = part
+    return x
+
+
+def learn(language, objective, lengths, steps, path):
+    """A small model of the language, trained on fresh sequences of alternating lengths; goes on from its checkpoint."""
+    torch.manual_seed(1337)
+    lm = LM(ModelConfig(vocab_size=language.V, block_size=max(lengths), n_layer=2, n_head=4, n_embd=64, layers=language.layers))
+    flags = {**train.DEFAULTS, "lr": 3e-3, "warmup": 50}
+    optimizer, = train.make_optimizers(lm, flags, "cpu")
+    f = lambda x, **keywords: lm(language.inputs(x), **keywords)
+    first = 0
+    if path.exists():
+        state = train.load_checkpoint(path)
+        lm.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+    for step in range(first, steps):
+        gen, L = torch.Generator().manual_seed((1337 << 32) + step), lengths[step % len(lengths)]
+        x = language.draw(1536 // L, L, gen)
+        loss = diffusion.ar_loss(f, x, lm.mask_id) if objective == "ar" else diffusion.mdm_loss(f, x, lm.mask_id, generator=gen)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = train.learning_rate(step, steps, flags)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            train.save_atomic({"model": lm.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, path)
+            print(f"[{language.name} {objective}] step {step + 1}/{steps} | loss {loss.item():.4f} | entropy {language.nats(L) / L:.4f}")
+    lm.eval()
+    return f
+
+
+def theory(args):
+    """Token and sequence error rates against sampling steps and length: closed form, oracle, trained models.
+
+    TER, the perplexity of true sequences under the sampler, hardly depends on L (a little in the n-grams, whose first letters
+    have nothing before them); SER, the share of impossible sequences that it writes, is a matter of N/L.
+    """
+    torch.set_num_threads(args.threads)
+    points = Path(args.out) / f"{args.lengths}-steps{args.steps}-n{args.sequences}" / "points.jsonl"
+    points.parent.mkdir(parents=True, exist_ok=True)
+    done = [json.loads(line) for line in points.open() if line.endswith("}\n")] if points.exists() else []
+    rows, lengths, grid = [], [int(L) for L in args.lengths.split(",")], [4 ** i for i in range(6)]
+    if any(L < 3 or L % 3 for L in lengths):
+        raise ValueError(f"--lengths {args.lengths}: expected multiples of 3, such as 24,96")
+    for language in (Parity(), NGram(2), NGram(3, V=4)):
+        models = {"oracle": language}
+        for o, steps in (("mdm", args.steps), ("ar", args.steps // 4)):                # AR is there much earlier
+            models[o] = learn(language, o, lengths, steps, points.with_name(f"{language.name}-{o}.pt"))
+        for (kind, f), L in itertools.product(models.items(), lengths):
+            V, gen, nats = language.V, torch.Generator().manual_seed(L), None
+            count = args.sequences * (8 if kind == "oracle" else 1)
+            x = language.draw(256, L, gen)
+            for N in {"oracle": grid, "mdm": grid[:-1], "ar": [L]}[kind]:
+                key = dict(language=language.name, model=kind, L=L, N=N)
+                row = next((r for r in done if key.items() <= r.items()), None)
+                if row is None:
+                    if kind == "ar":
+                        loss = diffusion.ar_loss(f, x, V, reduction="none").detach().double().mean(1)
+                        ter = loss.mean().exp().item(), (loss.mean().exp() * loss.std() / len(loss) ** 0.5).item()
+                        y = diffusion.sample_ar(f, torch.full((count, L), V), V, generator=gen, cache=False)
+                    else:
+                        nats = nats_by_hidden(f, x[:64], V, gen) if nats is None else nats
+                        ter, y = token_error(nats, N), sample_in_steps(f, count, L, N, V, torch.Generator().manual_seed(N))
+                    ser = 1 - language.valid(y).double().mean().item()
+                    row = key | dict(best_ter=math.exp(language.nats(L) / L), ter=ter[0], ter_se=ter[1], ser=ser, ser_se=(ser * (1 - ser) / count) ** 0.5,
+                                     sequences=count, **{f"theory_{k}": v for k, v in language.theory(N, L).items() if kind != "ar"})
+                    with points.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+                rows.append(row)
+        mine = [r for r in rows if r["language"] == language.name]
+        print(f"\n{language.name}: ter is exact for ar, averaged over schedules (a bound) for the others")
+        table(mine, [c for c in mine[0] if c not in ("language", "sequences")])
+        series = {}
+        for (i, L), what in itertools.product(enumerate(lengths), ("ser", "ter")):
+            curves = {kind: [(r["N"], r[what]) for r in mine if (r["model"], r["L"]) == (kind, L)] for kind in models}
+            curves["closed form"] = [(N, t[what]) for N in dict.fromkeys(int(n) for n in np.geomspace(1, 1024, 60).round()) if what in (t := language.theory(N, L))]
+            for kind, style in (("oracle", "o"), ("mdm", "x--"), ("ar", "*"), ("closed form", "-")):
+                label = f"L = {L}, {'trained ' * (kind in ('mdm', 'ar'))}{kind}"
+                label = "_" * (label in series) + label                                # one legend for both: matplotlib hides "_..."
+                if curves[kind]:
+                    series[label] = (*zip(*curves[kind]), dict(marker=style[0].strip("-"), ls=style[1:] or "-" * (style == "-"), color=f"C{i}", lw=1))
+        plot(f"{args.name or 'theory'}_{language.name}", series, "sampling steps", "sequence error rate (0 to 1), token error rate (above)",
+             f"{language.name}: token errors do not grow with length, wrong sequences do", args.results,
+             ylim=(-0.05, min(1.05 * mine[0]["ter"], 1.7 * mine[0]["best_ter"])))
+    record(args.name or "theory", rows, "cpu", args.results, seed=1337, train_steps=args.steps)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tools: a calculator inside an answer
+
+CALCULATOR = dict(dataset="arithmetic", n_layer=4, n_head=4, n_embd=128, block_size=128, batch_tokens=2048, max_steps=1500, lr=3e-3,
+                  eval_every=500, log_every=100, save_every=500)
+
+
+def bench_tools(args):
+    """Held-out arithmetic with and without a calculator, as AR and as block diffusion: share of right answers."""
+    _, val, _ = prepare.load_dataset(prepare.prepare("arithmetic"))
+    tokenizer = prepare.load_tokenizer("data/arithmetic")
+    texts = tokenizer.decode(val.tolist()).split(prepare.EOT)[:args.problems]
+    prompts = [tokenizer.encode(t[:t.index("?") + 1]) for t in texts]
+    jobs = {o: {**CALCULATOR, "max_steps": args.steps, "objective": o, "diffusion_block": 16 if o == "block" else None,
+                "out": f"{args.out}/{o}-{args.steps}"} for o in ("ar", "block")}
+    if not run_arms(jobs, args.workers):
+        return 130
+    rows, device = [], train.pick_device(args.device)
+    torch.set_num_threads(args.threads)
+    for objective, job in jobs.items():
+        lm, state = train.load_model(job["out"], "last", device)
+        for tool in (None, sample.calculator):
+            x, valid = (a.to(device) for a in diffusion.canvas(prompts, 60, lm.mask_id))
+            hook = sample.ToolCalls(tool or (lambda call: ""), tokenizer, lm.mask_id, valid.sum(1))
+            how = dict(temperature=0, eot_id=tokenizer.eot, valid=valid)
+            if objective == "ar":
+                y = diffusion.sample_ar(lm, x, lm.mask_id, on_token=hook, **how)
+            else:
+                y = diffusion.sample_block(lm, x, lm.mask_id, job["diffusion_block"], on_block=hook, **how)
+            out = [tokenizer.decode(r).split(prepare.EOT)[0] for r in y.tolist()]
+            right = torch.tensor([t.rpartition(" ")[2] == o.rpartition(" ")[2] for t, o in zip(texts, out)]).double()
+            called = sum(any(c == t[:t.index("?")] for b, c, *_ in hook.calls if b == i) for i, t in enumerate(texts))
+            rows.append(dict(model=objective, tool="calculator" if tool else "none", problems=len(texts), accuracy=right.mean().item(),
+                             se=(right.std() / len(texts) ** 0.5).item(), right_calls=called, failed=sum(w is not None for *_, w in hook.calls),
+                             minutes=state["seconds"] / 60, loss=state["best"], example=out[0]))
+    table(rows, [c for c in rows[0] if c != "example"])
+    record(args.name or "tools", rows, device, args.results, settings=CALCULATOR, seed=1337)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # gpu: the queue
@@ -1066,6 +1343,11 @@ def main(argv=None):
     command("decode", decode, objective=(str, "ar,mdm", "ar, mdm or both"), judge=(str, None, "run folder of the AR judge"),
             run_sums=(str, None, "of the arithmetic model"), batches=(str, "1,8,64", "batch sizes; quality is that of the largest"), **models)
     command("panel", bench_panel, windows=(int, 16, "validation windows"), n_mc=(int, 64, "masks per window of a bound"), **models)
+    command("theory", theory, steps=(int, 1000, "of training for a diffusion model, a quarter of them for AR"),
+            sequences=(int, 128, "sampled from a trained model for each point, 8 times as many from an oracle"),
+            lengths=(str, "24,96", "of sequences, multiples of 3"), threads=(int, 1, "CPU threads"), out=(str, "out/theory", "folder of the models and of the points measured so far"))
+    command("tools", bench_tools, steps=(int, 1500, "of training, each"), problems=(int, 500, "held-out ones to solve"), workers=(int, 1, "runs at a time"),
+            device=(str, "auto", "auto | cuda | cpu"), threads=(int, 1, "CPU threads"), out=(str, "out/tools", "folder of the runs"))
     try:
         args = parser.parse_args(argv)
         return args.run(args) or 0

@@ -310,11 +310,13 @@ def new_cache(f, x):
 
 @torch.no_grad()
 def sample_ar(f, x, bos_id, temperature=1.0, top_k=None, top_p=None, eot_id=None, valid=None, generator=None,
-              callback=None, cache=None):
+              callback=None, on_token=None, cache=None):
     """Fill a canvas x (B, T) left to right; places to fill hold bos_id (= the mask token). Returns a new (B, T).
 
     Rows may have prompts of different lengths (`canvas`): each goes on from the end of its own. cache: use f.init_cache
     (default: when f has it); without it every token costs a pass over its whole prefix. callback(step, x) sees each step.
+    on_token(x, given) is called after each, before anything is computed from the new tokens; it may edit x and given
+    (B, T) bool in place behind them, as a tool does that writes its result (see `on_block` of `sample_block`).
     """
     check_sampling(temperature, top_k, top_p)
     x, given = x.clone(), x != bos_id
@@ -338,6 +340,8 @@ def sample_ar(f, x, bos_id, temperature=1.0, top_k=None, top_p=None, eot_id=None
         write = (at < end) & ~given[b, i]                           # a given token further on is read, not written
         x[b, i] = torch.where(write, draw(logits[:, :bos_id], temperature, top_k, top_p, generator), x[b, i])
         stop_at_eot(x, given, eot_id)
+        if on_token is not None:
+            on_token(x, given)
         more = ((x == bos_id) & (t < end[:, None])).any(1)
         at = torch.where(more, at + 1, end)
         read = torch.where(more, at, end)

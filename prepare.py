@@ -41,7 +41,8 @@ SHARDS = {  # ready-made gpt2 tokens, 100M a shard, and how many shards there ar
 }
 SHA256 = {"shakespeare": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
           "enwik8": "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"}
-DATASETS = ["docs", "pysrc", *URLS, *SHARDS]
+DATASETS = ["docs", "pysrc", "arithmetic", *URLS, *SHARDS]
+USUAL = {**dict.fromkeys(SHARDS, "gpt2"), "arithmetic": "byte"}         # their tokenizer, where not bpe:4096
 HEADERS = {20240520: "uint16", 20240801: "uint32"}      # llm.c, modded-nanogpt: 256 int32; [0] this number, [2] tokens
 
 
@@ -393,6 +394,20 @@ def drop_overlap(train, val, n=13):
     return [text for text in val if common.isdisjoint(runs(text))]
 
 
+def arithmetic(n, seed):
+    """n different texts "(17+4)*25? <tool>(17+4)*25</tool>525, so 525": problem, call of a calculator, result, answer."""
+    rng, known = np.random.default_rng(seed), {}
+    operation = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
+    while len(known) < n:
+        (a, b, c), (f, g) = rng.integers(1, 100, 3).tolist(), rng.choice(list(operation), 2).tolist()
+        if rng.random() < 0.5:
+            text, value = f"({a}{f}{b}){g}{c}", operation[g](operation[f](a, b), c)
+        else:
+            text, value = f"{a}{f}({b}{g}{c})", operation[f](a, operation[g](b, c))
+        known[text] = f"{text}? <tool>{text}</tool>{value}, so {value}"
+    return list(known.values())
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Downloads
 
@@ -437,7 +452,7 @@ def shard_stream(source, split, folder, limit):
 # ----------------------------------------------------------------------------------------------------------------------
 # Writing and reading datasets
 
-def open_source(source, text, val, val_fraction, max_tokens, raw):
+def open_source(source, text, val, val_fraction, max_tokens, raw, seed):
     """Returns two functions that open the training and the validation stream, and how many texts drop_overlap took."""
     if source in ("docs", "pysrc"):
         seen, files = set(), python_files(f"reading {source}")
@@ -450,6 +465,10 @@ def open_source(source, text, val, val_fraction, max_tokens, raw):
                   "dropped", file=sys.stderr)
         opens = [lambda part=part: ((t, True, i / len(part)) for i, t in enumerate(part)) for part in (train, val)]
         return *opens, held - len(val)
+    if source == "arithmetic":
+        part = arithmetic(50_000, seed)
+        cut = int((1 - val_fraction) * len(part))
+        return *(lambda part=part: ((t, True, i / len(part)) for i, t in enumerate(part)) for part in (part[:cut], part[cut:])), 0
     if source in SHARDS:
         limits = {"train": max_tokens or 100_000_000, "val": 10_485_760}     # what modded-nanogpt validates on
         return *(lambda split=split: shard_stream(source, split, raw, limits[split]) for split in limits), 0
@@ -494,11 +513,11 @@ def prepare(source="docs", name=None, tokenizer="bpe:4096", out_dir="data", text
     of the training part. Raises ValueError, which says what to type, and OSError where out_dir cannot be written."""
     text, val, bpe_text = ([Path(file) for file in files] for files in (text, val, bpe_text))
     source = "text" if text else source
-    if source in SHARDS:
-        tokenizer = "gpt2" if tokenizer == "bpe:4096" else tokenizer
+    usual = USUAL.get(source, "bpe:4096")
+    tokenizer = usual if tokenizer == "bpe:4096" else tokenizer
     if not name:
         name = (text[0].name.split(".")[0] if text else source) + (f"-corrupt{corrupt:g}" if corrupt else "")
-        if tokenizer != "bpe:4096" and source not in SHARDS:
+        if tokenizer != usual:
             name += "-" + Path(tokenizer).name.replace(":", "")
     for wrong, message in [
             (source not in ["text", *DATASETS], f"no dataset {source}; expected --text FILE or {', '.join(DATASETS)}"),
@@ -526,7 +545,7 @@ def prepare(source="docs", name=None, tokenizer="bpe:4096", out_dir="data", text
     try:
         tok = find_tokenizer(tokenizer)
         raw = Path(out_dir) / "raw" / source
-        open_train, open_val, dropped = open_source(source, text, val, val_fraction, max_tokens, raw)
+        open_train, open_val, dropped = open_source(source, text, val, val_fraction, max_tokens, raw, seed)
         tok = tok or learn_bpe(read_text(bpe_text) if bpe_text else open_train(), int(tokenizer[4:]))
         train = corrupt_stream(open_train(), corrupt, seed) if corrupt else open_train()
         packages = [*python_roots()][1:] if source in ("docs", "pysrc") else ["numpy", "torch"]
@@ -595,7 +614,7 @@ def load_dataset(folder):
 
 def main(argv=None):
     p = Parser(prog="prepare.py", description="Text to tokens: makes data/NAME/{train.bin, val.bin, meta.json}.")
-    p.add_argument("--dataset", default="docs", choices=DATASETS, help="built-in; docs and pysrc need no network")
+    p.add_argument("--dataset", default="docs", choices=DATASETS, help="built-in; docs, pysrc and arithmetic need no network")
     p.add_argument("--text", nargs="+", default=[], metavar="FILE", help="your own: .txt .jsonl, also .gz .bz2 .xz")
     p.add_argument("--val", nargs="+", default=[], metavar="FILE", help="validation text to go with --text")
     p.add_argument("--val_fraction", type=float, default=0.1, help="held out where there is no validation text")
@@ -603,7 +622,7 @@ def main(argv=None):
     p.add_argument("--tokenizer", default="bpe:4096", help="byte, bpe:N, gpt2, cl100k_base, o200k_base or a folder")
     p.add_argument("--bpe_text", nargs="+", default=[], metavar="FILE", help="what bpe:N learns from, if not --text")
     p.add_argument("--corrupt", type=float, default=0.0, metavar="RATE", help="share of training words to damage")
-    p.add_argument("--seed", type=int, default=0, help="seed of --corrupt")
+    p.add_argument("--seed", type=int, default=0, help="seed of --corrupt and of arithmetic")
     p.add_argument("--max_tokens", type=int, help="length of the training part; 100M for fineweb unless given")
     p.add_argument("--out_dir", default="data", help="where datasets live")
     args, start = vars(p.parse_args(argv)), time.time()

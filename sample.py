@@ -4,12 +4,16 @@
     python sample.py out/RUN --prompt "One" --prompt "Another, longer"       # different lengths, one batch
     python sample.py out/RUN --prompt "The [MASK:12] sat on" --watch         # diffusion fills gaps; --watch shows how
     python sample.py out/RUN --threshold 0.9 --block_size 32 --cache         # diffusion, several tokens a pass
+    python sample.py out/RUN --prompt "(17+4)*25?" --tool calculator         # a run on prepare.py --dataset arithmetic
     python sample.py score out/RUN --text FILE                               # nats per token and bits per byte
 """
+import ast
 import math
+import operator
 import os
 import shutil
 import sys
+import threading
 import time
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -64,6 +68,85 @@ def groups(ids, mask_id):
         else:
             out.append((t == mask_id, [t]))
     return out
+
+
+OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv, ast.USub: operator.neg}
+
+
+def calculator(text):
+    """'(17+4)*25' -> '525': numbers, + - * / and parentheses. It walks the parsed expression and never evaluates the text as
+    Python. ValueError for anything else, ZeroDivisionError and OverflowError as in Python."""
+    def value(node):
+        if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+            return node.value
+        if isinstance(node, (ast.BinOp, ast.UnaryOp)) and type(node.op) in OPERATIONS:
+            return OPERATIONS[type(node.op)](*(value(n) for n in ast.iter_child_nodes(node) if isinstance(n, ast.expr)))
+        raise SyntaxError
+    try:
+        result = value(ast.parse(text.strip() if len(text) <= 200 else "", mode="eval").body)
+    except (SyntaxError, MemoryError, RecursionError):
+        raise ValueError(f"'{text[:40]}' is no arithmetic: expected numbers, + - * / and parentheses, at most 200 characters") from None
+    return str(result) if isinstance(result, int) else f"{result:.10g}"
+
+
+class ToolCalls:
+    """The hook by which a model uses a tool while it writes: on_token of sample_ar, on_block of sample_block.
+
+    Where the clean text of a row ends a call <tool>...</tool>, tool(the text between) -> str is run, its result is put
+    behind the call as given tokens, and what was generated behind it is masked again; an empty result (or None) changes
+    nothing. tool is any callable of the user's. If it raises, needs more than `seconds` (it is then left behind in its
+    thread), or its result does not fit behind the call, the result is the text of `failed` where that fits.
+    end (B,): length of each row. calls: [(row, call, result, None or why it failed)].
+    """
+    def __init__(self, tool, tokenizer, mask_id, end, seconds=5.0, failed="error"):
+        self.tool, self.tokenizer, self.mask_id, self.seconds, self.failed = tool, tokenizer, mask_id, seconds, failed
+        self.end, self.calls, self.done = [int(e) for e in end], [], [0] * len(end)    # done: tokens of a row that need no look
+
+    def __call__(self, x, given, *_):
+        for b, row in enumerate(x.tolist()):
+            clean = (row + [self.mask_id]).index(self.mask_id)
+            while (stop := self.next_call(row[:min(clean, self.end[b])], b)) is not None:
+                self.done[b] = stop
+                _, opened, call = self.tokenizer.decode(row[:stop]).rpartition("</tool>")[0].rpartition("<tool>")
+                if given[b, stop - 1] or not opened or "</tool>" in call:              # of the prompt, or never opened
+                    continue
+                room = int((given[b, stop:self.end[b]].cumsum(0) == 0).sum())
+                result, why = self.run(call)
+                ids = self.tokenizer.encode(result)
+                if len(ids) > room:
+                    why = why or f"its result has {len(ids)} tokens, and there is room for {room}"
+                    ids = self.tokenizer.encode(self.failed)
+                    ids = ids if len(ids) <= room else []
+                self.calls.append((b, call, self.tokenizer.decode(ids), why))
+                if ids:
+                    self.done[b] = stop + len(ids)
+                    x[b, stop:self.done[b]], given[b, stop:self.done[b]] = torch.tensor(ids, device=x.device), True
+                    x[b].masked_fill_(~given[b] & (torch.arange(x.size(1), device=x.device) >= stop), self.mask_id)
+                    break                                                              # what followed is written anew
+
+    def next_call(self, ids, b):
+        """The first place behind done[b] at which a </tool> is complete, or None."""
+        text = lambda stop: self.tokenizer.decode(ids[self.done[b]:stop])
+        if "</tool>" in text(None):
+            return next(i for i in range(self.done[b] + 1, len(ids) + 1) if "</tool>" in text(i))
+
+    def run(self, call):
+        """(result as text, None or why it failed)"""
+        out = []
+
+        def work():
+            try:
+                out.append((self.tool(call), None))
+            except Exception as e:                                                     # whatever a user's tool does
+                out.append((self.failed, f"it raised {type(e).__name__}: {e}"))
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        thread.join(self.seconds)
+        result, why = out[0] if out else (self.failed, f"it took longer than {self.seconds:g} seconds")
+        return "" if result is None else str(result), why
+
+
+TOOLS = {"calculator": calculator}
 
 
 def check_dual_cache(config):
@@ -121,11 +204,20 @@ def generate(args, lm, tokenizer, flags):
         if show:
             show(step, x)
     x, valid = (a.to(device) for a in diffusion.canvas(rows, 0, mask))
+    hook = {}
+    if args.tool:
+        if args.tool not in TOOLS or kind == "mdm":
+            raise ValueError(f"--tool {args.tool}: expected {' or '.join(TOOLS)}, and a run of objective ar or block, which writes in order")
+        hook = {"on_token" if kind == "ar" else "on_block": ToolCalls(TOOLS[args.tool], tokenizer, mask, [len(r) for r in rows])}
     gen = torch.Generator("cpu" if device.type == "mps" else device).manual_seed(args.seed)
-    out = run(x, valid=valid, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, eot_id=eot, generator=gen, callback=seen)
+    out = run(x, valid=valid, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, eot_id=eot, generator=gen, callback=seen, **hook)
     for i, (row, given) in enumerate(zip(out.tolist(), rows)):
         text = tokenizer.decode([t for t, g in zip(row, given) if g != mask or t != eot])      # what was drawn ends at EOT
         print((f"--- sample {i + 1}\n" if len(rows) > 1 else "") + text)
+        if args.tool and text.rpartition("<tool>")[2].count("</tool>") < ("<tool>" in text):
+            print(f"sample {i + 1}: its last <tool> is never closed, so nothing was called", file=sys.stderr)
+    for b, call, result, why in (c for h in hook.values() for c in h.calls):
+        print(f"sample {b + 1}: {args.tool}('{call}') -> '{result}'" + (f", failed: {why}" if why else ""), file=sys.stderr)
     print(f"{sum(r.count(mask) for r in rows)} tokens in {steps} steps, {time.perf_counter() - tic:.2f} s", file=sys.stderr)
 
 
@@ -205,6 +297,7 @@ def main(argv=None):
         parser.add_argument("--block_size", type=int, help="diffusion: fill blocks of so many tokens, one after the other (default: no blocks)")
         parser.add_argument("--cache", action="store_true", help="diffusion in blocks: the dual cache, faster, an approximation")
         parser.add_argument("--refresh", type=int, help="renew it also after so many steps inside a block (default: only when one starts)")
+        parser.add_argument("--tool", help=f"run the calls <tool>...</tool> that the model writes: {', '.join(TOOLS)}")
         parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
         parser.add_argument("--watch", action="store_true", help="show every step in the terminal")
         parser.add_argument("--pause", type=float, default=0.03, help="seconds between the steps shown (default: 0.03)")

@@ -17,6 +17,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import types
 import zipfile
 from pathlib import Path
@@ -2807,3 +2808,154 @@ def test_decode_and_panel_end_to_end(runs, tmp_path, capsys, monkeypatch):
     rows = json.loads((tmp_path / "panel.json").read_text())["rows"]
     assert [r["run"] for r in rows] == ["ar"] + ["mdm"] * 3 + ["block"] * 3 and all(r["bits_per_byte"] > 0 for r in rows)
     assert bench.main(["decode", *common, "--objective", "block"]) == 2 and "ar, mdm" in capsys.readouterr().err
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bench.py theory
+
+@pytest.mark.parametrize("L, N", [(24, 1), (24, 4), (96, 16), (96, 64), (384, 1024)])
+def test_parity_closed_forms(L, N):
+    """TER follows exactly from the chance that both others of a triple are open when n of L are; SER from simulation."""
+    language, n = bench.Parity(), torch.arange(1, L + 1, dtype=torch.float64)
+    table = math.log(2) * (1 - (L - n) * (L - n - 1) / ((L - 1) * (L - 2)))
+    closed = language.theory(N, L)
+    assert bench.token_error(table.expand(2, -1), N)[0] == pytest.approx(closed["ter"], rel=1e-9)
+    assert 4 ** (1 / 3) < closed["ter_marginal"] <= closed["ter"] + 1e-12, "Jensen"
+    if L < 100:
+        gen = torch.Generator().manual_seed(N)
+        measured = bench.nats_by_hidden(language, language.draw(400, L, gen)[:40 if L > 24 else 400], 2, gen)
+        assert abs(measured.mean(0) - table).max() < 0.15 and abs(measured.mean() - table.mean()) < 0.01
+        wrong = 1 - language.valid(bench.sample_in_steps(language, 3000, L, N, 2, gen)).double().mean().item()
+        assert abs(wrong - closed["ser"]) < 4 * (closed["ser"] * (1 - closed["ser"]) / 3000) ** 0.5 + 1e-9
+
+
+@pytest.mark.parametrize("n, V, L", [(2, 4, 5), (3, 3, 5)])
+def test_ngram_oracle_is_enumeration(n, V, L):
+    """Probabilities of all V^L sequences -> entropy, legality, every conditional, and (n = 2) the closed form of TER."""
+    language = bench.NGram(n, V)
+    x = torch.cartesian_prod(*[torch.arange(V)] * L)
+    p = language.start[sum(x[:, i] * V ** (n - 2 - i) for i in range(n - 1))]
+    for i in range(n - 1, L):
+        p = p * language.p[sum(x[:, i - n + 1 + j] * V ** (n - 2 - j) for j in range(n - 1)), x[:, i]]
+    assert p.sum().item() == pytest.approx(1) and bench.entropy(p).item() == pytest.approx(language.nats(L))
+    assert torch.equal(language.valid(x), p > 0) and language.valid(language.draw(50, L, torch.Generator().manual_seed(0))).all()
+    joint, H = p.view([V] * L), {}
+    for hidden in itertools.product((False, True), repeat=L):
+        H[hidden] = bench.entropy(joint.sum([i for i in range(L) if hidden[i]] or [L]).flatten() if any(hidden) else p).item()
+    for row in language.draw(6, L, torch.Generator().manual_seed(1)):
+        canvas = torch.where(torch.rand(L, generator=torch.Generator().manual_seed(int(row[0]))) < 0.6, V, row)
+        fits = ((x == canvas) | (canvas == V)).all(1)
+        for i in (canvas == V).nonzero()[:, 0]:
+            want = torch.stack([p[fits & (x[:, i] == v)].sum() for v in range(V)]) / p[fits].sum()
+            torch.testing.assert_close(language(canvas[None])[0, i].exp().double(), want, atol=1e-5, rtol=0)
+    if n == 2:
+        N, nats = 3, 0.0                                           # -log p of place i: H(it and what is known) - H(what is known)
+        for i, hidden, j in itertools.product(range(L), H, range(1, N + 1)):
+            if hidden[i]:
+                weight = math.prod(j / N if h else 1 - j / N for k, h in enumerate(hidden) if k != i)
+                nats += weight / (L * N) * (H[tuple(h and k != i for k, h in enumerate(hidden))] - H[hidden])
+        assert math.log(language.theory(N, L)["ter"]) == pytest.approx(nats, abs=1e-6)
+
+
+def test_theory_end_to_end(tmp_path, monkeypatch):
+    argv = f"theory --steps 8 --sequences 2 --lengths 3,6 --out {tmp_path / 'out'} --results {tmp_path}".split()
+    assert bench.main(argv) == 0 and bench.main(argv[:6] + ["4"] + argv[7:]) == 2
+    first = json.loads((tmp_path / "theory.json").read_text())["rows"]
+    assert len(first) == 3 * 2 * (6 + 5 + 1) and (tmp_path / "theory_2-gram.png").stat().st_size > 10_000
+    monkeypatch.setattr(bench, "sample_in_steps", None)                                # resumed: nothing is sampled again
+    assert bench.main(argv) == 0 and json.loads((tmp_path / "theory.json").read_text())["rows"] == first
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tool calls
+
+class Letters:
+    """A tokenizer of 13 tokens, two of which open and close a call: a random model then calls often."""
+    vocab = ["<tool>", "</tool>", *"abcdefghijk"]
+
+    def encode(self, text): return [self.vocab.index(c) for c in text]
+    def decode(self, ids): return "".join(self.vocab[i] for i in ids)
+
+
+def test_calculator():
+    for problem in prepare.arithmetic(500, 3):
+        text, _, rest = problem.partition("? <tool>")
+        call, _, rest = rest.partition("</tool>")
+        assert text == call and rest == f"{sample.calculator(call)}, so {sample.calculator(call)}"
+    for text, result in (("3/2", "1.5"), ("6/3", "2"), (" -(2-5)*4 ", "12"), ("1/3", "0.3333333333"), ("2*(3+4)*5", "70")):
+        assert sample.calculator(text) == result
+    for text in ("2**9", "__import__('os').getcwd()", "a", "1+", "", "(" * 150, "1" * 201, "1,2", "'a'*3", "True", "\0", "lambda: 1", "1j", "[1][0]"):
+        with pytest.raises(ValueError, match="no arithmetic"):
+            sample.calculator(text)
+
+
+@pytest.mark.parametrize("kind", ["ar", "block"])
+def test_tool_calls_pause_and_resume(kind, monkeypatch):
+    """An empty result is no pause, bit for bit; after a result, tokens and logits are those of a start from scratch."""
+    lm, draw, seen, likes = diff_lm(), diffusion.draw, [], torch.eye(13)[1] * 4        # ... to close calls
+    monkeypatch.setattr(diffusion, "draw", lambda logits, *a, **kw: seen.append(logits) or draw(logits + likes, *a, **kw))
+
+    def run(x, tool=None, **how):
+        hook = sample.ToolCalls(tool, Letters(), 13, [x.size(1)] * len(x))
+        name = {"on_token" if kind == "ar" else "on_block": hook if tool else None}
+        y = diffusion.sample_ar(lm, x, 13, **name, **how) if kind == "ar" else diffusion.sample_block(lm, x, 13, 4, **name, **how)
+        return y, hook.calls
+    x, _ = diffusion.canvas([[0, 5], [0, 3, 0, 4], [0, 7, 0], [2, 0, 0]], 40, 13)
+    plain, paused = (run(x[:, :40], tool, generator=torch.Generator().manual_seed(0)) for tool in (None, lambda call: ""))
+    assert torch.equal(plain[0], paused[0]) and len(paused[1]) > 1
+    resumed = 0
+    for start in itertools.product(range(2, 10), (2, 3)):
+        x = diffusion.canvas([[0, *start]], 19, 13)[0]
+        seen.clear()
+        y, calls = run(x, lambda call: "fgh"[:1 + len(call) % 3], temperature=0)
+        logits, row = torch.cat(seen), y[0].tolist()
+        text = Letters().decode(row)
+        for _, call, result, why in calls:
+            assert f"<tool>{call}</tool>{result}" in text and why is None and result
+        if calls:
+            stop = max(i for i in range(len(row)) if Letters().decode(row[:i]).endswith(f"<tool>{calls[-1][1]}</tool>{calls[-1][2]}"))
+            left = 22 - stop
+            if left > 1:
+                seen.clear()
+                z, _ = run(diffusion.canvas([row[:stop]], left, 13)[0], temperature=0)
+                assert torch.equal(z, y) and torch.allclose(torch.cat(seen)[-left:], logits[-left:], atol=1e-9)
+                resumed += 1
+    assert resumed > 2
+
+
+def test_tool_calls_that_fail():
+    """A failed call leaves a result marked as such and a reason; what generated it goes on."""
+    def answer(text, tool, room=6, given=0, **how):
+        ids = Letters().encode(["<tool>" if c == "(" else "</tool>" if c == ")" else c for c in text])
+        x = torch.tensor([ids + [13] * room])
+        locked = torch.arange(len(ids) + room)[None] < given
+        hook = sample.ToolCalls(tool, Letters(), 13, [x.size(1)], failed="k", **how)
+        hook(x, locked)
+        return "".join("_" if t == 13 else {"<tool>": "(", "</tool>": ")"}.get(Letters.vocab[t], Letters.vocab[t]) for t in x[0].tolist()), hook.calls
+    assert answer("ab(cd)ef", lambda call: "gh") == ("ab(cd)gh______", [(0, "cd", "gh", None)]), "what followed is masked again"
+    for tool, reason, how in ((lambda call: 1 / 0, "ZeroDivisionError", {}), (lambda call: threading.Event().wait(1), "longer than 0.02 s", dict(seconds=0.02)),
+                              (lambda call: "g" * 7, "room for 6", {})):
+        text, ((_, call, result, why),) = answer("(c)", tool, **how)
+        assert text == "(c)k_____" and result == "k" and reason in why
+    assert answer("(c)", lambda call: "gg", room=0) == ("(c)", [(0, "c", "", "its result has 2 tokens, and there is room for 0")])
+    for text, given in (("(cd", 0), ("cd)", 0), ("(c)d", 3)):
+        assert answer(text, None, given=given) == (text + "______", []), "never closed, never opened, of the prompt: not a call"
+    assert [c[1] for c in answer("(c)(d)e", lambda call: None)[1]] == ["c", "d"], "no result, no pause"
+
+
+def test_arithmetic_and_tools_end_to_end(tmp_path, monkeypatch, runs, capsys):
+    problems = prepare.arithmetic
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare, "arithmetic", lambda n, seed: problems(300, seed))
+    monkeypatch.setattr(bench, "run_arms", lambda jobs, workers: [train.train({k: v for k, v in job.items() if v is not None}, log=quiet) for job in jobs.values()])
+    monkeypatch.setattr(bench, "CALCULATOR", {**bench.CALCULATOR, "n_layer": 1, "n_embd": 16, "n_head": 2, "eval_windows": 8})
+    assert bench.main("tools --steps 2 --problems 3".split()) == 0
+    rows = json.loads(Path("results/tools.json").read_text())["rows"]
+    assert [(r["model"], r["tool"]) for r in rows] == [(m, t) for m in ("ar", "block") for t in ("none", "calculator")]
+    folder = prepare.prepare("arithmetic")
+    train_ids, val_ids, meta = prepare.load_dataset(folder)
+    questions = [{t.split("?")[0] for t in prepare.load_tokenizer(folder).decode(ids.tolist()).split(prepare.EOT) if t} for ids in (train_ids, val_ids)]
+    assert folder.name == "arithmetic" and meta["tokenizer"] == "byte" and [len(q) for q in questions] == [270, 30] and not questions[0] & questions[1]
+    for run, argv, message in (("out/tools/ar-2", "--tool abacus", "calculator"), (runs / "mdm", "--tool calculator", "ar or block")):
+        assert sample.main([str(run), *argv.split()]) == 2 and message in capsys.readouterr().err
+    for run in ("ar-2", "block-2"):
+        assert sample.main([f"out/tools/{run}", "--prompt", "2+(3*4)? <tool>2+", "--tool", "calculator", "--max_new_tokens", "20"]) == 0
+        assert "never closed" in capsys.readouterr().err
