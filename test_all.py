@@ -1285,7 +1285,7 @@ def test_judged_is_its_definition():
         want = diffusion.token_nll(lm(diffusion.shift_right(x, 7)), x)[:, 2:]
     assert loss == pytest.approx(want.mean().item()) and se == pytest.approx(want.mean(1).std().item() / 2 ** 0.5)
     assert entropy == pytest.approx(math.log(4) / 2), "four different tokens, and four equal ones"
-    assert bench.sums([(7, 58), (99, 99)]) == "07+58=065;99+99=198;"
+    assert re.fullmatch(r"(\d\+\d=\d\d;){9}", bench.sums(9, 0))
 
 
 def test_decode_and_panel_end_to_end(runs, tmp_path, capsys, monkeypatch):
