@@ -2,6 +2,12 @@
 
     crossover   the main one: AR against masked diffusion on the same few unique tokens, for many epochs
     train       training speed and memory, also beside a nanoGPT checkout
+    attention   every layer: time and memory against length, keys read, cache
+    quality     the same small model with every mixer, AR and diffusion
+    recall      associative recall: what a fixed state can hold, and what a hybrid gets back
+    moe         mixture of experts: speed against dense, load with and without balancing, experts and topics
+    presets     sizes and caches of the published models
+    gpu         all GPU measurements, in order of value, as many as fit into --minutes
     decode      tokens/s against quality of every sampler, AR and diffusion; steps needed on arithmetic
     panel       all likelihoods of the same models: exact, bounds, chains, bits per byte
 
@@ -9,12 +15,13 @@ Numbers go to results/NAME.json with command, versions, device and seed, picture
 pictures of the README come from there.
 """
 import argparse
-import dataclasses
 import json
 import math
 import os
 import platform
 import resource
+import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -29,7 +36,8 @@ import diffusion
 import prepare
 import sample
 import train
-from model import LM, PRESETS, ModelConfig, override
+from attention import ATTENTION
+from model import LM, MLP, PRESETS, ModelConfig, MoE, from_preset, override
 
 HERE = Path(__file__).resolve().parent
 
@@ -131,7 +139,7 @@ def run_arms(jobs, workers):
     while waiting or running:
         while waiting and len(running) < workers:
             name, flags = waiting.pop(0)
-            args = [a for k, v in flags.items() if v is not None for a in (f"--{k}", str(v))]
+            args = [a for k, v in flags.items() if v is not None for a in (f"--{k}", *(v if isinstance(v, list) else [str(v)]))]
             p = subprocess.Popen([sys.executable, str(HERE / "train.py"), *args, "--resume", "auto"], text=True,
                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONUNBUFFERED": "1"})
             last = []
@@ -188,8 +196,12 @@ def tell(c, until):
 
 
 def crossover(args):
+    if args.scale not in ("auto", *SCALES):
+        raise ValueError(f"--scale {args.scale} is unknown: auto, cpu or gpu")
     scale = args.scale if args.scale != "auto" else "gpu" if torch.cuda.is_available() else "cpu"
     s = dict(SCALES[scale])
+    if scale == "gpu" and (Path("data") / "classics" / "meta.json").exists():
+        s["dataset"] = "classics"                                                      # the standard corpus, where it was prepared
     for key in ("dataset", "unique_tokens", "epochs", "minutes", "lr", "n_layer", "n_head", "n_embd", "block_size", "batch_tokens"):
         if getattr(args, key) is not None:
             s[key] = getattr(args, key)
@@ -198,7 +210,11 @@ def crossover(args):
     if s["dataset"].startswith("docs") and not (Path("data") / s["dataset"] / "meta.json").exists():
         prepare.prepare("docs", name=s["dataset"], tokenizer=s["tokenizer"])
     root = Path(args.out or f"out/crossover-{scale}") / f"{s['dataset']}-U{s['unique_tokens']}-{s['n_layer']}x{s['n_embd']}"
-    arms = {**ARMS, **(TUNED if args.tuned else {})}
+    known = {**ARMS, **TUNED}
+    wanted = args.arms.split(",") if args.arms else list(known if args.tuned else ARMS)
+    if not {"ar", "mdm"} <= set(wanted) <= set(known):
+        raise ValueError(f"--arms {args.arms} must hold ar and mdm, and of the others only: {', '.join(TUNED)}")
+    arms = {a: known[a] for a in wanted}
     common = {k: s[k] for k in ("dataset", "unique_tokens", "n_layer", "n_head", "n_embd", "block_size", "batch_tokens", "log_every")}
     common |= dict(schedule=args.schedule, max_minutes=s["minutes"], save_every=500, eval_windows=256)
 
@@ -244,7 +260,7 @@ def crossover(args):
                              measure={"ar": "exact", "mdm": "bound", "mixed": "smaller of exact and bound"}[arms[a]["objective"]],
                              minutes=evals[a, seed][-1]["seconds"] / 60, evals=evals[a, seed]))
         found = dict(curve=crossing(evals["ar", seed], mdm), honest=crossing(None, mdm, floor["ar"]))
-        if args.tuned:
+        if len(pure) > 1:
             found["honest_tuned"] = crossing(None, mdm, min(pure.values()))
         rows.append(dict(arm="crossing", seed=seed, **found))
         print(f"\nseed {seed}, validation loss in nats per token (diffusion: an upper bound)")
@@ -252,7 +268,7 @@ def crossover(args):
               ["arm", "measure", "lr", "best", "best_epoch", "last", "epochs", "se", "bpb", "minutes"])
         print(f"curve crossing  (diffusion below AR at the same epoch):       {tell(found['curve'], until)}")
         print(f"honest crossing (diffusion below the best AR ever reached):   {tell(found['honest'], until)}")
-        if args.tuned:
+        if len(pure) > 1:
             print(f"honest crossing against the best regularised AR ({min(pure, key=pure.get)}): {tell(found['honest_tuned'], until)}")
 
     name = args.name or f"crossover_{scale}"
@@ -373,6 +389,396 @@ def bench_train(args):
     record(args.name or f"train_{torch.device(device).type}", rows, device, args.results, settings=shape, seed=0,
            clock="wall" if device.startswith("cuda") else "process CPU time")
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# moe: speed, balance, topics
+
+def seconds_of(step, device, repeat):
+    """Smallest time of a call: wall on a GPU, CPU time elsewhere (robust on a busy machine)."""
+    cuda, best = device.startswith("cuda"), math.inf
+    for _ in range(repeat):
+        if cuda:
+            torch.cuda.synchronize()
+        tic = time.perf_counter() if cuda else time.process_time()
+        step()
+        if cuda:
+            torch.cuda.synchronize()
+        best = min(best, (time.perf_counter() if cuda else time.process_time()) - tic)
+    return best
+
+
+def moe_speed(device, repeat):
+    """Tokens/s of the MoE layer against a dense MLP with the same active parameters, forward and backward."""
+    cuda = device.startswith("cuda")
+    dtype, C, inner, tokens = (torch.bfloat16, 2048, 8192, 32768) if cuda else (torch.float32, 384, 1024, 4096)
+    rows = []
+    for E, k in ((64, 8), (128, 8)) if cuda else ((8, 2), (32, 4), (128, 8)):
+        config = ModelConfig(n_embd=C, n_inner=inner, n_expert=E, n_expert_active=k, expert_inner=inner // k)
+        moe, mlp = MoE(config).to(device, dtype), MLP(config).to(device, dtype)
+        for p in (*moe.parameters(), *mlp.parameters()):
+            torch.nn.init.normal_(p, std=0.02)
+        x = torch.randn(1, tokens, C, device=device, dtype=dtype, requires_grad=True)
+
+        def step(f):
+            moe.zero_grad()
+            mlp.zero_grad()
+            x.grad = None
+            (f() * 1.1).sum().backward()
+        calls = [torch.compile(f, dynamic=False) if cuda else f for f in (lambda: mlp(x), lambda: moe(x), lambda: moe.route(x.view(-1, C))[0])]
+        times = [[], [], []]
+        for _ in range(repeat + 2):                                                    # alternating: the machine's mood is shared
+            for t, f in zip(times, calls):
+                t.append(seconds_of(lambda: step(f), device, 1))
+        dense, sparse, route = (min(t[2:]) for t in times)
+        rows.append({"what": "speed", "experts": E, "active": k, "width": C, "tokens": tokens, "dense_tok_per_s": tokens / dense,
+                     "moe_tok_per_s": tokens / sparse, "ratio": dense / sparse, "routing_share": route / sparse})
+    return rows
+
+
+def skew_routers(out, windows):
+    """Rewrite a fresh checkpoint so that the first k experts of every layer are everyone's first choice."""
+    lm, state = train.load_model(out, "last")
+    for i, m in enumerate(lm.moes()):
+        seen = []
+        hook = m.register_forward_pre_hook(lambda _, args: seen.append(args[0].mean(dim=(0, 1))))
+        with torch.no_grad():
+            lm(windows)
+        hook.remove()
+        state["model"][next(n for n, mod in lm.named_modules() if mod is m) + ".router.weight"][:m.k] += 2.0 * seen[0] / seen[0].square().sum()
+    train.save_atomic(state, Path(out) / "ckpt_last.pt")
+
+
+def topics(lm, corpora, rows=64):
+    """Share of each expert in each layer by corpus, and the mutual information of expert and corpus in bits."""
+    out = []
+    for x in corpora.values():
+        loads = []
+        hooks = [m.register_forward_hook(lambda m, args, y: loads.append(torch.zeros(m.E).scatter_add_(
+            0, m.route(args[0].flatten(0, 1))[1].flatten(), torch.ones(args[0].shape[0] * args[0].shape[1] * m.k)))) for m in lm.moes()]
+        with torch.no_grad():
+            lm(x[:rows])
+        for h in hooks:
+            h.remove()
+        out.append(torch.stack(loads) / torch.stack(loads).sum(dim=1, keepdim=True))   # (layers, E)
+    p = torch.stack(out)                                                               # (corpora, layers, E), equal weights
+    mean = p.mean(dim=0)
+    information = (p * (p / mean.clamp(min=1e-9)).clamp(min=1e-9).log2()).sum(dim=-1).mean(dim=0)
+    return p, information.tolist()
+
+
+def bench_moe(args):
+    """Mixture of experts: speed against dense, load with and without the bias rule, experts and topics."""
+    device = train.pick_device(args.device)
+    torch.set_num_threads(args.threads)
+    rows = moe_speed(device, args.repeat)
+    table(rows, [c for c in rows[0] if c != "what"])
+    for name in ("docs-byte", "pysrc-byte"):
+        if not (Path("data") / name / "meta.json").exists():
+            prepare.prepare(name.split("-")[0], name=name, tokenizer="byte")
+    windows = {n: train.fixed_windows(prepare.load_dataset(Path("data") / n)[1], 64, 256) for n in ("docs-byte", "pysrc-byte")}
+    series = {}
+    for label, step in (("bias rule", 1e-3), ("no balancing", 0.0)):
+        out = Path(args.out) / label.replace(" ", "-")
+        flags = dict(dataset="docs-byte", n_layer=2, n_head=4, n_embd=64, block_size=64, batch_tokens=1024, log_every=100, eval_every=0,
+                     max_steps=args.steps, save_every=500, schedule="constant", device=device, out=str(out),
+                     set=["n_expert=32", "n_expert_active=4", "expert_inner=64", f"router_bias_step={step}"])
+        if not (out / "ckpt_last.pt").exists():
+            train.train({**flags, "max_steps": 1, "log_every": 1}, log=lambda *_: None)
+            (out / "metrics.jsonl").unlink()                                           # the run starts now, from a skewed router
+            skew_routers(out, windows["docs-byte"][:16])
+        result = train.train({**flags, "resume": "auto"}, log=lambda line: print(f"[{label}] {line}"))
+        if result["stopped"]:
+            return 130
+        log = [r for r in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if r["kind"] == "train"]
+        worst = [max(r["load_ratio"]) for r in log]
+        series[label] = ([r["step"] for r in log], worst, {})
+        p, information = topics(result["lm"].eval().cpu(), windows)
+        rows.append({"what": "balance", "router": label, "steps": args.steps, "first_load_ratio": worst[0], "last_load_ratio": worst[-1],
+                     "dead_experts": max(log[-1]["dead_experts"]), "bias_range": max(log[-1]["bias_range"]), "val_loss": result["best"],
+                     "bits_of_expert_about_corpus": information})
+        if label == "bias rule":
+            order = (p[0, -1] - p[1, -1]).argsort(descending=True)
+            plot("moe_topics", {n: (range(32), (32 * p[i, -1, order]).tolist(), dict(marker="o", ms=3)) for i, n in enumerate(windows)},
+                 "expert of the last layer, sorted by preference", "load / mean load",
+                 f"experts and topics: {information[-1]:.3f} bits of mutual information", args.results, xlog=False)
+    table(rows[-2:], ["router", "steps", "first_load_ratio", "last_load_ratio", "dead_experts", "bias_range", "val_loss"])
+    plot("moe_load", series, "step", "largest / mean load, worst layer", "32 experts, top 4, from a skewed router", args.results, xlog=False, ylog=True)
+    record(args.name or f"moe_{torch.device(device).type}", rows, device, args.results, seed=1337, threads=args.threads)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# gpu: the queue
+
+def gpu(args):
+    """A queue of GPU measurements in order of value: skips what results/ holds, stops in time, goes on at the next call."""
+    if not torch.cuda.is_available():
+        raise ValueError("torch sees no CUDA device here: run this on a machine with an NVIDIA GPU")
+    study = "crossover --scale gpu --results {r}"
+    queue = [   # file that the entry leaves, command
+        ("gpu_tests.txt", "-m pytest test_all.py -q -m gpu"),
+        ("train_cuda.json", "bench.py train --preset gpt2 --batch 64 --iters 20 --rounds 1 --vocab_size 50304 --results {r}"),
+        ("train_cuda_width128.json", "bench.py train --preset gpt2 --n_head 6 --batch 64 --iters 20 --rounds 1 --vocab_size 50304 --name train_cuda_width128 --results {r}"),
+        ("train_cuda_10M.json", "bench.py train --preset llama --n_layer 6 --n_head 6 --n_embd 384 --block_size 512 --vocab_size 4096 --batch 64 --iters 40 --rounds 1 --name train_cuda_10M --results {r}"),
+        ("crossover_U1M.json", f"bench.py {study} --arms ar,mdm,'ar wd 0.8' --name crossover_U1M"),
+        ("crossover_U1M_seeds.json", f"bench.py {study} --seeds 3 --name crossover_U1M_seeds"),
+        ("decode_gpu.json", "bench.py decode --results {r}"),
+        ("attention_cuda.json", "bench.py attention --lengths 2048,4096,8192,16384,32768,65536 --n_head 16 --head_dim 128 --results {r}"),
+        ("crossover_U2M.json", f"bench.py {study} --unique_tokens 2000000 --name crossover_U2M"),
+        ("moe_cuda.json", "bench.py moe --results {r}"),
+        ("crossover_U5M.json", f"bench.py {study} --unique_tokens 5000000 --n_layer 10 --n_embd 512 --n_head 8 --name crossover_U5M"),
+    ]
+    end, todo = time.time() + 60 * args.minutes, [(f, c) for f, c in queue if not (Path(args.results) / f).exists()]
+    for file, command in todo:
+        left = end - time.time()
+        if left < 20:
+            break
+        print(f"\n=== {file}: {command}   ({train.clock(left)} left)", flush=True)
+        p = subprocess.Popen([sys.executable, *shlex.split(command.format(r=args.results))], cwd=HERE, start_new_session=True)
+        try:
+            p.wait(timeout=left - 10)
+        except subprocess.TimeoutExpired:
+            os.killpg(p.pid, signal.SIGINT)                                            # runs save and go on at the next call
+            p.wait()
+        if p.returncode == 0 and file.endswith(".txt"):
+            (Path(args.results) / file).write_text(f"passed on {device_name('cuda')}, torch {torch.__version__}\n")
+    missing = [f for f, _ in queue if not (Path(args.results) / f).exists()]
+    print("\nnot measured yet: " + (", ".join(missing) or "nothing"))
+
+# ---------------------------------------------------------------------------------------------------------------------
+# presets: sizes of the published models
+
+PUBLISHED = {"gpt2": "124M", "llama": "8.03B", "llada": "8B", "qwen3-next": "80B-A3B", "kimi-linear": "48B-A3B",
+             "deepseek-v3": "671B-A37B", "gpt-oss": "20.9B-A3.6B"}
+
+
+def presets(args):
+    """Sizes and caches of the published models as configured here, counted on the meta device."""
+    rows, T = [], 65536
+    for name, published in PUBLISHED.items():
+        with torch.device("meta"):
+            lm = LM(from_preset(name))
+        c, cache = lm.config, lm.cache_bytes(T, torch.bfloat16) / T
+        D = c.head_dim or c.n_embd // c.n_head
+        if c.qk_nope_head_dim:                                                         # MLA: the heads it stands for
+            D = (c.qk_nope_head_dim + c.v_head_dim) // 2
+        mha = 2 * 2 * c.n_layer * c.n_head * D
+        rows.append({"preset": name, "published": published, "total": lm.num_params(), "active": lm.active_params(),
+                     "active_no_embedding": lm.active_params(False), "mixers": " ".join(dict.fromkeys(type(b.mixer).__name__ for b in lm.blocks)),
+                     "cache_bytes_per_token_64k": cache, "vs_mha": cache / mha - 1, "vs_gqa8": cache / (mha * 8 / c.n_head) - 1})
+    table([{**r, **{k: f"{r[k] / 1e9:.3f}B" for k in ("total", "active", "active_no_embedding")}, "cache_bytes_per_token_64k": round(r["cache_bytes_per_token_64k"]),
+            **{k: f"{r[k]:+.0%}" for k in ("vs_mha", "vs_gqa8")}} for r in rows], list(rows[0]))
+    record(args.name or "presets", rows, folder=args.results, context=T, cache_dtype="bfloat16",
+           columns="vs_mha, vs_gqa8: cache against the same depth and head width with n_head, with 8 key/value heads")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# attention: time and memory against length
+
+# layer -> settings of the sweep: a query of a sparse layer reads at most an eighth of a context of 8,192
+SWEEP = {
+    "full": {}, "full gqa": dict(n_kv_head=1), "full window": dict(window=512), "mla": {}, "linear": dict(linear_decay="head"), "deltanet": {},
+    "gated_deltanet": {}, "kda": {}, "nsa": dict(n_kv_head=1, window=256, sel_block=64, sel_topk=8), "infllm": dict(n_kv_head=1, sel_topk=16, sel_local=4, dense_len=0),
+    "msa": dict(n_kv_head=1, sel_block=128, sel_topk=8, qk_norm=True), "dsa": dict(sel_topk=1024),
+}
+
+
+def bench_attention(args):
+    """Every layer: forward and forward+backward against length, ratio to `full` in the same run, keys read, cache."""
+    device = train.pick_device(args.device)
+    cuda = device.startswith("cuda")
+    dtype = torch.bfloat16 if cuda else torch.float32
+    torch.set_num_threads(args.threads)
+    names = args.layers.split(",") if args.layers else list(SWEEP)
+    lengths, rows = [int(t) for t in args.lengths.split(",")], []
+    C, H = args.n_head * args.head_dim, args.n_head
+    for T in lengths:
+        for name in ["full"] + [n for n in names if n != "full"]:
+            kind = name.split()[0]
+            layer = ATTENTION[kind](override(ModelConfig(n_embd=C, n_head=H, n_layer=1, block_size=T), SWEEP.get(name, {}))).to(device, dtype)
+            run = torch.compile(layer, dynamic=False) if cuda else layer
+            x = torch.randn(1, T, C, device=device, dtype=dtype, requires_grad=True)
+
+            def forward():
+                with torch.no_grad():
+                    run(x, causal=not args.bidirectional)
+
+            def both():
+                layer.zero_grad()
+                x.grad = None
+                (run(x, causal=not args.bidirectional) * 1.1).sum().backward()
+            try:
+                if cuda:
+                    both()
+                    torch.cuda.reset_peak_memory_stats()
+                times = [seconds_of(f, device, args.repeat) for f in (forward, both)]
+                peak = torch.cuda.max_memory_allocated() / 2 ** 20 if cuda else None
+            except torch.OutOfMemoryError:
+                print(f"{name} at T = {T}: out of memory")
+                continue
+            dense = next((r for r in rows if r["layer"] == "full" and r["T"] == T), None)
+            ms = [1e3 * t for t in times]
+            rows.append({"layer": name, "T": T, "forward_ms": ms[0], "both_ms": ms[1], "forward_vs_full": dense["forward_ms"] / ms[0] if dense else 1.0,
+                         "both_vs_full": dense["both_ms"] / ms[1] if dense else 1.0, "reads": layer.reads(T, not args.bidirectional),
+                         "cache_bytes_per_token": layer.cache_bytes(T, torch.bfloat16) / T,
+                         "cache_vs_mha": layer.cache_bytes(T, torch.bfloat16) / (4 * C * T), "peak_mib": peak})
+            print(f"T {T:6d} {name:<16} forward {ms[0]:9.1f} ms  forward+backward {ms[1]:9.1f} ms  ({rows[-1]['both_vs_full']:.2f}x full)", flush=True)
+    last = [r for r in rows if r["T"] == lengths[-1]]
+    table(last, [c for c in rows[0] if any(r[c] is not None for r in last)])
+    for name in names:                                                                 # the exponent of time in T, from its upper half
+        mine = [r for r in rows if r["layer"] == name]
+        if len(mine) > 1:
+            slope = math.log(mine[-1]["both_ms"] / mine[-2]["both_ms"]) / math.log(mine[-1]["T"] / mine[-2]["T"])
+            wins = next((r["T"] for r in mine if r["both_vs_full"] > 1), None)
+            print(f"{name:<16} time ~ T^{slope:.2f} at the end; " + (f"faster than full from T = {wins}" if wins else "never faster than full here"))
+    file = args.name or f"attention_{torch.device(device).type}" + "_bidirectional" * args.bidirectional
+    record(file, rows, device, args.results, heads=H, head_width=args.head_dim, threads=args.threads, settings=SWEEP,
+           clock="wall" if cuda else "process CPU time", what="one whole layer, projections included, batch 1")
+    plot(file, {n: ([r["T"] for r in rows if r["layer"] == n], [r["both_ms"] for r in rows if r["layer"] == n],
+                    dict(marker="o", ms=3, lw=2.5 if n == "full" else 1.2)) for n in names},
+         "tokens", "ms, forward + backward", f"one layer, {H} heads of {args.head_dim}, {device_name(device)}", args.results, ylog=True)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# quality: the same small model with every mixer
+
+# name -> (layer pattern, settings). Sparse layers read at most a quarter of T at t = T; widths of the MLP match parameters.
+MIXERS = {
+    "full": ("full", {}), "full window": ("full", dict(window=64)), "mla": ("mla", {}),
+    "linear": ("linear", dict(linear_decay="head")), "deltanet": ("deltanet", {}), "gated_deltanet": ("gated_deltanet", {}), "kda": ("kda", {}),
+    "gated_deltanet alternate": ("gated_deltanet(bidir=forward) gated_deltanet(bidir=backward)", {}),
+    "gated_deltanet forward": ("gated_deltanet", dict(bidir="forward")),
+    "gated_deltanet*3 full": ("gated_deltanet*3 full", {}), "kda*3 mla": ("kda*3 mla", {}),
+    "nsa": ("nsa", dict(n_kv_head=1, window=32, sel_block=16, sel_topk=4, cmp_block=16, cmp_stride=8)),
+    "infllm": ("infllm", dict(n_kv_head=1, sel_block=16, sel_topk=7, sel_local=2, cmp_block=16, cmp_stride=8, dense_len=0)),
+    "msa": ("msa", dict(n_kv_head=1, sel_block=16, sel_topk=7, qk_norm=True)), "dsa": ("dsa", dict(sel_topk=112)),
+    "gated_deltanet*3 msa": ("gated_deltanet*3 msa", dict(n_kv_head=1, sel_block=16, sel_topk=7, qk_norm=True)),
+    "kda*3 dsa": ("kda*3 dsa", dict(sel_topk=112)),
+    "linear*3 infllm": ("linear*3 infllm", dict(linear_decay="head", n_kv_head=1, sel_block=16, sel_topk=7, cmp_block=16, cmp_stride=8, dense_len=0)),
+}
+
+
+def bigram_loss(train_data, val_windows, V):
+    """Nats per token of a bigram model with add-one smoothing, the first token of a window from the unigram."""
+    pairs = np.bincount(np.asarray(train_data[:-1], np.int64) * V + train_data[1:], minlength=V * V).reshape(V, V) + 1.0
+    uni = np.log(pairs.sum(axis=1) / pairs.sum())
+    bi = np.log(pairs / pairs.sum(axis=1, keepdims=True))
+    x = val_windows.numpy()
+    return -(uni[x[:, 0]].sum() + bi[x[:, :-1], x[:, 1:]].sum()) / x.size
+
+
+def quality(args):
+    """The same small model with every mixer, AR and diffusion: validation loss, tokens read, parameters matched."""
+    names = args.mixers.split(",") if args.mixers else list(MIXERS)
+    folder = Path("data") / args.dataset
+    if args.dataset.startswith("docs") and not (folder / "meta.json").exists():
+        prepare.prepare("docs", name=args.dataset, tokenizer="byte")
+    train_data, val_data, _ = prepare.load_dataset(folder)
+    V, T = prepare.load_tokenizer(folder).n_vocab, args.block_size
+    bigram = bigram_loss(train_data, train.fixed_windows(val_data, T, 256), V)
+    base = dict(n_layer=args.n_layer, n_head=4, n_embd=args.n_embd, block_size=T, vocab_size=V)
+    target = LM(ModelConfig(**base, layers="full")).num_params()
+    jobs = {}
+    for name in names:
+        pattern, values = MIXERS[name]
+        size = lambda inner: LM(ModelConfig(**base, layers=pattern, n_inner=inner, **values)).num_params()
+        slope = (size(64) - size(32)) / 32                                             # parameters per unit of the MLP's width
+        inner = max(8, round((target - size(32)) / slope / 8) * 8 + 32)
+        settings = [f"{k}={v}" for k, v in {**values, "n_inner": inner}.items()]
+        for objective in args.objectives.split(","):
+            if objective == "ar" and name in ("gated_deltanet alternate", "gated_deltanet forward"):
+                continue                                                               # the same as gated_deltanet when causal
+            for seed in range(1337, 1337 + args.seeds):
+                out = Path(args.out) / f"{name.replace(' ', '_').replace('*', 'x')}-{objective}-s{seed}"
+                jobs[f"{name} {objective} {seed}"] = dict(
+                    dataset=str(folder), objective=objective, layers=pattern, set=settings, seed=seed, out=str(out), max_steps=args.steps, block_size=T,
+                    n_layer=args.n_layer, n_head=4, n_embd=args.n_embd, batch_tokens=args.batch_tokens, lr=args.lr, eval_every=0, log_every=50, save_every=100)
+    if not run_arms(jobs, args.workers):
+        return 130
+    rows = []
+    for name in names:
+        for objective in args.objectives.split(","):
+            mine = [read_evals(f["out"])[-1] for key, f in jobs.items() if key.rsplit(" ", 2)[:2] == [name, objective]]
+            if not mine:
+                continue
+            lm, _ = train.load_model(next(f["out"] for key, f in jobs.items() if key.startswith(f"{name} {objective} ")), "last")
+            losses = [r["loss"] for r in mine]
+            rows.append({"mixer": name, "objective": objective, "measure": "exact" if objective == "ar" else "bound", "loss": statistics.mean(losses),
+                         "std": statistics.stdev(losses) if len(losses) > 1 else None, "seeds": len(losses), "se": mine[0]["se"] or None,
+                         "params": lm.num_params(), "reads": max(b.mixer.reads(T, objective == "ar") for b in lm.blocks),
+                         "below_bigram": bigram - statistics.mean(losses), "minutes": mine[0]["seconds"] / 60})
+    table(rows, list(rows[0]))
+    record(args.name or f"quality_{torch.device(train.pick_device('auto')).type}", rows, train.pick_device("auto"), args.results, bigram=bigram, T=T,
+           dataset=args.dataset, steps=args.steps, batch_tokens=args.batch_tokens, lr=args.lr)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# recall: what a fixed state can hold
+
+RECALL = {
+    "full": ("full", {}), "full window": ("full", dict(window=32)), "linear": ("linear", {}), "deltanet": ("deltanet", {}),
+    "gated_deltanet": ("gated_deltanet", {}), "kda": ("kda", {}), "msa": ("msa", dict(n_kv_head=1, sel_block=8, sel_topk=8, qk_norm=True)),
+    "gated_deltanet*3 full": ("gated_deltanet*3 full", {}), "linear*3 full": ("linear*3 full", {}),
+}
+
+
+def associative_recall(B, T, pairs, V, gen):
+    """Multi-query associative recall (arXiv 2312.04927): key value key value ..., then the keys again, each with its value.
+
+    Returns x (B, T) int64 and asked (B, T) bool, the second values: what the model must know. Keys < V / 2 <= values.
+    """
+    keys = torch.rand(B, V // 2, generator=gen).argsort(dim=1)[:, :pairs]
+    values = torch.randint(V // 2, V, (B, pairs), generator=gen)
+    n = (T - 2 * pairs) // 2                                                           # questions: every key in turn, shuffled
+    order = torch.cat([torch.rand(B, pairs, generator=gen).argsort(dim=1) for _ in range(-(-n // pairs))], dim=1)[:, :n]
+    ask = torch.stack([keys.gather(1, order), values.gather(1, order)], dim=2).flatten(1)
+    x = torch.cat([torch.stack([keys, values], dim=2).flatten(1), ask], dim=1)
+    asked = torch.zeros(B, x.size(1), dtype=torch.bool)
+    asked[:, 2 * pairs + 1::2] = True
+    return x, asked
+
+
+def recall(args):
+    """Associative recall: accuracy against the number of pairs, for every mixer and hybrid, causal and masked."""
+    device, V, T = train.pick_device(args.device), 64, args.block_size
+    torch.set_num_threads(args.threads)
+    names, counts, path = args.mixers.split(",") if args.mixers else list(RECALL), (4, 8, 16, 32, 64), Path(args.results) / f"{args.name or 'recall'}.json"
+    counts = [n for n in counts if 4 * n <= T]
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []               # go on where an earlier call stopped
+    for name, causal in [(n, c) for n in names for c in (True, False)]:
+        if any(r["mixer"] == name and r["causal"] == causal and r["T"] == T and r["steps"] == args.steps for r in rows):
+            continue
+        torch.manual_seed(args.seed)
+        gen = torch.Generator().manual_seed(args.seed)
+        pattern, values = RECALL[name]
+        lm = LM(override(ModelConfig(vocab_size=V, n_layer=4 if "*3" in pattern else 2, n_head=2, n_embd=64, block_size=T, layers=pattern), values)).to(device)
+        optimizers, flags = train.make_optimizers(lm, {**train.DEFAULTS, "lr": args.lr, "weight_decay": 0.01}, device), {**train.DEFAULTS, "lr": args.lr, "warmup": 50}
+
+        def answers(pairs, B):
+            """Logits and true values at the asked places."""
+            x, asked = (a.to(device) for a in associative_recall(B, T, pairs, V, gen))
+            if causal:
+                return lm(x)[:, :-1][asked[:, 1:]], x[asked]                           # the key before it predicts the value
+            return lm(torch.where(asked, lm.mask_id, x), causal=False)[asked], x[asked]
+        for step in range(args.steps):
+            logits, truth = answers(counts[step % len(counts)], args.batch)
+            loss = torch.nn.functional.cross_entropy(logits, truth)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
+            for o in optimizers:
+                for group in o.param_groups:
+                    group["lr"] = train.learning_rate(step, args.steps, flags)
+                o.step()
+                o.zero_grad(set_to_none=True)
+        lm.eval()
+        with torch.no_grad():
+            found = {n: statistics.mean((logits.argmax(-1) == truth).double().mean().item() for logits, truth in (answers(n, 32) for _ in range(4))) for n in counts}
+        rows += [{"mixer": name, "causal": causal, "pairs": n, "accuracy": a, "T": T, "steps": args.steps, "params": lm.num_params(), "layers": lm.config.n_layer,
+                  "state_rows": max(b.mixer.reads(T, causal) for b in lm.blocks)} for n, a in found.items()]
+        print(f"{name:<22} {'causal' if causal else 'masked'}: " + "  ".join(f"{n} pairs {a:.1%}" for n, a in found.items()), flush=True)
+        record(args.name or "recall", rows, device, args.results, seed=args.seed, vocabulary=V, batch=args.batch, lr=args.lr)
+    rows = [r for r in rows if r["T"] == T and r["steps"] == args.steps]
+    plot(args.name or "recall", {f"{n}{'' if c else ', masked'}": ([r["pairs"] for r in rows if r["mixer"] == n and r["causal"] == c],
+                                 [r["accuracy"] for r in rows if r["mixer"] == n and r["causal"] == c], dict(marker="o", ms=3, ls="-" if c else ":", color=f"C{i}"))
+                                 for i, n in enumerate(names) for c in (True, False)},
+         "key-value pairs to remember", "accuracy", f"associative recall, {T} tokens, width 64, 2 heads of 32", args.results)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # decode, panel: what sampling costs and what it gives; the likelihoods of the same models
@@ -598,6 +1004,8 @@ def bench_panel(args):
     table(rows, ["run", "measure", "nats", "se", "bits_per_byte", "params", "steps"])
     record(args.name or "panel", rows, device, args.results, seed=0, n_mc=args.n_mc)
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
 
 def main(argv=None):
     parser = prepare.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -621,7 +1029,8 @@ def main(argv=None):
             lr=(float, None, "default: the scale's"), batch_tokens=(int, None, "default: the scale's"),
             seeds=(int, 1, "number of seeds"), evals=(int, 12, "evaluations, geometric in epochs"),
             schedule=(str, "constant", "constant | wsd | cosine: with the last two AR's best epoch gets an annealed run of its own"),
-            tuned=(bool, None, "add the regularised AR arms and the mixed arm"), lr_sweep=(bool, None, "try 1/2, 1 and 2 times the rate"),
+            tuned=(bool, None, "add the regularised AR arms and the mixed arm"),
+            arms=(str, None, "the arms, comma-separated: ar,mdm and of 'ar wd 0.4', 'ar dropout 0.1', 'mixed', ..."), lr_sweep=(bool, None, "try 1/2, 1 and 2 times the rate"),
             out=(str, None, "folder of the runs (default: out/crossover-SCALE)"))
     command("train", bench_train, preset=(str, "gpt2", "model"), **shape, vocab_size=(int, None, "default: the preset's"),
             batch=(int, 12, "windows in a step"), iters=(int, 40, "timed steps"), warmup=(int, 5, "steps before them"),
@@ -629,6 +1038,20 @@ def main(argv=None):
             compile=(str, "auto", "auto (on cuda) | on | off"), dtype=(str, "auto", "auto (bfloat16 on cuda) | float32"),
             optimizer=(str, "adamw", "adamw | muon"), objectives=(str, "ar,mdm", "which of ours"), objective=(str, "ar", argparse.SUPPRESS),
             vs=(str, None, "folder of a nanoGPT checkout to run beside"), child=(bool, None, argparse.SUPPRESS), peer=(str, None, argparse.SUPPRESS))
+    command("moe", bench_moe, device=(str, "auto", "auto | cuda | cpu"), threads=(int, 1, "CPU threads"), repeat=(int, 12, "timed calls"),
+            steps=(int, 2000, "of the balance run"), out=(str, "out/moe", "folder of its two runs"))
+    command("presets", presets)
+    command("gpu", gpu, minutes=(float, 9.0, "for all of it"))
+    command("attention", bench_attention, device=(str, "auto", "auto | cuda | cpu"), threads=(int, 1, "CPU threads"), repeat=(int, 3, "timed calls"),
+            layers=(str, None, f"comma-separated, of: {', '.join(SWEEP)} (default: all)"), lengths=(str, "512,1024,2048,4096,8192", "tokens"),
+            n_head=(int, 4, "heads"), head_dim=(int, 64, "width of a head"), bidirectional=(bool, None, "as a diffusion model uses it"))
+    command("recall", recall, mixers=(str, None, f"comma-separated, of: {', '.join(RECALL)} (default: all)"), block_size=(int, 128, "tokens"),
+            steps=(int, 1500, "of training, each"), batch=(int, 16, "sequences in a step"), lr=(float, 5e-3, "rate"), seed=(int, 1337, "seed"),
+            device=(str, "auto", "auto | cuda | cpu"), threads=(int, 1, "CPU threads"))
+    command("quality", quality, mixers=(str, None, f"comma-separated, of: {', '.join(MIXERS)} (default: all)"), objectives=(str, "ar,mdm", "which"),
+            dataset=(str, "docs-byte", "text"), steps=(int, 600, "of each run"), seeds=(int, 3, "number of seeds"), n_layer=(int, 4, "blocks"),
+            n_embd=(int, 128, "width"), block_size=(int, 512, "window"), batch_tokens=(int, 4096, "tokens in a step"), lr=(float, 2e-3, "rate"),
+            workers=(int, 1, "runs at a time"), out=(str, "out/quality", "folder of the runs"))
     models = dict(run_ar=(str, None, "run folder of the AR model (default: trained)"), run_mdm=(str, None, "of the diffusion model"),
                   run_block=(str, None, "of the block-diffusion model"), dataset=(str, None, "default: the scale's"), **shape,
                   batch_tokens=(int, None, "default: the scale's"), max_steps=(int, None, "training of AR; diffusion gets more (default: the scale's)"),
@@ -640,7 +1063,7 @@ def main(argv=None):
     try:
         args = parser.parse_args(argv)
         return args.run(args) or 0
-    except ValueError as e:
+    except (ValueError, OSError) as e:
         print(f"bench.py: {e}", file=sys.stderr)
         return 2
 

@@ -29,7 +29,7 @@ class ModelConfig:
     n_head: int = 4
     n_embd: int = 128               # C
     # MLP and norm
-    mlp: str = "swiglu"             # swiglu | relu2 | gelu
+    mlp: str = "swiglu"             # swiglu | swiglu_clamped (gpt-oss) | relu2 | gelu
     n_inner: int | None = None      # hidden width of the MLP; None: 8/3 C for swiglu (rounded up to 32), 4 C otherwise
     norm: str = "rms"               # rms | layer
     norm_eps: float = 1e-6
@@ -59,6 +59,37 @@ class ModelConfig:
     attn_gate: bool = False
     window: int | None = None       # sliding window, the token itself counted
     sink: bool = False
+    # layers `linear`, `deltanet`, `gated_deltanet`, `kda`: None takes n_head, n_head, n_embd / heads, the key width
+    linear_n_head: int | None = None    # query and key heads
+    linear_n_v_head: int | None = None  # value heads, a multiple: each q, k head serves several
+    linear_key_dim: int | None = None
+    linear_value_dim: int | None = None
+    linear_decay: str | None = None     # linear: None | fixed (RetNet) | head (Mamba-2) | channel (GLA)
+    decay_gate: str = "auto"            # softplus | lower (a lower bound g_min); auto: the published one
+    g_min: float = -5.0
+    neg_eigval: bool = False            # beta in (0, 2): a write may flip what the state held (OLMo-Hybrid)
+    conv_size: int = 4                  # short convolution before q, k and v
+    out_gate: str | None = "auto"       # None | silu | sigmoid
+    out_gate_rank: int | None = None    # 0: full rank; None: the published one
+    bidir: str = "sum"                  # bidirectional: sum of both scans | forward | backward
+    # layers `mla` and `dsa`: None takes DeepSeek-V3's ratio to the head width D
+    q_lora_rank: int | None = None      # None: full-rank queries
+    kv_lora_rank: int | None = None     # None: 4 D
+    qk_nope_head_dim: int | None = None     # None: D
+    qk_rope_head_dim: int | None = None     # None: D / 2
+    v_head_dim: int | None = None       # None: D
+    # sparse layers: None takes the published number, which the layer's docstring names
+    sel_block: int | None = None    # keys per block (nsa, infllm, msa)
+    sel_topk: int | None = None     # blocks read by a query, the forced ones among them (dsa: tokens)
+    sel_init: int | None = None     # forced: the first blocks
+    sel_local: int | None = None    # forced: the blocks up to the query's own
+    sel_tile: int | None = None     # neighbouring queries that share their picks when not causal; None: sel_block
+    cmp_block: int = 32             # nsa, infllm: tokens in a compression window
+    cmp_stride: int = 16            # and between two windows
+    dense_len: int = 8192           # infllm: a query that sees no more tokens reads all of them
+    sel_per_head: bool = False      # infllm: each head picks for itself (MoBA)
+    index_n_head: int | None = None     # dsa: None: n_head / 2
+    index_head_dim: int | None = None   # dsa, msa: None: the head width
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -137,15 +168,22 @@ def make_norm(config):
     raise ValueError(f"norm '{config.norm}' is unknown: rms or layer")
 
 
+GATED = ("swiglu", "swiglu_clamped")
+
+
 def inner_width(config):
-    return config.n_inner or (-(-8 * config.n_embd // 96) * 32 if config.mlp == "swiglu" else 4 * config.n_embd)
+    return config.n_inner or (-(-8 * config.n_embd // 96) * 32 if config.mlp in GATED else 4 * config.n_embd)
 
 
 def activate(h, kind):
-    """swiglu: silu(gate) * up, both halves of h (arXiv 2002.05202); relu2: relu(h)^2 (2109.08668); gelu: GPT-2's."""
-    if kind == "swiglu":
+    """swiglu: silu(gate) * up, both halves of h (arXiv 2002.05202); swiglu_clamped: gpt-oss's, gate * sigmoid(1.702 gate)
+    * (up + 1) with both clamped at 7; relu2: relu(h)^2 (2109.08668); gelu: GPT-2's."""
+    if kind in GATED:
         gate, up = h.chunk(2, dim=-1)
-        return F.silu(gate) * up
+        if kind == "swiglu":
+            return F.silu(gate) * up
+        gate = gate.clamp(max=7.0)
+        return gate * torch.sigmoid(1.702 * gate) * (up.clamp(-7.0, 7.0) + 1)
     return F.relu(h).square() if kind == "relu2" else F.gelu(h)
 
 
@@ -153,10 +191,10 @@ class MLP(nn.Module):
     def __init__(self, config, inner=None):
         super().__init__()
         C, self.kind = config.n_embd, config.mlp
-        if self.kind not in ("swiglu", "relu2", "gelu"):
-            raise ValueError(f"mlp '{self.kind}' is unknown: swiglu, relu2 or gelu")
+        if self.kind not in (*GATED, "relu2", "gelu"):
+            raise ValueError(f"mlp '{self.kind}' is unknown: {', '.join(GATED)}, relu2 or gelu")
         inner = inner or inner_width(config)
-        self.up_proj = nn.Linear(C, inner * (2 if self.kind == "swiglu" else 1), bias=config.bias)  # gate and up in one
+        self.up_proj = nn.Linear(C, inner * (1 + (self.kind in GATED)), bias=config.bias)  # gate and up in one
         self.down_proj = nn.Linear(inner, C, bias=config.bias)
 
     def forward(self, x, aux=None):
@@ -189,9 +227,11 @@ class MoE(nn.Module):
         f = config.expert_inner or max(8, inner_width(config) // k // 8 * 8)           # grouped_mm wants multiples of 16 bytes
         self.E, self.k, self.G, self.kind, self.sigmoid = E, k, G, config.mlp, config.router == "sigmoid"
         self.scale, self.bias_step, self.aux_weight = config.router_scale, config.router_bias_step, config.router_aux
-        self.router = nn.Linear(C, E, bias=False)
-        self.expert_up = nn.Parameter(torch.empty(E, C, f * (2 if self.kind == "swiglu" else 1)))
+        self.router = nn.Linear(C, E, bias=config.bias)
+        self.expert_up = nn.Parameter(torch.empty(E, C, f * (1 + (self.kind in GATED))))
         self.expert_down = nn.Parameter(torch.empty(E, f, C))
+        self.expert_up_bias = nn.Parameter(torch.zeros(E, self.expert_up.size(2))) if config.bias else None
+        self.expert_down_bias = nn.Parameter(torch.zeros(E, C)) if config.bias else None
         self.shared = MLP(config, config.shared_inner) if config.shared_inner else None
         self.shared_gate = nn.Linear(C, 1, bias=False) if config.shared_inner and not self.sigmoid else None
         self.register_buffer("bias", torch.zeros(E))
@@ -200,7 +240,7 @@ class MoE(nn.Module):
     def route(self, x):
         """x (N, C) -> weights (N, k) float32, experts (N, k) int64, probabilities (N, E)."""
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.float(), self.router.weight.float())
+            logits = F.linear(x.float(), self.router.weight.float(), self.router.bias)
         p = logits.sigmoid() if self.sigmoid else logits.softmax(dim=-1)
         choice = p.detach() + self.bias
         if self.G > 1:                                                                 # a group is as good as its best two
@@ -236,8 +276,13 @@ class MoE(nn.Module):
     def every(self, x, up, down, weights, experts):
         """The definition: sum over all experts of weight x expert(x), weight 0 where not chosen."""
         w = torch.zeros(len(x), self.E, device=x.device).scatter(1, experts, weights)
-        h = activate(torch.einsum("nc,ecf->enf", x, up), self.kind)
-        return torch.einsum("enf,efc,ne->nc", h, down, w.to(x.dtype))
+        h = torch.einsum("nc,ecf->enf", x, up)
+        if self.expert_up_bias is not None:
+            h = h + self.expert_up_bias[:, None].to(h.dtype)
+        y = torch.einsum("enf,efc->enc", activate(h, self.kind), down)
+        if self.expert_down_bias is not None:
+            y = y + self.expert_down_bias[:, None].to(y.dtype)
+        return torch.einsum("enc,ne->nc", y, w.to(x.dtype))
 
     def grouped(self, x, up, down, weights, experts):
         """The same on tokens sorted by expert: one matrix product a group, however long the groups are."""
@@ -246,9 +291,14 @@ class MoE(nn.Module):
         count.scatter_add_(0, experts.flatten(), torch.ones_like(order, dtype=torch.int32))
         offs = count.cumsum(0).int()                                                   # cumsum makes int64 of it
         mm = getattr(F, "grouped_mm", None) or torch._grouped_mm
-        h = activate(mm(x.index_select(0, order // self.k), up, offs=offs), self.kind)
+        h = mm(x.index_select(0, order // self.k), up, offs=offs)                      # (N k, 2 f)
+        if self.expert_up_bias is not None:
+            h = h + self.expert_up_bias.to(h.dtype)[experts.flatten().index_select(0, order)]
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
-        y = mm(h, down, offs=offs).index_select(0, back).view(len(x), self.k, -1)      # in token order: deterministic sums
+        y = mm(activate(h, self.kind), down, offs=offs)
+        y = y.index_select(0, back).view(len(x), self.k, -1)                           # in token order: deterministic sums
+        if self.expert_down_bias is not None:
+            y = y + self.expert_down_bias.to(y.dtype)[experts]
         return torch.bmm(weights[:, None].to(y.dtype), y)[:, 0]
 
     @torch.no_grad()
@@ -355,7 +405,7 @@ class LM(nn.Module):
 
     def active_params(self, embedding=True):
         """Parameters that one token passes through: of a mixture's E experts, k."""
-        idle = sum((m.expert_up.numel() + m.expert_down.numel()) * (m.E - m.k) // m.E for m in self.moes())
+        idle = sum(p.numel() * (m.E - m.k) // m.E for m in self.moes() for n, p in m.named_parameters() if n.startswith("expert_"))
         return self.num_params(embedding) - idle
 
     def moes(self):
@@ -371,15 +421,18 @@ class LM(nn.Module):
         return 6 * (self.active_params(embedding=False) + self.V * self.config.n_embd) + 3 * mixers
 
 
+OWN_INIT = ("sink", "window_pos", "A_log", "dt_bias", "conv_weight")
+
+
 def init_weights(lm):
     """Every parameter by one rule; one that no rule knows is an error (a forgotten one would keep random memory).
 
     embed.weight, head.weight   N(0, 0.02)
     linear weights              N(0, 0.02); o_proj and down_proj, which write to the residual stream, N(0, 0.02 / sqrt(2 L)) (GPT-2)
-    biases                      0
+    biases, experts' biases     0
     norms                       1 (their constructor), LayerNorm's bias 0
     expert_up, expert_down      as linear weights and down_proj
-    sink                        0 (its constructor)
+    OWN_INIT                    by the constructor of the layer, whose docstring says how
     """
     std, residual = 0.02, 0.02 / (2 * lm.config.n_layer) ** 0.5
     known = {}
@@ -387,9 +440,9 @@ def init_weights(lm):
         for key, p in module.named_parameters(recurse=False):
             if p.is_meta:
                 continue
-            if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or key == "sink":
+            if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or key in OWN_INIT:
                 pass
-            elif isinstance(module, nn.Linear) and key == "bias":
+            elif isinstance(module, nn.Linear) and key == "bias" or key in ("expert_up_bias", "expert_down_bias"):
                 nn.init.zeros_(p)
             elif isinstance(module, (nn.Linear, nn.Embedding)) or key in ("expert_up", "expert_down"):
                 if p not in known:
@@ -399,11 +452,57 @@ def init_weights(lm):
             known[p] = name
 
 
-# Published models as dictionaries over the same fields; `--n_layer --n_embd ...` make small twins of them.
+# ---------------------------------------------------------------------------------------------------------------------
+# Published models as dictionaries over the same fields
+
 PRESETS = {
     "small": dict(),                                                                   # ModelConfig's own defaults
     "gpt2": dict(vocab_size=50257, block_size=1024, n_layer=12, n_head=12, n_embd=768, mlp="gelu", norm="layer",
                  norm_eps=1e-5, position="learned"),                                   # 124M; bias=False as nanoGPT trains it
     "llama": dict(vocab_size=128256, block_size=8192, n_layer=32, n_head=32, n_kv_head=8, n_embd=4096, n_inner=14336,
                   norm_eps=1e-5, rope_base=500_000.0, tied=False),                     # Llama-3.1-8B
+    "llada": dict(vocab_size=126464, block_size=4096, n_layer=32, n_head=32, n_embd=4096, n_inner=12288, norm_eps=1e-5,
+                  rope_base=500_000.0, tied=False),                                    # LLaDA-8B: train with --objective mdm
+    "qwen3-next": dict(                                                                # 80B-A3B
+        vocab_size=151936, block_size=4096, layers="gated_deltanet*3 full", n_layer=48, n_embd=2048, tied=False,
+        n_head=16, n_kv_head=2, head_dim=256, rotary_fraction=0.25, rope_base=10_000_000.0, qk_norm=True, attn_gate=True,
+        linear_n_head=16, linear_n_v_head=32, linear_key_dim=128, linear_value_dim=128,
+        n_expert=512, n_expert_active=10, expert_inner=512, shared_inner=512, router="softmax"),
+    "kimi-linear": dict(                                                               # 48B-A3B; MLA without positions
+        vocab_size=163840, block_size=4096, layers="kda(n_expert=0) kda*2 mla (kda*3 mla)*5 kda*2 mla", n_layer=27,
+        n_embd=2304, n_head=32, n_inner=9216, norm_eps=1e-5, position="none", tied=False, linear_n_head=32,
+        linear_key_dim=128, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
+        n_expert=256, n_expert_active=8, expert_inner=1024, shared_inner=1024, router_scale=2.446),
+    "deepseek-v3": dict(                                                               # 671B-A37B
+        vocab_size=129280, block_size=4096, layers="mla(n_expert=0)*3 mla*58", n_layer=61, n_embd=7168, n_head=128,
+        n_inner=18432, tied=False, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64,
+        v_head_dim=128, n_expert=256, n_expert_active=8, expert_inner=2048, shared_inner=2048, router_scale=2.5,
+        n_expert_group=8, n_expert_group_active=4),
+    "gpt-oss": dict(                                                                   # 20b
+        vocab_size=201088, block_size=4096, layers="full(window=128) full", n_layer=24, n_embd=2880, n_head=64, n_kv_head=8,
+        head_dim=64, rope_base=150_000.0, norm_eps=1e-5, bias=True, sink=True, tied=False, mlp="swiglu_clamped",
+        n_expert=32, n_expert_active=4, expert_inner=2880, router="softmax"),
 }
+WIDTHS = ("n_inner", "expert_inner", "shared_inner")                                   # of a layer: scale with n_embd
+RANKS = ("head_dim", "linear_key_dim", "linear_value_dim", "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim",
+         "qk_rope_head_dim", "v_head_dim")                                             # of a head: scale with n_embd / n_head
+HEADS = ("n_kv_head", "linear_n_head", "linear_n_v_head")                              # scale with n_head
+
+
+def from_preset(name, **given):
+    """A preset as ModelConfig, with some fields given. Another n_embd makes a small twin: heads, head widths and inner
+    widths that are not given keep the preset's ratios (widths in steps of 8), experts and layer pattern stay."""
+    values = dict(PRESETS[name])
+    if "n_embd" in given and "n_embd" in values:
+        r = given["n_embd"] / values["n_embd"]
+        group = values["n_head"] // values.get("n_kv_head", values["n_head"])
+        heads = given.get("n_head") or max(1, round(values["n_head"] * r / group)) * group
+        per_head = (given["n_embd"] / heads) / (values["n_embd"] / values["n_head"])
+        for fields, factor, step in ((WIDTHS, r, 8), (RANKS, per_head, 8), (HEADS, heads / values["n_head"], 1)):
+            for f in fields:
+                if values.get(f):
+                    values[f] = max(1, round(values[f] * factor / step)) * step
+        if "linear_n_v_head" in values:                                                # value heads stay a multiple
+            values["linear_n_v_head"] = values["linear_n_head"] * (PRESETS[name]["linear_n_v_head"] // PRESETS[name]["linear_n_head"])
+        values["n_head"] = heads
+    return override(ModelConfig(), {**values, **given})

@@ -24,7 +24,7 @@ import torch
 
 import diffusion
 import prepare
-from model import LM, PRESETS, ModelConfig, nearest, override, parse_value
+from model import LM, PRESETS, ModelConfig, from_preset, nearest, override, parse_value
 
 # name: (default, help). A default of None means "chooses itself" or "from the preset", as the help says.
 FLAGS = {
@@ -41,6 +41,8 @@ FLAGS = {
         "diffusion_block": (16, "block: tokens in a block, AR over blocks and diffusion inside"),
         "ar_frac": (0.5, "mixed: share of each batch that is trained as AR"),
         "input_mask": (0.0, "share of AR's input tokens replaced by the mask token, a regulariser"),
+        "dense_steps": (0, "layers with an indexer (dsa, msa): first so many steps with dense attention,"),
+        "indexer_warmup": (0, "then so many in which the indexer alone learns, then sparse attention"),
         "token_noise": (0.0, "share of AR's input tokens replaced by random tokens, a regulariser"),
     },
     "model": {
@@ -131,14 +133,14 @@ def check(flags):
     for name in ("ar_frac", "input_mask", "token_noise", "dropout", "beta2"):
         if flags[name] is not None and not 0 <= flags[name] <= 1:
             raise ValueError(f"--{name} {flags[name]} must lie between 0 and 1")
-    for name in ("eval_every", "eval_windows", "warmup", "weight_decay", "min_lr", "grad_clip", "threads"):
+    for name in ("eval_every", "eval_windows", "dense_steps", "indexer_warmup", "warmup", "weight_decay", "min_lr", "grad_clip", "threads"):
         if flags[name] < 0:
             raise ValueError(f"--{name} {flags[name]} must not be negative")
 
 
 def model_config(flags, vocab_size=None):
     """ModelConfig from --preset, then the model flags, then --set. vocab_size: the tokenizer's, None keeps the preset's."""
-    values = dict(PRESETS[flags["preset"]])
+    values = {}
     for name in ("block_size", "layers", "n_layer", "n_head", "n_kv_head", "n_embd", "mlp", "dropout"):
         if flags[name] is not None:
             values[name] = flags[name]
@@ -149,7 +151,7 @@ def model_config(flags, vocab_size=None):
         values[key] = parse_value(value)
     if vocab_size is not None:
         values["vocab_size"] = vocab_size
-    return override(ModelConfig(), values)
+    return from_preset(flags["preset"], **values)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data
@@ -250,12 +252,12 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(lm, flags, device):
-    """Every parameter in exactly one group: matrices decay, vectors (norms, biases, gates) do not."""
+    """Every parameter in exactly one group: matrices decay, vectors (norms, biases, gates) and short convolutions do not."""
     params = dict(lm.named_parameters())
-    hidden = {n for n, p in params.items() if n.startswith("blocks.") and p.ndim >= 2 and "conv" not in n}
-    muon = hidden if flags["optimizer"] == "muon" else set()
-    groups = [[p for n, p in params.items() if n not in muon and p.ndim >= 2],
-              [p for n, p in params.items() if n not in muon and p.ndim < 2]]
+    muon = {n for n, p in params.items() if n.startswith("blocks.") and p.ndim >= 2 and "conv" not in n and flags["optimizer"] == "muon"}
+    decays = {n for n, p in params.items() if p.ndim >= 2 and "conv" not in n}
+    groups = [[p for n, p in params.items() if n not in muon and n in decays],
+              [p for n, p in params.items() if n not in muon and n not in decays]]
     fused = torch.device(device).type in ("cuda", "cpu")
     optimizers = [torch.optim.AdamW([dict(params=groups[0], weight_decay=flags["weight_decay"]),
                                      dict(params=groups[1], weight_decay=0.0)],
@@ -450,6 +452,8 @@ def train(given, log=print):
         if cuda and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"])
         step, seconds, best = state["step"], state["seconds"], state["best"]
+        if state["data"] != meta["train_sha256"]:
+            raise ValueError(f"{folder} holds other tokens than the ones this run began with: prepare the same text, or start a new run")
         if step > total:
             raise ValueError(f"the checkpoint is at step {step}, beyond the {total} steps asked for: raise --max_steps or --epochs")
 
@@ -501,11 +505,18 @@ def train(given, log=print):
     if compiled:
         ar_part, mdm_part = (torch.compile(f, dynamic=False, fullgraph=True) for f in (ar_part, mdm_part))
 
+    indexed = [b.mixer for b in lm.blocks if hasattr(b.mixer, "stage")]
+    if (flags["dense_steps"] or flags["indexer_warmup"]) and not indexed:
+        raise ValueError(f"--dense_steps and --indexer_warmup need layers with an indexer (dsa, msa), and --layers is {config.layers}")
+
     def gradients(step):
         """Adds up the gradient of the whole batch; returns its mean loss (a device tensor, nats per token) by objective."""
         gen = torch.Generator().manual_seed((flags["seed"] << 32) + step)              # the noise of the whole global batch
         starts, noise = windows.starts(step * B, B), diffusion.mdm_noise(B * T // block, block, generator=gen)
-        losses = torch.zeros(2, device=device)
+        losses, until = torch.zeros(2, device=device), flags["dense_steps"] + flags["indexer_warmup"]
+        stage = "dense" if step < flags["dense_steps"] else "warmup" if step < until else "sparse"
+        for mixer in indexed:                                                          # DeepSeek-V3.2's stages of training
+            mixer.stage = stage
         x = inputs = windows.read(starts)                                              # (B, T)
         if flags["input_mask"] or flags["token_noise"]:
             inputs = diffusion.corrupt(x.cpu(), mask, flags["input_mask"], flags["token_noise"], gen).to(device)
@@ -517,7 +528,7 @@ def train(given, log=print):
                 else:
                     n = slice(r.start * T // block, r.stop * T // block)               # noise: a row for each block
                     loss, extra = mdm_part(x[r], *(a[n].to(device, non_blocking=True) for a in noise))
-            ((loss + extra) * (len(rows) / B)).backward()
+            ((extra if stage == "warmup" and indexed else loss + extra) * (len(rows) / B)).backward()
             losses[int(kind == "mdm")] += loss.detach() * (len(rows) / B)
         if world > 1:
             grads = [p.grad for p in lm.parameters() if p.grad is not None] + [losses] + [m.count for m in lm.moes()]
@@ -542,7 +553,7 @@ def train(given, log=print):
     def save(which="last"):
         if rank == 0:
             save_atomic({"version": 1, "model": lm.state_dict(), "config": dataclasses.asdict(config), "flags": flags,
-                         "optimizers": [o.state_dict() for o in optimizers], "step": step, "seconds": seconds, "best": best,
+                         "optimizers": [o.state_dict() for o in optimizers], "step": step, "seconds": seconds, "best": best, "data": meta["train_sha256"],
                          "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state() if cuda else None},
                         out / f"ckpt_{which}.pt")
 
@@ -554,16 +565,24 @@ def train(given, log=print):
                 f.write(json.dumps(row) + "\n")
         return row
 
-    stop, late = [], False
-    handlers = {}
+    stop, handlers = [], {}
+
+    def leaving():
+        """0: go on, 1: time is up, 2: a signal came. Processes decide together, at log steps, or one would wait for ever."""
+        flag = torch.tensor(2 if stop else int(bool(flags["max_minutes"]) and seconds >= 60 * flags["max_minutes"]), device=device)
+        if world > 1:
+            if step % flags["log_every"]:
+                return 0
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+        return int(flag)
+
     with contextlib.suppress(ValueError):                                              # not in the main thread: leave them
         handlers = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-    saved, pending, began, spent = step if state else None, [], time.perf_counter(), seconds
+    saved, pending, leave, first = step if state else None, [], leaving(), step
     line_step, line_seconds, loads = step, seconds, [torch.zeros_like(m.count) for m in lm.moes()]
     try:
         while True:
-            late = flags["max_minutes"] and seconds >= 60 * flags["max_minutes"]
-            if (step in evals or late) and step not in [r["step"] for r in eval_log]:
+            if (step in evals or leave == 1) and step not in [r["step"] for r in eval_log]:
                 save()                                                                 # first: evaluation may run out of memory
                 t0, saved = time.perf_counter(), step
                 with autocast:
@@ -577,7 +596,7 @@ def train(given, log=print):
                 if row["loss"] < best:
                     best = row["loss"]
                     save("best")
-            if stop or step >= total or late:
+            if leave or step >= total:
                 break
             tic = time.perf_counter()
             losses = gradients(step)
@@ -591,8 +610,10 @@ def train(given, log=print):
                 o.zero_grad(set_to_none=True)
             step += 1
             pending.append(losses)
-            seconds += time.perf_counter() - tic
-            if step % flags["log_every"] == 0 or step in evals or step == total or step % flags["save_every"] == 0 or stop:
+            if not (compiled and step == first + 1):                                   # the clock leaves out compilation
+                seconds += time.perf_counter() - tic
+            leave = leaving()
+            if step % flags["log_every"] == 0 or step in evals or step == total or step % flags["save_every"] == 0 or leave:
                 tic = time.perf_counter()
                 recent = torch.stack(pending).tolist()                                 # (steps, 2): the only wait for the device
                 seconds += time.perf_counter() - tic
@@ -631,10 +652,10 @@ def train(given, log=print):
             torch.distributed.destroy_process_group()
     finished = step >= total
     if not finished:
-        why = "interrupted" if stop else "time is up"
+        why = "interrupted" if leave == 2 else "time is up"
         log(f"{why} at step {step} of {total}: saved. Go on with: python train.py --resume auto --out {out}"
-            + (" --max_minutes ..." if not stop else ""))
-    return {"out": str(out), "step": step, "finished": finished, "stopped": bool(stop), "evals": eval_log, "best": best,
+            + (" --max_minutes ..." if leave == 1 else ""))
+    return {"out": str(out), "step": step, "finished": finished, "stopped": leave == 2, "evals": eval_log, "best": best,
             "seconds": seconds, "params": lm.num_params(), "flags": flags, "lm": lm, "tokenizer": tokenizer}
 
 
@@ -664,7 +685,7 @@ def main(argv=None):
             print(f"---\nbest validation loss {result['best']:.4f} nats/token, {clock(result['seconds'])} of training. A sample:\n")
             print(show_sample(result))
             print(f"\nmore: python sample.py {result['out']}")
-    except ValueError as e:
+    except (ValueError, OSError) as e:
         print(f"train.py: {e}", file=sys.stderr)
         return 2
     return 130 if result["stopped"] else 0
