@@ -787,7 +787,7 @@ DECODE = {
     # bytes again; of 256 the first 32 are a prompt and 7 blocks of 32 are filled. Small batches and qk_norm: masked diffusion
     # leaves the plateau of single-byte frequencies three times sooner than with 1,024 tokens and without
     "cpu": dict(dataset="docs-byte", n_layer=4, n_head=4, n_embd=128, block_size=256, batch_tokens=512, max_steps=2000, lr=2e-3),
-    "gpu": dict(dataset="docs-byte", n_layer=8, n_head=8, n_embd=512, block_size=256, batch_tokens=16_384, max_steps=4000, lr=1e-3),
+    "gpu": dict(dataset="docs-byte", n_layer=6, n_head=6, n_embd=384, block_size=256, batch_tokens=16_384, max_steps=1500, lr=1e-3),
 }
 SUMS = dict(n_layer=3, n_head=4, n_embd=96, block_size=84, batch_tokens=672, max_steps=6000, lr=3e-3, objective="mixed")
 ROLES = {"ar": dict(objective="ar"), "judge": dict(objective="ar", seed=1), "mdm": dict(objective="mdm"),
@@ -822,7 +822,7 @@ def decode_runs(args, roles):
             else {**SUMS, "dataset": str(out / "data" / "sums")}
         done = read_evals(folders[role])
         if not given and not (done and done[-1]["step"] == flags["max_steps"]):
-            jobs[role] = {**flags, "set": "qk_norm=true", "out": folders[role], "eval_every": 500, "log_every": 500}
+            jobs[role] = {**flags, "set": "qk_norm=true", "out": folders[role], "eval_every": 1000, "eval_windows": 64, "log_every": 500}
             sums_dataset(out) if role == "sums" else flags["dataset"] == "docs-byte" and prepare.prepare("docs", name="docs-byte", tokenizer="byte")
     if not run_arms(jobs, args.workers):
         raise ValueError("interrupted: the same command goes on from here")
@@ -976,7 +976,7 @@ def decode(args):
         print("\nshare of the time outside the model, 256 tokens in 32 steps, batch 1")
         table(over, ["sampler", "params", "passes", "overhead"])
         extra += more + over
-    name = args.name or ("decode" if len(kinds) > 1 else f"decode_{kinds[0]}")
+    name = args.name or f"decode_{'gpu' if torch.cuda.is_available() else 'cpu'}" + f"_{kinds[0]}" * (len(kinds) == 1)
     record(name, rows + extra, device, args.results, models=about, threads=args.threads, seed=0,
            clock="wall" if torch.device(device).type == "cuda" else "process CPU time", prompt=P, new=T - P)
     series = {}
@@ -1002,7 +1002,7 @@ def bench_panel(args):
                       params=lm.num_params(), steps=state["step"], windows=len(x), tokens=x.size(1))
                  for measure, nats, se in sample.panel(lm, state["flags"], x.to(device), args.n_mc)]
     table(rows, ["run", "measure", "nats", "se", "bits_per_byte", "params", "steps"])
-    record(args.name or "panel", rows, device, args.results, seed=0, n_mc=args.n_mc)
+    record(args.name or f"panel_{'gpu' if torch.cuda.is_available() else 'cpu'}", rows, device, args.results, seed=0, n_mc=args.n_mc)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line

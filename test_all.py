@@ -2796,14 +2796,14 @@ def test_decode_and_panel_end_to_end(runs, tmp_path, capsys, monkeypatch):
     """Every sampler on runs of the tests: rows, picture, the arithmetic set, the likelihoods."""
     monkeypatch.setattr(bench, "overhead", lambda *_: [])
     common = f"--run_ar {runs / 'ar'} --run_mdm {runs / 'mdm'} --run_block {runs / 'block'} --results {tmp_path} --out {tmp_path / 'out'}".split()
-    assert bench.main(["decode", *common, "--judge", str(runs / "ar"), "--run_sums", str(runs / "mdm"), "--batches", "1,2"]) == 0
-    rows = json.loads((tmp_path / "decode.json").read_text())["rows"]
+    assert bench.main(["decode", *common, "--judge", str(runs / "ar"), "--run_sums", str(runs / "mdm"), "--batches", "1,2", "--name", "decode_test"]) == 0
+    rows = json.loads((tmp_path / "decode_test.json").read_text())["rows"]
     timed = [r for r in rows if "tok_per_s" in r]
     assert {r["sampler"] for r in timed} == set(bench.decoders(14)) and {r["batch"] for r in timed} == {1, 2}
     assert all(r["passes"] == r.get("steps", 14) for r in timed if "order" in r) and all(0 < r["overhead"] < 1 for r in timed)
     assert all(r["agreement"] <= 1 for r in rows if "agreement" in r) and any("exact_match" in r for r in rows)
-    assert (tmp_path / "decode.png").stat().st_size > 10_000
-    assert bench.main(["panel", *common, "--windows", "2", "--n_mc", "4"]) == 0
-    rows = json.loads((tmp_path / "panel.json").read_text())["rows"]
+    assert (tmp_path / "decode_test.png").stat().st_size > 10_000
+    assert bench.main(["panel", *common, "--windows", "2", "--n_mc", "4", "--name", "panel_test"]) == 0
+    rows = json.loads((tmp_path / "panel_test.json").read_text())["rows"]
     assert [r["run"] for r in rows] == ["ar"] + ["mdm"] * 3 + ["block"] * 3 and all(r["bits_per_byte"] > 0 for r in rows)
     assert bench.main(["decode", *common, "--objective", "block"]) == 2 and "ar, mdm" in capsys.readouterr().err
