@@ -4,7 +4,6 @@
     train       training speed and memory, also beside a nanoGPT checkout
     attention   every layer: time and memory against length, keys read, cache
     quality     the same small model with every mixer, AR and diffusion
-    recall      associative recall: what a fixed state can hold, and what a hybrid gets back
     moe         mixture of experts: speed against dense, load with and without balancing, experts and topics
     tools       a calculator inside an answer, AR and block diffusion
     theory      what few sampling steps cost: token errors and wrong sequences, closed form and trained models
@@ -996,77 +995,6 @@ def quality(args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# recall: what a fixed state can hold
-
-RECALL = {
-    "full": ("full", {}), "full window": ("full", dict(window=32)), "linear": ("linear", {}), "deltanet": ("deltanet", {}),
-    "gated_deltanet": ("gated_deltanet", {}), "kda": ("kda", {}), "msa": ("msa", dict(n_kv_head=1, sel_block=8, sel_topk=8, qk_norm=True)),
-    "gated_deltanet*3 full": ("gated_deltanet*3 full", {}), "linear*3 full": ("linear*3 full", {}),
-}
-
-
-def associative_recall(B, T, pairs, V, gen):
-    """Multi-query associative recall (arXiv 2312.04927): key value key value ..., then the keys again, each with its value.
-
-    Returns x (B, T) int64 and asked (B, T) bool, the second values: what the model must know. Keys < V / 2 <= values.
-    """
-    keys = torch.rand(B, V // 2, generator=gen).argsort(dim=1)[:, :pairs]
-    values = torch.randint(V // 2, V, (B, pairs), generator=gen)
-    n = (T - 2 * pairs) // 2                                                           # questions: every key in turn, shuffled
-    order = torch.cat([torch.rand(B, pairs, generator=gen).argsort(dim=1) for _ in range(-(-n // pairs))], dim=1)[:, :n]
-    ask = torch.stack([keys.gather(1, order), values.gather(1, order)], dim=2).flatten(1)
-    x = torch.cat([torch.stack([keys, values], dim=2).flatten(1), ask], dim=1)
-    asked = torch.zeros(B, x.size(1), dtype=torch.bool)
-    asked[:, 2 * pairs + 1::2] = True
-    return x, asked
-
-
-def recall(args):
-    """Associative recall: accuracy against the number of pairs, for every mixer and hybrid, causal and masked."""
-    device, V, T = train.pick_device(args.device), 64, args.block_size
-    torch.set_num_threads(args.threads)
-    names, counts, path = args.mixers.split(",") if args.mixers else list(RECALL), (4, 8, 16, 32, 64), Path(args.results) / f"{args.name or 'recall'}.json"
-    counts = [n for n in counts if 4 * n <= T]
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []               # go on where an earlier call stopped
-    for name, causal in [(n, c) for n in names for c in (True, False)]:
-        if any(r["mixer"] == name and r["causal"] == causal and r["T"] == T and r["steps"] == args.steps for r in rows):
-            continue
-        torch.manual_seed(args.seed)
-        gen = torch.Generator().manual_seed(args.seed)
-        pattern, values = RECALL[name]
-        lm = LM(override(ModelConfig(vocab_size=V, n_layer=4 if "*3" in pattern else 2, n_head=2, n_embd=64, block_size=T, layers=pattern), values)).to(device)
-        optimizers, flags = train.make_optimizers(lm, {**train.DEFAULTS, "lr": args.lr, "weight_decay": 0.01}, device), {**train.DEFAULTS, "lr": args.lr, "warmup": 50}
-
-        def answers(pairs, B):
-            """Logits and true values at the asked places."""
-            x, asked = (a.to(device) for a in associative_recall(B, T, pairs, V, gen))
-            if causal:
-                return lm(x)[:, :-1][asked[:, 1:]], x[asked]                           # the key before it predicts the value
-            return lm(torch.where(asked, lm.mask_id, x), causal=False)[asked], x[asked]
-        for step in range(args.steps):
-            logits, truth = answers(counts[step % len(counts)], args.batch)
-            loss = torch.nn.functional.cross_entropy(logits, truth)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
-            for o in optimizers:
-                for group in o.param_groups:
-                    group["lr"] = train.learning_rate(step, args.steps, flags)
-                o.step()
-                o.zero_grad(set_to_none=True)
-        lm.eval()
-        with torch.no_grad():
-            found = {n: statistics.mean((logits.argmax(-1) == truth).double().mean().item() for logits, truth in (answers(n, 32) for _ in range(4))) for n in counts}
-        rows += [{"mixer": name, "causal": causal, "pairs": n, "accuracy": a, "T": T, "steps": args.steps, "params": lm.num_params(), "layers": lm.config.n_layer,
-                  "state_rows": max(b.mixer.reads(T, causal) for b in lm.blocks)} for n, a in found.items()]
-        print(f"{name:<22} {'causal' if causal else 'masked'}: " + "  ".join(f"{n} pairs {a:.1%}" for n, a in found.items()), flush=True)
-        record(args.name or "recall", rows, device, args.results, seed=args.seed, vocabulary=V, batch=args.batch, lr=args.lr)
-    rows = [r for r in rows if r["T"] == T and r["steps"] == args.steps]
-    plot(args.name or "recall", {f"{n}{'' if c else ', masked'}": ([r["pairs"] for r in rows if r["mixer"] == n and r["causal"] == c],
-                                 [r["accuracy"] for r in rows if r["mixer"] == n and r["causal"] == c], dict(marker="o", ms=3, ls="-" if c else ":", color=f"C{i}"))
-                                 for i, n in enumerate(names) for c in (True, False)},
-         "key-value pairs to remember", "accuracy", f"associative recall, {T} tokens, width 64, 2 heads of 32", args.results)
-
-# ---------------------------------------------------------------------------------------------------------------------
 # decode, panel: what sampling costs and what it gives; the likelihoods of the same models
 
 DECODE = {
@@ -1331,9 +1259,6 @@ def main(argv=None):
     command("attention", bench_attention, device=(str, "auto", "auto | cuda | cpu"), threads=(int, 1, "CPU threads"), repeat=(int, 3, "timed calls"),
             layers=(str, None, f"comma-separated, of: {', '.join(SWEEP)} (default: all)"), lengths=(str, "512,1024,2048,4096,8192", "tokens"),
             n_head=(int, 4, "heads"), head_dim=(int, 64, "width of a head"), bidirectional=(bool, None, "as a diffusion model uses it"))
-    command("recall", recall, mixers=(str, None, f"comma-separated, of: {', '.join(RECALL)} (default: all)"), block_size=(int, 128, "tokens"),
-            steps=(int, 1500, "of training, each"), batch=(int, 16, "sequences in a step"), lr=(float, 5e-3, "rate"), seed=(int, 1337, "seed"),
-            device=(str, "auto", "auto | cuda | cpu"), threads=(int, 1, "CPU threads"))
     command("quality", quality, mixers=(str, None, f"comma-separated, of: {', '.join(MIXERS)} (default: all)"), objectives=(str, "ar,mdm", "which"),
             dataset=(str, "docs-byte", "text"), steps=(int, 600, "of each run"), seeds=(int, 3, "number of seeds"), n_layer=(int, 4, "blocks"),
             n_embd=(int, 128, "width"), block_size=(int, 512, "window"), batch_tokens=(int, 4096, "tokens in a step"), lr=(float, 2e-3, "rate"),
