@@ -11,14 +11,13 @@ import ast
 import math
 import operator
 import os
+import re
 import shutil
 import sys
 import threading
 import time
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-import re
-
 import torch
 
 import diffusion

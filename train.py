@@ -41,9 +41,9 @@ FLAGS = {
         "diffusion_block": (16, "block: tokens in a block, AR over blocks and diffusion inside"),
         "ar_frac": (0.5, "mixed: share of each batch that is trained as AR"),
         "input_mask": (0.0, "share of AR's input tokens replaced by the mask token, a regulariser"),
+        "token_noise": (0.0, "share of AR's input tokens replaced by random tokens, a regulariser"),
         "dense_steps": (0, "layers with an indexer (dsa, msa): first so many steps with dense attention,"),
         "indexer_warmup": (0, "then so many in which the indexer alone learns, then sparse attention"),
-        "token_noise": (0.0, "share of AR's input tokens replaced by random tokens, a regulariser"),
     },
     "model": {
         "preset": ("small", f"starting point for the settings below: {', '.join(PRESETS)}"),
