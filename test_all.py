@@ -2734,8 +2734,8 @@ def test_block_chain_is_a_distribution():
 
 
 def test_dual_cache_needs_layers_that_rewrite():
-    sample.check_dual_cache(tiny(layers="full*3"))
-    for bad in (tiny(layers="full(window=4) full"), tiny(window=8)):
+    sample.check_dual_cache(tiny(layers="mla full"))
+    for bad in (tiny(layers="full(window=4) full"), tiny(window=8), tiny(layers="kda*3 full")):
         with pytest.raises(ValueError, match="leave --cache out"):
             sample.check_dual_cache(bad)
 
