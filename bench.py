@@ -75,6 +75,7 @@ def plot(name, series, xlabel, ylabel, title="", folder="results", xlog=True, yl
         print("no picture: matplotlib is missing (pip install matplotlib)")
         return
     fig, ax = plt.subplots(figsize=(8, 5))
+    ax.set_prop_cycle(color=plt.get_cmap("tab10" if len(series) <= 10 else "tab20").colors)
     for label, (xs, ys, style) in series.items():
         ax.plot(xs, ys, label=label, **style)
     for i, (axis, value, label) in enumerate(lines):
@@ -84,6 +85,7 @@ def plot(name, series, xlabel, ylabel, title="", folder="results", xlog=True, yl
     if xlog:
         ax.set_xscale("log")
         ax.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
+        ax.xaxis.set_minor_formatter(lambda v, _: "")
     if ylog:
         ax.set_yscale("log")
     if ylim:
@@ -912,7 +914,7 @@ def bench_attention(args):
         mine = [r for r in rows if r["layer"] == name]
         if len(mine) > 1:
             slope = math.log(mine[-1]["both_ms"] / mine[-2]["both_ms"]) / math.log(mine[-1]["T"] / mine[-2]["T"])
-            wins = next((r["T"] for r in mine if r["both_vs_full"] > 1), None)
+            wins = next((r["T"] for i, r in enumerate(mine) if all(m["both_vs_full"] > 1 for m in mine[i:])), None)
             print(f"{name:<16} time ~ T^{slope:.2f} at the end; " + (f"faster than full from T = {wins}" if wins else "never faster than full here"))
     file = args.name or f"attention_{torch.device(device).type}" + "_bidirectional" * args.bidirectional
     record(file, rows, device, args.results, heads=H, head_width=args.head_dim, threads=args.threads, settings=SWEEP,
