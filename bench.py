@@ -758,8 +758,9 @@ def theory(args):
 # ---------------------------------------------------------------------------------------------------------------------
 # tools: a calculator inside an answer
 
-CALCULATOR = dict(dataset="arithmetic", n_layer=4, n_head=4, n_embd=128, block_size=128, batch_tokens=2048, max_steps=1500, lr=3e-3,
-                  eval_every=500, log_every=100, save_every=500)
+# Muon and QK norm: with AdamW the step from guessing to copying, which all this needs, comes several times later.
+CALCULATOR = dict(dataset="arithmetic", n_layer=2, n_head=4, n_embd=96, block_size=128, batch_tokens=2048, optimizer="muon", lr=4e-3,
+                  set="qk_norm=true", eval_every=400, log_every=100, save_every=200)
 
 
 def bench_tools(args):
@@ -768,7 +769,7 @@ def bench_tools(args):
     tokenizer = prepare.load_tokenizer("data/arithmetic")
     texts = tokenizer.decode(val.tolist()).split(prepare.EOT)[:args.problems]
     prompts = [tokenizer.encode(t[:t.index("?") + 1]) for t in texts]
-    jobs = {o: {**CALCULATOR, "max_steps": args.steps, "objective": o, "diffusion_block": 16 if o == "block" else None,
+    jobs = {o: {**CALCULATOR, "max_steps": args.steps, "objective": o, "diffusion_block": 8 if o == "block" else None,
                 "out": f"{args.out}/{o}-{args.steps}"} for o in ("ar", "block")}
     if not run_arms(jobs, args.workers):
         return 130
@@ -1276,7 +1277,7 @@ def main(argv=None):
     command("theory", theory, steps=(int, 1000, "of training for a diffusion model, a quarter of them for AR"),
             sequences=(int, 128, "sampled from a trained model for each point, 8 times as many from an oracle"),
             lengths=(str, "24,96", "of sequences, multiples of 3"), threads=(int, 1, "CPU threads"), out=(str, "out/theory", "folder of the models and of the points measured so far"))
-    command("tools", bench_tools, steps=(int, 1500, "of training, each"), problems=(int, 500, "held-out ones to solve"), workers=(int, 1, "runs at a time"),
+    command("tools", bench_tools, steps=(int, 800, "of training, each"), problems=(int, 500, "held-out ones to solve"), workers=(int, 1, "runs at a time"),
             device=(str, "auto", "auto | cuda | cpu"), threads=(int, 1, "CPU threads"), out=(str, "out/tools", "folder of the runs"))
     try:
         args = parser.parse_args(argv)

@@ -2946,7 +2946,7 @@ def test_arithmetic_and_tools_end_to_end(tmp_path, monkeypatch, runs, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prepare, "arithmetic", lambda n, seed: problems(300, seed))
     monkeypatch.setattr(bench, "run_arms", lambda jobs, workers: [train.train({k: v for k, v in job.items() if v is not None}, log=quiet) for job in jobs.values()])
-    monkeypatch.setattr(bench, "CALCULATOR", {**bench.CALCULATOR, "n_layer": 1, "n_embd": 16, "n_head": 2, "eval_windows": 8})
+    monkeypatch.setattr(bench, "CALCULATOR", {**bench.CALCULATOR, "n_layer": 1, "n_embd": 16, "n_head": 2, "eval_windows": 8, "set": ["qk_norm=true"]})
     assert bench.main("tools --steps 2 --problems 3".split()) == 0
     rows = json.loads(Path("results/tools.json").read_text())["rows"]
     assert [(r["model"], r["tool"]) for r in rows] == [(m, t) for m in ("ar", "block") for t in ("none", "calculator")]
