@@ -199,8 +199,10 @@ def crossing(diff, mdm, level=None):
 
 
 def tell(c, until):
-    return ("at or before " if c and c.get("before") else "") + f"epoch {c['epoch']:.1f} (step {c['step']:,}, {c['tokens'] / 1e6:.2f}M tokens, {c['flops']:.2e} FLOPs)" if c \
-        else f"none up to epoch {until:.0f}"
+    if c is None:
+        return f"none up to epoch {until:.0f}"
+    where = f"epoch {c['epoch']:.1f} (step {c['step']:,}, {c['tokens'] / 1e6:.2f}M tokens, {c['flops']:.2e} FLOPs)"
+    return "at or before " * bool(c.get("before")) + where
 
 
 def crossover(args):
@@ -801,19 +803,20 @@ def gpu(args):
     """A queue of GPU measurements in order of value: skips what results/ holds, stops in time, goes on at the next call."""
     if not torch.cuda.is_available():
         raise ValueError("torch sees no CUDA device here: run this on a machine with an NVIDIA GPU")
-    study = "crossover --scale gpu --results {r}"
+    study, speed = "bench.py crossover --scale gpu --results {r}", "bench.py train --rounds 1 --batch 64 --results {r}"
     queue = [   # file that the entry leaves, command
         ("gpu_tests.txt", "-m pytest test_all.py -q -m gpu"),
-        ("train_cuda.json", "bench.py train --preset gpt2 --batch 64 --iters 20 --rounds 1 --vocab_size 50304 --results {r}"),
-        ("train_cuda_width128.json", "bench.py train --preset gpt2 --n_head 6 --batch 64 --iters 20 --rounds 1 --vocab_size 50304 --name train_cuda_width128 --results {r}"),
-        ("train_cuda_10M.json", "bench.py train --preset llama --n_layer 6 --n_head 6 --n_embd 384 --block_size 512 --vocab_size 4096 --batch 64 --iters 40 --rounds 1 --name train_cuda_10M --results {r}"),
-        ("crossover_U1M.json", f"bench.py {study} --arms ar,mdm,'ar wd 0.8' --name crossover_U1M"),
-        ("crossover_U1M_seeds.json", f"bench.py {study} --seeds 3 --name crossover_U1M_seeds"),
+        ("train_cuda.json", f"{speed} --preset gpt2 --iters 20"),
+        ("train_cuda_width128.json", f"{speed} --preset gpt2 --n_head 6 --iters 20 --name train_cuda_width128"),
+        ("train_cuda_10M.json", f"{speed} --preset small --n_layer 6 --n_head 6 --n_embd 384 --block_size 512 --vocab_size 4096 "
+                                "--iters 40 --name train_cuda_10M"),
+        ("crossover_U1M.json", f"{study} --arms ar,mdm,'ar wd 0.8' --name crossover_U1M"),
+        ("crossover_U1M_seeds.json", f"{study} --seeds 3 --name crossover_U1M_seeds"),
         ("decode_gpu.json", "bench.py decode --results {r}"),
         ("attention_cuda.json", "bench.py attention --lengths 2048,4096,8192,16384,32768,65536 --n_head 16 --head_dim 128 --results {r}"),
-        ("crossover_U2M.json", f"bench.py {study} --unique_tokens 2000000 --name crossover_U2M"),
+        ("crossover_U2M.json", f"{study} --unique_tokens 2000000 --name crossover_U2M"),
         ("moe_cuda.json", "bench.py moe --results {r}"),
-        ("crossover_U5M.json", f"bench.py {study} --unique_tokens 5000000 --n_layer 10 --n_embd 512 --n_head 8 --name crossover_U5M"),
+        ("crossover_U5M.json", f"{study} --unique_tokens 5000000 --n_layer 10 --n_embd 512 --n_head 8 --name crossover_U5M"),
     ]
     end, todo = time.time() + 60 * args.minutes, [(f, c) for f, c in queue if not (Path(args.results) / f).exists()]
     for file, command in todo:
