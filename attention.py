@@ -1436,7 +1436,8 @@ class GatedDeltaNet(FixedState):
 
 
 class KDA(FixedState):
-    """Kimi Delta Attention (arXiv 2510.26692): a decay per channel, low-rank gates. Kimi Linear, GLM-5.3-Flash."""
+    """Kimi Delta Attention (arXiv 2510.26692): a decay per channel, low-rank gates. GLM-5.3-Flash; Kimi Linear has
+    decay_gate=softplus, without a bound on the decay."""
     name, delta, decay, gate, out_gate, low_rank_gate = "kda", True, "channel", "lower", "sigmoid", True
 
 # ---------------------------------------------------------------------------------------------------------------------

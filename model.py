@@ -240,7 +240,8 @@ class MoE(nn.Module):
     def route(self, x):
         """x (N, C) -> weights (N, k) float32, experts (N, k) int64, probabilities (N, E)."""
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.float(), self.router.weight.float(), self.router.bias)
+            bias = None if self.router.bias is None else self.router.bias.float()
+            logits = F.linear(x.float(), self.router.weight.float(), bias)
         p = logits.sigmoid() if self.sigmoid else logits.softmax(dim=-1)
         choice = p.detach() + self.bias
         if self.G > 1:                                                                 # a group is as good as its best two
@@ -257,7 +258,8 @@ class MoE(nn.Module):
         B, T, C = x.shape
         x = x.reshape(B * T, C)
         weights, experts, p = self.route(x)
-        count = torch.zeros_like(self.bias).scatter_add_(0, experts.flatten(), torch.ones_like(experts.flatten(), dtype=torch.float32))
+        one = torch.ones(experts.numel(), device=x.device)                              # float32, whatever model.to(dtype) made of the buffers
+        count = torch.zeros(self.E, device=x.device).scatter_add_(0, experts.flatten(), one)
         if self.training:
             self.count += count
         if aux is not None and not self.sigmoid:
@@ -471,7 +473,7 @@ PRESETS = {
     "kimi-linear": dict(                                                               # 48B-A3B; MLA without positions
         vocab_size=163840, block_size=4096, layers="kda(n_expert=0) kda*2 mla (kda*3 mla)*5 kda*2 mla", n_layer=27,
         n_embd=2304, n_head=32, n_inner=9216, norm_eps=1e-5, position="none", tied=False, linear_n_head=32,
-        linear_key_dim=128, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
+        linear_key_dim=128, decay_gate="softplus", kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
         n_expert=256, n_expert_active=8, expert_inner=1024, shared_inner=1024, router_scale=2.446),
     "deepseek-v3": dict(                                                               # 671B-A37B
         vocab_size=129280, block_size=4096, layers="mla(n_expert=0)*3 mla*58", n_layer=61, n_embd=7168, n_head=128,
