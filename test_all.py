@@ -1429,6 +1429,14 @@ def test_moe_compiles_once():
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float64))
+def test_moe_in_another_dtype(dtype):
+    """model.to(dtype) converts the buffers too, which a scatter of float32 counts does not forgive."""
+    moe, x = make_moe(n_expert=4, n_expert_active=2, expert_inner=16, bias=True), torch.randn(2, 8, 32)
+    expected, y = moe(x), moe.to(dtype)(x.to(dtype))
+    torch.testing.assert_close(y.float(), expected, rtol=0, atol=0.05 * expected.abs().max().item())
+
+
 def test_moe_active_parameters():
     lm = LM(tiny(n_expert=8, n_expert_active=2, expert_inner=16, shared_inner=16))
     expert = 3 * 32 * 16
@@ -1505,6 +1513,101 @@ def test_presets_equal_transformers(name):
     with torch.device("meta"):
         model = getattr(tf, theirs[0] + "ForCausalLM")(getattr(tf, theirs[0] + "Config")(**theirs[1]))
     assert sum(p.numel() for p in model.parameters()) == PUBLISHED[name][0]
+
+
+# transformers' names -> ours, applied in this order to "layers.0.self_attn.q_proj.weight" and the like
+HF_NAMES = {"model.": "", "embed_tokens": "embed", "lm_head": "head", "layers.": "blocks.", "input_layernorm": "norm1", "post_attention_layernorm": "norm2",
+            "self_attn": "mixer", "linear_attn": "mixer", "mixer.norm": "mixer.o_norm", "out_proj": "o_proj", "conv1d.weight": "conv_weight", "sinks": "sink",
+            "forget_gate.": "", "f_a_proj": "decay_proj.0", "f_b_proj": "decay_proj.1", "mixer.b_proj": "mixer.beta_proj", "g_a_proj": "gate_proj.0",
+            "g_b_proj": "gate_proj.1", "a_layernorm": "a_norm", "kv_a_proj_with_mqa": "kv_a_proj", "mlp.gate.e_score_correction_bias": "mlp.bias",
+            "mlp.gate.weight": "mlp.router.weight", "shared_experts": "shared", "shared_expert": "shared", "experts.gate_up_proj": "expert_up",
+            "experts.down_proj": "expert_down"}
+
+
+def hf_weights(theirs, lm):
+    """The weights of a causal LM of transformers under our names, fused and laid out as ours."""
+    w, c = {}, lm.config
+    for name, p in theirs.state_dict().items():
+        for old, new in HF_NAMES.items():
+            name = name.replace(old, new)
+        qwen_norm = "Qwen3Next" in type(theirs).__name__ and "norm" in name and "o_norm" not in name
+        w[name] = p + 1 if qwen_norm else p.squeeze(1) if "conv" in name else p.flatten() if "A_log" in name else p     # its norms are x (1 + w)
+    for row in ("embed.weight", "head.weight"):                                        # mask row and padding: never read here
+        w[row] = F.pad(w[row], (0, 0, 0, lm.embed.weight.size(0) - c.vocab_size))
+
+    def fuse(new, *old):
+        for kind in (".weight", ".bias"):
+            if old[0] + kind in w:
+                w[new + kind] = torch.cat([w.pop(name + kind) for name in old])
+    for i, block in enumerate(lm.blocks):
+        m, f = f"blocks.{i}.mixer.", f"blocks.{i}.mlp."
+        if m + "kv_a_proj.weight" in w:                                                # mla
+            fuse(m + "q_b_proj", m + ("q_b_proj" if m + "q_b_proj.weight" in w else "q_proj"))
+        elif m + "in_proj_ba.weight" in w:                                             # Qwen3-Next interleaves by key head
+            x, r = block.mixer, block.mixer.Hv // block.mixer.H
+            q, k, v, z = w.pop(m + "in_proj_qkvz.weight").unflatten(0, (x.H, -1)).split([x.K, x.K, r * x.V, r * x.V], dim=1)
+            b, a = w.pop(m + "in_proj_ba.weight").unflatten(0, (x.H, -1)).split([r, r], dim=1)
+            w[m + "qkv_proj.weight"] = torch.cat([p.flatten(0, 1) for p in (q, k, v)])
+            w.update({f"{m}{n}_proj.weight": p.flatten(0, 1) for n, p in (("gate", z), ("beta", b), ("decay", a))})
+        else:
+            if c.attn_gate:                                                            # each head's query, then its gate
+                q = w[m + "q_proj.weight"].unflatten(0, (c.n_head, 2, -1))
+                w[m + "q_proj.weight"], w[m + "gate_proj.weight"] = q[:, 0].flatten(0, 1), q[:, 1].flatten(0, 1)
+            fuse(m + "qkv_proj", *(f"{m}{n}_proj" for n in "qkv"))
+        for part in (f, f + "shared."):
+            fuse(part + "up_proj", part + "gate_proj", part + "up_proj")
+        if f + "expert_up_bias" in w:                                                  # gpt-oss: gate and up by turns, and no transpose
+            w.update({n: torch.cat([w[n][..., ::2], w[n][..., 1::2]], dim=-1) for n in (f + "expert_up", f + "expert_up_bias")})
+        elif f + "expert_up" in w:
+            w.update({n: w[n].mT for n in (f + "expert_up", f + "expert_down")})
+    return w
+
+
+HF_SMALL = dict(vocab_size=100, hidden_size=32, num_attention_heads=4, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+HF_MLA = dict(num_key_value_heads=4, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=12)
+# preset: (class in transformers, its settings, ours); all that is not a size stays as published on both sides
+HF_MODELS = {
+    "llama": ("Llama", dict(num_hidden_layers=2, num_key_value_heads=2, intermediate_size=48, rms_norm_eps=1e-5, rope_parameters=dict(rope_type="default", rope_theta=5e5)),
+              dict(n_layer=2, n_kv_head=2, n_inner=48)),
+    "qwen3-next": ("Qwen3Next", dict(num_hidden_layers=4, num_key_value_heads=2, head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
+                                     linear_value_head_dim=12, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=24, shared_expert_intermediate_size=40,
+                                     rope_parameters=dict(rope_type="default", rope_theta=1e7, partial_rotary_factor=0.25)),
+                   dict(n_layer=4, n_kv_head=2, head_dim=16, linear_n_head=2, linear_n_v_head=4, linear_key_dim=8, linear_value_dim=12, n_expert=8,
+                        n_expert_active=3, expert_inner=24, shared_inner=40)),
+    "kimi-linear": ("KimiLinear", dict(**HF_MLA, num_hidden_layers=4, layer_types=["linear_attention"] * 3 + ["full_attention"], linear_head_dim=8, linear_num_heads=4,
+                                       num_experts=8, num_experts_per_token=3, moe_intermediate_size=24, intermediate_size=48),
+                    dict(n_layer=4, n_inner=48, linear_n_head=4, linear_key_dim=8, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=12, n_expert=8,
+                         n_expert_active=3, expert_inner=24, shared_inner=24)),
+    "deepseek-v3": ("DeepseekV3", dict(**HF_MLA, num_hidden_layers=4, q_lora_rank=24, n_routed_experts=16, num_experts_per_tok=3, moe_intermediate_size=24, intermediate_size=48),
+                    dict(n_layer=4, n_inner=48, q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=12, n_expert=16, n_expert_active=3,
+                         expert_inner=24, shared_inner=24)),
+    "gpt-oss": ("GptOss", dict(num_hidden_layers=4, num_key_value_heads=2, head_dim=16, sliding_window=8, num_local_experts=8, num_experts_per_tok=3, intermediate_size=24,
+                               rope_parameters=dict(rope_type="default", rope_theta=150_000.0)),        # the published one stretches it by YaRN
+                dict(n_layer=4, n_kv_head=2, head_dim=16, layers="full(window=8) full", n_expert=8, n_expert_active=3, expert_inner=24)),
+}
+
+
+@pytest.mark.parametrize("preset", HF_MODELS)
+def test_presets_are_the_published_models(preset):
+    """Whole models: the logits of transformers' class with the same random weights, float32, to 1e-4."""
+    tf = pytest.importorskip("transformers")
+    kind, settings, sizes = HF_MODELS[preset]
+    config = getattr(tf, kind + "Config")(**HF_SMALL, **settings)
+    config._attn_implementation = "eager"                                              # the readable one; gpt-oss's sink has no other here
+    theirs = getattr(tf, kind + "ForCausalLM")(config).eval()
+    torch.manual_seed(0)
+    for name, p in theirs.state_dict().items():                                        # norms near 1; a memory of some 30 tokens
+        mean = 1.0 * ("norm" in name and not (kind == "Qwen3Next" and "linear_attn" not in name)) - 3.0 * ("A_log" in name)
+        p.copy_(mean + 0.3 * torch.randn(p.shape) if p.ndim == 1 or "A_log" in name else torch.randn(p.shape) * max(p.size(-1), 4) ** -0.5)
+    lm = LM(from_preset(preset, vocab_size=100, block_size=128, n_embd=32, n_head=4, **sizes)).eval()
+    missing, unknown = lm.load_state_dict(hf_weights(theirs, lm), strict=False)
+    assert not unknown and all(n.endswith("mlp.bias") for n in missing), (missing, unknown)
+    with torch.no_grad():
+        x = torch.randint(100, (2, 100))
+        y, expected = lm(x), theirs(x, use_cache=False).logits
+        error = (y - expected).abs().max()
+        print(f"{preset}: {error:.1e} at most, {error / expected.abs().max():.1e} of the largest logit {expected.abs().max():.2f}")
+        torch.testing.assert_close(y, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", [n for n in PRESETS if n != "small"])
