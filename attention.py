@@ -344,7 +344,8 @@ class MLA(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, self.H = config.n_embd, config.n_head
-        if config.head_dim is None and C % self.H:
+        given = all(getattr(config, n) is not None for n in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+        if config.head_dim is None and C % self.H and not given:
             raise ValueError(f"n_embd {C} must be a multiple of n_head {self.H}, or give head_dim")
         D = config.head_dim or C // self.H
         width = dict(kv_lora_rank=4 * D, qk_nope_head_dim=D, qk_rope_head_dim=D // 4 * 2, v_head_dim=D, q_lora_rank=C)
@@ -467,7 +468,7 @@ def block_sparse_attention(q, k, v, sel, block_size, causal=True, tile=1, limit=
     if path is None and q.is_cuda and T >= 128 and 128 % (H // Hkv) == 0 and 0 in (block_size % 128, 128 % block_size):
         path = "flex"
     if path == "gather" or path is None and (tile >= 16 or T <= 16):
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and (most is None or not q.is_cuda):         # on a GPU the count would be a wait
             most = max(int(sel.sum(-1).amax()), 1)
         most = sel.size(-1) if most is None else most
         if path == "gather" or 2 * most * block_size <= S:
@@ -511,11 +512,12 @@ def gather_attention(q, k, v, sel, block, tile, limit, n, scale):
         return softmax_attention(q[r], kr, vr, causal=False, mask=None if mask is False else mask, scale=scale)
 
     r = torch.arange(len(index), device=q.device)
-    if len(r) <= 64 or torch.compiler.is_compiling():
+    if len(r) <= 64 or torch.compiler.is_compiling() or q.is_cuda:
         y = attend(r, None)
     else:
         # A mask for every row costs as much as its attention. Most rows need none (all they picked is visible) or all the
-        # same one (their last pick is the diagonal block). 64 rows at a time, since their keys fit into a CPU's cache.
+        # same one (their last pick is the diagonal block). 64 rows at a time, since their keys fit into a CPU's cache. On a
+        # GPU none of it pays: sorting rows by kind waits for the device.
         last = index[:, -1:] * block
         free = picked.all(1) & (last[:, 0] + block <= limit.amin(1))
         diagonal = ~free & picked.all(1) & (limit == last + 1 + inside[:tile]).all(1) & (tile <= block)
