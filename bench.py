@@ -16,6 +16,7 @@ Numbers go to results/NAME.json with command, versions, device and seed, picture
 pictures of the README come from there.
 """
 import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -34,6 +35,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import diffusion
 import prepare
@@ -315,11 +317,16 @@ def crossover(args):
 # ---------------------------------------------------------------------------------------------------------------------
 # train: speed and memory
 
+SDPA = {"default": [], "cudnn": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
+        "flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]}     # first come, first served
+
+
 def throughput(args):
     """One process, one model: time --iters optimizer steps on random tokens; prints one JSON line."""
     device = train.pick_device(args.device)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")                                         # as train.py and nanoGPT do
     cuda = device.startswith("cuda")
     config = override(ModelConfig(), {**PRESETS[args.preset], **{k: getattr(args, k) for k in ("n_layer", "n_head", "n_embd", "block_size",
                                       "vocab_size") if getattr(args, k) is not None}})
@@ -341,34 +348,51 @@ def throughput(args):
         else:
             loss_of = lambda x, noise: diffusion.mdm_loss(lm, x[:, :T], lm.mask_id, noise=noise)
     if args.compile == "on" or args.compile == "auto" and cuda:
-        loss_of = torch.compile(loss_of, dynamic=False)
+        loss_of = torch.compile(loss_of, dynamic=False, fullgraph=not args.peer)
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=cuda and args.dtype != "float32")
-    gen, times, losses = torch.Generator().manual_seed(0), [], []
-    wait = torch.cuda.synchronize if cuda else lambda: None
-    timer = time.perf_counter if cuda else time.process_time                           # CPU time: robust on a busy machine
-    for _ in range(args.warmup + args.iters):
-        x = torch.randint(config.vocab_size, (B, T + 1), generator=gen)
-        wait()
-        tic = timer()
-        x = x.to(device)
-        noise = [a.to(device) for a in diffusion.mdm_noise(B, T, generator=gen)]
-        with autocast:
-            loss = loss_of(x, noise)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
-        for o in optimizers:
-            o.step()
-            o.zero_grad(set_to_none=True)
-        losses.append(loss.item())
-        wait()
-        times.append(timer() - tic)
-    ms = statistics.median(times[args.warmup:]) * 1e3
+    gen, ticks = torch.Generator().manual_seed(0), []
+    pin = (lambda a: a.pin_memory()) if cuda else lambda a: a
+    if args.sdpa not in SDPA:
+        raise ValueError(f"--sdpa {args.sdpa} is unknown: one of {', '.join(SDPA)}")
+
+    def tick():
+        """CPU time: robust on a busy machine. On a GPU an event in its queue: nothing waits between steps, as in training."""
+        if cuda:
+            ticks.append(torch.cuda.Event(enable_timing=True))
+            return ticks[-1].record()
+        ticks.append(time.process_time())
+    with sdpa_kernel(SDPA[args.sdpa], set_priority=True) if args.sdpa != "default" else contextlib.nullcontext():
+        for i in range(args.warmup + args.iters):
+            if i == args.warmup and not args.peer:
+                torch.compiler.set_stance("fail_on_recompile")                         # after the warm-up there is none, or we stop here
+            x = pin(torch.randint(config.vocab_size, (B, T + 1), generator=gen))
+            noise = [pin(a) for a in diffusion.mdm_noise(B, T, generator=gen)]
+            tick()
+            x, noise = x.to(device, non_blocking=True), [a.to(device, non_blocking=True) for a in noise]
+            with autocast:
+                loss = loss_of(x, noise)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
+            for o in optimizers:
+                o.step()
+                o.zero_grad(set_to_none=True)
+            if not cuda:
+                loss.item()
+            tick()
+    if cuda:
+        torch.cuda.synchronize()                                                       # from step to step: gaps between steps count
+        times = [a.elapsed_time(b) / 1e3 for a, b in zip(ticks[::2], ticks[2::2])][args.warmup:]
+    else:
+        times = [b - a for a, b in zip(ticks[::2], ticks[1::2])][args.warmup:]
+    ms = statistics.median(times) * 1e3
     tok_s = B * T / ms * 1e3
     memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     nanogpt_flops = 6 * sum(p.numel() for p in lm.parameters()) + 12 * config.n_layer * config.n_embd * T  # its own formula
     peak = train.peak_flops(device)
-    print(json.dumps(dict(ms=ms, tok_per_s=tok_s, peak_mib=memory / 2 ** 20, mfu=tok_s * nanogpt_flops / peak if peak else None,
-                          params=sum(p.numel() for p in lm.parameters()), loss=losses[-1])))
+    mfu = tok_s * nanogpt_flops / peak if peak else None
+    if mfu is not None and mfu > 1:
+        raise ValueError(f"{tok_s:,.0f} tokens/s would be {mfu:.0%} of this GPU's peak: the clock or the FLOP count is wrong")
+    print(json.dumps(dict(ms=ms, tok_per_s=tok_s, peak_mib=memory / 2 ** 20, mfu=mfu, params=sum(p.numel() for p in lm.parameters()), loss=loss.item())))
 
 
 def bench_train(args):
@@ -377,7 +401,7 @@ def bench_train(args):
         return throughput(args)
     base = [sys.executable, str(HERE / "bench.py"), "train", "--child"]
     base += [a for k in ("preset", "n_layer", "n_head", "n_embd", "block_size", "vocab_size", "batch", "iters", "warmup", "device", "compile",
-                         "dtype", "threads", "optimizer") if getattr(args, k) is not None for a in (f"--{k}", str(getattr(args, k)))]
+                         "dtype", "threads", "optimizer", "sdpa") if getattr(args, k) is not None for a in (f"--{k}", str(getattr(args, k)))]
     kinds = {o: base + ["--objective", o] for o in args.objectives.split(",")}
     if args.vs:
         if not (Path(args.vs) / "model.py").exists():
@@ -401,9 +425,10 @@ def bench_train(args):
         rows.append(row)
     table(rows, [c for c in rows[0] if any(r[c] is not None for r in rows)])
     device = train.pick_device(args.device)
-    shape = {k: getattr(args, k) for k in ("preset", "n_layer", "n_head", "n_embd", "block_size", "batch", "threads", "optimizer")}
+    shape = {k: getattr(args, k) for k in ("preset", "n_layer", "n_head", "n_embd", "block_size", "batch", "threads", "optimizer", "sdpa")}
     record(args.name or f"train_{torch.device(device).type}", rows, device, args.results, settings=shape, seed=0,
-           clock="wall" if device.startswith("cuda") else "process CPU time")
+           clock="GPU events, step to step" if device.startswith("cuda") else "process CPU time",
+           mfu="nanoGPT's formula, 6 N + 12 L C T a token, over the GPU's dense bf16 peak")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1256,7 +1281,7 @@ def main(argv=None):
             batch=(int, 12, "windows in a step"), iters=(int, 40, "timed steps"), warmup=(int, 5, "steps before them"),
             rounds=(int, 3, "alternating runs of each model"), device=(str, "auto", "auto | cuda | cpu"), threads=(int, 1, "CPU threads"),
             compile=(str, "auto", "auto (on cuda) | on | off"), dtype=(str, "auto", "auto (bfloat16 on cuda) | float32"),
-            optimizer=(str, "adamw", "adamw | muon"), objectives=(str, "ar,mdm", "which of ours"), objective=(str, "ar", argparse.SUPPRESS),
+            optimizer=(str, "adamw", "adamw | muon"), sdpa=(str, "default", "attention kernel on a GPU: default (torch's choice) | cudnn | flash"), objectives=(str, "ar,mdm", "which of ours"), objective=(str, "ar", argparse.SUPPRESS),
             vs=(str, None, "folder of a nanoGPT checkout to run beside"), child=(bool, None, argparse.SUPPRESS), peer=(str, None, argparse.SUPPRESS))
     command("moe", bench_moe, device=(str, "auto", "auto | cuda | cpu"), threads=(int, 1, "CPU threads"), repeat=(int, 12, "timed calls"),
             steps=(int, 2000, "of the balance run"), out=(str, "out/moe", "folder of its two runs"))

@@ -48,10 +48,10 @@ def ar_loss(f, x, bos_id, inputs=None, reduction="mean"):
 
 def corrupt(x, mask_id, input_mask=0.0, token_noise=0.0, generator=None):
     """Regularisation of AR inputs (Ni et al. 2511.03276; 2606.16246): each token becomes the mask token with probability
-    `input_mask`, or a uniformly random one with probability `token_noise`. x (B, T) on the CPU -> a corrupted copy.
+    `input_mask`, or a uniformly random one with probability `token_noise`. x (B, T), on any device -> a corrupted copy.
     Call it on the whole global batch with a CPU generator seeded by (seed, step): ranks and micro-batches then agree."""
-    u = torch.rand(x.shape, generator=generator)
-    random = torch.randint(mask_id, x.shape, generator=generator)
+    u = torch.rand(x.shape, generator=generator).to(x.device)
+    random = torch.randint(mask_id, x.shape, generator=generator).to(x.device)
     return torch.where(u < input_mask, mask_id, torch.where(u < input_mask + token_noise, random, x))
 
 

@@ -348,8 +348,8 @@ def load_model(path, which="best", device="cpu"):
 def pick_device(name):
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if torch.device(name).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: torch sees no CUDA device here, use --device cpu")
+    if torch.device(name).type == "cuda" and (torch.device(name).index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: torch sees {torch.cuda.device_count() or 'no'} CUDA devices here, use --device cpu")
     return name
 
 
@@ -386,8 +386,8 @@ def train(given, log=print):
     # ---- processes, device, number format
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = pick_device(flags["device"])
-    if device == "cuda":
-        device = f"cuda:{local}"
+    if device.startswith("cuda"):
+        device = f"cuda:{local}" if device == "cuda" else device
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     own_group = world > 1 and not torch.distributed.is_initialized()
@@ -513,13 +513,15 @@ def train(given, log=print):
         """Adds up the gradient of the whole batch; returns its mean loss (a device tensor, nats per token) by objective."""
         gen = torch.Generator().manual_seed((flags["seed"] << 32) + step)              # the noise of the whole global batch
         starts, noise = windows.starts(step * B, B), diffusion.mdm_noise(B * T // block, block, generator=gen)
+        if cuda:                                                                       # from pageable memory the copy waits for the GPU
+            starts, noise = starts.pin_memory(), [a.pin_memory() for a in noise]
         losses, until = torch.zeros(2, device=device), flags["dense_steps"] + flags["indexer_warmup"]
         stage = "dense" if step < flags["dense_steps"] else "warmup" if step < until else "sparse"
         for mixer in indexed:                                                          # DeepSeek-V3.2's stages of training
             mixer.stage = stage
         x = inputs = windows.read(starts)                                              # (B, T)
         if flags["input_mask"] or flags["token_noise"]:
-            inputs = diffusion.corrupt(x.cpu(), mask, flags["input_mask"], flags["token_noise"], gen).to(device)
+            inputs = diffusion.corrupt(x, mask, flags["input_mask"], flags["token_noise"], gen)
         for kind, rows in parts:
             r = slice(rows.start, rows.stop)
             with autocast:
@@ -570,10 +572,11 @@ def train(given, log=print):
     def leaving():
         """0: go on, 1: time is up, 2: a signal came. Processes decide together, at log steps, or one would wait for ever."""
         late = flags["max_minutes"] is not None and seconds - spent >= 60 * flags["max_minutes"]
-        flag = torch.tensor(2 if stop else int(late), device=device)
+        flag = 2 if stop else int(late)                                                # on the host: a tensor would wait for every step
         if world > 1:
             if step % flags["log_every"]:
                 return 0
+            flag = torch.tensor(flag, device=device)
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
         return int(flag)
 
