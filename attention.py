@@ -95,6 +95,8 @@ def softmax_attention(q, k, v, causal=True, window=None, sink=None, scale=None, 
     so that a head can attend to no token (gpt-oss). scale defaults to D ** -0.5.
     """
     T, S = q.size(-2), k.size(-2)
+    if window is not None and mask is None and sink is None and q.is_cuda and T == S > 2 * max(window, 128) and min(q.size(-1), v.size(-1)) >= 16:
+        return flex_window_attention(q, k, v, causal, window, scale)
     if window is not None and mask is None and S > 2 * max(window, 128):
         # A stretch of queries at a time against the keys around it: O(T window), and never a (T, S) mask.
         t, step, y = torch.arange(S, device=q.device), max(window, 128), []
@@ -127,6 +129,23 @@ def softmax_attention(q, k, v, causal=True, window=None, sink=None, scale=None, 
     scores = scores.masked_fill(~mask, -math.inf)
     null = sink.float().view(1, -1, 1, 1).expand(q.size(0), -1, T, 1)
     return torch.cat([scores, null], dim=-1).softmax(dim=-1)[..., :-1].to(v.dtype) @ v[..., :Dv]
+
+
+def flex_window_attention(q, k, v, causal, window, scale):
+    """A sliding window by FlexAttention: only the tiles of 128 x 128 that the band touches. T = S; mask_mod makes it exact."""
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+    T = q.size(2)
+    tile = torch.arange(-(-T // 128), device=q.device)
+    first = (tile * 128 - window + 1).clamp(min=0) // 128
+    last = tile if causal else ((tile * 128 + 126 + window) // 128).clamp(max=len(tile) - 1)
+    index = (first[:, None] + tile) % len(tile)                                        # all columns: flex transposes it
+
+    def mask_mod(b, h, t, s):
+        return (t - s < window) & ((t >= s) if causal else (s - t < window))
+    mask = BlockMask.from_kv_blocks((last - first + 1)[None, None].int(), index[None, None].int(), BLOCK_SIZE=128, mask_mod=mask_mod,
+                                    seq_lengths=(T, T))
+    flex = compiled_flex() if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
+    return flex(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.size(1) != k.size(1))
 
 
 def rotary(x, pos, dim=None, base=10_000.0, interleaved=False):
@@ -441,8 +460,10 @@ class MLA(nn.Module):
 # so do neighbouring queries, sel (B, H_kv, ceil(T / tile), NB): the keys of a tile become one dense matrix. Such a pick
 # has looked at every query of the tile, so the layers share picks only where nothing is causal.
 
-def row_slices(T, step=1024):
-    """Slices of the queries: what takes (T, S) memory runs `step` queries at a time."""
+def row_slices(T, step=1024, cuda=False):
+    """Slices of the queries: what takes (T, S) memory runs `step` queries at a time; more on a GPU, where a compiled graph
+    holds every slice."""
+    step = 4 * step if cuda else step
     return [slice(i, min(i + step, T)) for i in range(0, T, step)]
 
 
@@ -480,7 +501,7 @@ def block_sparse_attention(q, k, v, sel, block_size, causal=True, tile=1, limit=
     q = q.unflatten(1, (Hkv, -1)).flatten(0, 1)                                        # groups as rows: one mask each
     k, v = (a.flatten(0, 1).unsqueeze(1) for a in (k, v))                              # (B Hkv, 1, S, D)
     y, slots = [], torch.arange(S, device=q.device)
-    for rows in row_slices(T):
+    for rows in row_slices(T, cuda=q.is_cuda):
         mask = sel[:, :, rows].repeat_interleave(block_size, dim=3)[..., :S] & (slots < limit[:, None, rows, None])
         y.append(softmax_attention(q[:, :, rows], k, v, mask=mask.flatten(0, 1).unsqueeze(1), scale=scale))
     return torch.cat(y, dim=2).unflatten(0, (B, Hkv)).flatten(1, 2)
@@ -573,7 +594,7 @@ def select_blocks(score, slots, limit, n_blocks, block, topk, init=0, local=1, t
     count among the topk. The queries of a tile add up their scores, and force what any of them forces.
     """
     sel, j = [], torch.arange(n_blocks, device=slots.device)
-    for rows in row_slices(slots.size(1), max(1024 // tile, 1) * tile):
+    for rows in row_slices(slots.size(1), max(1024 // tile, 1) * tile, slots.is_cuda):
         s, at, lim = score(rows), slots[:, rows], limit[:, rows]
         first = last = own = torch.minimum(at, lim - 1) // block
         if tile > 1:
@@ -785,7 +806,7 @@ class NSA(BlockSparse):
         no_mask("nsa", mask)
         slots = new_slots(x, cache)
         q, k, v = self.project(x, slots if pos is None else pos)
-        (k, v), limit, _ = see({"k": k, "v": v}, slots, causal, cache, commit, valid, self.block)
+        (k, v), limit, plain = see({"k": k, "v": v}, slots, causal, cache, commit, valid, self.block)
         place = self.window_pos.to(k.dtype)
         ck = self.compress(lambda w: self.k_compress((w + place[0]).flatten(-2)), "ck", k, slots, cache)
         cv = self.compress(lambda w: self.v_compress((w + place[1]).flatten(-2)), "cv", v, slots, cache)
@@ -794,7 +815,8 @@ class NSA(BlockSparse):
         sel, tile = self.select(lambda r: compressed_scores(q[:, :, r], ck, limit[:, r], k.size(2), self.block, self.size,
                                                             self.stride, "sum"), slots, limit, k.size(2), causal)
         selected = block_sparse_attention(q, k, v, sel, self.block, causal, tile, limit, self.most)
-        near = window_attention(q, k, v, slots, limit, self.window, causal)
+        near = softmax_attention(q, k, v, causal, self.window) if plain and x.is_cuda else \
+            window_attention(q, k, v, slots, limit, self.window, causal)
         gate = torch.sigmoid(self.branch_proj(x)).unflatten(-1, (3, self.H, 1)).permute(2, 0, 3, 1, 4)     # (3, B, H, T, 1)
         return self.output(gate[0] * compressed + gate[1] * selected + gate[2] * near, x)
 
@@ -890,7 +912,7 @@ class MSA(BlockSparse):
             sel, tile = self.select(score, slots, limit, len(s), causal)
         if aux is not None and self.stage != "dense":
             kl, t = [], torch.arange(x.size(1), device=x.device)
-            for r in row_slices(len(t)):
+            for r in row_slices(len(t), cuda=x.is_cuda):
                 mask = (s < limit[:, r, None]).unsqueeze(1)                            # (b, 1, t, S)
                 if not dense:
                     mask = mask & sel[:, :, t[r] // tile][..., s // self.block]        # (B, Hkv, t, S)
@@ -953,7 +975,7 @@ class DSA(MLA):
 
         def attention(q, k, v, scale):                             # naive: k has all heads; absorbed: one, the latent
             y, kl = [], []
-            for r in row_slices(x.size(1)) if learn or not dense else ():
+            for r in row_slices(x.size(1), cuda=x.is_cuda) if learn or not dense else ():
                 score = lightning_scores(qi[:, :, r], ki, w[:, r])                             # (B, 1, t, S)
                 mask = (s < limit[:, r, None]).unsqueeze(1)
                 if not dense:                                      # bidirectional: the own token is always read

@@ -35,12 +35,21 @@ import diffusion
 import prepare
 import sample
 import train
-from attention import (ATTENTION, block_sparse_attention, compressed_scores, delta_rule, delta_rule_recurrent,
+from attention import (ATTENTION, block_sparse_attention, compressed_scores, delta_rule, delta_rule_recurrent, flex_window_attention,
                        index_block_scores, indexer_kl, inverse_of_one_minus, lightning_scores, linear_attention,
                        linear_attention_recurrent, select_blocks, softmax_attention, top_k, visible, window_attention, windows)
 from model import LM, PRESETS, ModelConfig, MoE, activate, from_preset, override, parse_layers
 
 torch.set_num_threads(1)
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")                            # for the bit-exact resume on a GPU
+
+
+@pytest.fixture(autouse=True)
+def cpu_only(request, monkeypatch):
+    """Where there is a GPU, `auto` would choose it: only the tests marked gpu may see it."""
+    if "gpu" not in request.keywords:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # attention.py: helpers and the contract of every layer
@@ -355,37 +364,24 @@ def test_block_sparse_gradcheck(path):
     assert torch.autograd.gradcheck(lambda *a: block_sparse_attention(*a, sel, 2, path=path), (q, k, v))
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("block", (64, 128))
-def test_flex_on_cuda(block):
-    """Forward and backward against the dense mask; sel made by a scatter in the same compiled graph, the CPU's silent bug."""
-    torch.manual_seed(0)
-    B, H, h, T, D = 1, 8, 2, 1000, 64
-    q, k, v, w = (torch.randn(B, n, T, D, device="cuda", requires_grad=True) for n in (H, h, h, H))
-    n, slots = -(-T // block), torch.arange(T, device="cuda")[None]
-    scores = torch.randn(B, h, T, n, device="cuda")
-
-    def run(q, k, v, path):
-        sel = select_blocks(lambda r: scores[:, :, r], slots, slots + 1, n, block, 4)
-        return block_sparse_attention(q, k, v, sel, block, path=path)
-    for f in (run, torch.compile(run, dynamic=False)):
-        out = []
-        for path in ("dense", "flex"):
-            y = f(q, k, v, path)
-            out.append([y, *torch.autograd.grad((y * w).sum(), (q, k, v))])
-        for a, b in zip(*out):
-            torch.testing.assert_close(a, b, rtol=0, atol=2e-2 if torch.backends.cuda.matmul.allow_tf32 else 2e-3)
-
-
 def test_window_attention_is_the_masked_one():
     torch.manual_seed(0)
     for T, window, causal in itertools.product((1, 31, 300), (1, 6, 200), (True, False)):
-        q, k, v = torch.randn(3, 1, 2, T, 8)
+        q, k, v = torch.randn(3, 1, 2, T, 16)
         slots = torch.arange(T)[None]
         limit = slots + 1 if causal else torch.full_like(slots, T)
         torch.testing.assert_close(window_attention(q, k, v, slots, limit, window, causal),
                                    softmax_attention(q, k, v, causal, window), rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("window", (1, 64, 128, 129, 300))
+def test_flex_window_is_the_masked_one(window):
+    """Its forward pass, which the CPU has too: which tiles the band touches, grouped heads, T no multiple of a tile."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 4, 700, 16), torch.randn(1, 2, 700, 16), torch.randn(1, 2, 700, 16)
+    for causal in (True, False):
+        torch.testing.assert_close(flex_window_attention(q, k, v, causal, window, None), softmax_attention(q, k, v, causal, window), rtol=0, atol=1e-5)
 
 
 # --- choosing
@@ -3062,3 +3058,106 @@ def test_arithmetic_and_tools_end_to_end(tmp_path, monkeypatch, runs, capsys):
     for run in ("ar-2", "block-2"):
         assert sample.main([f"out/tools/{run}", "--prompt", "2+(3*4)? <tool>2+", "--tool", "calculator", "--max_new_tokens", "20"]) == 0
         assert "never closed" in capsys.readouterr().err
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On a GPU: python -m pytest test_all.py -m gpu
+
+def on_gpu(test):
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")(test))
+
+
+def same_gradients(a, b, inputs, atol):
+    """Outputs of two functions of the inputs, and gradients of a random scalar of them, to atol of the largest."""
+    out = []
+    for f in (a, b):
+        y = f(*inputs)
+        w = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+        out.append([y, *torch.autograd.grad((y * w).sum(), inputs)])
+    for x, y in zip(*out):
+        torch.testing.assert_close(x.float(), y.float(), rtol=0, atol=atol * y.abs().max().item())
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("block", (64, 128))
+def test_flex_on_cuda(block, dtype):
+    """Forward and backward against the dense mask; sel made by a scatter in the same compiled graph, the CPU's silent bug."""
+    torch.manual_seed(0)
+    B, H, h, T, D = 1, 8, 2, 1000, 64
+    inputs = [torch.randn(B, n, T, D, device="cuda", dtype=dtype, requires_grad=True) for n in (H, h, h)]
+    n, slots = -(-T // block), torch.arange(T, device="cuda")[None]
+    scores = torch.randn(B, h, T, n, device="cuda")
+
+    def run(q, k, v, path):
+        sel = select_blocks(lambda r: scores[:, :, r], slots, slots + 1, n, block, 4)
+        return block_sparse_attention(q, k, v, sel, block, path=path)
+    torch._dynamo.reset()
+    for f in (run, torch.compile(run, dynamic=False)):
+        same_gradients(lambda *a: f(*a, "flex"), lambda *a: run(*a, "dense"), inputs, 2e-2 if dtype == torch.bfloat16 else 2e-3)
+
+
+@on_gpu
+def test_windows_on_cuda():
+    """The flex path of a sliding window, forward and backward, against the mask."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, n, 700, 64, device="cuda", requires_grad=True) for n in (4, 2, 2)]
+    t = torch.arange(700, device="cuda")
+    for causal, window in itertools.product((True, False), (100, 200)):
+        same_gradients(lambda *a: softmax_attention(*a, causal, window), lambda *a: softmax_attention(*a, mask=visible(t, t, causal, window)), inputs, 2e-3)
+
+
+@on_gpu
+@pytest.mark.parametrize("name", ATTENTION)
+def test_layers_on_cuda_equal_the_cpu(name):
+    """The same layer on both, float32: what it makes of the device shows as another number. T >= 128 takes the flex paths."""
+    layer, x = soft_layer(name, n_embd=64, sel_block=None if name == "dsa" else 16, sel_topk=4, sel_init=1, sel_local=1, dense_len=0, window=None),\
+        torch.randn(2, 300, 64)
+    expected = [layer(x, causal=causal) for causal in (True, False)]
+    layer.cuda()
+    for causal, y in zip((True, False), expected):
+        torch.testing.assert_close(layer(x.cuda(), causal=causal).cpu(), y, rtol=0, atol=1e-3)
+    cache = layer.init_cache(2, 300, "cuda")
+    with torch.no_grad():
+        y = torch.cat([layer(part, cache=cache) for part in x.cuda().split([290, 1, 1, 8], dim=1)], dim=1)
+    torch.testing.assert_close(y.cpu(), expected[0], rtol=0, atol=1e-3)
+
+
+@on_gpu
+def test_grouped_experts_on_cuda():
+    """bf16, its own kernel, an expert without tokens, against every expert for every token."""
+    moe = make_moe(n_expert=16, n_expert_active=4, expert_inner=32, router_bias_step=0.0).cuda().bfloat16()
+    moe.bias[3] = -10
+    moe.bias[5] = 10
+    x = torch.randn(1, 200, 32, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
+    def run(path):
+        return lambda x: getattr(moe, path)(x[0], moe.expert_up, moe.expert_down, *moe.route(x[0])[:2])
+    same_gradients(run("grouped"), run("every"), [x], 3e-2)
+    same_gradients(torch.compile(lambda x: moe(x), dynamic=False, fullgraph=True), moe, [x], 3e-2)
+
+
+@on_gpu
+@pytest.mark.parametrize("preset, objective", [("gpt2", "ar"), ("gpt2", "mdm"), ("qwen3-next", "ar")])
+def test_compiled_training_on_cuda(preset, objective, dataset, tmp_path):
+    """bf16: the compiled run's losses are the eager one's, and its speed is below the GPU's peak."""
+    lines, runs = [], []
+    for compiled in ("off", "on"):
+        torch._dynamo.reset()
+        runs.append(go(dataset, tmp_path / compiled, log=lines.append, preset=preset, objective=objective, compile=compiled, device="cuda",
+                       n_layer=4, n_embd=64, block_size=64, batch_tokens=256, **(dict(set=["n_expert=16"]) if preset != "gpt2" else {})))
+    np.testing.assert_allclose([r["loss"] for r in runs[0]["evals"]], [r["loss"] for r in runs[1]["evals"]], atol=0.03)
+    assert all(0 <= float(m) < 100 for m in re.findall(r"mfu ([\d.]+)%", "\n".join(map(str, lines))))
+
+
+@on_gpu
+def test_resume_on_cuda_is_bit_exact(dataset, tmp_path, monkeypatch):
+    """With torch's deterministic algorithms; dropout too, whose random state lives on the GPU."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        how = dict(device="cuda", compile="off", dropout=0.1, objective="mdm")
+        whole = go(dataset, tmp_path / "whole", **how)
+        go_until(7, dataset, tmp_path / "cut", **how)
+        resumed = go(dataset, tmp_path / "cut", resume="auto", **how)
+        assert history(tmp_path / "cut") == history(tmp_path / "whole") and same_weights(whole, resumed)
+    finally:
+        torch.use_deterministic_algorithms(False)
