@@ -3,6 +3,8 @@
     crossover   the main one: AR against masked diffusion on the same few unique tokens, for many epochs
     train       training speed and memory, also beside a nanoGPT checkout
     attention   every layer: time and memory against length, keys read, cache
+    context     time of one decoded token against the tokens in the cache
+    sparse      block-sparse attention at a published shape, with and without selection
     quality     the same small model with every mixer, AR and diffusion
     moe         mixture of experts: speed against dense, load with and without balancing, experts and topics
     tools       a calculator inside an answer, AR and block diffusion
@@ -41,7 +43,7 @@ import diffusion
 import prepare
 import sample
 import train
-from attention import ATTENTION
+from attention import ATTENTION, block_sparse_attention, compressed_scores, select_blocks, windows as key_windows
 from model import LM, MLP, PRESETS, ModelConfig, MoE, from_preset, override
 
 HERE = Path(__file__).resolve().parent
@@ -347,8 +349,8 @@ def throughput(args):
             loss_of = lambda x, noise: diffusion.ar_loss(lm, x[:, :T], lm.mask_id)
         else:
             loss_of = lambda x, noise: diffusion.mdm_loss(lm, x[:, :T], lm.mask_id, noise=noise)
-    if args.compile == "on" or args.compile == "auto" and cuda:
-        loss_of = torch.compile(loss_of, dynamic=False, fullgraph=not args.peer)
+    if args.compile in ("on", "graphs") or args.compile == "auto" and cuda:
+        loss_of = torch.compile(loss_of, dynamic=False, fullgraph=not args.peer, mode="reduce-overhead" if args.compile == "graphs" else None)
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=cuda and args.dtype != "float32")
     gen, ticks = torch.Generator().manual_seed(0), []
     pin = (lambda a: a.pin_memory()) if cuda else lambda a: a
@@ -829,15 +831,21 @@ def gpu(args):
     if not torch.cuda.is_available():
         raise ValueError("torch sees no CUDA device here: run this on a machine with an NVIDIA GPU")
     study, speed = "bench.py crossover --scale gpu --results {r}", "bench.py train --rounds 1 --batch 64 --results {r}"
+    small = "--preset small --block_size 512 --vocab_size 4096 --iters 40"
     queue = [   # file that the entry leaves, command
-        ("gpu_tests.txt", "-m pytest test_all.py -q -m gpu"),
+        ("gpu_tests.txt", "-m pytest test_all.py -q -x -m gpu"),
         ("train_cuda.json", f"{speed} --preset gpt2 --iters 20"),
         ("train_cuda_width128.json", f"{speed} --preset gpt2 --n_head 6 --iters 20 --name train_cuda_width128"),
-        ("train_cuda_10M.json", f"{speed} --preset small --n_layer 6 --n_head 6 --n_embd 384 --block_size 512 --vocab_size 4096 "
-                                "--iters 40 --name train_cuda_10M"),
+        ("train_cuda_10M.json", f"{speed} {small} --n_layer 6 --n_head 6 --n_embd 384 --name train_cuda_10M"),
+        ("train_cuda_10M_graphs.json", f"{speed} {small} --n_layer 6 --n_head 6 --n_embd 384 --compile graphs --name train_cuda_10M_graphs"),
+        ("train_cuda_40M.json", f"{speed} {small} --n_layer 12 --n_head 8 --n_embd 512 --name train_cuda_40M"),
+        ("train_cuda_cudnn.json", f"{speed} --preset gpt2 --n_head 6 --iters 20 --objectives ar --sdpa cudnn --name train_cuda_cudnn"),
+        ("train_cuda_flash.json", f"{speed} --preset gpt2 --n_head 6 --iters 20 --objectives ar --sdpa flash --name train_cuda_flash"),
         ("crossover_U1M.json", f"{study} --arms ar,mdm,'ar wd 0.8' --name crossover_U1M"),
         ("crossover_U1M_seeds.json", f"{study} --seeds 3 --name crossover_U1M_seeds"),
         ("decode_gpu.json", "bench.py decode --results {r}"),
+        ("context_cuda.json", "bench.py context --results {r}"),
+        ("sparse_cuda.json", "bench.py sparse --results {r}"),
         ("attention_cuda.json", "bench.py attention --lengths 2048,4096,8192,16384,32768,65536 --n_head 16 --head_dim 128 --results {r}"),
         ("crossover_U2M.json", f"{study} --unique_tokens 2000000 --name crossover_U2M"),
         ("moe_cuda.json", "bench.py moe --results {r}"),
@@ -846,15 +854,17 @@ def gpu(args):
     end, todo = time.time() + 60 * args.minutes, [(f, c) for f, c in queue if not (Path(args.results) / f).exists()]
     for file, command in todo:
         left = end - time.time()
-        if left < 20:
+        if left < 60:                                                                  # compiling alone takes that
             break
         print(f"\n=== {file}: {command}   ({train.clock(left)} left)", flush=True)
         p = subprocess.Popen([sys.executable, *shlex.split(command.format(r=args.results))], cwd=HERE, start_new_session=True)
-        try:
-            p.wait(timeout=left - 10)
-        except subprocess.TimeoutExpired:
-            os.killpg(p.pid, signal.SIGINT)                                            # runs save and go on at the next call
-            p.wait()
+        for patience, number in ((left - 40, signal.SIGINT), (30, signal.SIGKILL)):    # runs save and go on at the next call
+            try:
+                p.wait(timeout=patience)
+                break
+            except subprocess.TimeoutExpired:
+                os.killpg(p.pid, number)
+        p.wait()
         if p.returncode == 0 and file.endswith(".txt"):
             (Path(args.results) / file).write_text(f"passed on {device_name('cuda')}, torch {torch.__version__}\n")
     missing = [f for f, _ in queue if not (Path(args.results) / f).exists()]
@@ -897,19 +907,33 @@ SWEEP = {
 }
 
 
+def measured_points(file, args):
+    """results/FILE.points.jsonl, what an interrupted run has measured, and its rows; it lies there so that it travels along."""
+    points = Path(args.results) / f"{file}.points.jsonl"
+    points.parent.mkdir(parents=True, exist_ok=True)
+    return points, [json.loads(line) for line in points.read_text().splitlines()] if points.exists() else []
+
+
 def bench_attention(args):
     """Every layer: forward and forward+backward against length, ratio to `full` in the same run, keys read, cache."""
     device = train.pick_device(args.device)
     cuda = device.startswith("cuda")
     dtype = torch.bfloat16 if cuda else torch.float32
     torch.set_num_threads(args.threads)
-    names = args.layers.split(",") if args.layers else list(SWEEP)
+    names = args.layers.split(",") if args.layers else list(SWEEP) + ["full cudnn", "full flash"] * cuda
     lengths, rows = [int(t) for t in args.lengths.split(",")], []
     C, H = args.n_head * args.head_dim, args.n_head
+    file = args.name or f"attention_{torch.device(device).type}" + "_bidirectional" * args.bidirectional
+    points, done = measured_points(file, args)
     for T in lengths:
         for name in ["full"] + [n for n in names if n != "full"]:
-            kind = name.split()[0]
+            row = next((r for r in done if (r["layer"], r["T"]) == (name, T)), None)
+            if row is not None:
+                rows += [row] if "both_ms" in row else []
+                continue
+            kind, _, kernel = name.partition(" ")
             layer = ATTENTION[kind](override(ModelConfig(n_embd=C, n_head=H, n_layer=1, block_size=T), SWEEP.get(name, {}))).to(device, dtype)
+            torch._dynamo.reset()                                                      # else after 8 shapes of one class it quietly runs eagerly
             run = torch.compile(layer, dynamic=False) if cuda else layer
             x = torch.randn(1, T, C, device=device, dtype=dtype, requires_grad=True)
 
@@ -922,13 +946,16 @@ def bench_attention(args):
                 x.grad = None
                 (run(x, causal=not args.bidirectional) * 1.1).sum().backward()
             try:
-                if cuda:
-                    both()
-                    torch.cuda.reset_peak_memory_stats()
-                times = [seconds_of(f, device, args.repeat) for f in (forward, both)]
+                with sdpa_kernel(SDPA[kernel][:1]) if kernel in SDPA else contextlib.nullcontext():   # this one or none
+                    if cuda:
+                        both()
+                        torch.cuda.reset_peak_memory_stats()
+                    times = [seconds_of(f, device, args.repeat) for f in (forward, both)]
                 peak = torch.cuda.max_memory_allocated() / 2 ** 20 if cuda else None
             except torch.OutOfMemoryError:
                 print(f"{name} at T = {T}: out of memory")
+                with points.open("a") as f:
+                    f.write(json.dumps({"layer": name, "T": T}) + "\n")
                 continue
             dense = next((r for r in rows if r["layer"] == "full" and r["T"] == T), None)
             ms = [1e3 * t for t in times]
@@ -936,6 +963,8 @@ def bench_attention(args):
                          "both_vs_full": dense["both_ms"] / ms[1] if dense else 1.0, "reads": layer.reads(T, not args.bidirectional),
                          "cache_bytes_per_token": layer.cache_bytes(T, torch.bfloat16) / T,
                          "cache_vs_mha": layer.cache_bytes(T, torch.bfloat16) / (4 * C * T), "peak_mib": peak})
+            with points.open("a") as f:
+                f.write(json.dumps(rows[-1]) + "\n")
             print(f"T {T:6d} {name:<16} forward {ms[0]:9.1f} ms  forward+backward {ms[1]:9.1f} ms  ({rows[-1]['both_vs_full']:.2f}x full)", flush=True)
     last = [r for r in rows if r["T"] == lengths[-1]]
     table(last, [c for c in rows[0] if any(r[c] is not None for r in last)])
@@ -945,12 +974,141 @@ def bench_attention(args):
             slope = math.log(mine[-1]["both_ms"] / mine[-2]["both_ms"]) / math.log(mine[-1]["T"] / mine[-2]["T"])
             wins = next((r["T"] for i, r in enumerate(mine) if all(m["both_vs_full"] > 1 for m in mine[i:])), None)
             print(f"{name:<16} time ~ T^{slope:.2f} at the end; " + (f"faster than full from T = {wins}" if wins else "never faster than full here"))
-    file = args.name or f"attention_{torch.device(device).type}" + "_bidirectional" * args.bidirectional
     record(file, rows, device, args.results, heads=H, head_width=args.head_dim, threads=args.threads, settings=SWEEP,
            clock="wall" if cuda else "process CPU time", what="one whole layer, projections included, batch 1")
     plot(file, {n: ([r["T"] for r in rows if r["layer"] == n], [r["both_ms"] for r in rows if r["layer"] == n],
                     dict(marker="o", ms=3, lw=2.5 if n == "full" else 1.2)) for n in names},
          "tokens", "ms, forward + backward", f"one layer, {H} heads of {args.head_dim}, {device_name(device)}", args.results, ylog=True)
+    points.unlink(missing_ok=True)                                                     # done: the next call measures anew
+
+# ---------------------------------------------------------------------------------------------------------------------
+# context: one decode step against the length of the cache
+
+def bench_context(args):
+    """Decoding: time of one token against the tokens in the cache, each layer and batch; compiled into a CUDA graph on a GPU."""
+    device = train.pick_device(args.device)
+    cuda = device.startswith("cuda")
+    dtype = torch.bfloat16 if cuda else torch.float32
+    torch.set_num_threads(args.threads)
+    file, rows, C = args.name or f"context_{torch.device(device).type}", [], args.n_head * args.head_dim
+    points, done = measured_points(file, args)
+    for T, name, B in itertools.product((int(t) for t in args.lengths.split(",")), args.layers.split(",") if args.layers else list(SWEEP),
+                                        (int(b) for b in args.batches.split(","))):
+        row = next((r for r in done if (r["layer"], r["T"], r["batch"]) == (name, T, B)), None)
+        if row is None:
+            config = override(ModelConfig(n_embd=C, n_head=args.n_head, n_layer=1, block_size=T), SWEEP.get(name, {}))
+            layer = ATTENTION[name.split()[0]](config).to(device, dtype).eval()
+            cache, x = layer.init_cache(B, T, device, dtype), torch.randn(B, 1, C, device=device, dtype=dtype)
+            state = [a for a in vars(cache).values() if torch.is_tensor(a)]
+            for a in state:                                                            # as if T - 1 tokens had been read
+                a.normal_() if a.is_floating_point() else a.fill_(T - 1) if a is cache.pos else a.copy_(torch.arange(T - 1 - a.size(1), T - 1))
+                if cuda:
+                    torch._dynamo.mark_static_address(a)                               # else a graph copies the cache, or is not made
+            torch._dynamo.reset()
+            f = torch.compile(layer, dynamic=False, fullgraph=True, mode="reduce-overhead") if cuda else layer
+
+            def step():
+                cache.used = T - 1                                                     # the same step again, in the last slot
+                cache.pos.fill_(T - 1)
+                f(x, cache=cache)
+            try:
+                with torch.no_grad():
+                    ms = 1e3 * seconds_of(step, device, args.repeat)
+            except torch.OutOfMemoryError:
+                ms = None
+            row = dict(layer=name, T=T, batch=B, ms=ms, tok_per_s=B / ms * 1e3 if ms else None, cache_mib=B * layer.cache_bytes(T, dtype) / 2 ** 20)
+            with points.open("a") as out:
+                out.write(json.dumps(row) + "\n")
+            print(f"T {T:6d} {name:<16} batch {B:3d}: " + (f"{ms:8.3f} ms" if ms else "out of memory"), flush=True)
+        rows.append(row)
+    table(rows, list(rows[0]))
+    record(file, rows, device, args.results, heads=args.n_head, head_width=args.head_dim, threads=args.threads, settings=SWEEP,
+           clock="wall" if cuda else "process CPU time", what="one layer, projections included")
+    points.unlink(missing_ok=True)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sparse: block-sparse attention at a published shape
+
+def flex_dense(q, k, v):
+    """Causal attention of all tokens by the same FlexAttention as the sparse one, whole tiles below the diagonal without a mask."""
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+    tile = torch.arange(q.size(2) // 128, dtype=torch.int32, device=q.device)
+    one, index = torch.ones_like(tile)[None, None], tile.expand(len(tile), -1)
+    mask = BlockMask.from_kv_blocks(one, ((tile[:, None] + tile) % len(tile))[None, None].int(), tile[None, None], index[None, None].contiguous(),
+                                    BLOCK_SIZE=128, mask_mod=lambda b, h, t, s: t >= s, seq_lengths=(q.size(2), k.size(2)))
+    return flex_attention(q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1))
+
+
+def sparse_arms(q, k, v, block, topk):
+    """{name: (function of q, k, v, share of the causal tiles that it visits)}; as published, half of
+    the picks are the window just before the query, and one is the first block."""
+    (B, _, T, D), h, n = q.shape, k.size(1), k.size(2) // block
+    slots, rules = torch.arange(T, device=q.device)[None], dict(init=1, local=topk // 2 + 1)
+
+    def random_picks(tile):
+        draw = lambda r: torch.rand(B, h, (r.stop - r.start) // tile, n, device=q.device).repeat_interleave(tile, dim=2)
+        return select_blocks(draw, slots, slots + 1, n, block, topk, **rules)
+
+    def density(sel):
+        tiles = sel.unflatten(3, (-1, max(128 // block, 1))).any(4).unflatten(2, (-1, 128 * h // q.size(1))).any(3)
+        return (tiles.sum() * 2 / tiles.numel()).item()
+
+    def selected(q, k, v):
+        with torch.no_grad():
+            ck = key_windows(k, torch.arange((T - 32) // 16 + 1, device=k.device).expand(B, -1), 32, 16).mean(dim=3)
+            sel = select_blocks(lambda r: compressed_scores(q[:, :, r], ck, slots[:, r] + 1, T, block, 32, 16, "max"), slots, slots + 1, n, block, topk, **rules)
+        return block_sparse_attention(q, k, v, sel, block)
+    dense = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    arms = {f"SDPA {name}": (dense, 1.0) for name in (("cudnn", "flash") if q.is_cuda else ("default",))}
+    if q.is_cuda:
+        arms["dense flex"] = flex_dense, 1.0                                           # the CPU's has no backward pass
+    for name, tile in (("sparse, picks of 64 queries alike", 64), ("sparse, picks of each at random", 1)):
+        sel = random_picks(tile)
+        arms[name] = (lambda q, k, v, sel=sel: block_sparse_attention(q, k, v, sel, block)), density(sel)
+    return arms | {"sparse with selection": (selected, None)}
+
+
+def bench_sparse(args):
+    """Block-sparse attention at InfLLM-V2's published shape against dense FlexAttention and SDPA, with and without selection."""
+    device = train.pick_device(args.device)
+    cuda = device.startswith("cuda")
+    file, rows = args.name or f"sparse_{torch.device(device).type}", []
+    points, done = measured_points(file, args)
+    for T in (int(t) for t in args.lengths.split(",")):
+        B = max(1, args.tokens // T)
+        shape = lambda heads: (B, heads, T, args.head_dim)
+        q, k, v = (torch.randn(shape(n), device=device, dtype=torch.bfloat16 if cuda else torch.float32, requires_grad=True)
+                   for n in (args.n_head, args.n_kv_head, args.n_kv_head))
+        for name, (f, density) in sparse_arms(q, k, v, args.block, args.topk).items():
+            row = next((r for r in done if (r["what"], r["T"]) == (name, T)), None)
+            if row is None:
+                torch._dynamo.reset()
+                run, kernel = torch.compile(f, dynamic=False) if cuda else f, name.removeprefix("SDPA ")
+
+                def both():
+                    q.grad = k.grad = v.grad = None
+                    (run(q, k, v) * 1.1).sum().backward()
+
+                def forward():
+                    with torch.no_grad():
+                        run(q, k, v)
+                with sdpa_kernel(SDPA[kernel][:1]) if kernel in ("cudnn", "flash") else contextlib.nullcontext():
+                    ms = [1e3 * seconds_of(g, device, args.repeat + 1) for g in (forward, both)]    # the first call compiles
+                row = dict(what=name, T=T, batch=B, forward_ms=ms[0], both_ms=ms[1], tiles_visited=density)
+                with points.open("a") as out:
+                    out.write(json.dumps(row) + "\n")
+                print(f"T {T:6d} {name:<34} forward {ms[0]:9.1f} ms  forward+backward {ms[1]:9.1f} ms", flush=True)
+            rows.append(row)
+        mine = [r for r in rows if r["T"] == T]
+        base = {"flex": [r for r in mine if r["what"] == "dense flex"], "sdpa": [r for r in mine if r["what"].startswith("SDPA")]}
+        for r in mine:
+            for label, dense in base.items():
+                for key in ("forward", "both") if dense else ():
+                    r[f"{key}_vs_{label}"] = min(d[f"{key}_ms"] for d in dense) / r[f"{key}_ms"]
+    table(rows, list(rows[-1]))
+    record(file, rows, device, args.results, heads=args.n_head, kv_heads=args.n_kv_head, head_width=args.head_dim, block=args.block, picks=args.topk,
+           clock="wall" if cuda else "process CPU time", columns="_vs_flex, _vs_sdpa: times faster than dense FlexAttention, than the best SDPA kernel")
+    points.unlink(missing_ok=True)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # quality: the same small model with every mixer
@@ -1280,7 +1438,7 @@ def main(argv=None):
     command("train", bench_train, preset=(str, "gpt2", "model"), **shape, vocab_size=(int, None, "default: the preset's"),
             batch=(int, 12, "windows in a step"), iters=(int, 40, "timed steps"), warmup=(int, 5, "steps before them"),
             rounds=(int, 3, "alternating runs of each model"), device=(str, "auto", "auto | cuda | cpu"), threads=(int, 1, "CPU threads"),
-            compile=(str, "auto", "auto (on cuda) | on | off"), dtype=(str, "auto", "auto (bfloat16 on cuda) | float32"),
+            compile=(str, "auto", "auto (on cuda) | on | off | graphs (on, with CUDA graphs)"), dtype=(str, "auto", "auto (bfloat16 on cuda) | float32"),
             optimizer=(str, "adamw", "adamw | muon"), sdpa=(str, "default", "attention kernel on a GPU: default (torch's choice) | cudnn | flash"), objectives=(str, "ar,mdm", "which of ours"), objective=(str, "ar", argparse.SUPPRESS),
             vs=(str, None, "folder of a nanoGPT checkout to run beside"), child=(bool, None, argparse.SUPPRESS), peer=(str, None, argparse.SUPPRESS))
     command("moe", bench_moe, device=(str, "auto", "auto | cuda | cpu"), threads=(int, 1, "CPU threads"), repeat=(int, 12, "timed calls"),
@@ -1290,6 +1448,12 @@ def main(argv=None):
     command("attention", bench_attention, device=(str, "auto", "auto | cuda | cpu"), threads=(int, 1, "CPU threads"), repeat=(int, 3, "timed calls"),
             layers=(str, None, f"comma-separated, of: {', '.join(SWEEP)} (default: all)"), lengths=(str, "512,1024,2048,4096,8192", "tokens"),
             n_head=(int, 4, "heads"), head_dim=(int, 64, "width of a head"), bidirectional=(bool, None, "as a diffusion model uses it"))
+    command("context", bench_context, device=(str, "auto", "auto | cuda | cpu"), threads=(int, 1, "CPU threads"), repeat=(int, 10, "timed calls"),
+            layers=(str, None, f"comma-separated, of: {', '.join(SWEEP)} (default: all)"), lengths=(str, "1024,4096,16384,65536", "tokens in the cache"),
+            batches=(str, "1,64", "sequences"), n_head=(int, 16, "heads"), head_dim=(int, 128, "width of a head"))
+    command("sparse", bench_sparse, device=(str, "auto", "auto | cuda | cpu"), lengths=(str, "65536,32768,131072", "tokens of a sequence"),
+            tokens=(int, 262_144, "of a batch"), n_head=(int, 32, "query heads"), n_kv_head=(int, 2, "key/value heads"), head_dim=(int, 128, "width of a head"),
+            block=(int, 64, "keys in a block"), topk=(int, 64, "blocks that a query reads"), repeat=(int, 3, "timed calls"))
     command("quality", quality, mixers=(str, None, f"comma-separated, of: {', '.join(MIXERS)} (default: all)"), objectives=(str, "ar,mdm", "which"),
             dataset=(str, "docs-byte", "text"), steps=(int, 600, "of each run"), seeds=(int, 3, "number of seeds"), n_layer=(int, 4, "blocks"),
             n_embd=(int, 128, "width"), block_size=(int, 512, "window"), batch_tokens=(int, 4096, "tokens in a step"), lr=(float, 2e-3, "rate"),
