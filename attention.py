@@ -486,7 +486,8 @@ def block_sparse_attention(q, k, v, sel, block_size, causal=True, tile=1, limit=
     if limit is None:
         t = torch.arange(T, device=q.device)[None]
         limit = t + 1 + S - T if causal else torch.full_like(t, S)
-    if path is None and q.is_cuda and T >= 128 and 128 % (H // Hkv) == 0 and 0 in (block_size % 128, 128 % block_size):
+    legal = 128 % (H // Hkv) == 0 and 0 in (block_size % 128, 128 % block_size) and 16 <= min(q.size(-1), v.size(-1)) and q.size(-1) <= 256
+    if path is None and q.is_cuda and T >= 128 and legal:                              # wider heads (absorbed MLA) overflow its tiles
         path = "flex"
     if path == "gather" or path is None and (tile >= 16 or T <= 16):
         if not torch.compiler.is_compiling() and (most is None or not q.is_cuda):         # on a GPU the count would be a wait

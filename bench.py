@@ -833,7 +833,7 @@ def gpu(args):
     study, speed = "bench.py crossover --scale gpu --results {r}", "bench.py train --rounds 1 --batch 64 --results {r}"
     small = "--preset small --block_size 512 --vocab_size 4096 --iters 40"
     queue = [   # file that the entry leaves, command
-        ("gpu_tests.txt", "-m pytest test_all.py -q -x -m gpu"),
+        ("gpu_tests.txt", "-m pytest test_all.py -q -m gpu"),
         ("train_cuda.json", f"{speed} --preset gpt2 --iters 20"),
         ("train_cuda_width128.json", f"{speed} --preset gpt2 --n_head 6 --iters 20 --name train_cuda_width128"),
         ("train_cuda_10M.json", f"{speed} {small} --n_layer 6 --n_head 6 --n_embd 384 --name train_cuda_10M"),

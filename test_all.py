@@ -3059,6 +3059,44 @@ def test_arithmetic_and_tools_end_to_end(tmp_path, monkeypatch, runs, capsys):
         assert sample.main([f"out/tools/{run}", "--prompt", "2+(3*4)? <tool>2+", "--tool", "calculator", "--max_new_tokens", "20"]) == 0
         assert "never closed" in capsys.readouterr().err
 
+
+def test_gpu_queue(tmp_path, monkeypatch, capsys):
+    """Without a GPU: every command of the queue is one that bench.py understands, and leaves the file that the queue looks for."""
+    for name in ("crossover", "bench_train", "decode", "bench_context", "bench_sparse", "bench_attention", "bench_moe"):
+        monkeypatch.setattr(bench, name, lambda args, name=name: (tmp_path / f"{args.name or default[name]}.json").write_text("{}") and 0)
+    default = dict(bench_train="train_cuda", decode="decode_gpu", bench_context="context_cuda", bench_sparse="sparse_cuda", bench_attention="attention_cuda",
+                   bench_moe="moe_cuda")
+
+    def popen(command, **_):
+        if command[1] == "bench.py":
+            assert bench.main(command[2:]) == 0
+        return types.SimpleNamespace(pid=0, wait=lambda timeout=None: 0, returncode=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench, "device_name", lambda device: "none")
+    monkeypatch.setattr(bench.subprocess, "Popen", popen)
+    assert bench.main(["gpu", "--results", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("not measured yet: nothing")
+
+
+def test_bench_context_and_sparse(tmp_path, monkeypatch):
+    """They run on a CPU too, at toy sizes, and an interrupted run measures only what is missing."""
+    monkeypatch.chdir(tmp_path)
+    small = "--n_head 2 --head_dim 16 --repeat 1 --device cpu"
+    (tmp_path / "results").mkdir()
+    old = dict(layer="full", T=64, batch=1, ms=1.0, tok_per_s=1e3, cache_mib=1.0)
+    (tmp_path / "results" / "context_cpu.points.jsonl").write_text(json.dumps(old) + "\n")
+    assert bench.main(f"context --lengths 64,300 --batches 1 --layers full,msa {small}".split()) == 0
+    assert bench.main(f"sparse --lengths 512 --tokens 512 --n_kv_head 1 --topk 3 {small}".split()) == 0
+    rows = json.loads((tmp_path / "results" / "context_cpu.json").read_text())["rows"]
+    assert rows[0] == old and len(rows) == 4 and not list((tmp_path / "results").glob("*.points.jsonl"))
+    assert {r["what"] for r in json.loads((tmp_path / "results" / "sparse_cpu.json").read_text())["rows"]} >= {"SDPA default", "sparse with selection"}
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_flex_dense_is_causal_attention():
+    q, k, v = torch.randn(1, 4, 256, 16), torch.randn(1, 2, 256, 16), torch.randn(1, 2, 256, 16)
+    torch.testing.assert_close(bench.flex_dense(q, k, v), softmax_attention(q, k, v), rtol=0, atol=1e-5)
+
 # ---------------------------------------------------------------------------------------------------------------------
 # On a GPU: python -m pytest test_all.py -m gpu
 
