@@ -125,14 +125,15 @@ def mdm_loss(f, x, mask_id, form="exact", noise=None, generator=None, block_size
 
 
 def masked_nll(f, x, mask_id, masked, block_size=None, **keywords):
-    """(B, T) nats of every token of x, predicted from x with `masked` (B, T) hidden; only masked places mean something."""
-    noisy = torch.where(masked, mask_id, x)
+    """(B, T) nats of every token of x, predicted from x with `masked` (B, T) hidden; only masked places mean something.
+    A place that holds mask_id itself is hidden from all, and its own value means nothing."""
+    noisy, target = torch.where(masked, mask_id, x), x.clamp(max=mask_id - 1)
     if block_size is None:
-        return token_nll(f(noisy, causal=False, **keywords), x)
+        return token_nll(f(noisy, causal=False, **keywords), target)
     T = x.size(1)
     logits = f(torch.cat([noisy, x], dim=1), causal=False, mask=two_stream_mask(T, block_size, x.device),
                pos=torch.arange(T, device=x.device).repeat(2), **keywords)
-    return token_nll(logits[:, :T], x)                              # the second half only serves as keys
+    return token_nll(logits[:, :T], target)                         # the second half only serves as keys
 
 
 def two_stream_mask(T, block_size, device=None):
@@ -177,7 +178,7 @@ def mixed_loss(f, x, bos_id, mask_id, ar_frac, form="exact", noise=None, generat
 
 @torch.no_grad()
 def mdm_nll(f, x, mask_id, n_mc, generator=None, replicates=4, batch_size=32, block_size=None, scored=None,
-            per_row=False, **keywords):
+            per_row=False, group=None, **keywords):
     """The diffusion bound of the windows x (W, T): (nats per token, its standard error over masks), two floats.
 
     n_mc masks per window, in `replicates` R >= 4 independent replicates of n_mc/R masks per window each. Within one the
@@ -188,7 +189,11 @@ def mdm_nll(f, x, mask_id, n_mc, generator=None, replicates=4, batch_size=32, bl
     same windows and seed for all models: both then mostly cancel). All masks are drawn before the first pass, from
     `generator` (CPU; None: seed 0): the result does not depend on batch_size.
 
-    scored (W, T) bool: only these tokens are ever masked and scored, the others are context; default all.
+    scored (W, T) bool: only these tokens are ever masked and scored, the others are context; default all. Places that are
+    not scored may hold mask_id: they stay hidden.
+    group (W,) int64: windows of one number, 0, 1, ..., share their masks as far as they are scored at the same places: the
+    uniforms of each place, and the fraction that is masked. Then the difference of two endings of one context has little
+    variance, and equal endings have equal values. Default: every window has its own.
     block_size: the bound of a block-diffusion model. per_row=True: two (W,) float64 tensors instead.
     keywords: (W, T) tensors passed on to f, e.g. valid.
     """
@@ -200,15 +205,19 @@ def mdm_nll(f, x, mask_id, n_mc, generator=None, replicates=4, batch_size=32, bl
         raise ValueError(f"n_mc {n_mc} must be a multiple of the {replicates} replicates, and those at least 4")
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     N = W * T // S                                                  # blocks; an ordinary window is one block
+    group = torch.arange(W) if group is None else group
+    source = (group[:, None] * (T // S) + torch.arange(T // S)).flatten()           # (N,) whose masks a block takes
+    G = int(source.max()) + 1
     can = torch.ones(N, S, dtype=torch.bool) if scored is None else scored.cpu().reshape(N, S)
     size = can.sum(1).repeat(m)                                     # (m*N,) tokens that can be masked
     rows = torch.zeros(replicates, W, dtype=torch.float64)          # nats of each window
     for r in range(replicates):
         shift = torch.rand(1, generator=generator, dtype=torch.float64)
-        lattice = (torch.randperm(N, generator=generator) + N * torch.arange(m)[:, None]).double() / (N * m)     # (m, N)
-        n = 1 + (((lattice.flatten() + shift) % 1) * size).long()
+        lattice = (torch.randperm(G, generator=generator) + G * torch.arange(m)[:, None]).double() / (G * m)     # (m, G)
+        n = 1 + (((lattice[:, source].flatten() + shift) % 1) * size).long()
         n = torch.minimum(n, size)                                  # also: n = 0 where nothing can be masked
-        uniforms = torch.rand(m * N, S, generator=generator).masked_fill(~can.repeat(m, 1), 2.0)
+        uniforms = torch.rand(m, G, S, generator=generator)[:, source].flatten(0, 1)
+        uniforms = uniforms.masked_fill(~can.repeat(m, 1), 2.0)
         masked = smallest(uniforms, n)
         weight = (masked * (size / n.clamp(min=1))[:, None]).view(m * W, T)
         masked, window = masked.view(m * W, T), torch.arange(W).repeat(m)

@@ -135,14 +135,14 @@ class ToolCalls:
 
         def work():
             try:
-                out.append((self.tool(call), None))
-            except Exception as e:                                                     # whatever a user's tool does
+                result = self.tool(call)
+                out.append(("" if result is None else str(result).encode("utf-8", "replace").decode(), None))
+            except BaseException as e:                                                 # whatever a user's tool does
                 out.append((self.failed, f"it raised {type(e).__name__}: {e}"))
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
         thread.join(self.seconds)
-        result, why = out[0] if out else (self.failed, f"it took longer than {self.seconds:g} seconds")
-        return "" if result is None else str(result), why
+        return out[0] if out else (self.failed, f"it took longer than {self.seconds:g} seconds")
 
 
 TOOLS = {"calculator": calculator}
@@ -220,15 +220,22 @@ def generate(args, lm, tokenizer, flags):
     print(f"{sum(r.count(mask) for r in rows)} tokens in {steps} steps, {time.perf_counter() - tic:.2f} s", file=sys.stderr)
 
 
-def block_chain(lm, x, S, order):
+def block_chain(lm, x, S, order, scored=None):
     """Exact -log p of a block-diffusion model as a sampler with one token a pass: block after block, inside one in `order`.
 
-    x (N, T), T a multiple of S. (N,) nats per token. A block sees itself and the clean text before it."""
+    x (N, T), T a multiple of S. (N,) nats per token. A block sees itself and the clean text before it.
+    scored (N, T) bool: the tokens that count, the others are given; default all. Unscored places may hold the mask token."""
     T = x.size(1)
     of = torch.arange(T, device=x.device).div(S, rounding_mode="floor")
     f = lambda idx, causal: lm(idx, causal=False, mask=of[:idx.size(1), None] >= of[:idx.size(1)])
-    return sum(diffusion.chain_nll(f, x[:, :s], lm.mask_id, order, scored=(of[:s] == of[s - 1]).expand(len(x), -1))
-               for s in range(S, T + 1, S)) * S / T
+    scored = torch.ones_like(x, dtype=torch.bool) if scored is None else scored
+    nats = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    for s in range(S, T + 1, S):
+        now = scored[:, :s] & (of[:s] == of[s - 1])
+        rows = now.any(1)
+        if rows.any():
+            nats[rows] += diffusion.chain_nll(f, x[rows, :s], lm.mask_id, order, scored=now[rows]) * now[rows].sum(1)
+    return nats / scored.sum(1)
 
 
 @torch.no_grad()
