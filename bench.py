@@ -12,15 +12,20 @@
     presets     sizes and caches of the published models
     gpu         all GPU measurements, in order of value, as many as fit into --minutes
     decode      tokens/s against quality of every sampler, AR and diffusion; steps needed on arithmetic
+    choices     multiple choice by likelihood: HellaSwag, ARC, PIQA, LAMBADA files, and a probe without any file
     panel       all likelihoods of the same models: exact, bounds, chains, bits per byte
 
 Numbers go to results/NAME.json with command, versions, device and seed, pictures to results/NAME.png. The tables and
 pictures of the README come from there.
 """
 import argparse
+import bz2
 import contextlib
+import gzip
+import hashlib
 import itertools
 import json
+import lzma
 import math
 import os
 import platform
@@ -69,8 +74,9 @@ def record(name, rows, device="cpu", folder="results", **about):
     return path
 
 
-def plot(name, series, xlabel, ylabel, title="", folder="results", xlog=True, ylog=False, ylim=None, lines=()):
-    """Write results/NAME.png. series: {label: (xs, ys, style dictionary)}; lines: (axis "x"|"y", value, label)."""
+def plot(name, series, xlabel, ylabel, title="", folder="results", xlog=True, ylog=False, ylim=None, lines=(), below=()):
+    """Write results/NAME.png. series: {label: (xs, ys, style dictionary)}; lines: (axis "x"|"y", value, label).
+    below: further panels over the same x: (ylabel, series), of the same labels or others."""
     try:
         import matplotlib
         matplotlib.use("Agg")
@@ -78,14 +84,25 @@ def plot(name, series, xlabel, ylabel, title="", folder="results", xlog=True, yl
     except ImportError:
         print("no picture: matplotlib is missing (pip install matplotlib)")
         return
-    fig, ax = plt.subplots(figsize=(8, 5))
-    ax.set_prop_cycle(color=plt.get_cmap("tab10" if len(series) <= 10 else "tab20").colors)
+    fig, axes = plt.subplots(1 + len(below), 1, figsize=(8, 5 + 2 * len(below)), sharex=True, squeeze=False, height_ratios=[5] + [2] * len(below))
+    ax = axes[0, 0]
+    for panel in axes[:, 0]:
+        panel.set_prop_cycle(color=plt.get_cmap("tab10" if len(series) <= 10 else "tab20").colors)
     for label, (xs, ys, style) in series.items():
         ax.plot(xs, ys, label=label, **style)
     for i, (axis, value, label) in enumerate(lines):
         draw = ax.axvline if axis == "x" else ax.axhline
         draw(value, color="0.45", lw=1, ls=":" if axis == "x" else "--", label=label)
-    ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    ax.set(ylabel=ylabel, title=title)
+    for lower, (label, more) in zip(axes[1:, 0], below):
+        for xs, ys, style in more.values():
+            lower.plot(xs, ys, **style)
+        for axis, value, _ in lines:
+            if axis == "x":
+                lower.axvline(value, color="0.45", lw=1, ls=":")
+        lower.set_ylabel(label)
+        lower.grid(alpha=0.25)
+    axes[-1, 0].set_xlabel(xlabel)
     if xlog:
         ax.set_xscale("log")
         ax.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
@@ -230,7 +247,7 @@ def crossover(args):
         raise ValueError(f"--arms {args.arms} must hold ar and mdm, and of the others only: {', '.join(TUNED)}")
     arms = {a: known[a] for a in wanted}
     common = {k: s[k] for k in ("dataset", "unique_tokens", "n_layer", "n_head", "n_embd", "block_size", "batch_tokens", "log_every")}
-    common |= dict(schedule=args.schedule, max_minutes=s["minutes"], save_every=500, eval_windows=256)
+    common |= dict(schedule=args.schedule, max_minutes=s["minutes"], save_every=500, eval_windows=256, probe_every=1)
 
     def flags(arm, seed, lr, epochs=s["epochs"]):
         out = root / f"{arm.replace(' ', '_')}-s{seed}-lr{lr:g}" / ("" if epochs == s["epochs"] else f"annealed-{epochs}")
@@ -272,7 +289,8 @@ def crossover(args):
             rows.append(dict(arm=a, seed=seed, lr=lrs[a], best=floor.get(a, b["loss"]), best_epoch=b["epoch"], last=evals[a, seed][-1]["loss"],
                              epochs=evals[a, seed][-1]["epoch"], train=evals[a, seed][-1]["train_loss"], se=b["se"], bpb=b["bpb"],
                              measure={"ar": "exact", "mdm": "bound", "mixed": "smaller of exact and bound"}[arms[a]["objective"]],
-                             minutes=evals[a, seed][-1]["seconds"] / 60, evals=evals[a, seed]))
+                             minutes=evals[a, seed][-1]["seconds"] / 60, evals=evals[a, seed],
+                             **{k: evals[a, seed][-1].get(k) for k in ("probe_accuracy", "probe_gap")}))
         found = dict(curve=crossing(evals["ar", seed], mdm), honest=crossing(None, mdm, floor["ar"]))
         if len(pure) > 1:
             found["honest_tuned"] = crossing(None, mdm, min(pure.values()))
@@ -281,7 +299,7 @@ def crossover(args):
             print("\ntime was up before the last epoch: the same command goes on from here")
         print(f"\nseed {seed}, validation loss in nats per token (diffusion: an upper bound)")
         table([r for r in rows if r["seed"] == seed and r["arm"] != "crossing"],
-              ["arm", "measure", "lr", "best", "best_epoch", "last", "epochs", "se", "bpb", "minutes"])
+              ["arm", "measure", "lr", "best", "best_epoch", "last", "epochs", "se", "bpb", "probe_accuracy", "probe_gap", "minutes"])
         print(f"curve crossing  (diffusion below AR at the same epoch):       {tell(found['curve'], until)}")
         print(f"honest crossing (diffusion below the best AR ever reached):   {tell(found['honest'], until)}")
         if len(pure) > 1:
@@ -307,9 +325,14 @@ def crossover(args):
         c = next(r for r in rows if r["arm"] == "crossing" and r["seed"] == seed)[kind]
         if c:
             lines.append(("x", c["epoch"], f"{kind} crossing, epoch {c['epoch']:.1f}"))
+    below = []                                                                         # runs of an older version have no probe
+    for key, label in (("probe_accuracy", "true end found"), ("probe_gap", "gap, nats")):
+        probed = {a: [r for r in evals[a, seed] if key in r] for a in arms}
+        if all(probed.values()):
+            below.append((label, {a: ([r["epoch"] for r in e], [r[key] for r in e], dict(marker="o", ms=3, color=COLOUR.get(a))) for a, e in probed.items()}))
     top = max(evals["mdm", seed][0]["loss"], evals["ar", seed][0]["loss"])
     plot(name, series, "epochs over the same tokens", "nats per token",
-         f"{s['unique_tokens']:,} unique tokens of {s['dataset']}, {s['n_layer']}x{s['n_embd']}", args.results, lines=lines, ylim=(None, top * 1.05))
+         f"{s['unique_tokens']:,} unique tokens of {s['dataset']}, {s['n_layer']}x{s['n_embd']}", args.results, lines=lines, ylim=(None, top * 1.05), below=below)
     for a in ARMS:
         text = Path(runs[a, seed]["out"]) / "samples.txt"
         if text.exists():
@@ -1408,6 +1431,249 @@ def bench_panel(args):
     record(args.name or f"panel_{'gpu' if torch.cuda.is_available() else 'cpu'}", rows, device, args.results, seed=0, n_mc=args.n_mc)
 
 # ---------------------------------------------------------------------------------------------------------------------
+# choices: multiple choice by likelihood
+
+FORMS = {"ctx": ("endings", "label"), "query": ("choices", "gold"), "context": ("continuation",)}      # HellaSwag; PIQA, ARC; LAMBADA
+MEASURES = {"ar": ("exact",), "mdm": ("bound", "chain"), "block": ("bound", "chain"), "mixed": ("exact", "bound", "chain")}
+
+
+def parse_item(r):
+    """An object of one of the FORMS -> (context, its possible continuations, index of the right one). ValueError says what is wrong.
+
+    Continuations begin with a space and are tokenized on their own, as GPT-2's tokenizer would cut there. "Question: ..." is
+    followed by "Answer:", as in MosaicML's evaluation, where the files of that form come from."""
+    form = next((k for k in FORMS if isinstance(r, dict) and k in r), None)
+    if form is None or not all(k in r for k in FORMS[form]):
+        raise ValueError("is no object of the keys " + " or ".join(", ".join((k, *v)) for k, v in FORMS.items()))
+    context, answers = r[form], r[FORMS[form][0]]
+    answers = [answers] if form == "context" else answers
+    if not isinstance(context, str) or not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
+        raise ValueError(f"must have a text under '{form}' and {'a text' if form == 'context' else 'a list of texts'} under '{FORMS[form][0]}'")
+    gold = 0 if form == "context" else r[FORMS[form][1]]
+    gold = int(gold) if isinstance(gold, str) and gold.isdecimal() else gold
+    right = gold if isinstance(gold, list) else [gold] if gold not in (None, "") else []
+    answers = [a.strip() for a in answers]
+    if (len(right) != 1 or type(right[0]) is not int or not 0 <= right[0] < len(answers) or answers.count(answers[right[0]]) > 1
+            or not all(answers) or len(answers) < 2 and form != "context"):
+        raise ValueError(f"must have one right answer, all answers being different from it and none empty: '{FORMS[form][-1]}' is "
+                         f"{json.dumps(r[FORMS[form][-1]])[:40]}, and there are {len(answers)} answers")
+    context = context.rstrip()
+    context += "\nAnswer:" if form == "query" and context.startswith("Question:") else ""
+    return context, [" " * bool(context) + a for a in answers], right[0]
+
+
+def read_items(path, tokenizer, limit=None):
+    """The first `limit` lines of a .jsonl file (also .gz, .bz2, .xz): [{"context": ids, "ends": [ids, ...], "gold", "bytes"}].
+    Everything is read before anything is computed: a bad line, named with its number, never stops a long evaluation."""
+    path, items = Path(path), []
+    unpack = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(path.suffix, open)
+    with unpack(path, "rt", encoding="utf-8") as file:
+        lines = enumerate(file, 1)
+        while limit is None or len(items) < limit:
+            try:
+                n, line = next(lines, (None, None))
+                if line is None:
+                    break
+                if line.strip():
+                    context, ends, gold = parse_item(json.loads(line))
+                    items.append({"context": tokenizer.encode(context), "ends": [tokenizer.encode(e) for e in ends], "gold": gold,
+                                  "bytes": [len(e.encode()) for e in ends]})
+            except (json.JSONDecodeError, UnicodeEncodeError):
+                raise ValueError(f"{path} line {n} is no JSON object of UTF-8 text") from None
+            except (EOFError, OSError, lzma.LZMAError, UnicodeDecodeError) as e:
+                raise ValueError(f"{path} is damaged or no {path.suffix} file: {e}") from None
+            except ValueError as e:
+                raise ValueError(f"{path} line {n} {e}") from None
+    if not items:
+        raise ValueError(f"{path} holds no items")
+    return items
+
+
+def cut_item(item, T):
+    """(context, ends) that fit into a window of T tokens: the context, the same for all ends, loses its left. None if an end does not."""
+    room = T - max(map(len, item["ends"]))
+    return None if room < 0 else (item["context"][max(0, len(item["context"]) - room):], item["ends"])
+
+
+@torch.no_grad()
+def exact_nats(lm, batch):
+    """-log p of the ends of several items under an AR model. batch: [(context, ends)], the contexts of one length P.
+
+    Each context is read once, into the cache; then its rows are repeated and all ends are read side by side, padded on the
+    right, where nothing looks. Returns a list of (nats of each end, is each token the most probable one?)."""
+    P, counts = len(batch[0][0]), torch.tensor([len(ends) for _, ends in batch])
+    ends = [e for _, es in batch for e in es]
+    E, device = max(map(len, ends)), lm.embed.weight.device
+    kind = torch.device(device).type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else lm.embed.weight.dtype
+    y = torch.zeros(len(ends), E, dtype=torch.int64)
+    for row, e in zip(y, ends):
+        row[:len(e)] = torch.tensor(e)
+    context = diffusion.shift_right(torch.tensor([c + [0] for c, _ in batch]), lm.mask_id).to(device)      # (n, P + 1): BOS, context
+    of, y = torch.arange(len(batch)).repeat_interleave(counts).to(device), y.to(device)
+    x = torch.cat([context[of, P:], y[:, :-1]], dim=1)                                 # each token's predecessor
+    if P:
+        cache = lm.init_cache(len(batch), P + E, device, dtype)
+        lm(context[:, :P], causal=True, cache=cache)
+        for c in (cache, *cache.layers):
+            vars(c).update({k: v[of] for k, v in vars(c).items() if isinstance(v, torch.Tensor)})
+        logits = lm(x, causal=True, cache=cache)
+    else:
+        logits = lm(x, causal=True)
+    real = torch.arange(E, device=device) < torch.tensor([len(e) for e in ends], device=device)[:, None]
+    nats = (diffusion.token_nll(logits, y).double() * real).sum(1)
+    greedy = ((logits.argmax(-1) == y) | ~real).all(1)
+    return [(a.tolist(), b.tolist()) for a, b in zip(nats.split(counts.tolist()), greedy.split(counts.tolist()))]
+
+
+@torch.no_grad()
+def diffusion_nats(lm, context, ends, measure, n_mc, seed, block=None, batch_size=64):
+    """-log p of the ends of one item under a diffusion model, a list: the bound, all ends under the same n_mc masks (as far
+    as they have places in common), or the exact left-to-right chain. block: of a block-diffusion model; the last block's
+    places behind an end stay hidden."""
+    P, mask, device = len(context), lm.mask_id, lm.embed.weight.device
+    length = torch.tensor([P + len(e) for e in ends])
+    L = int(length.max())
+    L += -L % (block or 1)
+    x = torch.full((len(ends), L), mask if block else 0)
+    for row, e in zip(x, ends):
+        row[:P + len(e)] = torch.tensor(context + e)
+    t = torch.arange(L)
+    real = t < length[:, None]
+    x, scored, keywords = x.to(device), (real & (t >= P)).to(device), {} if block else {"valid": real.to(device)}
+    if measure == "bound":
+        nats, _ = diffusion.mdm_nll(lm, x, mask, n_mc, torch.Generator().manual_seed(seed), batch_size=batch_size, block_size=block, scored=scored,
+                                    per_row=True, group=torch.zeros(len(ends), dtype=torch.int64), **keywords)
+    elif block:
+        nats = sample.block_chain(lm, x, block, "left", scored).cpu()
+    else:
+        nats = diffusion.chain_nll(lm, x, mask, "left", scored, **keywords).cpu()
+    return (nats * (length - P)).tolist()
+
+
+def greedy_end(lm, context, end, block=None):
+    """Does a diffusion model write just these tokens, left to right, always the most probable one?"""
+    x = torch.tensor([context + [lm.mask_id] * len(end)], device=lm.embed.weight.device)
+    y = diffusion.sample_block(lm, x, lm.mask_id, block, order="left", temperature=0) if block else \
+        diffusion.sample_mdm(lm, x, lm.mask_id, order="left", temperature=0)
+    return y[0, len(context):].tolist() == end
+
+
+def judge_items(lm, flags, items, measure, n_mc, batch_tokens):
+    """Yields [(item number, {"nats", "greedy" or "failed"})] in portions. Failed: an end is longer than the model's window."""
+    fit = {i: cut_item(item, lm.config.block_size) for i, item in items.items()}
+    yield [(i, {"failed": f"an answer of {max(map(len, items[i]['ends']))} tokens is longer than the window of {lm.config.block_size}"})
+           for i, f in fit.items() if f is None]
+    fit = {i: f for i, f in fit.items() if f is not None}
+    if measure == "exact":
+        for _, same in itertools.groupby(sorted(fit, key=lambda i: len(fit[i][0])), key=lambda i: len(fit[i][0])):
+            same = list(same)
+            while same:                                                                # as many as fit into a pass
+                n = used = 0
+                while n < len(same) and (not n or used < batch_tokens):
+                    context, ends = fit[same[n]]
+                    used += max(len(context), len(ends) * max(map(len, ends)))
+                    n += 1
+                now, same = same[:n], same[n:]
+                yield [(i, {"nats": nats, "greedy": greedy[0]}) for i, (nats, greedy) in zip(now, exact_nats(lm, [fit[i] for i in now]))]
+    else:
+        block = flags["diffusion_block"] if flags["objective"] == "block" else None
+        for i, (context, ends) in fit.items():
+            nats = diffusion_nats(lm, context, ends, measure, n_mc, i, block, max(1, batch_tokens // (len(context) + max(map(len, ends)))))
+            yield [(i, {"nats": nats, "greedy": greedy_end(lm, context, ends[0], block) if len(ends) == 1 else False})]
+
+
+def summary(items, results):
+    """Rates over the items that did not fail. With one answer (LAMBADA) accuracy is: does the model write it, greedily?
+
+    accuracy: the right answer has the smallest -log p; accuracy_norm: the smallest per byte. gap: the mean -log p of the
+    wrong answers minus that of the right one, nats. loss: of the right answer, nats per token of it."""
+    done = [(items[i], r) for i, r in sorted(results.items()) if "failed" not in r]
+    out = dict(items=len(done), failed=len(results) - len(done))
+    if not done:
+        return out
+    hits, norm, gaps = [], [], []
+    for item, r in done:
+        g, nats = item["gold"], r["nats"]
+        wrong = [j for j in range(len(nats)) if j != g]
+        hits.append(all(nats[g] < nats[j] for j in wrong) if wrong else r["greedy"])
+        if wrong:
+            norm.append(all(nats[g] / item["bytes"][g] < nats[j] / item["bytes"][j] for j in wrong))
+            gaps.append(statistics.mean(nats[j] for j in wrong) - nats[g])
+    p, se = statistics.mean(hits), lambda values: statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    out |= dict(accuracy=p, se=(p * (1 - p) / len(done)) ** 0.5)
+    if gaps:
+        out |= dict(accuracy_norm=statistics.mean(norm), gap=statistics.mean(gaps), gap_se=se(gaps))
+    return out | dict(loss=sum(r["nats"][i["gold"]] for i, r in done) / sum(len(i["ends"][i["gold"]]) for i, _ in done))
+
+
+def choices(args):
+    """Multiple choice by likelihood, AR and diffusion: accuracy, and the gap between wrong and right answers."""
+    asked = args.measures.split(",") if args.measures else None
+    every = list(dict.fromkeys(itertools.chain(*MEASURES.values())))
+    if asked and not set(asked) <= set(every):
+        raise ValueError(f"--measures {args.measures}: expected some of {','.join(every)}")
+    if args.n_mc < 4 or args.n_mc % 4 or args.limit is not None and args.limit < 1:
+        raise ValueError(f"--n_mc {args.n_mc} must be a multiple of 4, and --limit {args.limit} at least 1")
+    device, rows, work = train.pick_device(args.device), [], []
+    for run in args.runs:                                                              # all input is read before the work begins
+        lm, state = train.load_model(run, args.which, device)
+        folder = Path(run) if Path(run).is_dir() else Path(run).parent
+        flags, tokenizer = {**train.DEFAULTS, **state["flags"]}, prepare.load_tokenizer(folder)
+        measures = [m for m in MEASURES[flags["objective"]] if not asked or m in asked]
+        if not measures:
+            raise ValueError(f"{run} is of objective {flags['objective']}, whose likelihoods are {','.join(MEASURES[flags['objective']])}: "
+                             f"--measures {args.measures} leaves none")
+        weights = hashlib.sha256(b"".join(v.numpy().tobytes() for v in state["model"].values())).hexdigest()
+        for file in args.files:
+            if file == "probe":
+                name, T = flags["dataset"], lm.config.block_size
+                val = prepare.load_dataset(Path(name) if os.sep in name else Path("data") / name)[1]
+                x, K = train.probe_items(val, T, min(args.limit or 512, len(val) // T)), max(1, min(16, T // 4))
+                items = [{"context": p[0, :-K].tolist(), "ends": p[:, -K:].tolist(), "gold": 0, "bytes": [int(tokenizer.token_bytes[e].sum()) for e in
+                                                                                                        p[:, -K:]]} for p in x]
+                source = x.numpy().tobytes()
+            else:
+                items, source = read_items(file, tokenizer, args.limit), Path(file).read_bytes()
+            key = weights + hashlib.sha256(source).hexdigest()
+            work += [(run, folder, flags, state["step"], key, file, dict(enumerate(items)), m) for m in measures]
+    for run, folder, flags, step, key, file, items, measure in work:
+        lm, _ = train.load_model(run, args.which, device)
+        torch.set_num_threads(args.threads or (1 if lm.num_params() < 5_000_000 else os.cpu_count()))
+        key, label = hashlib.sha256(f"{key} {measure} {args.n_mc * (measure == 'bound')}".encode()).hexdigest()[:12], Path(file).name.split(".")[0]
+        path = Path(args.out) / f"{folder.name}-{label}-{measure}-{key}.jsonl"         # one line an item, as they get done
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.loads(line) for line in path.open() if line.endswith("}\n")] if path.exists() else []
+        path.write_text("".join(json.dumps(r) + "\n" for r in lines))                 # without a last half line
+        results = {r.pop("item"): r for r in lines}
+        results = {i: r for i, r in results.items() if i in items}                     # --limit may have been larger then
+        todo = {i: item for i, item in items.items() if i not in results}
+        cost = {i: len(item["context"]) + sum(map(len, item["ends"])) for i, item in todo.items()}
+        progress, done, total, tic = prepare.Progress(f"{folder.name}, {label}, {measure}, {len(todo):,} items"), 0, sum(cost.values()), time.perf_counter()
+        with path.open("a") as out:
+            try:
+                for portion in judge_items(lm, flags, todo, measure, args.n_mc, args.batch_tokens):
+                    for i, r in portion:
+                        results[i] = r
+                        out.write(json.dumps({"item": i, **r}) + "\n")
+                        done += cost[i]
+                    out.flush()
+                    if total:
+                        progress(done / total)
+            except KeyboardInterrupt:
+                print(f"\ninterrupted: {len(results):,} of {len(items):,} items are in {path}; the same command goes on from here")
+                return 130
+        seconds = time.perf_counter() - tic
+        rows.append(dict(run=folder.name, objective=flags["objective"], step=step, file=label, measure=measure, n_mc=args.n_mc if measure == "bound" else None,
+                         **summary(items, results), items_per_s=len(todo) / seconds if todo else None))
+        if why := next((r["failed"] for r in results.values() if "failed" in r), None):
+            print(f"{run}, {file}: {rows[-1]['failed']:,} items failed, such as: {why}")
+    print("accuracy: right answer most probable (one answer: it is what the model writes); gap: wrong minus right -log p, nats; "
+          "exact and chain are exact, bound is an upper bound")
+    table(rows, ["run", "step", "file", "measure", "n_mc", "items", "failed", "accuracy", "se", "accuracy_norm", "gap", "gap_se", "loss", "items_per_s"])
+    record(args.name or "choices", rows, device, args.results, seed=0)
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
 def main(argv=None):
@@ -1417,13 +1683,14 @@ def main(argv=None):
     def command(name, function, **options):
         p = commands.add_parser(name, help=(function.__doc__ or name).splitlines()[0])
         p.set_defaults(run=function)
-        p.add_argument("--results", default="results", help="folder for numbers and pictures (default: results)")
+        p.add_argument("--results", default="results", help="folder for numbers and pictures")
         p.add_argument("--name", help="of the files in it")
         for key, (kind, default, text) in options.items():
             if kind is bool:
                 p.add_argument(f"--{key}", action="store_true", help=text)
             else:
-                p.add_argument(f"--{key}", type=kind, default=default, help=f"{text}" + (f" (default: {default})" if default is not None else ""))
+                p.add_argument(f"--{key}", type=kind, default=default, help=text)
+        return p
 
     shape = {k: (int, None, "default: the scale's or preset's") for k in ("n_layer", "n_head", "n_embd", "block_size")}
     command("crossover", crossover, scale=(str, "auto", "auto (gpu where there is one) | cpu | gpu"), **shape,
@@ -1466,6 +1733,14 @@ def main(argv=None):
     command("decode", decode, objective=(str, "ar,mdm", "ar, mdm or both"), judge=(str, None, "run folder of the AR judge"),
             run_sums=(str, None, "of the arithmetic model"), batches=(str, "1,8,64", "batch sizes; quality is that of the largest"), **models)
     command("panel", bench_panel, windows=(int, 16, "validation windows"), n_mc=(int, 64, "masks per window of a bound"), **models)
+    p = command("choices", choices, measures=(str, None, "likelihoods: some of exact,bound,chain (default: all that a run has)"),
+                n_mc=(int, 32, "masks per item of the bound, a multiple of 4"), limit=(int, None, "first items of each file (default: all; probe: 512)"),
+                which=(str, "best", "checkpoint of a run folder: best | last"), batch_tokens=(int, 4096, "tokens in a pass, about"),
+                device=(str, "auto", "auto | cuda | cpu"), threads=(int, 0, "CPU threads; 0: 1 for models below 5M parameters, else all cores"),
+                out=(str, "out/choices", "folder of the items done so far"))
+    p.add_argument("runs", nargs="+", metavar="RUN", help="run folder of train.py, or a checkpoint in one")
+    p.add_argument("--files", nargs="+", default=["probe"], metavar="FILE", help=".jsonl (.gz, .bz2, .xz) of {ctx, endings, label}, {query, choices, gold} or "
+                   "{context, continuation}; probe: true ends of passages of the run's own validation data among three others")
     command("theory", theory, steps=(int, 1000, "of training for a diffusion model, a quarter of them for AR"),
             sequences=(int, 128, "sampled from a trained model for each point, 8 times as many from an oracle"),
             lengths=(str, "24,96", "of sequences, multiples of 3"), threads=(int, 1, "CPU threads"), out=(str, "out/theory", "folder of the models and of the points measured so far"))

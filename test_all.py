@@ -15,6 +15,7 @@ import os
 import random
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -2879,6 +2880,7 @@ def test_crossover_end_to_end(dataset, tmp_path, capsys):
     rows = json.loads((tmp_path / "results" / "crossover_cpu.json").read_text())["rows"]
     assert [r["arm"] for r in rows] == ["ar", "mdm", "crossing"] and len(rows[0]["evals"]) == 3
     assert (tmp_path / "results" / "crossover_cpu.png").stat().st_size > 10_000
+    assert all(0 <= r["probe_accuracy"] <= 1 and "probe_gap" in r for row in rows[:2] for r in row["evals"]), "the probe runs along"
 
 
 def test_judged_is_its_definition():
@@ -2907,6 +2909,278 @@ def test_decode_and_panel_end_to_end(runs, tmp_path, capsys, monkeypatch):
     rows = json.loads((tmp_path / "panel_test.json").read_text())["rows"]
     assert [r["run"] for r in rows] == ["ar"] + ["mdm"] * 3 + ["block"] * 3 and all(r["bits_per_byte"] > 0 for r in rows)
     assert bench.main(["decode", *common, "--objective", "block"]) == 2 and "ar, mdm" in capsys.readouterr().err
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bench.py choices, and the probe of train.py
+
+def write_jsonl(path, *rows):
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+    return path
+
+
+def random_items(lengths, seed=0):
+    """[(context, ends)] of random tokens of diff_lm: one item for each (length of the context, lengths of the ends)."""
+    rng = random.Random(seed)
+    draw = lambda n: [rng.randrange(13) for _ in range(n)]
+    return [(draw(c), [draw(e) for e in ends]) for c, ends in lengths]
+
+
+@pytest.mark.parametrize("layers", ["full", "full(window=4) gated_deltanet", "mla", "nsa"])
+def test_exact_choices_are_the_models_own_sum(layers):
+    """Through the cache, several items and ends of unequal length at once == one pass a choice, no cache, no padding."""
+    lm = diff_lm(layers)
+    for batch in (random_items([(9, (3, 7, 1, 2)), (9, (5, 5)), (9, (1,))]), random_items([(0, (4, 1)), (0, (2, 3))])):
+        for (context, ends), (nats, greedy) in zip(batch, bench.exact_nats(lm, batch)):
+            for end, value, hit in zip(ends, nats, greedy):
+                x = torch.tensor([context + end])
+                with torch.no_grad():
+                    logits = lm(torch.tensor([[13] + context + end[:-1]]))
+                want = diffusion.token_nll(logits, x)[0, len(context):].sum().item()
+                assert value == pytest.approx(want, abs=1e-8)
+                assert hit == (logits.argmax(-1)[0, len(context):].tolist() == end)
+    assert bench.exact_nats(lm, [([1, 2], [[a] for a in range(13)])])[0][1].count(True) == 1
+
+
+def test_diffusion_choices_are_their_definition():
+    """The bound == the mean over all orders of the end, within its error; the chain == the end revealed from the left."""
+    lm = diff_lm()
+    (context, ends), = random_items([(4, (3, 2, 3))])
+    ends.append(list(ends[0]))
+    nats = bench.diffusion_nats(lm, context, ends, "bound", 400, seed=0, batch_size=7)
+    assert nats[0] == nats[3], "equal ends under the same masks: no difference at all"
+    assert bench.diffusion_nats(lm, context, ends, "bound", 400, seed=0, batch_size=1000) == pytest.approx(nats, abs=1e-9)
+    chain = bench.diffusion_nats(lm, context, ends, "chain", 0, seed=0)
+    for end, bound, left in zip(ends, nats, chain):
+        x, P, values = torch.tensor(context + end), len(context), []
+        for order in itertools.permutations(range(P, P + len(end))):
+            masked = torch.arange(len(x)) >= P
+            values.append(0.0)
+            for i in order:
+                with torch.no_grad():
+                    logits = lm(torch.where(masked, 13, x)[None], causal=False)
+                values[-1] += F.cross_entropy(logits[0, i], x[i]).item()
+                masked[i] = False
+        assert bound == pytest.approx(statistics.mean(values), abs=0.05 * statistics.pstdev(values) + 0.05)
+        assert left == pytest.approx(values[0], abs=1e-8), "the first permutation is left to right"
+
+
+def test_groups_share_masks():
+    """Of one group: the same places hidden where both ends have them; across groups not. And the bound has no bias by it."""
+    seen = []
+
+    def f(idx, causal):
+        seen.append(idx)
+        return torch.zeros(*idx.shape, 13)
+    x, scored = torch.zeros(4, 12, dtype=torch.int64), torch.arange(12) >= 4
+    scored = scored.expand(4, -1).clone()
+    scored[1, 8:] = False                                           # a shorter end
+    diffusion.mdm_nll(f, x, 13, 64, scored=scored, group=torch.tensor([0, 0, 0, 1]), batch_size=10 ** 6)
+    masked = torch.cat([s.view(-1, 4, 12) for s in seen]) == 13     # (64, 4, 12)
+    assert torch.equal(masked[:, 0], masked[:, 2]) and not torch.equal(masked[:, 0], masked[:, 3])
+    n, short = masked[:, 0].sum(1), masked[:, 1].sum(1)
+    assert sorted(n.tolist()) == sorted(list(range(1, 9)) * 8), "n ~ U{1..8}, stratified"
+    assert torch.equal(short, (n + 1) // 2) and short.max() == 4, "the same fraction of an end half as long"
+    rank = lambda m: m[:, 4:8].long()
+    more = (rank(masked[:, 0]) - rank(masked[:, 1]))
+    assert ((more >= 0).all(1) | (more <= 0).all(1)).all(), "nested: the same uniforms decide"
+
+
+def test_block_choices_are_their_definition():
+    """Block diffusion: a chain of blocks, the places behind an end hidden for good; blocks of 1 have no masks to draw."""
+    lm = diff_lm()
+    (context, ends), = random_items([(5, (4, 2, 6))])
+    for S in (1, 4):
+        chain = bench.diffusion_nats(lm, context, ends, "chain", 0, 0, block=S)
+        bound = bench.diffusion_nats(lm, context, ends, "bound", 8, 0, block=S)
+        for end, left, value in zip(ends, chain, bound):
+            tokens, want = context + end, 0.0
+            for i in range(len(context), len(tokens)):              # token i given all before it, its block hidden from i on
+                start = i - i % S
+                x = torch.tensor([tokens[:i] + [13] * (start + S - i)])
+                block = torch.arange(x.size(1)) // S
+                with torch.no_grad():
+                    logits = lm(x, causal=False, mask=block[:, None] >= block)
+                want += F.cross_entropy(logits[0, i], torch.tensor(tokens[i])).item()
+            assert left == pytest.approx(want, abs=1e-8)
+            if S == 1:
+                assert value == pytest.approx(want, abs=1e-8)
+    values = [bench.diffusion_nats(lm, context, [[3, 4, 5]], "bound", 200, s, block=4)[0] for s in range(2)]
+    assert values[0] != values[1] and values[0] == pytest.approx(values[1], rel=0.05)
+
+
+def test_greedy_end_is_argmax_from_the_left():
+    lm = diff_lm()
+    for block in (None, 4):
+        context, end = [1, 2, 3], []
+        x = torch.tensor([context + [13] * 4])
+        y = diffusion.sample_block(lm, x, 13, 4, order="left", temperature=0) if block else diffusion.sample_mdm(lm, x, 13, order="left", temperature=0)
+        end = y[0, 3:].tolist()
+        assert bench.greedy_end(lm, context, end, block) and not bench.greedy_end(lm, context, [(end[0] + 1) % 13, *end[1:]], block)
+
+
+def test_choices_are_cut_on_the_left_or_failed():
+    lm = diff_lm()                                                  # its window: 64 tokens
+    items = dict(enumerate({"context": c, "ends": e, "gold": 0, "bytes": [1] * len(e)} for c, e in random_items([(100, (4, 9)), (5, (65, 3)), (70, (64, 2))])))
+    for objective, measure in (("ar", "exact"), ("mdm", "chain")):
+        got = dict(r for portion in bench.judge_items(lm, {**train.DEFAULTS, "objective": objective}, {k: items[k] for k in (0, 1)} if measure == "chain" else items,
+                                                      measure, 4, 4096) for r in portion)
+        assert "65 tokens" in got[1]["failed"] and "window of 64" in got[1]["failed"]
+        cut = {**items[0], "context": items[0]["context"][-55:]}
+        again = dict(next(p for p in bench.judge_items(lm, {**train.DEFAULTS, "objective": objective}, {0: cut}, measure, 4, 4096) if p))
+        assert got[0]["nats"] == again[0]["nats"] and len(got[0]["nats"]) == 2
+    assert bench.cut_item(items[2], 64)[0] == [], "an end that fills the window leaves no context"
+
+
+def test_summary_is_its_definition():
+    items = {i: {"gold": g, "ends": [[0] * n for n in (1, 2, 4)], "bytes": [2, 4, 8]} for i, g in enumerate((0, 2, 1, 0))}
+    results = {0: {"nats": [1.0, 5.0, 6.0]}, 1: {"nats": [3.0, 5.0, 4.0]}, 2: {"nats": [7.0, 7.0, 9.0]}, 3: {"failed": "why"}}
+    s = bench.summary(items, results)
+    assert (s["items"], s["failed"], s["accuracy"]) == (3, 1, pytest.approx(1 / 3)), "a tie is no hit"
+    assert s["se"] == pytest.approx((2 / 9 / 3) ** 0.5) and s["accuracy_norm"] == pytest.approx(2 / 3)
+    assert s["gap"] == pytest.approx(statistics.mean([4.5, 0.0, 1.0])) and s["loss"] == pytest.approx((1 + 4 + 7) / (1 + 4 + 2))
+    one = {0: {"gold": 0, "ends": [[1, 2]], "bytes": [3]}, 1: {"gold": 0, "ends": [[3]], "bytes": [3]}}
+    s = bench.summary(one, {0: {"nats": [2.0], "greedy": True}, 1: {"nats": [4.0], "greedy": False}})
+    assert s["accuracy"] == 0.5 and s["loss"] == 2 and "gap" not in s and "accuracy" not in bench.summary(one, {0: {"failed": ""}, 1: {"failed": ""}})
+
+
+def test_read_items_forms(tmp_path):
+    rows = [{"ctx": "A man ", "endings": ["sits.", "runs."], "label": "1", "ind": 7}, {"query": "Question: why?\n", "choices": ["a", "b", "c"], "gold": [2]},
+            {"context": "It was", "continuation": "so"}, {"ctx": "", "endings": ["x", "y"], "label": 0}]
+    text = "\n".join(map(json.dumps, rows)) + "\n\n"
+    (tmp_path / "a.jsonl").write_text(text)
+    (tmp_path / "a.jsonl.bz2").write_bytes(bz2.compress(text.encode()))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    tok = prepare.Tokenizer("byte")
+    for name in ("a.jsonl", "a.jsonl.bz2", "a.jsonl.gz"):
+        items = bench.read_items(tmp_path / name, tok)
+        told = [(tok.decode(i["context"]), [tok.decode(e) for e in i["ends"]], i["gold"]) for i in items]
+        assert told == [("A man", [" sits.", " runs."], 1), ("Question: why?\nAnswer:", [" a", " b", " c"], 2), ("It was", [" so"], 0), ("", ["x", "y"], 0)]
+    assert items[0]["bytes"] == [6, 6] and len(bench.read_items(tmp_path / "a.jsonl", tok, 2)) == 2
+
+
+GOOD = {"ctx": "a", "endings": ["b", "c"], "label": 0}
+
+
+@pytest.mark.parametrize("row, message", [
+    ("{\"ctx\": ", "line 2 is no JSON"), ("[]", "no object of the keys ctx"), ({"ctx": "a", "label": 1}, "no object of the keys"), ("7", "no object"),
+    ({**GOOD, "ctx": 5}, "a text under 'ctx'"), ({**GOOD, "endings": "bc"}, "a list of texts under 'endings'"), ({**GOOD, "endings": [1, 2]}, "a list of texts"),
+    ({**GOOD, "label": 2}, "one right answer"), ({**GOOD, "label": -1}, "one right answer"), ({**GOOD, "label": None}, "one right answer"),
+    ({**GOOD, "label": ""}, "one right answer"), ({**GOOD, "label": [0, 1]}, "one right answer"), ({**GOOD, "label": []}, "one right answer"),
+    ({**GOOD, "label": True}, "one right answer"), ({**GOOD, "endings": ["b", "b "]}, "one right answer"), ({**GOOD, "endings": ["b"]}, "one right answer"),
+    ({"context": "a", "continuation": " "}, "one right answer"), ({"context": "a", "continuation": ["b"]}, "a text under 'continuation'"),
+    ('{"ctx": "\\ud800", "endings": ["b", "c"], "label": 0}', "line 2 is no JSON")])
+def test_bad_items_name_file_and_line(runs, tmp_path, capsys, row, message):
+    path = write_jsonl(tmp_path / "items.jsonl", GOOD, row, GOOD)
+    assert bench.main(["choices", str(runs / "ar"), "--files", str(path), "--results", str(tmp_path), "--out", str(tmp_path / "o")]) == 2
+    error = capsys.readouterr().err
+    assert f"{path} line 2 " in error and message in error and len(error.splitlines()) == 1 and not (tmp_path / "o").exists(), error
+
+
+def test_choices_refuse(runs, tmp_path, capsys):
+    good, empty, broken = write_jsonl(tmp_path / "g.jsonl", GOOD), write_jsonl(tmp_path / "e.jsonl"), tmp_path / "b.jsonl.gz"
+    broken.write_bytes(gzip.compress(json.dumps(GOOD).encode() * 999)[:-30])
+    (tmp_path / "l.jsonl").write_bytes(b"\xff\xfe")
+    for argv, message in ((f"ar --files {empty}", "holds no items"), (f"ar --files {broken}", "damaged"), (f"ar --files {tmp_path}/l.jsonl", "damaged"),
+                          (f"ar --files {tmp_path}/none.jsonl", "No such file"), (f"ar --files {good} --measures bound", "whose likelihoods are exact"),
+                          (f"mdm --files {good} --measures left", "exact,bound,chain"), (f"mdm --files {good} --n_mc 6", "multiple of 4"),
+                          (f"ar --files {good} --limit 0", "at least 1"), ("nothing", "no checkpoint")):
+        run, *rest = argv.split()
+        assert bench.main(["choices", str(runs / run), *rest]) == 2, argv
+        error = capsys.readouterr().err
+        assert message in error and len(error.splitlines()) == 1, (argv, error)
+
+
+def test_choices_end_to_end_and_resume(runs, tmp_path, capsys, monkeypatch):
+    """All kinds of runs and of files; a larger --limit only does what is missing, and gives what one run at once gives."""
+    rows = [{**GOOD, "ctx": "the cat " * n, "endings": ["sat on", "ran"], "label": n % 2} for n in range(6)] + [{**GOOD, "endings": ["b", "c" * 99]}]
+    files = [str(write_jsonl(tmp_path / "many.jsonl", *rows)), str(write_jsonl(tmp_path / "last.jsonl", {"context": "the red", "continuation": "bird"})), "probe"]
+    argv = ["choices", *(str(runs / k) for k in ("ar", "mdm", "mixed", "block")), "--files", *files, "--n_mc", "4", "--results", str(tmp_path)]
+    assert bench.main([*argv, "--out", str(tmp_path / "a"), "--limit", "4"]) == 0 and "failed" in capsys.readouterr().out
+    judged, judge = [], bench.judge_items
+
+    def count(lm, flags, items, *rest):
+        judged.append(len(items))
+        return judge(lm, flags, items, *rest)
+    monkeypatch.setattr(bench, "judge_items", count)
+    assert bench.main([*argv, "--out", str(tmp_path / "a"), "--limit", "9"]) == 0
+    capsys.readouterr()
+    measures = [m for k in ("ar", "mdm", "mixed", "block") for m in bench.MEASURES[k]]
+    assert judged == [n for k in ("ar", "mdm", "mixed", "block") for n in [3] * len(bench.MEASURES[k]) + [0] * len(bench.MEASURES[k]) + [9] * len(bench.MEASURES[k])]
+    a = json.loads((tmp_path / "choices.json").read_text())["rows"]
+    assert bench.main([*argv, "--out", str(tmp_path / "b"), "--limit", "9"]) == 0
+    b = json.loads((tmp_path / "choices.json").read_text())["rows"]
+    plain = lambda rows: [{k: v for k, v in r.items() if k != "items_per_s"} for r in rows]
+    assert plain(a) == plain(b) and len(b) == 3 * len(measures)
+    assert [(r["items"], r["failed"]) for r in b if r["file"] == "many"] == [(6, 1)] * len(measures) and all(r["loss"] > 0 for r in b)
+
+
+def test_choices_stop_and_go_on(runs, tmp_path, capsys, monkeypatch):
+    path, judge = write_jsonl(tmp_path / "many.jsonl", *({**GOOD, "ctx": "x" * n} for n in range(5))), bench.exact_nats
+    argv = ["choices", str(runs / "ar"), "--files", str(path), "--results", str(tmp_path), "--out", str(tmp_path / "o")]
+
+    def interrupted(lm, batch):
+        if len(batch[0][0]) == 3:
+            raise KeyboardInterrupt
+        return judge(lm, batch)
+    monkeypatch.setattr(bench, "exact_nats", interrupted)
+    assert bench.main(argv) == 130 and "3 of 5 items" in capsys.readouterr().out
+    part, = (tmp_path / "o").iterdir()
+    with part.open("a") as f:
+        f.write('{"item": 3, "na')                                  # killed while it wrote
+    seen = []
+    monkeypatch.setattr(bench, "exact_nats", lambda lm, batch: seen.append(len(batch[0][0])) or judge(lm, batch))
+    assert bench.main(argv) == 0 and seen == [3, 4]
+    assert [json.loads(line)["item"] for line in part.read_text().splitlines()] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("objective", ["ar", "mdm", "block"])
+def test_probe_picks_the_truth(objective):
+    """An oracle of a cyclic language finds every true end, a model that knows nothing none (ties are no hits)."""
+    V, T = 12, 16
+    val = np.concatenate([(np.arange(T) * (1 + i % 3) + i) % V for i in range(40)])    # a stride and a start for each window
+    items = train.probe_items(val, T, 40)
+    assert items.shape == (40, 4, T) and torch.equal(items[:, 0].flatten(), torch.from_numpy(val))
+    counts = collections.Counter(tuple(e) for i in range(4) for e in items[:, i, -4:].tolist())
+    true = collections.Counter(tuple(e) for e in items[:, 0, -4:].tolist())
+    assert all(counts[e] == 4 * true[e] for e in true), "each end is right once, and wrong three times"
+
+    class Oracle(nn.Module):
+        def __init__(self, knows):
+            super().__init__()
+            self.embed, self.mask_id, self.knows = nn.Embedding(1, 1), V, knows
+
+        def forward(self, idx, causal=True, mask=None, pos=None):
+            first = idx[:, :2] if not causal else idx[:, 1:3]       # AR reads BOS first
+            step, t = first[:, 1:] - first[:, :1], torch.arange(idx.size(1)) if pos is None else pos
+            return F.one_hot((first[:, :1] + step * t) % V, V) * (5.0 if self.knows else 0.0)
+    for knows, accuracy in ((True, 1.0), (False, 0.0)):
+        keep = [i for i in range(40) if sum(torch.equal(items[i, 0, -4:], items[i, j, -4:]) for j in range(4)) == 1]
+        lm = Oracle(knows).train()
+        got = train.probe(lm, items[keep], objective, diffusion_block=4)
+        assert got["probe_accuracy"] == accuracy and (got["probe_gap"] > 1) == knows and lm.training
+        assert got == train.probe(lm, items[keep], objective, rows=3, diffusion_block=4)
+
+
+def test_probe_is_that_of_bench_choices(runs):
+    lm, state = train.load_model(runs / "ar", "last")
+    val = prepare.load_dataset(Path(state["flags"]["dataset"]))[1]
+    items = train.probe_items(val, 16, 20)
+    got = train.probe(lm, items, "ar")
+    batch = {i: {"context": p[0, :12].tolist(), "ends": p[:, 12:].tolist(), "gold": 0, "bytes": [4] * 4} for i, p in enumerate(items)}
+    s = bench.summary(batch, dict(r for portion in bench.judge_items(lm, state["flags"], batch, "exact", 0, 4096) for r in portion))
+    assert s["gap"] == pytest.approx(got["probe_gap"], abs=1e-4) and s["accuracy"] == pytest.approx(got["probe_accuracy"])
+    with pytest.raises(ValueError, match="4 validation windows"):
+        train.probe_items(val[:50], 16)
+
+
+@pytest.mark.parametrize("objective", ["ar", "mdm", "mixed", "block"])
+def test_probe_does_not_disturb_training(dataset, tmp_path, objective):
+    kind = dict(objective=objective, dropout=0.1, diffusion_block=4, eval_every=3)
+    a, b = go(dataset, tmp_path / "a", **kind), go(dataset, tmp_path / "b", probe_every=2, **kind)
+    assert same_weights(a, b) and history(tmp_path / "a") == history(tmp_path / "b")
+    rows = [r for r in map(json.loads, (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()) if r["kind"] == "eval"]
+    assert [("probe_accuracy" in r, "probe_gap" in r) for r in rows] == [(False, False), (True, True)] * 2
+    assert all(0 <= r["probe_accuracy"] <= 1 for r in rows[1::2])
 
 # ---------------------------------------------------------------------------------------------------------------------
 # bench.py theory
@@ -2981,9 +3255,19 @@ def test_calculator():
         assert text == call and rest == f"{sample.calculator(call)}, so {sample.calculator(call)}"
     for text, result in (("3/2", "1.5"), ("6/3", "2"), (" -(2-5)*4 ", "12"), ("1/3", "0.3333333333"), ("2*(3+4)*5", "70")):
         assert sample.calculator(text) == result
+    names = {n for code in (sample.calculator.__code__, *(c for c in sample.calculator.__code__.co_consts if hasattr(c, "co_names"))) for n in code.co_names}
+    assert not names & {"eval", "exec", "compile", "__import__", "literal_eval"}
     for text in ("2**9", "__import__('os').getcwd()", "a", "1+", "", "(" * 150, "1" * 201, "1,2", "'a'*3", "True", "\0", "lambda: 1", "1j", "[1][0]"):
         with pytest.raises(ValueError, match="no arithmetic"):
             sample.calculator(text)
+
+
+@pytest.fixture(scope="module")
+def calls_run(dataset, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("calls")
+    for objective in ("ar", "block"):
+        go(dataset, folder / f"{objective}-2", objective=objective, diffusion_block=4, block_size=64, max_steps=2, batch_tokens=64)
+    return folder
 
 
 @pytest.mark.parametrize("kind", ["ar", "block"])
@@ -3018,6 +3302,26 @@ def test_tool_calls_pause_and_resume(kind, monkeypatch):
                 assert torch.equal(z, y) and torch.allclose(torch.cat(seen)[-left:], logits[-left:], atol=1e-9)
                 resumed += 1
     assert resumed > 2
+
+
+@pytest.mark.parametrize("tool, reason", [
+    (lambda call: 1 / 0, "raised ZeroDivisionError"), (lambda call: sys.exit(3), "raised SystemExit"), (lambda call: "\ud800", None),
+    (lambda call: threading.Event().wait(), "longer than 0.05 seconds"), (lambda call: "9" * 99, "99 tokens, and there is room for"),
+    (lambda call: type("Odd", (), {"__str__": lambda self: 1 / 0})(), "raised ZeroDivisionError"), (lambda call: 42, None), (lambda call: None, None)])
+@pytest.mark.parametrize("run", ["ar-2", "block-2"])
+def test_bad_tools_leave_a_sentence(calls_run, run, tool, reason, capsys, monkeypatch):
+    """sample.py with a tool that misbehaves: the text goes on, one line says what failed, and the status is 0."""
+    draw, hook = diffusion.draw, sample.ToolCalls
+    ends = iter("1</tool>".encode())
+    monkeypatch.setattr(diffusion, "draw", lambda rows, **how: torch.tensor([next(ends, 46)] * len(rows)))     # a model that closes its call
+    monkeypatch.setattr(sample, "ToolCalls", lambda *a: hook(*a, seconds=0.05))
+    monkeypatch.setitem(sample.TOOLS, "calculator", tool)
+    order = ["--order", "left"] if run == "block-2" else []
+    assert sample.main([str(calls_run / run), "--prompt", "2+1? <tool>2+", "--tool", "calculator", "--max_new_tokens", "24", *order]) == 0
+    out, err = capsys.readouterr()
+    assert "<tool>2+1</tool>" in out and "calculator('2+1')" in err and "Traceback" not in err
+    assert (f", failed: it" in err) == (reason is not None) and (reason is None or reason in err), err
+    assert reason is None or "</tool>error" in out
 
 
 def test_tool_calls_that_fail():

@@ -80,6 +80,7 @@ FLAGS = {
         "eval_every": (250, "steps between evaluations, 0 = only at the end"),
         "eval_epochs": (None, "evaluate at these epochs instead: 1,2,4 or geometric (12 points) or geometric:N"),
         "eval_windows": (256, "fixed validation windows to evaluate on, 0 = all"),
+        "probe_every": (0, "also tell the true ends of passages from others, at every N-th evaluation and the last; 0 = never"),
         "save_every": (1000, "steps between checkpoints, besides those at evaluations and at the end"),
         "log_every": (20, "steps between log lines"),
         "resume": (None, "auto: from --out's last checkpoint if there is one; or PATH of a checkpoint or run folder"),
@@ -90,7 +91,7 @@ KIND = {"unique_tokens": int, "epochs": float, "max_steps": int, "block_size": i
         "n_kv_head": int, "n_embd": int, "dropout": float, "micro_batch": int, "max_minutes": float}
 # These may differ between a checkpoint and the run that resumes it; all other flags shape the trajectory.
 FREE = {"epochs", "max_steps", "max_minutes", "micro_batch", "device", "dtype", "compile", "threads", "out", "eval_every",
-        "eval_epochs", "eval_windows", "save_every", "log_every", "resume"}
+        "eval_epochs", "eval_windows", "probe_every", "save_every", "log_every", "resume"}
 CHOICES = {"objective": ("ar", "mdm", "mixed", "block"), "schedule": ("wsd", "cosine", "constant"), "optimizer": ("adamw", "muon"),
            "dtype": ("auto", "bfloat16", "float32"), "compile": ("auto", "on", "off"), "preset": tuple(PRESETS)}
 
@@ -133,7 +134,8 @@ def check(flags):
     for name in ("ar_frac", "input_mask", "token_noise", "dropout", "beta2"):
         if flags[name] is not None and not 0 <= flags[name] <= 1:
             raise ValueError(f"--{name} {flags[name]} must lie between 0 and 1")
-    for name in ("eval_every", "eval_windows", "dense_steps", "indexer_warmup", "warmup", "weight_decay", "min_lr", "grad_clip", "threads"):
+    for name in ("eval_every", "eval_windows", "probe_every", "dense_steps", "indexer_warmup", "warmup", "weight_decay", "min_lr",
+                 "grad_clip", "threads"):
         if flags[name] < 0:
             raise ValueError(f"--{name} {flags[name]} must not be negative")
 
@@ -308,6 +310,41 @@ def evaluate(lm, windows, objective, rows=64, seed=0, n_mc=4, diffusion_block=No
     return out
 
 
+def probe_items(val_data, T, count=128):
+    """(N, 4, T) int64, at most `count` passages of the validation tokens with four ends each, the true one first.
+
+    An end is a quarter of the window, at most 16 tokens. The wrong ones are the true ends of passages far away, so every
+    end is right once and wrong three times: what is more probable on its own gains nothing, and chance is 25%.
+    """
+    x, K = fixed_windows(val_data, T, count), max(1, min(16, T // 4))
+    if len(x) < 4 or T < 2:
+        raise ValueError(f"the probe needs 4 validation windows of at least 2 tokens, and there are {len(x)} of {T}: use more text")
+    items = x[:, None].repeat(1, 4, 1)                                                 # (N, 4, T)
+    for j in range(1, 4):
+        items[:, j, -K:] = x.roll(-(j * len(x) // 4), 0)[:, -K:]
+    return items
+
+
+@torch.no_grad()
+def probe(lm, items, objective, rows=64, n_mc=4, seed=0, diffusion_block=None):
+    """{"probe_accuracy", "probe_gap"} of `probe_items`: the share in which the true end is the most probable of the four, and
+    the mean of wrong minus true -log p, in nats of an end. AR and mixed: exact; else the bound, the four ends under the
+    same masks. Like `evaluate` it is deterministic and training does not notice."""
+    was_training, (N, _, T), x = lm.training, items.shape, items.flatten(0, 1).to(lm.embed.weight.device)
+    K = max(1, min(16, T // 4))
+    lm.eval()
+    if objective in ("ar", "mixed"):
+        nats = torch.cat([diffusion.ar_loss(lm, w, lm.mask_id, reduction="none")[:, -K:].double().sum(1) for w in x.split(rows)])
+    else:
+        nats, _ = diffusion.mdm_nll(lm, x, lm.mask_id, n_mc, torch.Generator().manual_seed(seed), batch_size=rows, per_row=True,
+                                    scored=(torch.arange(T) >= T - K).expand(len(x), -1), group=torch.arange(N).repeat_interleave(4),
+                                    block_size=diffusion_block if objective == "block" else None)
+        nats = nats * K
+    lm.train(was_training)
+    true, wrong = nats.view(N, 4).split([1, 3], dim=1)
+    return {"probe_accuracy": (true < wrong).all(1).double().mean().item(), "probe_gap": (wrong.mean(1) - true[:, 0]).mean().item()}
+
+
 def save_atomic(state, path):
     """Write beside the final name, then rename: a cut-off or a full disk leaves the previous checkpoint whole."""
     part = path.with_name(path.name + ".part")
@@ -422,6 +459,7 @@ def train(given, log=print):
     val = fixed_windows(val_data, T, flags["eval_windows"])
     seen = fixed_windows(train_data[:windows.U], T, max(1, len(val) // 4))             # for the gap: the same measure
     bytes_per_token = tokenizer.token_bytes[val.numpy()].sum() / val.numel()
+    ends = probe_items(val_data, T) if flags["probe_every"] else None
 
     block = flags["diffusion_block"] if flags["objective"] == "block" else T           # tokens that share one noise level
     if T % block:
@@ -590,13 +628,17 @@ def train(given, log=print):
                 save()                                                                 # first: evaluation may run out of memory
                 t0, saved = time.perf_counter(), step
                 with autocast:
-                    result, gap = (evaluate(lm, w, flags["objective"], max(1, 16384 // T), diffusion_block=flags["diffusion_block"]) for w in (val, seen))
+                    how = dict(objective=flags["objective"], rows=max(1, 16384 // T), diffusion_block=flags["diffusion_block"])
+                    result, gap = (evaluate(lm, w, **how) for w in (val, seen))
+                    if flags["probe_every"] and ((len(eval_log) + 1) % flags["probe_every"] == 0 or step >= total):
+                        result |= probe(lm, ends, **how)
                 row = record("eval", **result, train_loss=gap["loss"], bpb=result["loss"] / math.log(2) / bytes_per_token,
                              eval_seconds=round(time.perf_counter() - t0, 3))
                 eval_log.append(row)
                 error = f" +- {row['se']:.4f}" if row["se"] else ""
                 log(f"eval {step}/{total} | epoch {row['epoch']:.2f} | val {row['loss']:.4f}{error} | train {row['train_loss']:.4f} | "
-                    f"bpb {row['bpb']:.4f}" + "".join(f" | {k} {row[k]:.4f}" for k in ("ar_loss", "mdm_loss") if k in row))
+                    f"bpb {row['bpb']:.4f}" + "".join(f" | {k} {row[k]:.4f}" for k in ("ar_loss", "mdm_loss", "probe_accuracy", "probe_gap")
+                                                       if k in row))
                 if row["loss"] < best:
                     best = row["loss"]
                     save("best")
