@@ -3311,16 +3311,16 @@ def test_tool_calls_pause_and_resume(kind, monkeypatch):
 @pytest.mark.parametrize("run", ["ar-2", "block-2"])
 def test_bad_tools_leave_a_sentence(calls_run, run, tool, reason, capsys, monkeypatch):
     """sample.py with a tool that misbehaves: the text goes on, one line says what failed, and the status is 0."""
-    draw, hook = diffusion.draw, sample.ToolCalls
+    hook = sample.ToolCalls
     ends = iter("1</tool>".encode())
-    monkeypatch.setattr(diffusion, "draw", lambda rows, **how: torch.tensor([next(ends, 46)] * len(rows)))     # a model that closes its call
+    monkeypatch.setattr(diffusion, "draw", lambda rows, *_, **how: torch.tensor([next(ends, 46)] * len(rows)))     # a model that closes its call
     monkeypatch.setattr(sample, "ToolCalls", lambda *a: hook(*a, seconds=0.05))
     monkeypatch.setitem(sample.TOOLS, "calculator", tool)
     order = ["--order", "left"] if run == "block-2" else []
     assert sample.main([str(calls_run / run), "--prompt", "2+1? <tool>2+", "--tool", "calculator", "--max_new_tokens", "24", *order]) == 0
     out, err = capsys.readouterr()
     assert "<tool>2+1</tool>" in out and "calculator('2+1')" in err and "Traceback" not in err
-    assert (f", failed: it" in err) == (reason is not None) and (reason is None or reason in err), err
+    assert (", failed: it" in err) == (reason is not None) and (reason is None or reason in err), err
     assert reason is None or "</tool>error" in out
 
 
