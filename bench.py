@@ -21,6 +21,7 @@ pictures of the README come from there.
 import argparse
 import bz2
 import contextlib
+import copy
 import gzip
 import hashlib
 import itertools
@@ -329,7 +330,8 @@ def crossover(args):
     for key, label in (("probe_accuracy", "true end found"), ("probe_gap", "gap, nats")):
         probed = {a: [r for r in evals[a, seed] if key in r] for a in arms}
         if all(probed.values()):
-            below.append((label, {a: ([r["epoch"] for r in e], [r[key] for r in e], dict(marker="o", ms=3, color=COLOUR.get(a))) for a, e in probed.items()}))
+            style = {a: dict(marker="o", ms=3, color=COLOUR.get(a)) for a in arms}
+            below.append((label, {a: ([r["epoch"] for r in e], [r[key] for r in e], style[a]) for a, e in probed.items()}))
     top = max(evals["mdm", seed][0]["loss"], evals["ar", seed][0]["loss"])
     plot(name, series, "epochs over the same tokens", "nats per token",
          f"{s['unique_tokens']:,} unique tokens of {s['dataset']}, {s['n_layer']}x{s['n_embd']}", args.results, lines=lines, ylim=(None, top * 1.05), below=below)
@@ -1495,35 +1497,48 @@ def cut_item(item, T):
     return None if room < 0 else (item["context"][max(0, len(item["context"]) - room):], item["ends"])
 
 
+def cache_rows(cache, rows):
+    """A copy of a model's cache that holds the given rows, any of them more than once."""
+    part = copy.copy(cache)
+    part.layers = [copy.copy(c) for c in cache.layers]
+    for c in (part, *part.layers):
+        vars(c).update({k: v[rows] for k, v in vars(c).items() if isinstance(v, torch.Tensor)})
+    return part
+
+
 @torch.no_grad()
 def exact_nats(lm, batch):
     """-log p of the ends of several items under an AR model. batch: [(context, ends)], the contexts of one length P.
 
-    Each context is read once, into the cache; then its rows are repeated and all ends are read side by side, padded on the
-    right, where nothing looks. Returns a list of (nats of each end, is each token the most probable one?)."""
-    P, counts = len(batch[0][0]), torch.tensor([len(ends) for _, ends in batch])
-    ends = [e for _, es in batch for e in es]
-    E, device = max(map(len, ends)), lm.embed.weight.device
+    Each context is read once, into the cache. Then the ends are read side by side, those of similar length together, each
+    after its context's row of the cache and padded on the right, where nothing looks.
+    Returns a list of (nats of each end, is each of its tokens the most probable one?)."""
+    device, P = lm.embed.weight.device, len(batch[0][0])
     kind = torch.device(device).type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else lm.embed.weight.dtype
-    y = torch.zeros(len(ends), E, dtype=torch.int64)
-    for row, e in zip(y, ends):
-        row[:len(e)] = torch.tensor(e)
     context = diffusion.shift_right(torch.tensor([c + [0] for c, _ in batch]), lm.mask_id).to(device)      # (n, P + 1): BOS, context
-    of, y = torch.arange(len(batch)).repeat_interleave(counts).to(device), y.to(device)
-    x = torch.cat([context[of, P:], y[:, :-1]], dim=1)                                 # each token's predecessor
     if P:
-        cache = lm.init_cache(len(batch), P + E, device, dtype)
+        cache = lm.init_cache(len(batch), P + max(len(e) for _, ends in batch for e in ends), device, dtype)
         lm(context[:, :P], causal=True, cache=cache)
-        for c in (cache, *cache.layers):
-            vars(c).update({k: v[of] for k, v in vars(c).items() if isinstance(v, torch.Tensor)})
-        logits = lm(x, causal=True, cache=cache)
-    else:
-        logits = lm(x, causal=True)
-    real = torch.arange(E, device=device) < torch.tensor([len(e) for e in ends], device=device)[:, None]
-    nats = (diffusion.token_nll(logits, y).double() * real).sum(1)
-    greedy = ((logits.argmax(-1) == y) | ~real).all(1)
-    return [(a.tolist(), b.tolist()) for a, b in zip(nats.split(counts.tolist()), greedy.split(counts.tolist()))]
+    todo = sorted(((i, j) for i, (_, ends) in enumerate(batch) for j in range(len(ends))), key=lambda ij: len(batch[ij[0]][1][ij[1]]))
+    out = [([0.0] * len(ends), [False] * len(ends)) for _, ends in batch]
+    while todo:
+        shortest = len(batch[todo[0][0]][1][todo[0][1]])
+        now = [(i, j) for i, j in todo if len(batch[i][1][j]) <= 1.25 * shortest + 1]
+        todo = todo[len(now):]
+        length = torch.tensor([len(batch[i][1][j]) for i, j in now])
+        y = torch.zeros(len(now), int(length.max()), dtype=torch.int64)                # (rows, E)
+        for row, (i, j) in zip(y, now):
+            row[:len(batch[i][1][j])] = torch.tensor(batch[i][1][j])
+        of, y = torch.tensor([i for i, _ in now], device=device), y.to(device)
+        x = torch.cat([context[of, P:], y[:, :-1]], dim=1)                             # each token's predecessor
+        logits = lm(x, causal=True, **({"cache": cache_rows(cache, of)} if P else {}))
+        real = (torch.arange(y.size(1)) < length[:, None]).to(device)
+        nats = (diffusion.token_nll(logits, y).double() * real).sum(1).tolist()
+        greedy = ((logits.argmax(-1) == y) | ~real).all(1).tolist()
+        for (i, j), a, b in zip(now, nats, greedy):
+            out[i][0][j], out[i][1][j] = a, b
+    return out
 
 
 @torch.no_grad()
@@ -1540,7 +1555,7 @@ def diffusion_nats(lm, context, ends, measure, n_mc, seed, block=None, batch_siz
         row[:P + len(e)] = torch.tensor(context + e)
     t = torch.arange(L)
     real = t < length[:, None]
-    x, scored, keywords = x.to(device), (real & (t >= P)).to(device), {} if block else {"valid": real.to(device)}
+    x, scored, keywords = x.to(device), (real & (t >= P)).to(device), {} if block or real.all() else {"valid": real.to(device)}
     if measure == "bound":
         nats, _ = diffusion.mdm_nll(lm, x, mask, n_mc, torch.Generator().manual_seed(seed), batch_size=batch_size, block_size=block, scored=scored,
                                     per_row=True, group=torch.zeros(len(ends), dtype=torch.int64), **keywords)
@@ -1572,7 +1587,7 @@ def judge_items(lm, flags, items, measure, n_mc, batch_tokens):
                 n = used = 0
                 while n < len(same) and (not n or used < batch_tokens):
                     context, ends = fit[same[n]]
-                    used += max(len(context), len(ends) * max(map(len, ends)))
+                    used += len(context) + sum(map(len, ends))
                     n += 1
                 now, same = same[:n], same[n:]
                 yield [(i, {"nats": nats, "greedy": greedy[0]}) for i, (nats, greedy) in zip(now, exact_nats(lm, [fit[i] for i in now]))]
@@ -1630,8 +1645,8 @@ def choices(args):
                 name, T = flags["dataset"], lm.config.block_size
                 val = prepare.load_dataset(Path(name) if os.sep in name else Path("data") / name)[1]
                 x, K = train.probe_items(val, T, min(args.limit or 512, len(val) // T)), max(1, min(16, T // 4))
-                items = [{"context": p[0, :-K].tolist(), "ends": p[:, -K:].tolist(), "gold": 0, "bytes": [int(tokenizer.token_bytes[e].sum()) for e in
-                                                                                                        p[:, -K:]]} for p in x]
+                items = [{"context": p[0, :-K].tolist(), "ends": p[:, -K:].tolist(), "gold": 0,
+                          "bytes": tokenizer.token_bytes[p[:, -K:].numpy()].sum(1).tolist()} for p in x]
                 source = x.numpy().tobytes()
             else:
                 items, source = read_items(file, tokenizer, args.limit), Path(file).read_bytes()
@@ -1649,7 +1664,8 @@ def choices(args):
         results = {i: r for i, r in results.items() if i in items}                     # --limit may have been larger then
         todo = {i: item for i, item in items.items() if i not in results}
         cost = {i: len(item["context"]) + sum(map(len, item["ends"])) for i, item in todo.items()}
-        progress, done, total, tic = prepare.Progress(f"{folder.name}, {label}, {measure}, {len(todo):,} items"), 0, sum(cost.values()), time.perf_counter()
+        progress = prepare.Progress(f"{folder.name}, {label}, {measure}, {len(todo):,} items")
+        done, total, tic = 0, sum(cost.values()), time.perf_counter()
         with path.open("a") as out:
             try:
                 for portion in judge_items(lm, flags, todo, measure, args.n_mc, args.batch_tokens):
@@ -1664,13 +1680,15 @@ def choices(args):
                 print(f"\ninterrupted: {len(results):,} of {len(items):,} items are in {path}; the same command goes on from here")
                 return 130
         seconds = time.perf_counter() - tic
-        rows.append(dict(run=folder.name, objective=flags["objective"], step=step, file=label, measure=measure, n_mc=args.n_mc if measure == "bound" else None,
-                         **summary(items, results), items_per_s=len(todo) / seconds if todo else None))
+        rows.append(dict(run=folder.name, objective=flags["objective"], step=step, file=label, measure=measure,
+                         n_mc=args.n_mc if measure == "bound" else None, **summary(items, results),
+                         items_per_s=len(todo) / seconds if todo else None, params=lm.num_params()))
         if why := next((r["failed"] for r in results.values() if "failed" in r), None):
             print(f"{run}, {file}: {rows[-1]['failed']:,} items failed, such as: {why}")
     print("accuracy: right answer most probable (one answer: it is what the model writes); gap: wrong minus right -log p, nats; "
           "exact and chain are exact, bound is an upper bound")
-    table(rows, ["run", "step", "file", "measure", "n_mc", "items", "failed", "accuracy", "se", "accuracy_norm", "gap", "gap_se", "loss", "items_per_s"])
+    table(rows, ["run", "step", "file", "measure", "n_mc", "items", "failed", "accuracy", "se", "accuracy_norm", "gap", "gap_se",
+                 "loss", "items_per_s"])
     record(args.name or "choices", rows, device, args.results, seed=0)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1734,13 +1752,15 @@ def main(argv=None):
             run_sums=(str, None, "of the arithmetic model"), batches=(str, "1,8,64", "batch sizes; quality is that of the largest"), **models)
     command("panel", bench_panel, windows=(int, 16, "validation windows"), n_mc=(int, 64, "masks per window of a bound"), **models)
     p = command("choices", choices, measures=(str, None, "likelihoods: some of exact,bound,chain (default: all that a run has)"),
-                n_mc=(int, 32, "masks per item of the bound, a multiple of 4"), limit=(int, None, "first items of each file (default: all; probe: 512)"),
+                n_mc=(int, 32, "masks per item of the bound, a multiple of 4"),
+                limit=(int, None, "first items of each file (default: all; probe: 512)"),
                 which=(str, "best", "checkpoint of a run folder: best | last"), batch_tokens=(int, 4096, "tokens in a pass, about"),
                 device=(str, "auto", "auto | cuda | cpu"), threads=(int, 0, "CPU threads; 0: 1 for models below 5M parameters, else all cores"),
                 out=(str, "out/choices", "folder of the items done so far"))
     p.add_argument("runs", nargs="+", metavar="RUN", help="run folder of train.py, or a checkpoint in one")
-    p.add_argument("--files", nargs="+", default=["probe"], metavar="FILE", help=".jsonl (.gz, .bz2, .xz) of {ctx, endings, label}, {query, choices, gold} or "
-                   "{context, continuation}; probe: true ends of passages of the run's own validation data among three others")
+    p.add_argument("--files", nargs="+", default=["probe"], metavar="FILE",
+                   help=".jsonl (.gz, .bz2, .xz) of {ctx, endings, label}, {query, choices, gold} or {context, continuation}; "
+                        "probe: true ends of passages of the run's own validation data among three others")
     command("theory", theory, steps=(int, 1000, "of training for a diffusion model, a quarter of them for AR"),
             sequences=(int, 128, "sampled from a trained model for each point, 8 times as many from an oracle"),
             lengths=(str, "24,96", "of sequences, multiples of 3"), threads=(int, 1, "CPU threads"), out=(str, "out/theory", "folder of the models and of the points measured so far"))

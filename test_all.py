@@ -3013,20 +3013,21 @@ def test_greedy_end_is_argmax_from_the_left():
     for block in (None, 4):
         context, end = [1, 2, 3], []
         x = torch.tensor([context + [13] * 4])
-        y = diffusion.sample_block(lm, x, 13, 4, order="left", temperature=0) if block else diffusion.sample_mdm(lm, x, 13, order="left", temperature=0)
+        how = dict(order="left", temperature=0)
+        y = diffusion.sample_block(lm, x, 13, 4, **how) if block else diffusion.sample_mdm(lm, x, 13, **how)
         end = y[0, 3:].tolist()
         assert bench.greedy_end(lm, context, end, block) and not bench.greedy_end(lm, context, [(end[0] + 1) % 13, *end[1:]], block)
 
 
 def test_choices_are_cut_on_the_left_or_failed():
     lm = diff_lm()                                                  # its window: 64 tokens
-    items = dict(enumerate({"context": c, "ends": e, "gold": 0, "bytes": [1] * len(e)} for c, e in random_items([(100, (4, 9)), (5, (65, 3)), (70, (64, 2))])))
+    drawn = random_items([(100, (4, 9)), (5, (65, 3)), (70, (64, 2))])
+    items = {i: {"context": c, "ends": e, "gold": 0, "bytes": [1] * len(e)} for i, (c, e) in enumerate(drawn)}
     for objective, measure in (("ar", "exact"), ("mdm", "chain")):
-        got = dict(r for portion in bench.judge_items(lm, {**train.DEFAULTS, "objective": objective}, {k: items[k] for k in (0, 1)} if measure == "chain" else items,
-                                                      measure, 4, 4096) for r in portion)
+        judge = lambda items: dict(r for p in bench.judge_items(lm, {**train.DEFAULTS, "objective": objective}, items, measure, 4, 4096) for r in p)
+        got = judge({k: items[k] for k in (0, 1)})
         assert "65 tokens" in got[1]["failed"] and "window of 64" in got[1]["failed"]
-        cut = {**items[0], "context": items[0]["context"][-55:]}
-        again = dict(next(p for p in bench.judge_items(lm, {**train.DEFAULTS, "objective": objective}, {0: cut}, measure, 4, 4096) if p))
+        again = judge({0: {**items[0], "context": items[0]["context"][-55:]}})
         assert got[0]["nats"] == again[0]["nats"] and len(got[0]["nats"]) == 2
     assert bench.cut_item(items[2], 64)[0] == [], "an end that fills the window leaves no context"
 
@@ -3044,7 +3045,8 @@ def test_summary_is_its_definition():
 
 
 def test_read_items_forms(tmp_path):
-    rows = [{"ctx": "A man ", "endings": ["sits.", "runs."], "label": "1", "ind": 7}, {"query": "Question: why?\n", "choices": ["a", "b", "c"], "gold": [2]},
+    rows = [{"ctx": "A man ", "endings": ["sits.", "runs."], "label": "1", "ind": 7},
+            {"query": "Question: why?\n", "choices": ["a", "b", "c"], "gold": [2]},
             {"context": "It was", "continuation": "so"}, {"ctx": "", "endings": ["x", "y"], "label": 0}]
     text = "\n".join(map(json.dumps, rows)) + "\n\n"
     (tmp_path / "a.jsonl").write_text(text)
@@ -3054,7 +3056,8 @@ def test_read_items_forms(tmp_path):
     for name in ("a.jsonl", "a.jsonl.bz2", "a.jsonl.gz"):
         items = bench.read_items(tmp_path / name, tok)
         told = [(tok.decode(i["context"]), [tok.decode(e) for e in i["ends"]], i["gold"]) for i in items]
-        assert told == [("A man", [" sits.", " runs."], 1), ("Question: why?\nAnswer:", [" a", " b", " c"], 2), ("It was", [" so"], 0), ("", ["x", "y"], 0)]
+        assert told == [("A man", [" sits.", " runs."], 1), ("Question: why?\nAnswer:", [" a", " b", " c"], 2), ("It was", [" so"], 0),
+                        ("", ["x", "y"], 0)]
     assert items[0]["bytes"] == [6, 6] and len(bench.read_items(tmp_path / "a.jsonl", tok, 2)) == 2
 
 
@@ -3063,10 +3066,12 @@ GOOD = {"ctx": "a", "endings": ["b", "c"], "label": 0}
 
 @pytest.mark.parametrize("row, message", [
     ("{\"ctx\": ", "line 2 is no JSON"), ("[]", "no object of the keys ctx"), ({"ctx": "a", "label": 1}, "no object of the keys"), ("7", "no object"),
-    ({**GOOD, "ctx": 5}, "a text under 'ctx'"), ({**GOOD, "endings": "bc"}, "a list of texts under 'endings'"), ({**GOOD, "endings": [1, 2]}, "a list of texts"),
+    ({**GOOD, "ctx": 5}, "a text under 'ctx'"), ({**GOOD, "endings": "bc"}, "a list of texts under 'endings'"),
+    ({**GOOD, "endings": [1, 2]}, "a list of texts"),
     ({**GOOD, "label": 2}, "one right answer"), ({**GOOD, "label": -1}, "one right answer"), ({**GOOD, "label": None}, "one right answer"),
     ({**GOOD, "label": ""}, "one right answer"), ({**GOOD, "label": [0, 1]}, "one right answer"), ({**GOOD, "label": []}, "one right answer"),
-    ({**GOOD, "label": True}, "one right answer"), ({**GOOD, "endings": ["b", "b "]}, "one right answer"), ({**GOOD, "endings": ["b"]}, "one right answer"),
+    ({**GOOD, "label": True}, "one right answer"), ({**GOOD, "endings": ["b", "b "]}, "one right answer"),
+    ({**GOOD, "endings": ["b"]}, "one right answer"),
     ({"context": "a", "continuation": " "}, "one right answer"), ({"context": "a", "continuation": ["b"]}, "a text under 'continuation'"),
     ('{"ctx": "\\ud800", "endings": ["b", "c"], "label": 0}', "line 2 is no JSON")])
 def test_bad_items_name_file_and_line(runs, tmp_path, capsys, row, message):
@@ -3093,7 +3098,8 @@ def test_choices_refuse(runs, tmp_path, capsys):
 def test_choices_end_to_end_and_resume(runs, tmp_path, capsys, monkeypatch):
     """All kinds of runs and of files; a larger --limit only does what is missing, and gives what one run at once gives."""
     rows = [{**GOOD, "ctx": "the cat " * n, "endings": ["sat on", "ran"], "label": n % 2} for n in range(6)] + [{**GOOD, "endings": ["b", "c" * 99]}]
-    files = [str(write_jsonl(tmp_path / "many.jsonl", *rows)), str(write_jsonl(tmp_path / "last.jsonl", {"context": "the red", "continuation": "bird"})), "probe"]
+    one = {"context": "the red", "continuation": "bird"}
+    files = [str(write_jsonl(tmp_path / "many.jsonl", *rows)), str(write_jsonl(tmp_path / "last.jsonl", one)), "probe"]
     argv = ["choices", *(str(runs / k) for k in ("ar", "mdm", "mixed", "block")), "--files", *files, "--n_mc", "4", "--results", str(tmp_path)]
     assert bench.main([*argv, "--out", str(tmp_path / "a"), "--limit", "4"]) == 0 and "failed" in capsys.readouterr().out
     judged, judge = [], bench.judge_items
@@ -3105,7 +3111,7 @@ def test_choices_end_to_end_and_resume(runs, tmp_path, capsys, monkeypatch):
     assert bench.main([*argv, "--out", str(tmp_path / "a"), "--limit", "9"]) == 0
     capsys.readouterr()
     measures = [m for k in ("ar", "mdm", "mixed", "block") for m in bench.MEASURES[k]]
-    assert judged == [n for k in ("ar", "mdm", "mixed", "block") for n in [3] * len(bench.MEASURES[k]) + [0] * len(bench.MEASURES[k]) + [9] * len(bench.MEASURES[k])]
+    assert judged == [n for k in ("ar", "mdm", "mixed", "block") for n in (3, 0, 9) for _ in bench.MEASURES[k]]
     a = json.loads((tmp_path / "choices.json").read_text())["rows"]
     assert bench.main([*argv, "--out", str(tmp_path / "b"), "--limit", "9"]) == 0
     b = json.loads((tmp_path / "choices.json").read_text())["rows"]
@@ -3255,7 +3261,8 @@ def test_calculator():
         assert text == call and rest == f"{sample.calculator(call)}, so {sample.calculator(call)}"
     for text, result in (("3/2", "1.5"), ("6/3", "2"), (" -(2-5)*4 ", "12"), ("1/3", "0.3333333333"), ("2*(3+4)*5", "70")):
         assert sample.calculator(text) == result
-    names = {n for code in (sample.calculator.__code__, *(c for c in sample.calculator.__code__.co_consts if hasattr(c, "co_names"))) for n in code.co_names}
+    code = sample.calculator.__code__
+    names = {n for c in (code, *code.co_consts) for n in getattr(c, "co_names", ())}
     assert not names & {"eval", "exec", "compile", "__import__", "literal_eval"}
     for text in ("2**9", "__import__('os').getcwd()", "a", "1+", "", "(" * 150, "1" * 201, "1,2", "'a'*3", "True", "\0", "lambda: 1", "1j", "[1][0]"):
         with pytest.raises(ValueError, match="no arithmetic"):
