@@ -327,7 +327,7 @@ def crossover(args):
         if c:
             lines.append(("x", c["epoch"], f"{kind} crossing, epoch {c['epoch']:.1f}"))
     below = []                                                                         # runs of an older version have no probe
-    for key, label in (("probe_accuracy", "true end found"), ("probe_gap", "gap, nats")):
+    for key, label in (("probe_accuracy", "true end found (chance 0.25)"), ("probe_gap", "gap, nats")):
         probed = {a: [r for r in evals[a, seed] if key in r] for a in arms}
         if all(probed.values()):
             style = {a: dict(marker="o", ms=3, color=COLOUR.get(a)) for a in arms}

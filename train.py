@@ -326,7 +326,7 @@ def probe_items(val_data, T, count=128):
 
 
 @torch.no_grad()
-def probe(lm, items, objective, rows=64, n_mc=4, seed=0, diffusion_block=None):
+def probe(lm, items, objective, rows=64, n_mc=8, seed=0, diffusion_block=None):
     """{"probe_accuracy", "probe_gap"} of `probe_items`: the share in which the true end is the most probable of the four, and
     the mean of wrong minus true -log p, in nats of an end. AR and mixed: exact; else the bound, the four ends under the
     same masks. Like `evaluate` it is deterministic and training does not notice."""
