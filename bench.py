@@ -1533,9 +1533,9 @@ def exact_nats(lm, batch):
         of, y = torch.tensor([i for i, _ in now], device=device), y.to(device)
         x = torch.cat([context[of, P:], y[:, :-1]], dim=1)                             # each token's predecessor
         logits = lm(x, causal=True, **({"cache": cache_rows(cache, of)} if P else {}))
-        real = (torch.arange(y.size(1)) < length[:, None]).to(device)
-        nats = (diffusion.token_nll(logits, y).double() * real).sum(1).tolist()
-        greedy = ((logits.argmax(-1) == y) | ~real).all(1).tolist()
+        real = torch.arange(y.size(1)) < length[:, None]
+        nats = (diffusion.token_nll(logits, y).cpu().double() * real).sum(1).tolist()
+        greedy = ((logits.argmax(-1) == y).cpu() | ~real).all(1).tolist()
         for (i, j), a, b in zip(now, nats, greedy):
             out[i][0][j], out[i][1][j] = a, b
     return out
@@ -1631,6 +1631,7 @@ def choices(args):
     if args.n_mc < 4 or args.n_mc % 4 or args.limit is not None and args.limit < 1:
         raise ValueError(f"--n_mc {args.n_mc} must be a multiple of 4, and --limit {args.limit} at least 1")
     device, rows, work = train.pick_device(args.device), [], []
+    batch_tokens = args.batch_tokens or (65536 if device.startswith("cuda") else 4096)
     for run in args.runs:                                                              # all input is read before the work begins
         lm, state = train.load_model(run, args.which, device)
         folder = Path(run) if Path(run).is_dir() else Path(run).parent
@@ -1668,7 +1669,7 @@ def choices(args):
         done, total, tic = 0, sum(cost.values()), time.perf_counter()
         with path.open("a") as out:
             try:
-                for portion in judge_items(lm, flags, todo, measure, args.n_mc, args.batch_tokens):
+                for portion in judge_items(lm, flags, todo, measure, args.n_mc, batch_tokens):
                     for i, r in portion:
                         results[i] = r
                         out.write(json.dumps({"item": i, **r}) + "\n")
@@ -1754,7 +1755,7 @@ def main(argv=None):
     p = command("choices", choices, measures=(str, None, "likelihoods: some of exact,bound,chain (default: all that a run has)"),
                 n_mc=(int, 32, "masks per item of the bound, a multiple of 4"),
                 limit=(int, None, "first items of each file (default: all; probe: 512)"),
-                which=(str, "best", "checkpoint of a run folder: best | last"), batch_tokens=(int, 4096, "tokens in a pass, about"),
+                which=(str, "best", "checkpoint of a run folder: best | last"), batch_tokens=(int, None, "tokens in a pass, about (default: 4096, on a GPU 65536)"),
                 device=(str, "auto", "auto | cuda | cpu"), threads=(int, 0, "CPU threads; 0: 1 for models below 5M parameters, else all cores"),
                 out=(str, "out/choices", "folder of the items done so far"))
     p.add_argument("runs", nargs="+", metavar="RUN", help="run folder of train.py, or a checkpoint in one")

@@ -334,7 +334,7 @@ def probe(lm, items, objective, rows=64, n_mc=8, seed=0, diffusion_block=None):
     K = max(1, min(16, T // 4))
     lm.eval()
     if objective in ("ar", "mixed"):
-        nats = torch.cat([diffusion.ar_loss(lm, w, lm.mask_id, reduction="none")[:, -K:].double().sum(1) for w in x.split(rows)])
+        nats = torch.cat([diffusion.ar_loss(lm, w, lm.mask_id, reduction="none")[:, -K:].sum(1).cpu() for w in x.split(rows)])
     else:
         nats, _ = diffusion.mdm_nll(lm, x, lm.mask_id, n_mc, torch.Generator().manual_seed(seed), batch_size=rows, per_row=True,
                                     scored=(torch.arange(T) >= T - K).expand(len(x), -1), group=torch.arange(N).repeat_interleave(4),
