@@ -155,7 +155,7 @@ def run_arms(jobs, workers):
     when a run was interrupted; raises ValueError when one failed.
     """
     import threading
-    waiting, running, ok = list(jobs.items()), {}, True
+    waiting, running, ok, tic = list(jobs.items()), {}, True, time.time()
 
     def show(name, stream, last):
         for line in stream:
@@ -173,6 +173,10 @@ def run_arms(jobs, workers):
             reader = threading.Thread(target=show, args=(name, p.stdout, last), daemon=True)
             reader.start()
             running[name] = (p, reader, last)
+            if len(jobs) > workers:
+                started = len(jobs) - len(waiting)
+                left = (time.time() - tic) / max(started - workers, 1) * (len(waiting) + workers)
+                print(f"[{name}] run {started} of {len(jobs)}" + (f", about {train.clock(left)} left" if started > workers else ""), flush=True)
         try:
             time.sleep(0.2)
         except KeyboardInterrupt:                                                      # the arms got it too: they save
@@ -823,26 +827,26 @@ def bench_tools(args):
     tokenizer = prepare.load_tokenizer("data/arithmetic")
     texts = tokenizer.decode(val.tolist()).split(prepare.EOT)[:args.problems]
     prompts = [tokenizer.encode(t[:t.index("?") + 1]) for t in texts]
-    jobs = {o: {**CALCULATOR, "max_steps": args.steps, "objective": o, "diffusion_block": 8 if o == "block" else None,
-                "out": f"{args.out}/{o}-{args.steps}"} for o in ("ar", "block")}
+    jobs = {o: {**CALCULATOR, "max_steps": n, "objective": o, "diffusion_block": 4 if o == "block" else None, "out": f"{args.out}/{o}-{n}"}
+            for o, n in (("ar", args.steps), ("block", 3 * args.steps))}              # diffusion learns slowly
     if not run_arms(jobs, args.workers):
         return 130
     rows, device = [], train.pick_device(args.device)
     torch.set_num_threads(args.threads)
     for objective, job in jobs.items():
         lm, state = train.load_model(job["out"], "last", device)
-        for tool in (None, sample.calculator):
+        for order, tool in itertools.product(("left", "max_prob") if objective == "block" else ("left",), (None, sample.calculator)):
             x, valid = (a.to(device) for a in diffusion.canvas(prompts, 60, lm.mask_id))
             hook = sample.ToolCalls(tool or (lambda call: ""), tokenizer, lm.mask_id, valid.sum(1))
             how = dict(temperature=0, eot_id=tokenizer.eot, valid=valid)
             if objective == "ar":
                 y = diffusion.sample_ar(lm, x, lm.mask_id, on_token=hook, **how)
             else:
-                y = diffusion.sample_block(lm, x, lm.mask_id, job["diffusion_block"], on_block=hook, **how)
+                y = diffusion.sample_block(lm, x, lm.mask_id, job["diffusion_block"], order=order, on_block=hook, **how)
             out = [tokenizer.decode(r).split(prepare.EOT)[0] for r in y.tolist()]
             right = torch.tensor([t.rpartition(" ")[2] == o.rpartition(" ")[2] for t, o in zip(texts, out)]).double()
             called = sum(any(c == t[:t.index("?")] for b, c, *_ in hook.calls if b == i) for i, t in enumerate(texts))
-            rows.append(dict(model=objective, tool="calculator" if tool else "none", problems=len(texts), accuracy=right.mean().item(),
+            rows.append(dict(model=objective, order=order, tool="calculator" if tool else "none", problems=len(texts), accuracy=right.mean().item(),
                              se=(right.std() / len(texts) ** 0.5).item(), right_calls=called, failed=sum(w is not None for *_, w in hook.calls),
                              minutes=state["seconds"] / 60, loss=state["best"], example=out[0]))
     table(rows, [c for c in rows[0] if c != "example"])
@@ -1139,19 +1143,20 @@ def bench_sparse(args):
 # quality: the same small model with every mixer
 
 # name -> (layer pattern, settings). Sparse layers read at most a quarter of T at t = T; widths of the MLP match parameters.
+PICKS = dict(n_kv_head=1, sel_block=16, sel_topk=7)
+COMPRESSED = dict(PICKS, sel_local=2, cmp_block=16, cmp_stride=8, dense_len=0)
 MIXERS = {
     "full": ("full", {}), "full window": ("full", dict(window=64)), "mla": ("mla", {}),
     "linear": ("linear", dict(linear_decay="head")), "deltanet": ("deltanet", {}), "gated_deltanet": ("gated_deltanet", {}), "kda": ("kda", {}),
     "gated_deltanet alternate": ("gated_deltanet(bidir=forward) gated_deltanet(bidir=backward)", {}),
     "gated_deltanet forward": ("gated_deltanet", dict(bidir="forward")),
-    "gated_deltanet*3 full": ("gated_deltanet*3 full", {}), "kda*3 mla": ("kda*3 mla", {}),
     "nsa": ("nsa", dict(n_kv_head=1, window=32, sel_block=16, sel_topk=4, cmp_block=16, cmp_stride=8)),
-    "infllm": ("infllm", dict(n_kv_head=1, sel_block=16, sel_topk=7, sel_local=2, cmp_block=16, cmp_stride=8, dense_len=0)),
-    "msa": ("msa", dict(n_kv_head=1, sel_block=16, sel_topk=7, qk_norm=True)), "dsa": ("dsa", dict(sel_topk=112)),
-    "gated_deltanet*3 msa": ("gated_deltanet*3 msa", dict(n_kv_head=1, sel_block=16, sel_topk=7, qk_norm=True)),
-    "kda*3 dsa": ("kda*3 dsa", dict(sel_topk=112)),
-    "linear*3 infllm": ("linear*3 infllm", dict(linear_decay="head", n_kv_head=1, sel_block=16, sel_topk=7, cmp_block=16, cmp_stride=8, dense_len=0)),
+    "infllm": ("infllm", COMPRESSED), "msa": ("msa", PICKS), "dsa": ("dsa", dict(sel_topk=112)),
+    "gated_deltanet*3 full": ("gated_deltanet*3 full", {}), "kda*3 mla": ("kda*3 mla", {}),
+    "gated_deltanet*3 msa": ("gated_deltanet*3 msa", PICKS), "kda*3 dsa": ("kda*3 dsa", dict(sel_topk=112)),
+    "linear*3 infllm": ("linear*3 infllm", dict(COMPRESSED, linear_decay="head")),
 }
+ONE_WAY = ("gated_deltanet alternate", "gated_deltanet forward")                       # the same as gated_deltanet when causal
 
 
 def bigram_loss(train_data, val_windows, V):
@@ -1163,50 +1168,57 @@ def bigram_loss(train_data, val_windows, V):
     return -(uni[x[:, 0]].sum() + bi[x[:, :-1], x[:, 1:]].sum()) / x.size
 
 
+def same_size(names, base):
+    """{mixer: (pattern, settings)} with n_inner such that each has as many parameters as the first layer type, `full`."""
+    size = lambda pattern, **values: LM(override(ModelConfig(**base, layers=pattern), values)).num_params()
+    target, out = size("full"), {}
+    for name in names:
+        if name not in MIXERS:
+            raise ValueError(f"--mixers {name} is unknown: one of {', '.join(MIXERS)}")
+        pattern, values = MIXERS[name]
+        small, slope = size(pattern, n_inner=32, **values), (size(pattern, n_inner=64, **values) - size(pattern, n_inner=32, **values)) / 32
+        out[name] = pattern, dict(values, n_inner=max(8, round((target - small) / slope / 8) * 8 + 32))
+    return out
+
+
 def quality(args):
     """The same small model with every mixer, AR and diffusion: validation loss, tokens read, parameters matched."""
-    names = args.mixers.split(",") if args.mixers else list(MIXERS)
-    folder = Path("data") / args.dataset
+    folder, objectives = Path("data") / args.dataset, args.objectives.split(",")
     if args.dataset.startswith("docs") and not (folder / "meta.json").exists():
         prepare.prepare("docs", name=args.dataset, tokenizer="byte")
     train_data, val_data, _ = prepare.load_dataset(folder)
     V, T = prepare.load_tokenizer(folder).n_vocab, args.block_size
-    bigram = bigram_loss(train_data, train.fixed_windows(val_data, T, 256), V)
-    base = dict(n_layer=args.n_layer, n_head=4, n_embd=args.n_embd, block_size=T, vocab_size=V)
-    target = LM(ModelConfig(**base, layers="full")).num_params()
-    jobs = {}
-    for name in names:
-        pattern, values = MIXERS[name]
-        size = lambda inner: LM(ModelConfig(**base, layers=pattern, n_inner=inner, **values)).num_params()
-        slope = (size(64) - size(32)) / 32                                             # parameters per unit of the MLP's width
-        inner = max(8, round((target - size(32)) / slope / 8) * 8 + 32)
-        settings = [f"{k}={v}" for k, v in {**values, "n_inner": inner}.items()]
-        for objective in args.objectives.split(","):
-            if objective == "ar" and name in ("gated_deltanet alternate", "gated_deltanet forward"):
-                continue                                                               # the same as gated_deltanet when causal
-            for seed in range(1337, 1337 + args.seeds):
-                out = Path(args.out) / f"{name.replace(' ', '_').replace('*', 'x')}-{objective}-s{seed}"
-                jobs[f"{name} {objective} {seed}"] = dict(
-                    dataset=str(folder), objective=objective, layers=pattern, set=settings, seed=seed, out=str(out), max_steps=args.steps, block_size=T,
-                    n_layer=args.n_layer, n_head=4, n_embd=args.n_embd, batch_tokens=args.batch_tokens, lr=args.lr, eval_every=0, log_every=50, save_every=100)
-    if not run_arms(jobs, args.workers):
-        return 130
-    rows = []
-    for name in names:
-        for objective in args.objectives.split(","):
-            mine = [read_evals(f["out"])[-1] for key, f in jobs.items() if key.rsplit(" ", 2)[:2] == [name, objective]]
-            if not mine:
-                continue
-            lm, _ = train.load_model(next(f["out"] for key, f in jobs.items() if key.startswith(f"{name} {objective} ")), "last")
-            losses = [r["loss"] for r in mine]
+    bigram = bigram_loss(train_data, train.fixed_windows(val_data, T, 128), V)
+    mixers = same_size(args.mixers.split(",") if args.mixers else MIXERS,
+                       dict(n_layer=args.n_layer, n_head=4, n_embd=args.n_embd, block_size=T, vocab_size=V, qk_norm=True))
+    jobs, steps = {}, {o: args.steps * (1 if o == "ar" else 3) for o in objectives}    # diffusion learns slowly
+    for seed, objective, name in itertools.product(range(1337, 1337 + args.seeds), objectives, mixers):
+        if objective != "ar" or name not in ONE_WAY:
+            pattern, values = mixers[name]
+            out = Path(args.out) / f"{name.replace(' ', '_').replace('*', 'x')}-{objective}-{steps[objective]}-s{seed}"
+            jobs[name, objective, seed] = dict(
+                dataset=str(folder), objective=objective, layers=pattern, set=["qk_norm=true", *(f"{k}={v}" for k, v in values.items())], seed=seed,
+                out=str(out), max_steps=steps[objective], block_size=T, n_layer=args.n_layer, n_head=4, n_embd=args.n_embd, eval_every=0, eval_windows=128,
+                batch_tokens=args.batch_tokens, optimizer="muon", lr=args.lr, log_every=100, save_every=200)
+    ok = run_arms({" ".join(map(str, key)): f for key, f in jobs.items()}, args.workers)
+    rows, finished = [], {key: e[-1] for key, f in jobs.items() if (e := read_evals(f["out"])) and e[-1]["step"] == f["max_steps"]}
+    for objective, name in itertools.product(objectives, mixers):
+        mine = [e for key, e in finished.items() if key[:2] == (name, objective)]
+        if mine:
+            lm, _ = train.load_model(next(f["out"] for key, f in jobs.items() if key[:2] == (name, objective)), "last")
+            losses = [e["loss"] for e in mine]
             rows.append({"mixer": name, "objective": objective, "measure": "exact" if objective == "ar" else "bound", "loss": statistics.mean(losses),
                          "std": statistics.stdev(losses) if len(losses) > 1 else None, "seeds": len(losses), "se": mine[0]["se"] or None,
                          "params": lm.num_params(), "reads": max(b.mixer.reads(T, objective == "ar") for b in lm.blocks),
-                         "below_bigram": bigram - statistics.mean(losses), "minutes": mine[0]["seconds"] / 60})
-    table(rows, list(rows[0]))
-    record(args.name or f"quality_{torch.device(train.pick_device('auto')).type}", rows, train.pick_device("auto"), args.results, bigram=bigram, T=T,
-           dataset=args.dataset, steps=args.steps, batch_tokens=args.batch_tokens, lr=args.lr)
-
+                         "below_bigram": bigram - statistics.mean(losses), "minutes": statistics.mean(e["seconds"] for e in mine) / 60})
+    print(f"\n{len(finished)} of {len(jobs)} runs finished" + ("" if len(finished) == len(jobs) else ": the same command goes on"))
+    if rows:
+        print(f"validation loss, nats per token; a bigram model has {bigram:.3f}; reads: keys of the last query; std: over seeds; se: of the bound's masks")
+        table(rows, list(rows[0]))
+        device = train.pick_device("auto")
+        record(args.name or f"quality_{torch.device(device).type}", rows, device, args.results, bigram=bigram, T=T, dataset=args.dataset, steps=steps,
+               batch_tokens=args.batch_tokens, lr=args.lr, optimizer="muon", settings={n: dict(v, layers=p, qk_norm=True) for n, (p, v) in mixers.items()})
+    return 0 if ok else 130
 
 # ---------------------------------------------------------------------------------------------------------------------
 # decode, panel: what sampling costs and what it gives; the likelihoods of the same models
@@ -1741,9 +1753,9 @@ def main(argv=None):
             tokens=(int, 262_144, "of a batch"), n_head=(int, 32, "query heads"), n_kv_head=(int, 2, "key/value heads"), head_dim=(int, 128, "width of a head"),
             block=(int, 64, "keys in a block"), topk=(int, 64, "blocks that a query reads"), repeat=(int, 3, "timed calls"))
     command("quality", quality, mixers=(str, None, f"comma-separated, of: {', '.join(MIXERS)} (default: all)"), objectives=(str, "ar,mdm", "which"),
-            dataset=(str, "docs-byte", "text"), steps=(int, 600, "of each run"), seeds=(int, 3, "number of seeds"), n_layer=(int, 4, "blocks"),
-            n_embd=(int, 128, "width"), block_size=(int, 512, "window"), batch_tokens=(int, 4096, "tokens in a step"), lr=(float, 2e-3, "rate"),
-            workers=(int, 1, "runs at a time"), out=(str, "out/quality", "folder of the runs"))
+            dataset=(str, "docs-byte", "text"), steps=(int, 1200, "of each AR run, three times as many for diffusion"), seeds=(int, 3, "number of seeds"),
+            n_layer=(int, 4, "blocks"), n_embd=(int, 128, "width"), block_size=(int, 512, "window"), batch_tokens=(int, 512, "tokens in a step"),
+            lr=(float, 4e-3, "rate"), workers=(int, 1, "runs at a time"), out=(str, "out/quality", "folder of the runs"))
     models = dict(run_ar=(str, None, "run folder of the AR model (default: trained)"), run_mdm=(str, None, "of the diffusion model"),
                   run_block=(str, None, "of the block-diffusion model"), dataset=(str, None, "default: the scale's"), **shape,
                   batch_tokens=(int, None, "default: the scale's"), max_steps=(int, None, "training of AR; diffusion gets more (default: the scale's)"),
@@ -1765,7 +1777,7 @@ def main(argv=None):
     command("theory", theory, steps=(int, 1000, "of training for a diffusion model, a quarter of them for AR"),
             sequences=(int, 128, "sampled from a trained model for each point, 8 times as many from an oracle"),
             lengths=(str, "24,96", "of sequences, multiples of 3"), threads=(int, 1, "CPU threads"), out=(str, "out/theory", "folder of the models and of the points measured so far"))
-    command("tools", bench_tools, steps=(int, 800, "of training, each"), problems=(int, 500, "held-out ones to solve"), workers=(int, 1, "runs at a time"),
+    command("tools", bench_tools, steps=(int, 1000, "of training for AR, three times as many for block diffusion"), problems=(int, 500, "held-out ones to solve"), workers=(int, 1, "runs at a time"),
             device=(str, "auto", "auto | cuda | cpu"), threads=(int, 1, "CPU threads"), out=(str, "out/tools", "folder of the runs"))
     try:
         args = parser.parse_args(argv)
