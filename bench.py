@@ -3,8 +3,10 @@
     crossover   the main one: AR against masked diffusion on the same few unique tokens, for many epochs
     train       training speed and memory, also beside a nanoGPT checkout
     attention   every layer: time and memory against length, keys read, cache
+    functions   the mixers as pure functions: against SDPA and transformers, time and memory up to 65,536 tokens
     context     time of one decoded token against the tokens in the cache
     sparse      block-sparse attention at a published shape, with and without selection
+    switch      a dense checkpoint run sparse, before and after some steps of adaptation (InfLLM-V2)
     quality     the same small model with every mixer, AR and diffusion
     moe         mixture of experts: speed against dense, load with and without balancing, experts and topics
     tools       a calculator inside an answer, AR and block diffusion
@@ -32,6 +34,7 @@ import os
 import platform
 import resource
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -49,7 +52,8 @@ import diffusion
 import prepare
 import sample
 import train
-from attention import ATTENTION, block_sparse_attention, compressed_scores, select_blocks, windows as key_windows
+from attention import (ATTENTION, block_sparse_attention, compressed_scores, delta_rule, linear_attention, select_blocks,
+                       windows as key_windows)
 from model import LM, MLP, PRESETS, ModelConfig, MoE, from_preset, override
 
 HERE = Path(__file__).resolve().parent
@@ -906,6 +910,22 @@ PUBLISHED = {"gpt2": "124M", "llama": "8.03B", "llada": "8B", "qwen3-next": "80B
              "deepseek-v3": "671B-A37B", "gpt-oss": "20.9B-A3.6B"}
 
 
+def published_costs():
+    """Published figures beside ours: cache bytes a token in bf16 (DeepSeek-AI, 2505.09343 table 1), and how many times
+    fewer keys NSA reads than dense attention (2502.11089 table 4: compressed + selected + window)."""
+    mla = {k: v for k, v in PRESETS["deepseek-v3"].items() if k not in ("layers", "n_layer")}
+    gqa8 = dict(n_kv_head=8, head_dim=128)
+    caches = (("DeepSeek-V3", "mla", mla, 61, 70_272), ("Qwen2.5-72B", "full", dict(n_embd=8192, n_head=64, **gqa8), 80, 327_680),
+              ("Llama-3.1-405B", "full", dict(n_embd=16384, n_head=128, **gqa8), 126, 516_096))
+    with torch.device("meta"):
+        rows = [dict(model=name, what="cache, bytes/token", layer=kind, published=published,
+                     ours=layers * ATTENTION[kind](override(ModelConfig(), values)).cache_bytes(1, torch.bfloat16))
+                for name, kind, values, layers, published in caches]
+        nsa = ATTENTION["nsa"](override(ModelConfig(), dict(n_embd=2560, n_head=64, n_kv_head=4, head_dim=128)))
+    return rows + [dict(model="NSA 27B", what=f"keys read, dense / sparse at {T // 1024}k", layer="nsa", published=ratio, ours=round(T / nsa.reads(T), 1))
+                   for T, ratio in ((8192, 4.0), (16384, 6.4), (32768, 9.1), (65536, 11.6))]
+
+
 def presets(args):
     """Sizes and caches of the published models as configured here, counted on the meta device."""
     rows, T = [], 65536
@@ -922,7 +942,10 @@ def presets(args):
                      "cache_bytes_per_token_64k": cache, "vs_mha": cache / mha - 1, "vs_gqa8": cache / (mha * 8 / c.n_head) - 1})
     table([{**r, **{k: f"{r[k] / 1e9:.3f}B" for k in ("total", "active", "active_no_embedding")}, "cache_bytes_per_token_64k": round(r["cache_bytes_per_token_64k"]),
             **{k: f"{r[k]:+.0%}" for k in ("vs_mha", "vs_gqa8")}} for r in rows], list(rows[0]))
-    record(args.name or "presets", rows, folder=args.results, context=T, cache_dtype="bfloat16",
+    costs = published_costs()
+    print("\nfrom the papers, and from layer.cache_bytes and layer.reads at the published settings")
+    table(costs, list(costs[0]))
+    record(args.name or "presets", rows, folder=args.results, published_costs=costs, context=T, cache_dtype="bfloat16",
            columns="vs_mha, vs_gqa8: cache against the same depth and head width with n_head, with 8 key/value heads")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1045,15 +1068,25 @@ def bench_context(args):
                     ms = 1e3 * seconds_of(step, device, args.repeat)
             except torch.OutOfMemoryError:
                 ms = None
-            row = dict(layer=name, T=T, batch=B, ms=ms, tok_per_s=B / ms * 1e3 if ms else None, cache_mib=B * layer.cache_bytes(T, dtype) / 2 ** 20)
+            row = dict(layer=name, T=T, batch=B, ms=ms, tok_per_s=B / ms * 1e3 if ms else None, reads=layer.reads(T),
+                       cache_mib=B * layer.cache_bytes(T, dtype) / 2 ** 20)
             with points.open("a") as out:
                 out.write(json.dumps(row) + "\n")
             print(f"T {T:6d} {name:<16} batch {B:3d}: " + (f"{ms:8.3f} ms" if ms else "out of memory"), flush=True)
         rows.append(row)
-    table(rows, list(rows[0]))
+    full = {(r["T"], r["batch"]): r["ms"] for r in rows if r["layer"] == "full" and r["ms"]}
+    for r in rows:
+        r["vs_full"] = full[r["T"], r["batch"]] / r["ms"] if r["ms"] and (r["T"], r["batch"]) in full else None
+    table(rows, list(rows[-1]))
     record(file, rows, device, args.results, heads=args.n_head, head_width=args.head_dim, threads=args.threads, settings=SWEEP,
            clock="wall" if cuda else "process CPU time", what="one layer, projections included")
     points.unlink(missing_ok=True)
+    series, B = {}, int(args.batches.split(",")[0])
+    for name in dict.fromkeys(r["layer"] for r in rows):
+        mine = [r for r in rows if (r["layer"], r["batch"]) == (name, B) and r["ms"]]
+        series[name] = [r["T"] for r in mine], [r["tok_per_s"] for r in mine], dict(marker="o", ms=3, lw=2.5 if name == "full" else 1.2)
+    plot(file, series, "tokens in the cache", "tokens/s", f"decoding by one layer, batch {B}, {args.n_head} heads of {args.head_dim}, {device_name(device)}",
+         args.results, ylog=True)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # sparse: block-sparse attention at a published shape
@@ -1140,6 +1173,152 @@ def bench_sparse(args):
     points.unlink(missing_ok=True)
 
 # ---------------------------------------------------------------------------------------------------------------------
+# functions: the mixers as pure functions
+
+def peers():
+    """Plain-torch rules of transformers, where it is installed: {name: f(q, k, v, beta, g)}, all (B, T, H, .)."""
+    try:
+        from transformers.models.kimi_linear.modeling_kimi_linear import chunk_kimi_delta_attention
+        from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
+    except ImportError:
+        print("no rows of transformers: it is missing or too old (pip install -U transformers)")
+        return {}
+    return {"gated_deltanet, transformers": lambda q, k, v, beta, g: torch_chunk_gated_delta_rule(q, k, v, g=g, beta=beta)[0],
+            "kda, transformers": lambda q, k, v, beta, g: chunk_kimi_delta_attention(q, k, v, g=g, beta=beta)[0]}
+
+
+def kept_bytes(run):
+    """Bytes that one forward pass keeps for its backward pass: of distinct storages, exact on any device."""
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        held = run()                                                                   # alive, so that no address is used twice
+    del held
+    return sum(kept.values())
+
+
+def time_functions(T, runs, device, repeat, about=""):
+    """runs {name: (f, inputs)} -> [{"function", "T", "forward_ms", "both_ms", "user_ms", "kept_mib"}], printed as they come.
+
+    The functions take turns, `repeat` times, and the smallest time counts: a busy machine hurts all of them alike. user_ms
+    is both_ms without the operating system, which maps and clears fresh pages for each large array.
+    """
+    best, rows, weight = {name: [math.inf] * 3 for name in runs}, [], {}
+    for i, (name, (f, inputs)) in itertools.product(range(repeat + 1), runs.items()):  # round 0 warms up, and compiles
+        def forward():
+            with torch.no_grad():
+                return f(*inputs)
+
+        def both():
+            if any(a.requires_grad for a in inputs):
+                torch.autograd.grad(f(*inputs), [a for a in inputs if a.requires_grad], weight[name])
+        if i == 0:
+            weight[name] = torch.randn_like(forward())
+            both()
+            continue
+        user = resource.getrusage(resource.RUSAGE_SELF).ru_utime
+        seconds = seconds_of(both, device, 1)
+        user = resource.getrusage(resource.RUSAGE_SELF).ru_utime - user
+        best[name] = [min(b, t) for b, t in zip(best[name], (seconds_of(forward, device, 1), seconds, user))]
+    for name, (f, inputs) in runs.items():
+        grads = any(a.requires_grad for a in inputs)
+        ms = [1e3 * t if grads or i == 0 else None for i, t in enumerate(best[name])]
+        rows.append({"function": name, "T": T, "forward_ms": ms[0], "both_ms": ms[1], "user_ms": ms[2],
+                     "kept_mib": kept_bytes(lambda: f(*inputs)) / 2 ** 20 if grads else None})
+    print(f"{about}T = {T:,} done", flush=True)
+    return rows
+
+
+def functions(args):
+    """Linear mixers and block-sparse attention as pure functions: against SDPA and transformers, time and memory against T."""
+    if not 0 < args.density <= 0.5:
+        raise ValueError(f"--density {args.density} must lie in (0, 0.5]: the share of the blocks that a query may pick")
+    device = train.pick_device(args.device)
+    cuda = device.startswith("cuda")
+    dtype = torch.bfloat16 if cuda else torch.float32
+    torch.set_num_threads(args.threads)
+    H, D, rows, others = args.n_head, args.head_dim, [], peers()
+
+    def inputs(*shapes):
+        return [torch.randn(s, device=device, dtype=dtype).requires_grad_() for s in shapes]
+
+    def versus(new, base, *columns):
+        for r in new:
+            for c, of in columns:
+                r[c] = base[of] / r[of] if r[of] else None
+        rows.extend(new)
+    # on a GPU ours are compiled, as train.py does; the peers are measured as they come
+    ours = (lambda f: torch.compile(f, dynamic=False)) if cuda else lambda f: f
+
+    def linear_runs(T, names=None):
+        torch.manual_seed(0)
+        q, k, v = inputs(*[(1, H, T, D)] * 3)
+        q, k = (F.normalize(a.detach(), dim=-1).requires_grad_() for a in (q, k))
+        beta, g, gc = (torch.rand(s, device=device).requires_grad_() for s in ((1, H, T), (1, H, T), (1, H, T, D)))
+        g, gc = ((-a.detach()).requires_grad_() for a in (g, gc))                      # log decay in [-1, 0]
+        turned = lambda *a: [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in a]
+        def of(f, *inputs, **settings):
+            return ours(lambda *a: f(*a, **settings)[0]), inputs
+        runs = {"sdpa": (lambda *a: F.scaled_dot_product_attention(*a, is_causal=True), (q, k, v)),
+                "linear": of(linear_attention, q, k, v), "linear, decay a head": of(linear_attention, q, k, v, g),
+                "linear, decay a channel": of(linear_attention, q, k, v, gc), "deltanet": of(delta_rule, q, k, v, beta),
+                "gated_deltanet": of(delta_rule, q, k, v, beta, g), "gated_deltanet, both ways": of(delta_rule, q, k, v, beta, g, causal=False),
+                "kda": of(delta_rule, q, k, v, beta, gc, g_min=-5.0), "kda, both ways": of(delta_rule, q, k, v, beta, gc, g_min=-5.0, causal=False),
+                "kda, any decay": of(delta_rule, q, k, v, beta, gc)}
+        for name, f in others.items():
+            if "kda" not in name or T <= 1024:                                         # it takes 25 times as long
+                runs[name] = f, turned(q, k, v, beta, gc if "kda" in name else g)
+        return {n: r for n, r in runs.items() if names is None or n in names}
+
+    for T in (int(t) for t in args.lengths.split(",")):
+        new = time_functions(T, linear_runs(T), device, args.repeat, "linear side, ")
+        versus(new, new[0], ("forward_vs_sdpa", "forward_ms"), ("both_vs_sdpa", "both_ms"))
+        for r in new:
+            r["time_vs_gdn"] = r["both_ms"] / next(x["both_ms"] for x in new if x["function"] == "gated_deltanet")
+
+    # Block-sparse: MoBA's choice (2502.13189), queries against mean keys, shared by tiles of `block` queries. Causal too: a tile
+    # then looks at its own later queries when it picks, which is fine for a measurement and forbidden in a layer.
+    T = args.sparse_length
+    for block, causal in itertools.product(map(int, args.blocks.split(",")), (True, False)):
+        topk = round(args.density * T / block)
+        if T % block or topk < 1:
+            raise ValueError(f"--sparse_length {T} must be a multiple of each of --blocks ({block} here), with at least one block at "
+                             f"--density {args.density}")
+        torch.manual_seed(0)
+        (q, k, v), slots = inputs(*[(1, H, T, D)] * 3), torch.arange(T, device=device)[None]
+        limit = slots + 1 if causal else torch.full_like(slots, T)
+
+        def select(q, k):
+            means = k.detach().unflatten(2, (-1, block)).mean(3)
+            score = lambda r: compressed_scores(q[:, :, r], means, limit[:, r], T, block, block, block, "max")
+            return select_blocks(score, slots, limit, T // block, block, topk, tile=block)
+        sel, tail = select(q, k), "" if causal else ", both ways"
+        sparse = lambda q, k, v, sel=sel: block_sparse_attention(q, k, v, sel, block, causal, block, limit, topk)
+        runs = {"sdpa": (lambda *a: F.scaled_dot_product_attention(*a, is_causal=causal), (q, k, v)),
+                "block-sparse": (ours(sparse), (q, k, v)),
+                "block-sparse, with selection": (ours(lambda q, k, v: sparse(q, k, v, select(q, k))), (q, k, v))}
+        if not cuda and shutil.which("g++"):                                           # flex on the CPU: compiled, forward only
+            each = sel.repeat_interleave(block, dim=2)                                 # out here: inductor refuses it as a view in mask_mod
+            flex = lambda q, k, v: block_sparse_attention(q, k, v, each, block, causal, 1, limit, topk, path="flex")
+            runs["block-sparse, flex"] = torch.compile(flex, dynamic=False), [a.detach() for a in (q, k, v)]
+        new = time_functions(T, {name + tail: run for name, run in runs.items()}, device, args.repeat, f"blocks of {block}, ")
+        versus([r | dict(block=block, density=topk * block / T) for r in new], new[0], ("forward_vs_sdpa", "forward_ms"), ("both_vs_sdpa", "both_ms"))
+
+    long = []
+    for T in map(int, args.long.split(",")):
+        long += time_functions(T, linear_runs(T, ["gated_deltanet"]), device, max(1, args.repeat // 2), "slope, ")
+    rows += long
+    table(rows, [c for c in dict.fromkeys(c for r in rows for c in r) if any(r.get(c) is not None for r in rows)])
+    slopes = {c: math.log(long[-1][c] / long[0][c]) / math.log(long[-1]["T"] / long[0]["T"]) for c in ("both_ms", "user_ms", "kept_mib")
+              if len(long) > 1 and long[0][c]}
+    print("gated_deltanet, " + ", ".join(f"{c} ~ T^{s:.2f}" for c, s in slopes.items()) + f" from {long[0]['T']:,} to {long[-1]['T']:,} tokens")
+    record(args.name or f"functions_{torch.device(device).type}", rows, device, args.results, heads=H, head_width=D, threads=args.threads,
+           dtype=str(dtype)[6:], seed=0, clock="wall" if cuda else "process CPU time", slopes=slopes)
+
+# ---------------------------------------------------------------------------------------------------------------------
 # quality: the same small model with every mixer
 
 # name -> (layer pattern, settings). Sparse layers read at most a quarter of T at t = T; widths of the MLP match parameters.
@@ -1219,6 +1398,70 @@ def quality(args):
         record(args.name or f"quality_{torch.device(device).type}", rows, device, args.results, bigram=bigram, T=T, dataset=args.dataset, steps=steps,
                batch_tokens=args.batch_tokens, lr=args.lr, optimizer="muon", settings={n: dict(v, layers=p, qk_norm=True) for n, (p, v) in mixers.items()})
     return 0 if ok else 130
+
+# ---------------------------------------------------------------------------------------------------------------------
+# switch: a dense checkpoint run sparse
+
+def switch_arms(T):
+    """{arm: (layer, settings)}: the same parameters as `full`, a query reads the share of T that is named, or less."""
+    sparse = lambda part: ("infllm", dict(sel_block=16, sel_topk=max(3, T // part // 16), sel_local=2, cmp_block=16, cmp_stride=8, dense_len=0))
+    return {"dense": ("full", {}), "infllm, 1/4": sparse(4), "infllm, 1/16": sparse(16),
+            "window, 1/4": ("full", dict(window=T // 4)), "window, 1/16": ("full", dict(window=T // 16))}
+
+
+def switch(args):
+    """InfLLM-V2's claim (2509.24663) in small: a dense AR checkpoint run sparse, before and after N steps of adaptation.
+
+    Nothing is added to the parameters: the checkpoint is copied with another layer name, and train.py goes on from it. All
+    arms take the same N batches at the same rates; `dense` goes on dense. `window` reads as many keys, without a choice.
+    """
+    folder, T = Path("data") / args.dataset, args.block_size
+    if args.dataset.startswith("docs") and not (folder / "meta.json").exists():
+        prepare.prepare("docs", name=args.dataset, tokenizer="byte")
+    root = Path(args.out) / f"{args.n_layer}x{args.n_embd}-T{T}-{args.steps}"
+    # Muon, QK norm and small batches: with them a few minutes of training buy most.
+    common = dict(dataset=str(folder), n_layer=args.n_layer, n_head=4, n_embd=args.n_embd, block_size=T, batch_tokens=args.batch_tokens, optimizer="muon",
+                  lr=args.lr, eval_every=0, eval_windows=args.windows, log_every=50, save_every=100)
+    base = dict(common, layers="full", set=["qk_norm=true"], max_steps=args.steps, out=str(root / "base"))
+    if not run_arms({"base": base}, 1):
+        return 130
+    jobs = {}
+    for arm, (layer, values) in switch_arms(T).items():
+        out = root / f"{arm.replace(', ', '-').replace('/', '_')}-{args.adapt}"
+        jobs[arm] = dict(base, layers=layer, set=base["set"] + [f"{k}={v}" for k, v in values.items()], max_steps=args.steps + args.adapt, out=str(out))
+        if not (out / "ckpt_last.pt").exists():                                        # the dense checkpoint under another name
+            state = train.load_checkpoint(root / "base")
+            state["config"] |= dict(layers=layer, **values)
+            state["flags"] |= {k: jobs[arm][k] for k in ("layers", "set", "out")}
+            out.mkdir(parents=True, exist_ok=True)
+            train.save_atomic(state, out / "ckpt_last.pt")
+    if not run_arms(jobs, args.workers):
+        return 130
+    _, val, _ = prepare.load_dataset(folder)
+    x, rows, losses = train.fixed_windows(val, T, args.windows), [], {}
+
+    @torch.no_grad()
+    def nats(lm):
+        """(windows, T): exact, of every token."""
+        return torch.cat([diffusion.ar_loss(lm, b, lm.mask_id, reduction="none") for b in x.split(8)]).double()
+    torch.set_num_threads(1)
+    _, start = train.load_model(root / "base", "last")
+    for arm, job in jobs.items():
+        lm, state = train.load_model(job["out"], "last")
+        after = nats(lm)
+        lm.load_state_dict(start["model"])
+        losses[arm] = nats(lm), after
+        row = {"arm": arm, "reads": lm.blocks[0].mixer.reads(T), "params": lm.num_params()}
+        for when, mine, dense in zip(("before", "after"), losses[arm], losses["dense"]):
+            gap = (mine - dense).mean(1)                                               # paired: the same windows
+            row |= {when: mine.mean().item(), f"gap_{when}": gap.mean().item(), f"se_{when}": (gap.std() / len(gap) ** 0.5).item(),
+                    f"late_gap_{when}": (mine - dense)[:, T // 4:].mean().item()}
+        rows.append(row | {"minutes": (state["seconds"] - start["seconds"]) / 60})
+    print(f"\nloss in nats per token, exact; gap: to dense at the same step; late: of the tokens from {T // 4} on")
+    table(rows, list(rows[0]))
+    record(args.name or f"switch_{torch.device(train.pick_device('auto')).type}", rows, train.pick_device("auto"), args.results, base_minutes=start["seconds"] / 60,
+           base=base, adapt=args.adapt, settings={a: dict(layer=l, **v) for a, (l, v) in switch_arms(T).items()}, seed=1337)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # decode, panel: what sampling costs and what it gives; the likelihoods of the same models
@@ -1746,12 +1989,19 @@ def main(argv=None):
     command("attention", bench_attention, device=(str, "auto", "auto | cuda | cpu"), threads=(int, 1, "CPU threads"), repeat=(int, 3, "timed calls"),
             layers=(str, None, f"comma-separated, of: {', '.join(SWEEP)} (default: all)"), lengths=(str, "512,1024,2048,4096,8192", "tokens"),
             n_head=(int, 4, "heads"), head_dim=(int, 64, "width of a head"), bidirectional=(bool, None, "as a diffusion model uses it"))
+    command("functions", functions, device=(str, "auto", "auto | cuda | cpu"), threads=(int, 1, "CPU threads"), repeat=(int, 5, "timed calls"),
+            n_head=(int, 4, "heads"), head_dim=(int, 64, "width of a head"), lengths=(str, "1024,4096", "tokens, linear side"),
+            sparse_length=(int, 8192, "tokens, block-sparse"), blocks=(str, "128,256", "keys in a block and queries in a tile"),
+            density=(float, 0.12, "share of the blocks that a query picks"), long=(str, "16384,32768,65536", "lengths for the slope"))
     command("context", bench_context, device=(str, "auto", "auto | cuda | cpu"), threads=(int, 1, "CPU threads"), repeat=(int, 10, "timed calls"),
             layers=(str, None, f"comma-separated, of: {', '.join(SWEEP)} (default: all)"), lengths=(str, "1024,4096,16384,65536", "tokens in the cache"),
             batches=(str, "1,64", "sequences"), n_head=(int, 16, "heads"), head_dim=(int, 128, "width of a head"))
     command("sparse", bench_sparse, device=(str, "auto", "auto | cuda | cpu"), lengths=(str, "65536,32768,131072", "tokens of a sequence"),
             tokens=(int, 262_144, "of a batch"), n_head=(int, 32, "query heads"), n_kv_head=(int, 2, "key/value heads"), head_dim=(int, 128, "width of a head"),
             block=(int, 64, "keys in a block"), topk=(int, 64, "blocks that a query reads"), repeat=(int, 3, "timed calls"))
+    command("switch", switch, steps=(int, 1200, "of dense training"), adapt=(int, 150, "steps of adaptation, N"), dataset=(str, "docs-byte", "text"),
+            n_layer=(int, 2, "blocks"), n_embd=(int, 128, "width"), block_size=(int, 1024, "window, T"), batch_tokens=(int, 1024, "tokens in a step"),
+            lr=(float, 4e-3, "rate"), windows=(int, 64, "validation windows"), workers=(int, 1, "runs at a time"), out=(str, "out/switch", "folder of the runs"))
     command("quality", quality, mixers=(str, None, f"comma-separated, of: {', '.join(MIXERS)} (default: all)"), objectives=(str, "ar,mdm", "which"),
             dataset=(str, "docs-byte", "text"), steps=(int, 1200, "of each AR run, three times as many for diffusion"), seeds=(int, 3, "number of seeds"),
             n_layer=(int, 4, "blocks"), n_embd=(int, 128, "width"), block_size=(int, 512, "window"), batch_tokens=(int, 512, "tokens in a step"),

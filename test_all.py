@@ -3189,6 +3189,79 @@ def test_probe_does_not_disturb_training(dataset, tmp_path, objective):
     assert all(0 <= r["probe_accuracy"] <= 1 for r in rows[1::2])
 
 # ---------------------------------------------------------------------------------------------------------------------
+# bench.py presets, functions, context, switch
+
+def test_published_costs_come_out():
+    rows = bench.published_costs()
+    assert [r["ours"] for r in rows] == [r["published"] for r in rows] == [70_272, 327_680, 516_096, 4.0, 6.4, 9.1, 11.6]
+
+
+def test_kept_bytes():
+    a, b = (torch.ones(10, requires_grad=True) for _ in "ab")
+    assert bench.kept_bytes(lambda: a * b) == 80 and bench.kept_bytes(lambda: a * a) == 40, "a storage counts once"
+    assert bench.kept_bytes(lambda: a + b) == 0
+
+
+def test_functions_end_to_end(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "peers", lambda: {"gated_deltanet, peer": lambda q, k, v, beta, g: q * k * v * (beta * g)[..., None]})
+    monkeypatch.setattr(bench.shutil, "which", lambda _: None)                         # nothing is compiled
+    argv = f"functions --n_head 2 --head_dim 16 --lengths 64 --sparse_length 128 --blocks 16,32 --density 0.25 --long 128,512 --repeat 1 --results {tmp_path}"
+    assert bench.main(argv.split()) == 0 and "kept_mib ~ T^1.00" in capsys.readouterr().out, "memory is linear in T"
+    rows = json.loads((tmp_path / "functions_cpu.json").read_text())["rows"]
+    assert [r["T"] for r in rows] == [64] * 11 + [128] * 12 + [128, 512] and {r.get("block") for r in rows} == {None, 16, 32}
+    assert all(r["both_ms"] > 0 and r["kept_mib"] > 0 for r in rows) and all(r["forward_vs_sdpa"] > 0 for r in rows[:-2])
+    assert [r["both_vs_sdpa"] for r in rows if r["function"] == "sdpa"] == [1.0] * 3
+    for bad, word in (("--density 0.9", "--density"), ("--blocks 48", "multiple"), ("--density 0.01", "at least one block")):
+        assert bench.main(f"{argv} --lengths 16 {bad}".split()) == 2 and word in capsys.readouterr().err
+
+
+def test_functions_compares_with_the_same_functions():
+    """What transformers computes in the rows beside ours."""
+    pytest.importorskip("transformers.models.kimi_linear")
+    torch.manual_seed(0)
+    q, k, v = (F.normalize(torch.randn(1, 70, 2, 16), dim=-1) for _ in range(3))
+    beta, g, gc = torch.rand(1, 70, 2), -torch.rand(1, 70, 2), -torch.rand(1, 70, 2, 16)
+    turn = lambda *a: [x.transpose(1, 2) for x in a]
+    for name, f in bench.peers().items():
+        decay = gc if "kda" in name else g
+        torch.testing.assert_close(f(q, k, v, beta, decay).transpose(1, 2), delta_rule(*turn(q, k, v, beta, decay))[0], rtol=1e-4, atol=1e-5)
+
+
+def test_context_has_the_ratio_to_full(tmp_path):
+    assert bench.main(f"context --lengths 64,600 --batches 1,2 --layers full,infllm,kda --n_head 2 --head_dim 16 --repeat 1 --results {tmp_path}".split()) == 0
+    rows = json.loads((tmp_path / "context_cpu.json").read_text())["rows"]
+    ms = {(r["layer"], r["T"], r["batch"]): r["ms"] for r in rows}
+    assert len(rows) == len(ms) == 12 and all(r["vs_full"] == ms["full", r["T"], r["batch"]] / r["ms"] for r in rows)
+    assert {r["reads"] for r in rows if r["layer"] == "full"} == {64, 600} and {r["reads"] for r in rows if r["layer"] == "kda"} == {16}
+    assert (tmp_path / "context_cpu.png").stat().st_size > 10_000
+
+
+def test_switch_end_to_end(dataset, tmp_path, monkeypatch):
+    """The dense checkpoint under other names: nothing but the layer differs, and a second call trains nothing."""
+    trained = []
+
+    def run_arms(jobs, workers):
+        done = [train.train({**job, "resume": "auto"}, log=quiet) for job in jobs.values()]
+        trained.append([len(r["evals"]) for r in done])
+        return True
+    monkeypatch.setattr(bench, "run_arms", run_arms)
+    argv = f"""switch --dataset {dataset} --steps 3 --adapt 2 --n_layer 1 --n_embd 16 --block_size 128 --batch_tokens 128 --windows 3
+               --out {tmp_path / 'runs'} --results {tmp_path}""".split()
+    assert bench.main(argv) == 0
+    result = json.loads((tmp_path / "switch_cpu.json").read_text())
+    rows = result["rows"]
+    assert [r["arm"] for r in rows] == list(bench.switch_arms(128)) and len({r["params"] for r in rows}) == 1
+    assert rows[0]["gap_before"] == rows[0]["gap_after"] == 0 and rows[0]["reads"] == 128
+    for r in rows[1:]:
+        assert r["reads"] <= max(128 // int(r["arm"][-1 if r["arm"].endswith("4") else -2:]), 48) and r["gap_before"] != 0 != r["gap_after"]
+    base, _ = train.load_model(next((tmp_path / "runs").iterdir()) / "base", "last")
+    _, val, _ = prepare.load_dataset(Path(dataset))
+    loss = train.evaluate(base, train.fixed_windows(val, 128, 3), "ar")["loss"]
+    assert rows[0]["before"] == pytest.approx(loss, abs=1e-5)
+    assert bench.main(argv) == 0
+    assert [{**r, "minutes": 0} for r in json.loads((tmp_path / "switch_cpu.json").read_text())["rows"]] == [{**r, "minutes": 0} for r in rows]
+
+# ---------------------------------------------------------------------------------------------------------------------
 # bench.py theory
 
 @pytest.mark.parametrize("L, N", [(24, 1), (24, 4), (96, 16), (96, 64), (384, 1024)])
@@ -3399,7 +3472,7 @@ def test_bench_context_and_sparse(tmp_path, monkeypatch):
     assert bench.main(f"context --lengths 64,300 --batches 1 --layers full,msa {small}".split()) == 0
     assert bench.main(f"sparse --lengths 512 --tokens 512 --n_kv_head 1 --topk 3 {small}".split()) == 0
     rows = json.loads((tmp_path / "results" / "context_cpu.json").read_text())["rows"]
-    assert rows[0] == old and len(rows) == 4 and not list((tmp_path / "results").glob("*.points.jsonl"))
+    assert rows[0] == old | {"vs_full": 1.0} and len(rows) == 4 and not list((tmp_path / "results").glob("*.points.jsonl"))
     assert {r["what"] for r in json.loads((tmp_path / "results" / "sparse_cpu.json").read_text())["rows"]} >= {"SDPA default", "sparse with selection"}
 
 
