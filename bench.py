@@ -877,7 +877,7 @@ def gpu(args):
         ("crossover_U1M.json", f"{study} --arms ar,mdm,'ar wd 0.8' --name crossover_U1M"),
         ("crossover_U1M_seeds.json", f"{study} --seeds 3 --name crossover_U1M_seeds"),
         ("decode_gpu.json", "bench.py decode --results {r}"),
-        ("context_cuda.json", "bench.py context --results {r}"),
+        ("context_cuda.json", "bench.py context --batches 1,64 --n_head 16 --head_dim 128 --results {r}"),
         ("sparse_cuda.json", "bench.py sparse --results {r}"),
         ("attention_cuda.json", "bench.py attention --lengths 2048,4096,8192,16384,32768,65536 --n_head 16 --head_dim 128 --results {r}"),
         ("crossover_U2M.json", f"{study} --unique_tokens 2000000 --name crossover_U2M"),
@@ -1134,6 +1134,8 @@ def bench_sparse(args):
     """Block-sparse attention at InfLLM-V2's published shape against dense FlexAttention and SDPA, with and without selection."""
     device = train.pick_device(args.device)
     cuda = device.startswith("cuda")
+    if not cuda and args.tokens > 65_536:
+        raise ValueError("the published shape needs a GPU; in small: --tokens 4096 --lengths 4096 --n_head 8 --head_dim 64 --topk 8")
     file, rows = args.name or f"sparse_{torch.device(device).type}", []
     points, done = measured_points(file, args)
     for T in (int(t) for t in args.lengths.split(",")):
@@ -1329,7 +1331,7 @@ MIXERS = {
     "linear": ("linear", dict(linear_decay="head")), "deltanet": ("deltanet", {}), "gated_deltanet": ("gated_deltanet", {}), "kda": ("kda", {}),
     "gated_deltanet alternate": ("gated_deltanet(bidir=forward) gated_deltanet(bidir=backward)", {}),
     "gated_deltanet forward": ("gated_deltanet", dict(bidir="forward")),
-    "nsa": ("nsa", dict(n_kv_head=1, window=32, sel_block=16, sel_topk=4, cmp_block=16, cmp_stride=8)),
+    "nsa": ("nsa", dict(n_kv_head=1, window=16, sel_block=16, sel_topk=4, cmp_block=32, cmp_stride=16)),
     "infllm": ("infllm", COMPRESSED), "msa": ("msa", PICKS), "dsa": ("dsa", dict(sel_topk=112)),
     "gated_deltanet*3 full": ("gated_deltanet*3 full", {}), "kda*3 mla": ("kda*3 mla", {}),
     "gated_deltanet*3 msa": ("gated_deltanet*3 msa", PICKS), "kda*3 dsa": ("kda*3 dsa", dict(sel_topk=112)),
@@ -1993,9 +1995,9 @@ def main(argv=None):
             n_head=(int, 4, "heads"), head_dim=(int, 64, "width of a head"), lengths=(str, "1024,4096", "tokens, linear side"),
             sparse_length=(int, 8192, "tokens, block-sparse"), blocks=(str, "128,256", "keys in a block and queries in a tile"),
             density=(float, 0.12, "share of the blocks that a query picks"), long=(str, "16384,32768,65536", "lengths for the slope"))
-    command("context", bench_context, device=(str, "auto", "auto | cuda | cpu"), threads=(int, 1, "CPU threads"), repeat=(int, 10, "timed calls"),
+    command("context", bench_context, device=(str, "auto", "auto | cuda | cpu"), threads=(int, 1, "CPU threads"), repeat=(int, 100, "timed calls"),
             layers=(str, None, f"comma-separated, of: {', '.join(SWEEP)} (default: all)"), lengths=(str, "1024,4096,16384,65536", "tokens in the cache"),
-            batches=(str, "1,64", "sequences"), n_head=(int, 16, "heads"), head_dim=(int, 128, "width of a head"))
+            batches=(str, "1", "sequences, comma-separated"), n_head=(int, 4, "heads"), head_dim=(int, 64, "width of a head"))
     command("sparse", bench_sparse, device=(str, "auto", "auto | cuda | cpu"), lengths=(str, "65536,32768,131072", "tokens of a sequence"),
             tokens=(int, 262_144, "of a batch"), n_head=(int, 32, "query heads"), n_kv_head=(int, 2, "key/value heads"), head_dim=(int, 128, "width of a head"),
             block=(int, 64, "keys in a block"), topk=(int, 64, "blocks that a query reads"), repeat=(int, 3, "timed calls"))

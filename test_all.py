@@ -3236,6 +3236,32 @@ def test_context_has_the_ratio_to_full(tmp_path):
     assert (tmp_path / "context_cpu.png").stat().st_size > 10_000
 
 
+def test_quality_compares_equals(dataset, tmp_path, monkeypatch):
+    """Parameters within 3%, a sparse layer's query reads at most a quarter; an unfinished study shows what is finished."""
+    base = dict(n_layer=4, n_head=4, n_embd=128, block_size=512, vocab_size=257, qk_norm=True)
+    sizes = {}
+    for name, (pattern, values) in bench.same_size(bench.MIXERS, base).items():
+        lm = LM(override(ModelConfig(**base, layers=pattern), values))
+        sizes[name] = lm.num_params()
+        for block in lm.blocks:
+            if type(block.mixer).__name__ in ("NSA", "InfLLM", "MSA", "DSA"):
+                assert all(block.mixer.reads(512, causal) <= 128 for causal in (True, False)), name
+    assert max(sizes.values()) <= 1.03 * sizes["full"] and min(sizes.values()) >= 0.97 * sizes["full"]
+    calls = []
+
+    def run_arms(jobs, workers):                                                       # interrupted before the last run
+        for job in list(jobs.values())[:-1]:
+            calls.append(train.train({**job, "resume": "auto"}, log=quiet))
+        return False
+    monkeypatch.setattr(bench, "run_arms", run_arms)
+    argv = f"""quality --dataset {dataset} --mixers full,msa --steps 2 --seeds 2 --n_layer 1 --n_embd 32 --block_size 128 --batch_tokens 128
+               --out {tmp_path / 'runs'} --results {tmp_path}""".split()
+    assert bench.main(argv) == 130
+    rows = {(r["mixer"], r["objective"]): r for r in json.loads((tmp_path / "quality_cpu.json").read_text())["rows"]}
+    assert [rows[k]["seeds"] for k in (("full", "ar"), ("full", "mdm"), ("msa", "ar"), ("msa", "mdm"))] == [2, 2, 2, 1]
+    assert rows["full", "ar"]["loss"] == pytest.approx((calls[0]["evals"][-1]["loss"] + calls[4]["evals"][-1]["loss"]) / 2)
+
+
 def test_switch_end_to_end(dataset, tmp_path, monkeypatch):
     """The dense checkpoint under other names: nothing but the layer differs, and a second call trains nothing."""
     trained = []
