@@ -1369,7 +1369,7 @@ def quality(args):
         prepare.prepare("docs", name=args.dataset, tokenizer="byte")
     train_data, val_data, _ = prepare.load_dataset(folder)
     V, T = prepare.load_tokenizer(folder).n_vocab, args.block_size
-    bigram = bigram_loss(train_data, train.fixed_windows(val_data, T, 128), V)
+    bigram = bigram_loss(train_data, train.fixed_windows(val_data, T, 64), V)
     mixers = same_size(args.mixers.split(",") if args.mixers else MIXERS,
                        dict(n_layer=args.n_layer, n_head=4, n_embd=args.n_embd, block_size=T, vocab_size=V, qk_norm=True))
     jobs, steps = {}, {o: args.steps * (1 if o == "ar" else 3) for o in objectives}    # diffusion learns slowly
@@ -1379,7 +1379,7 @@ def quality(args):
             out = Path(args.out) / f"{name.replace(' ', '_').replace('*', 'x')}-{objective}-{steps[objective]}-s{seed}"
             jobs[name, objective, seed] = dict(
                 dataset=str(folder), objective=objective, layers=pattern, set=["qk_norm=true", *(f"{k}={v}" for k, v in values.items())], seed=seed,
-                out=str(out), max_steps=steps[objective], block_size=T, n_layer=args.n_layer, n_head=4, n_embd=args.n_embd, eval_every=0, eval_windows=128,
+                out=str(out), max_steps=steps[objective], block_size=T, n_layer=args.n_layer, n_head=4, n_embd=args.n_embd, eval_every=0, eval_windows=64,
                 batch_tokens=args.batch_tokens, optimizer="muon", lr=args.lr, log_every=100, save_every=200)
     ok = run_arms({" ".join(map(str, key)): f for key, f in jobs.items()}, args.workers)
     rows, finished = [], {key: e[-1] for key, f in jobs.items() if (e := read_evals(f["out"])) and e[-1]["step"] == f["max_steps"]}
