@@ -1,6 +1,7 @@
 """Every experiment and measurement of this repository, one subcommand each: python bench.py NAME --help
 
     crossover   the main one: AR against masked diffusion on the same few unique tokens, for many epochs
+    sparsity    dense against mixture of experts, equal active or equal total parameters, AR and diffusion
     train       training speed and memory, also beside a nanoGPT checkout
     attention   every layer: time and memory against length, keys read, cache
     functions   the mixers as pure functions: against SDPA and transformers, time and memory up to 65,536 tokens
@@ -9,6 +10,7 @@
     switch      a dense checkpoint run sparse, before and after some steps of adaptation (InfLLM-V2)
     quality     the same small model with every mixer, AR and diffusion
     moe         mixture of experts: speed against dense, load with and without balancing, experts and topics
+    recall      associative recall and needles in text: every layer, against pairs and length
     tools       a calculator inside an answer, AR and block diffusion
     theory      what few sampling steps cost: token errors and wrong sequences, closed form and trained models
     presets     sizes and caches of the published models
@@ -54,7 +56,7 @@ import sample
 import train
 from attention import (ATTENTION, block_sparse_attention, compressed_scores, delta_rule, linear_attention, select_blocks,
                        windows as key_windows)
-from model import LM, MLP, PRESETS, ModelConfig, MoE, from_preset, override
+from model import LM, MLP, PRESETS, ModelConfig, MoE, from_preset, nearest, override
 
 HERE = Path(__file__).resolve().parent
 
@@ -348,6 +350,79 @@ def crossover(args):
         if text.exists():
             print(f"\n--- a sample of {a} after {evals[a, seed][-1]['epoch']:.0f} epochs\n{text.read_text(encoding='utf-8').strip()}")
     return 0
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sparsity: total against active parameters as an axis of the crossover
+
+def match_experts(base, match, ratio=8, k=2):
+    """(dense, mixture): ModelConfigs on one trunk with the same active, or the same total, parameters (within 3%).
+
+    The mixture is the same for both: as many active parameters as the dense model of `base` and `ratio` times as many in all,
+    by the width and the number of its experts, k active (1B dense, 8B with 1B active). match active compares it with that
+    dense model, match total with one whose MLP is wide enough to have all of them (8B dense).
+    """
+    def solve(goal, field, low, high, count="num_params", **given):                    # counts are linear in each of the fields
+        size = lambda n: getattr(LM(ModelConfig(**base, **given, **{field: n})), count)()
+        with torch.device("meta"):
+            a, b = size(low), size(high)
+        return low + max(0, round((goal - a) / (b - a) * (high - low) / low)) * low    # in multiples of low
+
+    if match not in ("active", "total"):
+        raise ValueError(f"--match {match} is unknown: active or total")
+    with torch.device("meta"):
+        goal = LM(ModelConfig(**base)).num_params()
+    experts, width = 4 * k, None
+    for _ in range(3):                                                                 # the router grows with the experts
+        width = solve(goal, "expert_inner", 8, 64, "active_params", n_expert=experts, n_expert_active=k)
+        experts = solve(ratio * goal, "n_expert", k, 8 * k, expert_inner=width, n_expert_active=k)
+    mixture = dict(n_expert=experts, n_expert_active=k, expert_inner=width)
+    with torch.device("meta"):
+        lm = LM(ModelConfig(**base, **mixture))
+        total = lm.num_params()
+    if abs(lm.active_params() / goal - 1) > 0.03:                                      # grouped_mm wants widths in steps of 8
+        raise ValueError(f"experts of {width} give {lm.active_params():,} active parameters, not {goal:,} within 3%: take a larger --n_embd")
+    dense = {} if match == "active" else dict(n_inner=solve(total, "n_inner", 8, 256))
+    return dense, mixture
+
+
+def sparsity(args):
+    """Dense against mixture of experts with the same active or the same total parameters, AR and diffusion, few unique tokens."""
+    scale = args.scale if args.scale != "auto" else "gpu" if torch.cuda.is_available() else "cpu"
+    if scale not in SCALES:
+        raise ValueError(f"--scale {args.scale} is unknown: auto, cpu or gpu")
+    s = {**SCALES[scale], **{k: v for k in SCALES[scale] if (v := getattr(args, k, None)) is not None}}
+    if s["dataset"].startswith("docs") and not (Path("data") / s["dataset"] / "meta.json").exists():
+        prepare.prepare("docs", name=s["dataset"], tokenizer=s["tokenizer"])
+    V = prepare.load_tokenizer(Path(s["dataset"]) if os.sep in s["dataset"] else Path("data") / s["dataset"]).n_vocab
+    shape = {k: s[k] for k in ("n_layer", "n_head", "n_embd", "block_size")}
+    dense, mixture = match_experts({**shape, "vocab_size": V}, args.match, args.ratio)
+    root, jobs = Path(args.out or f"out/sparsity-{scale}") / f"{Path(s['dataset']).name}-U{s['unique_tokens']}-{s['n_layer']}x{s['n_embd']}", {}
+    for (kind, values), (objective, arm) in itertools.product({"dense": dense, "mixture": mixture}.items(), ARMS.items()):
+        name = "_".join([objective, kind, *(f"{k}{v}" for k, v in values.items())])    # both matches share the mixture's runs
+        jobs[f"{objective} {kind}"] = {**shape, **arm, **{k: s[k] for k in ("dataset", "unique_tokens", "epochs", "batch_tokens", "lr", "log_every")},
+                                       "set": [f"{k}={v}" for k, v in values.items()] or None, "max_minutes": s["minutes"], "schedule": "constant",
+                                       "eval_epochs": f"geometric:{args.evals}", "save_every": 500, "out": str(root / name)}
+    if not run_arms(jobs, s["workers"]):
+        print("interrupted: the same command goes on from here")
+        return 130
+    rows, series = [], {}
+    for name, job in jobs.items():
+        evals, (lm, _) = read_evals(job["out"]), train.load_model(job["out"], "last")
+        best, (objective, kind) = min(evals, key=lambda r: r["loss"]), name.split()
+        rows.append(dict(model=kind, objective=objective, measure="exact" if objective == "ar" else "bound", total=lm.num_params(),
+                         active=lm.active_params(), best=best["loss"], se=best["se"] or None, best_epoch=best["epoch"], last=evals[-1]["loss"],
+                         epochs=evals[-1]["epoch"], flops=evals[-1]["flops"], minutes=evals[-1]["seconds"] / 60, evals=evals))
+        series[f"{name}: {lm.num_params() / 1e6:.3g}M, {lm.active_params() / 1e6:.3g}M active"] = (
+            [r["epoch"] for r in evals], [r["loss"] for r in evals], dict(marker="o", ms=3, color=COLOUR[objective], ls="-" if kind == "dense" else "--"))
+    table(rows, [c for c in rows[0] if c != "evals"])
+    for ar, mdm in (rows[:2], rows[2:]):
+        until = mdm["epochs"]
+        print(f"{ar['model']}: curve crossing {tell(crossing(ar['evals'], mdm['evals']), until)}; "
+              f"honest crossing {tell(crossing(None, mdm['evals'], ar['best']), until)}")
+    name, device = args.name or f"sparsity_{scale}_{args.match}", train.pick_device("auto")
+    record(name, rows, device, args.results, settings=s, match=args.match, ratio=args.ratio, dense=dense, mixture=mixture, seed=1337)
+    plot(name, series, "epochs over the same tokens", "nats per token (diffusion: a bound)",
+         f"dense against experts, equal {args.match} parameters, {s['unique_tokens']:,} unique tokens", args.results)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # train: speed and memory
@@ -732,32 +807,42 @@ def sample_in_steps(f, B, L, N, mask_id, generator):
     return x
 
 
-def learn(language, objective, lengths, steps, path):
-    """A small model of the language, trained on fresh sequences of alternating lengths; goes on from its checkpoint."""
-    torch.manual_seed(1337)
-    lm = LM(ModelConfig(vocab_size=language.V, block_size=max(lengths), n_layer=2, n_head=4, n_embd=64, layers=language.layers))
-    flags = {**train.DEFAULTS, "lr": 3e-3, "warmup": 50}
-    optimizer, = train.make_optimizers(lm, flags, "cpu")
-    f = lambda x, **keywords: lm(language.inputs(x), **keywords)
-    first = 0
+def fit(lm, loss_at, steps, flags, path, label):
+    """`steps` optimizer steps on loss_at(step), a scalar; saved to `path` every 100 steps and goes on from there."""
+    optimizers, first, tic = train.make_optimizers(lm, flags, lm.embed.weight.device), 0, time.time()
     if path.exists():
         state = train.load_checkpoint(path)
         lm.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for o, saved in zip(optimizers, state["optimizers"]):
+            o.load_state_dict(saved)
         first = state["step"]
     for step in range(first, steps):
-        gen, L = torch.Generator().manual_seed((1337 << 32) + step), lengths[step % len(lengths)]
-        x = language.draw(1536 // L, L, gen)
-        loss = diffusion.ar_loss(f, x, lm.mask_id) if objective == "ar" else diffusion.mdm_loss(f, x, lm.mask_id, generator=gen)
+        loss = loss_at(step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = train.learning_rate(step, steps, flags)
-        optimizer.step()
-        optimizer.zero_grad()
+        for o in optimizers:
+            for group in o.param_groups:
+                group["lr"] = train.learning_rate(step, steps, flags)
+            o.step()
+            o.zero_grad()
         if (step + 1) % 100 == 0 or step + 1 == steps:
-            train.save_atomic({"model": lm.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, path)
-            print(f"[{language.name} {objective}] step {step + 1}/{steps} | loss {loss.item():.4f} | entropy {language.nats(L) / L:.4f}")
+            train.save_atomic({"model": lm.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step + 1}, path)
+            left = (time.time() - tic) / (step + 1 - first) * (steps - step - 1)
+            print(f"[{label}] step {step + 1}/{steps} | loss {loss.item():.4f} | {train.clock(left)} left", flush=True)
     lm.eval()
+
+
+def learn(language, objective, lengths, steps, path):
+    """A small model of the language, trained on fresh sequences of alternating lengths."""
+    torch.manual_seed(1337)
+    lm = LM(ModelConfig(vocab_size=language.V, block_size=max(lengths), n_layer=2, n_head=4, n_embd=64, layers=language.layers))
+    f = lambda x, **keywords: lm(language.inputs(x), **keywords)
+
+    def loss_at(step):
+        gen, L = torch.Generator().manual_seed((1337 << 32) + step), lengths[step % len(lengths)]
+        x = language.draw(1536 // L, L, gen)
+        return diffusion.ar_loss(f, x, lm.mask_id) if objective == "ar" else diffusion.mdm_loss(f, x, lm.mask_id, generator=gen)
+    fit(lm, loss_at, steps, {**train.DEFAULTS, "lr": 3e-3, "warmup": 50}, path, f"{language.name} {objective}")
     return f
 
 
@@ -1464,6 +1549,164 @@ def switch(args):
     record(args.name or f"switch_{torch.device(train.pick_device('auto')).type}", rows, train.pick_device("auto"), args.results, base_minutes=start["seconds"] / 60,
            base=base, adapt=args.adapt, settings={a: dict(layer=l, **v) for a, (l, v) in switch_arms(T).items()}, seed=1337)
 
+# ---------------------------------------------------------------------------------------------------------------------
+# recall: keys and values seen once, asked for later
+
+KEYS, VALUES, TEXT = 128, 32, 8                                                        # ids: keys, then values, then letters of the text
+RECALL = dict(n_head=2, n_embd=64, tied=False, position="none")                        # a linear layer's state: 2 heads of 32 x 32
+NEEDLES, LENGTHS, PAIRS = 4, (256, 512, 1024, 2048, 4096), (4, 8, 16, 32, 64, 128)
+# Every model starts with a layer that sees one neighbour (linear layers have that in their short convolution), so that the key
+# stands in its value's vector, and has one layer of the kind behind it, a 3:1 hybrid four: one state, one cache are measured.
+# Sparse layers read at most a quarter of 512 tokens, so they are not asked at 256.
+ARENA = {"full": ("full", {}), "linear": ("linear", {}), **{n: MIXERS[n] for n in (
+    "deltanet", "gated_deltanet", "kda", "gated_deltanet*3 full", "msa", "infllm", "gated_deltanet*3 msa", "mla", "dsa")},
+    "nsa": ("nsa", dict(n_kv_head=1, window=16, sel_block=16, sel_topk=3, cmp_block=16, cmp_stride=16)),
+    **{n: MIXERS[n] for n in ("kda*3 mla", "kda*3 dsa", "linear*3 infllm")}}
+
+
+def draw_recall(B, T, n, generator, text=None):
+    """x (B, T) and which of its tokens are answers (B, T) bool: n pairs (key, value), keys distinct, then queries (key, answer).
+
+    text None: multi-query associative recall (Zoology, arXiv 2312.04927), pairs in front and queries to the end. Else a needle
+    in generated text: pairs at random even places of T letters of this language, and T / 8 queries at the end.
+    Where Zoology has a random token an answer is hidden, so a query helps no later one, and AR and diffusion read the same.
+    """
+    asks = T // 2 - n if text is None else T // 8
+    if T % 8 or not 1 <= n <= min(KEYS, T // 2 - asks) or asks < 1:
+        raise ValueError(f"{n} pairs do not fit into {T} tokens with their queries: expected a multiple of 8 tokens, at least "
+                         f"{2 * n + 8}, and at most {KEYS} pairs")
+    keys = torch.rand(B, KEYS, generator=generator).argsort(1)[:, :n]
+    pairs = torch.stack([keys, KEYS + torch.randint(VALUES, (B, n), generator=generator)], dim=-1)   # (B, n, 2)
+    chosen = torch.randint(n, (B, asks), generator=generator)
+    queries, body = pairs.gather(1, chosen[..., None].expand(-1, -1, 2)), pairs
+    if text is not None:
+        body = KEYS + VALUES + text.draw(B, T - 2 * asks, generator).view(B, -1, 2)
+        place = torch.rand(body.shape[:2], generator=generator).argsort(1)[:, :n, None].expand(-1, -1, 2)
+        body = body.scatter(1, place, pairs)
+    t = torch.arange(T).expand(B, T)
+    return torch.cat([body, queries], dim=1).flatten(1), (t >= T - 2 * asks) & (t % 2 == 1)
+
+
+def recall_logits(f, x, answer, mask_id, causal, aux=None):
+    """(N, V) logits and (N,) ids of the answers, all hidden: AR says them at their query, diffusion at their own place."""
+    z = f(torch.where(answer, mask_id, x), causal=causal, aux=aux)
+    return (z[:, :-1][answer[:, 1:]] if causal else z[answer]), x[answer]
+
+
+@torch.no_grad()
+def recall_accuracy(f, T, n, mask_id, causal, text=None, device="cpu"):
+    """(share of right answers, its standard error over sequences): guessing gives 1 / VALUES, a guess among the values seen 1 / n."""
+    right, gen = [], torch.Generator().manual_seed(T * KEYS + n)
+    for _ in range(4):
+        x, answer = (a.to(device) for a in draw_recall(max(1, 4096 // T), T, n, gen, text))
+        z, y = recall_logits(f, x, answer, mask_id, causal)
+        right += (z.argmax(-1) == y).double().view(len(x), -1).mean(1).tolist()        # each sequence asks equally often
+    return statistics.mean(right), statistics.stdev(right) / len(right) ** 0.5
+
+
+def learn_recall(lm, objective, steps, tokens, lengths, path, label):
+    """Short sequences first: copying is found in seconds with 8 pairs in 32 tokens and hardly ever in 512. Later both tasks in turn."""
+    text, device, sparse = NGram(2, V=TEXT), lm.embed.weight.device, [b.mixer for b in lm.blocks if hasattr(b.mixer, "stage")]
+
+    def loss_at(step):
+        gen, done = torch.Generator().manual_seed((1337 << 32) + step), step / steps
+        T = lengths[step // 2 % len(lengths)] if done >= 0.6 else min(32 << max(0, int(16 * done - 4)), max(lengths))
+        pairs = [8] if T == 32 else [n for n in PAIRS if n <= T // 4]
+        needle = step % 2 and done > 0.5
+        x, answer = draw_recall(max(1, tokens // T), T, pairs[torch.randint(len(pairs), (), generator=gen)], gen, text if needle else None)
+        for mixer in sparse:                                                           # the indexer learns beside dense attention first
+            mixer.stage = "warmup" if done < 0.6 else "sparse"
+        aux = {}
+        z, y = recall_logits(lm, x.to(device), answer.to(device), lm.mask_id, objective == "ar", aux)
+        return F.cross_entropy(z, y) + sum(aux.values())
+    fit(lm, loss_at, steps, {**train.DEFAULTS, "lr": 4e-3, "warmup": 50, "optimizer": "muon"}, path, label)
+
+
+def recall_picture(name, rows, folder):
+    """results/NAME.png: a map for each objective, a row for each layer, a column for each number of pairs and each length."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("no picture: matplotlib is missing (pip install matplotlib)")
+        return
+    objectives, layers = (list(dict.fromkeys(r[k] for r in rows)) for k in ("objective", "layers"))
+    points = sorted({(r["task"] == "needle", r["T"], r["pairs"]) for r in rows})
+    fig, axes = plt.subplots(1, len(objectives), figsize=(1.5 + 6 * len(objectives), 1.6 + 0.32 * len(layers)), sharey=True, squeeze=False)
+    for ax, objective in zip(axes[0], objectives):
+        at = {(r["layers"], r["task"] == "needle", r["T"], r["pairs"]): r["accuracy"] for r in rows if r["objective"] == objective}
+        share = np.array([[at.get((layer, *p), np.nan) for p in points] for layer in layers])
+        ax.imshow(share, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        for (i, j), v in np.ndenumerate(share):
+            if v == v:
+                ax.text(j, i, f"{100 * v:.0f}" if v < 0.99 else f"{100 * v:.1f}".replace("100.0", "100"), ha="center", va="center", fontsize=8)
+        ax.axvline(sum(not needle for needle, *_ in points) - 0.5, color="black")
+        ax.set_xticks(range(len(points)), [f"{T}" if needle else f"{n}" for needle, T, n in points])
+        ax.set_yticks(range(len(layers)), layers)
+        ax.set(xlabel=f"pairs to recall (512 tokens)   |   length of text with {NEEDLES} needles",
+               title={"ar": "causal (AR)", "mdm": "bidirectional (masked diffusion)"}[objective])
+    fig.suptitle("right answers, %", fontsize=10)
+    fig.tight_layout()
+    fig.savefig(Path(folder) / f"{name}.png", dpi=110)
+    plt.close(fig)
+    print(f"wrote {Path(folder) / name}.png")
+
+
+def recall(args):
+    """Associative recall and a needle in generated text: accuracy of every layer against pairs and length, AR and diffusion."""
+    device, lengths = train.pick_device(args.device), [int(t) for t in args.lengths.split(",")]
+    names, objectives = args.layers.split(",") if args.layers else list(ARENA), args.objectives.split(",")
+    for name in names:
+        if name not in ARENA:
+            raise ValueError(f"--layers {name} is unknown{nearest(name, ARENA)}: expected of {', '.join(ARENA)}")
+    if not set(objectives) <= {"ar", "mdm"}:
+        raise ValueError(f"--objectives {args.objectives}: expected ar, mdm or ar,mdm")
+    if any(T % 8 or T < 16 for T in lengths):
+        raise ValueError(f"--lengths {args.lengths}: expected multiples of 8, at least 16, such as 256,1024")
+    torch.set_num_threads(args.threads)
+    folder = Path(args.out) / f"{args.lengths}-steps{args.steps}-tokens{args.batch_tokens}"
+    folder.mkdir(parents=True, exist_ok=True)
+    points, rows, tic, fresh = folder / "points.jsonl", [], time.time(), 0
+    done = [json.loads(line) for line in points.open() if line.endswith("}\n")] if points.exists() else []
+    grid = [("pairs", 512, n) for n in PAIRS] + [("needle", T, NEEDLES) for T in lengths]
+    jobs = list(itertools.product(names, objectives))
+    try:
+        for i, (name, objective) in enumerate(jobs):
+            pattern, values = ARENA[name]
+            torch.manual_seed(1337)
+            lm = LM(override(ModelConfig(vocab_size=KEYS + VALUES + TEXT, block_size=max(512, *lengths), layers=f"full(window=2, position=rotary) {pattern}",
+                                         n_layer=5 if "*3" in name else 2), {**RECALL, **values})).to(device)
+            reads = lambda T, kind="reads": max((b.mixer.reads(T, objective == "ar") for b in lm.blocks if hasattr(b.mixer, kind)), default=0)
+            keys = [dict(layers=name, objective=objective, task=task, T=T, pairs=n) for task, T, n in grid if reads(T, "topk") <= T // 4]
+            have = [next((r for r in done if key.items() <= r.items()), None) for key in keys]
+            if None in have:
+                learn_recall(lm, objective, args.steps, args.batch_tokens, lengths, folder / f"{objective}-{name.replace(' ', '_').replace('*', 'x')}.pt",
+                             f"{objective} {name}")
+            for key, row in zip(keys, have):
+                if row is None:
+                    text = NGram(2, V=TEXT) if key["task"] == "needle" else None
+                    accuracy, se = recall_accuracy(lm, key["T"], key["pairs"], lm.mask_id, objective == "ar", text, device=device)
+                    row = key | dict(accuracy=accuracy, se=se, reads=reads(key["T"]), blocks=lm.config.n_layer, params=lm.num_params())
+                    with points.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+                rows.append(row)
+            if None in have:
+                fresh += 1
+                print(f"{objective} {name}: " + ", ".join(f"{r['task']} {r['pairs' if r['task'] == 'pairs' else 'T']}: {r['accuracy']:.3f}"
+                      for r in rows[-len(keys):]) + f" | all: {train.clock((time.time() - tic) / fresh * (len(jobs) - i - 1))} left", flush=True)
+    except KeyboardInterrupt:
+        print(f"interrupted: {len(rows)} points are kept, the same command goes on from here")
+        return 130
+    flat = {}
+    for r in rows:
+        flat.setdefault((r["objective"], r["layers"]), {k: r[k] for k in ("objective", "layers", "blocks", "params")})[f"{r['task']} "
+                        + str(r["pairs"] if r["task"] == "pairs" else r["T"])] = r["accuracy"]
+    table(list(flat.values()), dict.fromkeys(c for r in flat.values() for c in r))
+    name = args.name or "recall"
+    record(name, rows, device, args.results, seed=1337, settings={**RECALL, "layers": ARENA}, chance=1 / VALUES, steps=args.steps,
+           batch_tokens=args.batch_tokens, training_tasks="both in turn")
+    recall_picture(name, rows, args.results)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # decode, panel: what sampling costs and what it gives; the likelihoods of the same models
@@ -1978,6 +2221,11 @@ def main(argv=None):
             tuned=(bool, None, "add the regularised AR arms and the mixed arm"),
             arms=(str, None, "the arms, comma-separated: ar,mdm and of 'ar wd 0.4', 'ar dropout 0.1', 'mixed', ..."), lr_sweep=(bool, None, "try 1/2, 1 and 2 times the rate"),
             out=(str, None, "folder of the runs (default: out/crossover-SCALE)"))
+    command("sparsity", sparsity, match=(str, "active", "what the dense model has as many of as the mixture: active | total parameters"),
+            ratio=(float, 8.0, "total to active parameters of the mixture"), scale=(str, "auto", "auto (gpu where there is one) | cpu | gpu"), **shape,
+            **{k: (kind, None, "default: the scale's") for k, kind in (("dataset", str), ("unique_tokens", int), ("epochs", float), ("minutes", float),
+                                                                       ("lr", float), ("batch_tokens", int), ("workers", int))},
+            evals=(int, 12, "evaluations, geometric in epochs"), out=(str, None, "folder of the runs (default: out/sparsity-SCALE)"))
     command("train", bench_train, preset=(str, "gpt2", "model"), **shape, vocab_size=(int, None, "default: the preset's"),
             batch=(int, 12, "windows in a step"), iters=(int, 40, "timed steps"), warmup=(int, 5, "steps before them"),
             rounds=(int, 3, "alternating runs of each model"), device=(str, "auto", "auto | cuda | cpu"), threads=(int, 1, "CPU threads"),
@@ -2029,6 +2277,10 @@ def main(argv=None):
     command("theory", theory, steps=(int, 1000, "of training for a diffusion model, a quarter of them for AR"),
             sequences=(int, 128, "sampled from a trained model for each point, 8 times as many from an oracle"),
             lengths=(str, "24,96", "of sequences, multiples of 3"), threads=(int, 1, "CPU threads"), out=(str, "out/theory", "folder of the models and of the points measured so far"))
+    command("recall", recall, layers=(str, None, f"comma-separated, of: {', '.join(ARENA)} (default: all)"), objectives=(str, "ar,mdm", "which"),
+            lengths=(str, ",".join(map(str, LENGTHS)), "of the text with needles; also trained on"), steps=(int, 600, "of training, each"),
+            batch_tokens=(int, 2048, "tokens in a step, one sequence at least"), device=(str, "auto", "auto | cuda | cpu"), threads=(int, 1, "CPU threads"),
+            out=(str, "out/recall", "folder of the models and of the points measured so far"))
     command("tools", bench_tools, steps=(int, 1000, "of training for AR, three times as many for block diffusion"), problems=(int, 500, "held-out ones to solve"), workers=(int, 1, "runs at a time"),
             device=(str, "auto", "auto | cuda | cpu"), threads=(int, 1, "CPU threads"), out=(str, "out/tools", "folder of the runs"))
     try:

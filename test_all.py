@@ -3343,6 +3343,102 @@ def test_theory_end_to_end(tmp_path, monkeypatch):
     assert bench.main(argv) == 0 and json.loads((tmp_path / "theory.json").read_text())["rows"] == first
 
 # ---------------------------------------------------------------------------------------------------------------------
+# sparsity
+
+@pytest.mark.parametrize("match", ["active", "total"])
+@pytest.mark.parametrize("base", [dict(n_layer=3, n_head=4, n_embd=96), dict(n_layer=6, n_head=6, n_embd=384, vocab_size=4096)])
+def test_matched_models_have_equal_parameters(base, match):
+    """Counted on real models: the same active or the same total within 3%, and 8 times as many in all as active."""
+    dense, mixture = (LM(ModelConfig(**base, **values)) for values in bench.match_experts(base, match))
+    count = LM.active_params if match == "active" else LM.num_params
+    assert count(mixture) / count(dense) == pytest.approx(1, abs=0.03)
+    assert mixture.num_params() / mixture.active_params() == pytest.approx(8, rel=0.06)
+    assert mixture.active_params() == pytest.approx(LM(ModelConfig(**base)).num_params(), rel=0.03), "one mixture for both matches"
+    with pytest.raises(ValueError, match="active or total"):
+        bench.match_experts(base, "both")
+    with pytest.raises(ValueError, match="larger --n_embd"):
+        bench.match_experts(dict(n_layer=8, n_head=2, n_embd=16, vocab_size=60), match)
+
+
+def test_sparsity_end_to_end(dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "run_arms", lambda jobs, workers: [train.train({k: v for k, v in job.items() if v is not None}, log=quiet) for job in jobs.values()])
+    argv = f"""sparsity --match total --scale cpu --dataset {dataset} --unique_tokens 320 --epochs 4 --n_layer 1 --n_head 2 --n_embd 32 --block_size 16
+               --batch_tokens 64 --evals 3 --out {tmp_path / 'runs'} --results {tmp_path / 'results'}""".split()
+    assert bench.main(argv) == 0 and "honest crossing" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "results" / "sparsity_cpu_total.json").read_text())["rows"]
+    assert [(r["model"], r["objective"]) for r in rows] == [("dense", "ar"), ("dense", "mdm"), ("mixture", "ar"), ("mixture", "mdm")]
+    assert rows[2]["total"] == pytest.approx(rows[0]["total"], rel=0.03) and rows[2]["active"] < rows[0]["active"] / 4
+
+# ---------------------------------------------------------------------------------------------------------------------
+# recall
+
+@pytest.mark.parametrize("text", [None, bench.NGram(2, V=bench.TEXT)])
+@pytest.mark.parametrize("T, n", [(32, 8), (64, 1), (512, 128)])
+def test_recall_tasks_have_one_answer_each(text, T, n):
+    """Read token by token: keys are distinct, every key asked for came before, and its answer is the value that stood behind it."""
+    x, answer = bench.draw_recall(3, T, n, torch.Generator().manual_seed(T), text)
+    again, _ = bench.draw_recall(3, T, n, torch.Generator().manual_seed(T), text)
+    assert x.shape == answer.shape == (3, T) and torch.equal(x, again)
+    for row, hidden in zip(x.tolist(), answer.tolist()):
+        value, asked = {}, 0
+        for t, token in enumerate(row):
+            if token < bench.KEYS and not hidden[t + 1]:
+                assert token not in value, "a key has one value"
+                value[token] = row[t + 1]
+            elif hidden[t]:
+                assert not hidden[t - 1] and bench.KEYS <= token < bench.KEYS + bench.VALUES and token == value[row[t - 1]]
+                asked += 1
+        assert len(value) == n and asked == (T // 8 if text else T // 2 - n)
+        letters = [t for t in row if t >= bench.KEYS + bench.VALUES]
+        assert len(letters) == (T - 2 * n - 2 * asked if text else 0) and all(t < bench.KEYS + bench.VALUES + bench.TEXT for t in row)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_recall_accuracy_of_the_oracle_is_one_and_of_guessing_chance(causal):
+    mask_id = bench.KEYS + bench.VALUES + bench.TEXT
+
+    def oracle(idx, causal, aux=None):                                                 # looks the key up; reads nothing but its input
+        assert not (idx[:, -1] != mask_id).any(), "answers are hidden"
+        z = torch.zeros(*idx.shape, mask_id)
+        for b, row in enumerate(idx.tolist()):
+            value = {k: v for k, v in zip(row, row[1:]) if k < bench.KEYS and v != mask_id}
+            for t, token in enumerate(row[:-1]):
+                if row[t + 1] == mask_id:
+                    z[b, t if causal else t + 1, value[token]] = 1
+        return z
+
+    def guess(idx, causal, aux=None):
+        z = torch.full((*idx.shape, mask_id), -1.0)
+        z[..., bench.KEYS:bench.KEYS + bench.VALUES] = torch.rand(*idx.shape, bench.VALUES)
+        return z
+
+    torch.manual_seed(0)
+    for text in (None, bench.NGram(2, V=bench.TEXT)):
+        assert bench.recall_accuracy(oracle, 64, 4, mask_id, causal, text) == (1.0, 0.0)
+        share, se = bench.recall_accuracy(guess, 512, 8, mask_id, causal, text)
+        assert abs(share - 1 / bench.VALUES) < 5 * se < 0.05
+
+
+def test_recall_end_to_end(tmp_path, monkeypatch, capsys):
+    argv = f"recall --layers full,dsa --steps 2 --lengths 64,512 --out {tmp_path / 'out'} --results {tmp_path}".split()
+    monkeypatch.setattr(bench, "PAIRS", (4, 8))
+    fit = bench.fit
+
+    def stop(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(bench, "fit", lambda *args: stop() if args[-1] == "ar dsa" else fit(*args))
+    assert bench.main(argv) == 130 and "8 points are kept" in capsys.readouterr().out  # interrupted in the second layer
+    monkeypatch.setattr(bench, "fit", lambda *args: fit(*args) if "dsa" in args[-1] else stop())
+    assert bench.main(argv) == 0                                                       # goes on, trains `full` no more
+    rows = json.loads((tmp_path / "recall.json").read_text())["rows"]
+    assert [(r["layers"], r["objective"], r["task"], r["T"]) for r in rows[4:11]] == [
+        *(("full", "mdm", *p) for p in (("pairs", 512), ("pairs", 512), ("needle", 64), ("needle", 512))),
+        *(("dsa", "ar", *p) for p in (("pairs", 512), ("pairs", 512), ("needle", 512)))], "a sparse layer reads at most a quarter"
+    assert len(rows) == 14 and all(0 <= r["accuracy"] <= 1 for r in rows) and (tmp_path / "recall.png").stat().st_size > 5_000
+    for bad in ("--layers fulll", "--objectives block", "--lengths 100"):
+        assert bench.main(argv[:1] + bad.split()) == 2 and capsys.readouterr().err.count("\n") == 1
+
+# ---------------------------------------------------------------------------------------------------------------------
 # tool calls
 
 class Letters:
