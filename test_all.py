@@ -3554,14 +3554,14 @@ def test_arithmetic_and_tools_end_to_end(tmp_path, monkeypatch, runs, capsys):
     monkeypatch.setattr(bench, "CALCULATOR", {**bench.CALCULATOR, "n_layer": 1, "n_embd": 16, "n_head": 2, "eval_windows": 8, "set": ["qk_norm=true"]})
     assert bench.main("tools --steps 2 --problems 3".split()) == 0
     rows = json.loads(Path("results/tools.json").read_text())["rows"]
-    assert [(r["model"], r["tool"]) for r in rows] == [(m, t) for m in ("ar", "block") for t in ("none", "calculator")]
+    assert [(r["model"], r["tool"]) for r in rows] == [(m, t) for m in ("ar", "block", "block") for t in ("none", "calculator")]
     folder = prepare.prepare("arithmetic")
     train_ids, val_ids, meta = prepare.load_dataset(folder)
     questions = [{t.split("?")[0] for t in prepare.load_tokenizer(folder).decode(ids.tolist()).split(prepare.EOT) if t} for ids in (train_ids, val_ids)]
     assert folder.name == "arithmetic" and meta["tokenizer"] == "byte" and [len(q) for q in questions] == [270, 30] and not questions[0] & questions[1]
     for run, argv, message in (("out/tools/ar-2", "--tool abacus", "calculator"), (runs / "mdm", "--tool calculator", "ar or block")):
         assert sample.main([str(run), *argv.split()]) == 2 and message in capsys.readouterr().err
-    for run in ("ar-2", "block-2"):
+    for run in ("ar-2", "block-6"):
         assert sample.main([f"out/tools/{run}", "--prompt", "2+(3*4)? <tool>2+", "--tool", "calculator", "--max_new_tokens", "20"]) == 0
         assert "never closed" in capsys.readouterr().err
 
