@@ -1,31 +1,36 @@
 """Every experiment and measurement of this repository, one subcommand each: python bench.py NAME --help
 
+  few unique tokens
     crossover   the main one: AR against masked diffusion on the same few unique tokens, for many epochs
     sparsity    dense against mixture of experts, equal active or equal total parameters, AR and diffusion
+  token mixers
+    quality     the same small model with every mixer, AR and diffusion
+    switch      a dense checkpoint run sparse, before and after some steps of adaptation (InfLLM-V2)
+    recall      associative recall and needles in text: every layer, against pairs and length
+  speed and memory
     train       training speed and memory, also beside a nanoGPT checkout
     attention   every layer: time and memory against length, keys read, cache
     functions   the mixers as pure functions: against SDPA and transformers, time and memory up to 65,536 tokens
     context     time of one decoded token against the tokens in the cache
     sparse      block-sparse attention at a published shape, with and without selection
-    switch      a dense checkpoint run sparse, before and after some steps of adaptation (InfLLM-V2)
-    quality     the same small model with every mixer, AR and diffusion
     moe         mixture of experts: speed against dense, load with and without balancing, experts and topics
-    recall      associative recall and needles in text: every layer, against pairs and length
-    tools       a calculator inside an answer, AR and block diffusion
-    theory      what few sampling steps cost: token errors and wrong sequences, closed form and trained models
     presets     sizes and caches of the published models
     gpu         all GPU measurements, in order of value, as many as fit into --minutes
+  sampling and likelihood
+    theory      what few sampling steps cost: token errors and wrong sequences, closed form and trained models
     decode      tokens/s against quality of every sampler, AR and diffusion; steps needed on arithmetic
-    choices     multiple choice by likelihood: HellaSwag, ARC, PIQA, LAMBADA files, and a probe without any file
     panel       all likelihoods of the same models: exact, bounds, chains, bits per byte
+    choices     multiple choice by likelihood: HellaSwag, ARC, PIQA, LAMBADA files, and a probe without any file
+    tools       a calculator inside an answer, AR and block diffusion
 
 Numbers go to results/NAME.json with command, versions, device and seed, pictures to results/NAME.png. The tables and
-pictures of the README come from there.
+pictures of the README come from there. A command that was interrupted goes on where it stopped when it is typed again.
 """
 import argparse
 import bz2
 import contextlib
 import copy
+import functools
 import gzip
 import hashlib
 import itertools
@@ -60,6 +65,55 @@ from model import LM, MLP, PRESETS, ModelConfig, MoE, from_preset, nearest, over
 
 HERE = Path(__file__).resolve().parent
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Shared: flags and data
+
+def numbers(text):
+    """'1,2' -> [1, 2]: a type of flags."""
+    return [int(n) for n in text.split(",")]
+
+
+def choose(flag, text, known):
+    """The comma-separated names of a flag, each of which must be known; without a text all that are known."""
+    names = text.split(",") if text else list(known)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"--{flag} {name} is unknown{nearest(name, known)}: expected of {', '.join(known)}")
+    return names
+
+
+def setup(args):
+    """(device, is it a GPU?, dtype: there bfloat16) of a measurement, and --threads is set."""
+    device = train.pick_device(args.device)
+    torch.set_num_threads(args.threads)
+    cuda = device.startswith("cuda")
+    return device, cuda, torch.bfloat16 if cuda else torch.float32
+
+
+def of_scale(scales, args):
+    """(scale, its settings, where given replaced by flags); --scale auto is gpu where there is one."""
+    scale = getattr(args, "scale", "auto")
+    if scale not in ("auto", *scales):
+        raise ValueError(f"--scale {scale} is unknown: auto, cpu or gpu")
+    scale = scale if scale != "auto" else "gpu" if torch.cuda.is_available() else "cpu"
+    s = dict(scales[scale])
+    return scale, s | {k: v for k in s if (v := getattr(args, k, None)) is not None}
+
+
+def data_folder(name):
+    """The folder of a data set, from its name or path as in train.py. The texts that every machine has are made where missing."""
+    folder = Path(name) if os.sep in name else Path("data") / name
+    if name in ("docs", "docs-byte", "pysrc", "pysrc-byte") and not (folder / "meta.json").exists():
+        prepare.prepare(name.split("-")[0], name=name, tokenizer="byte" if name.endswith("byte") else "bpe:4096")
+    return folder
+
+
+def validation(name, T, count):
+    """(N, T) ids: `count` windows of a data set's validation text."""
+    return train.fixed_windows(prepare.load_dataset(data_folder(name))[1], T, count)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shared: results, tables, pictures
 
 def device_name(device):
     if torch.device(device).type == "cuda":
@@ -81,35 +135,91 @@ def record(name, rows, device="cpu", folder="results", **about):
     return path
 
 
-def plot(name, series, xlabel, ylabel, title="", folder="results", xlog=True, ylog=False, ylim=None, lines=(), below=()):
-    """Write results/NAME.png. series: {label: (xs, ys, style dictionary)}; lines: (axis "x"|"y", value, label).
-    below: further panels over the same x: (ylabel, series), of the same labels or others."""
+def read_rows(path):
+    """The objects in a file of one a line; a half last line, of a process that was killed while it wrote, is cut off."""
+    if not path.exists():
+        return []
+    lines = [line for line in path.open() if line.endswith("}\n")]
+    path.write_text("".join(lines))
+    return [json.loads(line) for line in lines]
+
+
+def resumable(path):
+    """once(key, measure) -> the row in the file `path` that holds the dictionary `key`, else key | measure(), added there.
+
+    One row a line, as they are measured: what an interrupted run leaves behind."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = read_rows(path)
+
+    def once(key, measure):
+        row = next((r for r in rows if key.items() <= r.items()), None)
+        if row is None:
+            row = key | measure()
+            with path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        return row
+    return once
+
+
+def table(rows, columns=None, skip=()):
+    """Print rows (dictionaries) as a table readable by eye and as Markdown. columns: by default those in which something stands."""
+    columns = columns or [c for c in dict.fromkeys(c for r in rows for c in r) if c not in skip and any(r.get(c) is not None for r in rows)]
+    show = lambda v: "" if v is None else f"{v:.4g}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else str(v)
+    cells = [list(columns)] + [[show(r.get(c)) for c in columns] for r in rows]
+    width = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    for i, row in enumerate(cells):
+        print("| " + " | ".join(c.ljust(w) for c, w in zip(row, width)) + " |")
+        if i == 0:
+            print("|" + "|".join("-" * (w + 2) for w in width) + "|")
+
+
+def curve(rows, x, y, **style):
+    """A line of `plot`: two columns of the rows, where both have a value."""
+    rows = [r for r in rows if r.get(x) is not None and r.get(y) is not None]
+    return [r[x] for r in rows], [r[y] for r in rows], style
+
+
+def pyplot():
+    """matplotlib.pyplot, or None and a line that says so: pictures are optional."""
     try:
         import matplotlib
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
+        return plt
     except ImportError:
         print("no picture: matplotlib is missing (pip install matplotlib)")
+
+
+def save_picture(plt, fig, name, folder):
+    fig.tight_layout()
+    path = Path(folder) / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+    print(f"wrote {path}")
+
+
+def plot(name, series, xlabel, ylabel, title="", folder="results", xlog=True, ylog=False, ylim=None, lines=(), below=()):
+    """Write results/NAME.png. series: {label: (xs, ys, style dictionary)}; lines: (axis "x"|"y", value, label).
+    below: further panels over the same x: (ylabel, series), of the same labels or others."""
+    if not (plt := pyplot()):
         return
-    fig, axes = plt.subplots(1 + len(below), 1, figsize=(8, 5 + 2 * len(below)), sharex=True, squeeze=False, height_ratios=[5] + [2] * len(below))
-    ax = axes[0, 0]
-    for panel in axes[:, 0]:
-        panel.set_prop_cycle(color=plt.get_cmap("tab10" if len(series) <= 10 else "tab20").colors)
-    for label, (xs, ys, style) in series.items():
-        ax.plot(xs, ys, label=label, **style)
-    for i, (axis, value, label) in enumerate(lines):
-        draw = ax.axvline if axis == "x" else ax.axhline
-        draw(value, color="0.45", lw=1, ls=":" if axis == "x" else "--", label=label)
-    ax.set(ylabel=ylabel, title=title)
-    for lower, (label, more) in zip(axes[1:, 0], below):
-        for xs, ys, style in more.values():
-            lower.plot(xs, ys, **style)
-        for axis, value, _ in lines:
+    fig, axes = plt.subplots(1 + len(below), 1, figsize=(8, 5 + 2 * len(below)), sharex=True, squeeze=False,
+                             height_ratios=[5] + [2] * len(below))
+    for ax, (label, drawn) in zip(axes[:, 0], [(ylabel, series), *below]):
+        ax.set_prop_cycle(color=plt.get_cmap("tab10" if len(series) <= 10 else "tab20").colors)
+        for key, (xs, ys, style) in drawn.items():
+            ax.plot(xs, ys, label=key, **style)
+        for axis, value, text in lines:
             if axis == "x":
-                lower.axvline(value, color="0.45", lw=1, ls=":")
-        lower.set_ylabel(label)
-        lower.grid(alpha=0.25)
-    axes[-1, 0].set_xlabel(xlabel)
+                ax.axvline(value, color="0.45", lw=1, ls=":", label=text)
+            elif drawn is series:
+                ax.axhline(value, color="0.45", lw=1, ls="--", label=text)
+        ax.set_ylabel(label)
+        ax.grid(alpha=0.25)
+    ax.set_xlabel(xlabel)
+    ax = axes[0, 0]
+    ax.set_title(title)
     if xlog:
         ax.set_xscale("log")
         ax.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
@@ -118,41 +228,11 @@ def plot(name, series, xlabel, ylabel, title="", folder="results", xlog=True, yl
         ax.set_yscale("log")
     if ylim:
         ax.set_ylim(*ylim)
-    ax.grid(alpha=0.25)
     ax.legend(fontsize=8)
-    fig.tight_layout()
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    fig.savefig(Path(folder) / f"{name}.png", dpi=110)
-    plt.close(fig)
-    print(f"wrote {Path(folder) / name}.png")
-
-
-def table(rows, columns):
-    """Print rows (dictionaries) as a table readable by eye and as Markdown."""
-    cells = [[str(c) for c in columns]] + [["" if r.get(c) is None else f"{r[c]:.4g}" if isinstance(r[c], float) else
-                                            f"{r[c]:,}" if isinstance(r[c], int) else str(r[c]) for c in columns] for r in rows]
-    width = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-    for i, row in enumerate(cells):
-        print("| " + " | ".join(c.ljust(w) for c, w in zip(row, width)) + " |")
-        if i == 0:
-            print("|" + "|".join("-" * (w + 2) for w in width) + "|")
+    save_picture(plt, fig, name, folder)
 
 # ---------------------------------------------------------------------------------------------------------------------
-# crossover
-
-SCALES = {
-    # byte tokens: a small vocabulary, so that the few parameters are in the trunk and not in the embedding
-    "cpu": dict(dataset="docs-byte", tokenizer="byte", unique_tokens=30_000, epochs=160, minutes=4.5, n_layer=3, n_head=4, n_embd=96,
-                block_size=64, batch_tokens=2048, lr=2e-3, log_every=100, workers=2),
-    "gpu": dict(dataset="docs", tokenizer="bpe:4096", unique_tokens=1_000_000, epochs=300, minutes=None, n_layer=6, n_head=6, n_embd=384,
-                block_size=512, batch_tokens=32_768, lr=1e-3, log_every=100, workers=1),
-}
-ARMS = {"ar": dict(objective="ar"), "mdm": dict(objective="mdm")}
-TUNED = {**{f"ar wd {w}": dict(objective="ar", weight_decay=w) for w in (0.4, 0.8, 1.6)},
-         "ar dropout 0.1": dict(objective="ar", dropout=0.1), "ar input mask 0.1": dict(objective="ar", input_mask=0.1),
-         "mixed": dict(objective="mixed")}
-COLOUR = {"ar": "tab:red", "mdm": "tab:blue", "mixed": "tab:green"}
-
+# Shared: training runs
 
 def run_arms(jobs, workers):
     """Run train.py once per job {name: flags}, `workers` at a time, each from its checkpoint if it has one.
@@ -182,7 +262,8 @@ def run_arms(jobs, workers):
             if len(jobs) > workers:
                 started = len(jobs) - len(waiting)
                 left = (time.time() - tic) / max(started - workers, 1) * (len(waiting) + workers)
-                print(f"[{name}] run {started} of {len(jobs)}" + (f", about {train.clock(left)} left" if started > workers else ""), flush=True)
+                print(f"[{name}] run {started} of {len(jobs)}" + (f", about {train.clock(left)} left" if started > workers else ""),
+                      flush=True)
         try:
             time.sleep(0.2)
         except KeyboardInterrupt:                                                      # the arms got it too: they save
@@ -200,10 +281,120 @@ def run_arms(jobs, workers):
     return ok
 
 
-def read_evals(out):
-    """The evaluation rows of a run folder."""
+def train_all(jobs, workers):
+    """run_arms for the commands that need every run: KeyboardInterrupt, which main() answers, when one was interrupted."""
+    if not run_arms(jobs, workers):
+        raise KeyboardInterrupt
+
+
+def set_flags(values):
+    """What --set of train.py takes."""
+    return [f"{k}={v}" for k, v in values.items()]
+
+
+def plain(name):
+    """A mixer's name as a file name."""
+    return name.replace(" ", "_").replace("*", "x")
+
+
+def read_log(out, kind):
+    """The rows of one kind, train or eval, in the log of a run folder."""
     path = Path(out) / "metrics.jsonl"
-    return [r for r in map(json.loads, path.read_text().splitlines()) if r["kind"] == "eval"] if path.exists() else []
+    return [r for r in map(json.loads, path.read_text().splitlines()) if r["kind"] == kind] if path.exists() else []
+
+
+def read_evals(out):
+    return read_log(out, "eval")
+
+
+def best_of(evals):
+    return min(evals, key=lambda r: r["loss"])
+
+
+def fit(lm, loss_at, steps, flags, path, label):
+    """`steps` optimizer steps on loss_at(step), a scalar; saved to `path` every 100 steps and goes on from there."""
+    optimizers, first, tic = train.make_optimizers(lm, flags, lm.embed.weight.device), 0, time.time()
+    if path.exists():
+        state = train.load_checkpoint(path)
+        lm.load_state_dict(state["model"])
+        for o, saved in zip(optimizers, state["optimizers"]):
+            o.load_state_dict(saved)
+        first = state["step"]
+    for step in range(first, steps):
+        loss = loss_at(step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
+        for o in optimizers:
+            for group in o.param_groups:
+                group["lr"] = train.learning_rate(step, steps, flags)
+            o.step()
+            o.zero_grad()
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            train.save_atomic({"model": lm.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step + 1}, path)
+            left = (time.time() - tic) / (step + 1 - first) * (steps - step - 1)
+            print(f"[{label}] step {step + 1}/{steps} | loss {loss.item():.4f} | {train.clock(left)} left", flush=True)
+    lm.eval()
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shared: timing
+
+SDPA = {"default": [],                                                                 # first come, first served
+        "cudnn": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
+        "flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]}
+
+
+def only(kernel):
+    """A context in which SDPA takes this kernel or fails."""
+    return sdpa_kernel(SDPA[kernel][:1]) if SDPA.get(kernel) else contextlib.nullcontext()
+
+
+def clock_of(device):
+    """Seconds: of this process on a CPU (robust on a busy machine), of the wall behind a GPU that has finished."""
+    return (lambda: (torch.cuda.synchronize(), time.perf_counter())[1]) if torch.device(device).type == "cuda" else time.process_time
+
+
+def seconds_of(step, device, repeat):
+    """Smallest time of `repeat` calls."""
+    clock, best = clock_of(device), math.inf
+    for _ in range(repeat):
+        tic = clock()
+        step()
+        best = min(best, clock() - tic)
+    return best
+
+
+def passes_of(f, *inputs, parameters=()):
+    """(forward, both): f(*inputs) without gradients, and with those of its sum towards inputs and parameters."""
+    def forward():
+        with torch.no_grad():
+            f(*inputs)
+
+    def both():
+        for a in (*inputs, *parameters):
+            a.grad = None
+        (f(*inputs) * 1.1).sum().backward()                                            # 1.1: else the gradient is an expanded 1
+    return forward, both
+
+
+def conditions(args, device):
+    """What a file of timings says about them."""
+    return dict(threads=args.threads, clock="wall" if torch.device(device).type == "cuda" else "process CPU time")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# crossover
+
+SCALES = {
+    # byte tokens: a small vocabulary, so that the few parameters are in the trunk and not in the embedding
+    "cpu": dict(dataset="docs-byte", unique_tokens=30_000, epochs=160, minutes=4.5, n_layer=3, n_head=4, n_embd=96, block_size=64,
+                batch_tokens=2048, lr=2e-3, log_every=100, workers=2),
+    "gpu": dict(dataset="docs", unique_tokens=1_000_000, epochs=300, minutes=None, n_layer=6, n_head=6, n_embd=384, block_size=512,
+                batch_tokens=32_768, lr=1e-3, log_every=100, workers=1),
+}
+ARMS = {"ar": dict(objective="ar"), "mdm": dict(objective="mdm")}
+TUNED = {**{f"ar wd {w}": dict(objective="ar", weight_decay=w) for w in (0.4, 0.8, 1.6)},
+         "ar dropout 0.1": dict(objective="ar", dropout=0.1), "ar input mask 0.1": dict(objective="ar", input_mask=0.1),
+         "mixed": dict(objective="mixed")}
+COLOUR = {"ar": "tab:red", "mdm": "tab:blue", "mixed": "tab:green"}
 
 
 def crossing(diff, mdm, level=None):
@@ -237,46 +428,52 @@ def tell(c, until):
     return "at or before " * bool(c.get("before")) + where
 
 
-def crossover(args):
-    if args.scale not in ("auto", *SCALES):
-        raise ValueError(f"--scale {args.scale} is unknown: auto, cpu or gpu")
-    scale = args.scale if args.scale != "auto" else "gpu" if torch.cuda.is_available() else "cpu"
-    s = dict(SCALES[scale])
-    if scale == "gpu" and (Path("data") / "classics" / "meta.json").exists():
+def study(args, name):
+    """What crossover and sparsity share: (scale, its settings, folder of the runs, flags that all runs have)."""
+    scale, s = of_scale(SCALES, args)
+    if scale == "gpu" and args.dataset is None and (Path("data") / "classics" / "meta.json").exists():
         s["dataset"] = "classics"                                                      # the standard corpus, where it was prepared
-    for key in ("dataset", "unique_tokens", "epochs", "minutes", "lr", "n_layer", "n_head", "n_embd", "block_size", "batch_tokens"):
-        if getattr(args, key) is not None:
-            s[key] = getattr(args, key)
+    folder = data_folder(s["dataset"])
+    root = Path(args.out or f"out/{name}-{scale}") / f"{folder.name}-U{s['unique_tokens']}-{s['n_layer']}x{s['n_embd']}"
+    flags = {k: v for k, v in s.items() if k not in ("minutes", "workers")} | dict(
+        max_minutes=s["minutes"], eval_epochs=f"geometric:{args.evals}", save_every=500)
     print(f"scale {scale}: {s['unique_tokens']:,} unique tokens of {s['dataset']}, {s['epochs']:g} epochs an arm"
           + (f", at most {s['minutes']:g} minutes of training each" if s["minutes"] else ""))
-    if s["dataset"].startswith("docs") and not (Path("data") / s["dataset"] / "meta.json").exists():
-        prepare.prepare("docs", name=s["dataset"], tokenizer=s["tokenizer"])
-    root = Path(args.out or f"out/crossover-{scale}") / f"{s['dataset']}-U{s['unique_tokens']}-{s['n_layer']}x{s['n_embd']}"
-    known = {**ARMS, **TUNED}
-    wanted = args.arms.split(",") if args.arms else list(known if args.tuned else ARMS)
-    if not {"ar", "mdm"} <= set(wanted) <= set(known):
-        raise ValueError(f"--arms {args.arms} must hold ar and mdm, and of the others only: {', '.join(TUNED)}")
-    arms = {a: known[a] for a in wanted}
-    common = {k: s[k] for k in ("dataset", "unique_tokens", "n_layer", "n_head", "n_embd", "block_size", "batch_tokens", "log_every")}
-    common |= dict(schedule=args.schedule, max_minutes=s["minutes"], save_every=500, eval_windows=256, probe_every=1)
+    return scale, s, root, flags
+
+
+def outcome(evals):
+    """Columns of a run of `study`."""
+    best, last = best_of(evals), evals[-1]
+    return dict(best=best["loss"], best_epoch=best["epoch"], last=last["loss"], epochs=last["epoch"], minutes=last["seconds"] / 60,
+                evals=evals)
+
+
+def crossover(args):
+    """AR against masked diffusion on the same few unique tokens, for many epochs: where do the validation losses cross?
+
+    The curve crossing is where diffusion passes below AR at the same epoch, the honest one where it passes below the best
+    loss that AR ever reached."""
+    scale, s, root, common = study(args, "crossover")
+    wanted = choose("arms", args.arms, {**ARMS, **TUNED}) if args.arms or args.tuned else list(ARMS)
+    if not {"ar", "mdm"} <= set(wanted):
+        raise ValueError(f"--arms {args.arms} must hold ar and mdm")
+    arms = {a: {**ARMS, **TUNED}[a] for a in wanted}
 
     def flags(arm, seed, lr, epochs=s["epochs"]):
         out = root / f"{arm.replace(' ', '_')}-s{seed}-lr{lr:g}" / ("" if epochs == s["epochs"] else f"annealed-{epochs}")
-        evals = f"geometric:{args.evals}"
-        return {**common, **arms[arm], "seed": seed, "lr": lr, "epochs": epochs, "eval_epochs": evals, "out": str(out)}
+        return {**common, **arms[arm], "schedule": args.schedule, "eval_windows": 256, "probe_every": 1, "seed": seed, "lr": lr,
+                "epochs": epochs, "out": str(out)}
 
     # the rate: on the first seed, the best of {1/2, 1, 2} times the scale's, by each arm's best validation loss
     seeds, lrs = range(1337, 1337 + args.seeds), {a: s["lr"] for a in arms}
     if args.lr_sweep:
         sweep = {(a, f): flags(a, seeds[0], s["lr"] * f) for a in arms for f in (0.5, 1, 2)}
-        if not run_arms({f"{a} lr x{f}": v for (a, f), v in sweep.items()}, s["workers"]):
-            return 130
+        train_all({f"{a} lr x{f}": v for (a, f), v in sweep.items()}, s["workers"])
         for a in arms:
-            lrs[a] = s["lr"] * min((0.5, 1, 2), key=lambda f: min(r["loss"] for r in read_evals(sweep[a, f]["out"])))
+            lrs[a] = s["lr"] * min((0.5, 1, 2), key=lambda f: best_of(read_evals(sweep[a, f]["out"]))["loss"])
     runs = {(a, seed): flags(a, seed, lrs[a]) for seed in seeds for a in arms}
-    if not run_arms({a if args.seeds == 1 else f"{a} s{seed}": f for (a, seed), f in runs.items()}, s["workers"]):
-        print("interrupted: the same command goes on from here")
-        return 130
+    train_all({a if args.seeds == 1 else f"{a} s{seed}": f for (a, seed), f in runs.items()}, s["workers"])
     evals = {key: read_evals(f["out"]) for key, f in runs.items()}
     if any(not e for e in evals.values()):
         raise ValueError(f"an arm ended before its first evaluation: give it more time with --minutes (now {s['minutes']})")
@@ -284,72 +481,65 @@ def crossover(args):
     # where the schedule anneals, AR stopped at its best epoch gets an annealed run of that length
     short = {}
     if args.schedule != "constant":
-        best = {k: min(e, key=lambda r: r["loss"]) for k, e in evals.items() if k[0] != "mdm"}
-        short = {k: flags(k[0], k[1], lrs[k[0]], max(1, round(b["epoch"]))) for k, b in best.items() if b is not evals[k][-1]}
-        if not run_arms({f"{a} s{seed} annealed": f for (a, seed), f in short.items()}, s["workers"]):
-            return 130
+        best = {k: best_of(e) for k, e in evals.items() if k[0] != "mdm"}
+        short = {k: flags(*k, lrs[k[0]], max(1, round(b["epoch"]))) for k, b in best.items() if b is not evals[k][-1]}
+        train_all({f"{a} s{seed} annealed": f for (a, seed), f in short.items()}, s["workers"])
     rows = []
     for seed in seeds:
-        floor = {a: min(r["loss"] for r in evals[a, seed] + (read_evals(short[a, seed]["out"]) if (a, seed) in short else []))
-                 for a in arms if a != "mdm"}
         mdm = evals["mdm", seed]
-        until = mdm[-1]["epoch"]
+        floor = {a: best_of(evals[a, seed] + (read_evals(short[a, seed]["out"]) if (a, seed) in short else []))["loss"]
+                 for a in arms if a != "mdm"}
         pure = {a: v for a, v in floor.items() if a != "mixed"}
         for a in arms:
-            b = min(evals[a, seed], key=lambda r: r["loss"])
-            rows.append(dict(arm=a, seed=seed, lr=lrs[a], best=floor.get(a, b["loss"]), best_epoch=b["epoch"], last=evals[a, seed][-1]["loss"],
-                             epochs=evals[a, seed][-1]["epoch"], train=evals[a, seed][-1]["train_loss"], se=b["se"], bpb=b["bpb"],
-                             measure={"ar": "exact", "mdm": "bound", "mixed": "smaller of exact and bound"}[arms[a]["objective"]],
-                             minutes=evals[a, seed][-1]["seconds"] / 60, evals=evals[a, seed],
-                             **{k: evals[a, seed][-1].get(k) for k in ("probe_accuracy", "probe_gap")}))
+            best, last = best_of(evals[a, seed]), evals[a, seed][-1]
+            measure = {"ar": "exact", "mdm": "bound", "mixed": "smaller of exact and bound"}[arms[a]["objective"]]
+            rows.append(dict(arm=a, seed=seed, lr=lrs[a], measure=measure, train=last["train_loss"], se=best["se"], bpb=best["bpb"],
+                             **{k: last.get(k) for k in ("probe_accuracy", "probe_gap")}, **outcome(evals[a, seed])))
+            rows[-1]["best"] = floor.get(a, best["loss"])
         found = dict(curve=crossing(evals["ar", seed], mdm), honest=crossing(None, mdm, floor["ar"]))
-        if len(pure) > 1:
-            found["honest_tuned"] = crossing(None, mdm, min(pure.values()))
-        rows.append(dict(arm="crossing", seed=seed, **found))
+        until = mdm[-1]["epoch"]
         if until < s["epochs"]:
             print("\ntime was up before the last epoch: the same command goes on from here")
         print(f"\nseed {seed}, validation loss in nats per token (diffusion: an upper bound)")
-        table([r for r in rows if r["seed"] == seed and r["arm"] != "crossing"],
-              ["arm", "measure", "lr", "best", "best_epoch", "last", "epochs", "se", "bpb", "probe_accuracy", "probe_gap", "minutes"])
+        table(rows[-len(arms):], ["arm", "measure", "lr", "best", "best_epoch", "last", "epochs", "se", "bpb", "probe_accuracy",
+                                  "probe_gap", "minutes"])
         print(f"curve crossing  (diffusion below AR at the same epoch):       {tell(found['curve'], until)}")
         print(f"honest crossing (diffusion below the best AR ever reached):   {tell(found['honest'], until)}")
         if len(pure) > 1:
+            found["honest_tuned"] = crossing(None, mdm, min(pure.values()))
             print(f"honest crossing against the best regularised AR ({min(pure, key=pure.get)}): {tell(found['honest_tuned'], until)}")
+        rows.append(dict(arm="crossing", seed=seed, **found))
 
     for kind in ("curve", "honest") if args.seeds > 1 else ():
         epochs = [r[kind]["epoch"] for r in rows if r["arm"] == "crossing" and r[kind]]
-        print(f"{kind} crossing over {args.seeds} seeds: {len(epochs)} times" + (f", epochs {min(epochs):.1f} to {max(epochs):.1f}" if epochs else ""))
+        print(f"{kind} crossing over {args.seeds} seeds: {len(epochs)} times"
+              + (f", epochs {min(epochs):.1f} to {max(epochs):.1f}" if epochs else ""))
 
     name = args.name or f"crossover_{scale}"
-    device = train.pick_device("auto")
-    record(name, rows, device, args.results, settings=s, seeds=list(seeds), schedule=args.schedule)
-    series, lines, seed = {}, [], seeds[0]
-    for a in arms:
-        e, colour = evals[a, seed], COLOUR.get(a)
-        series[f"{a}: validation" + (" (bound)" if a == "mdm" else "")] = ([r["epoch"] for r in e], [r["loss"] for r in e],
-                                                                          dict(marker="o", ms=3, color=colour))
-        if a in ARMS:
-            series[f"{a}: training text"] = ([r["epoch"] for r in e], [r["train_loss"] for r in e], dict(lw=0.8, color=colour, alpha=0.6))
-    floor = min(r["best"] for r in rows if r["seed"] == seed and r["arm"] == "ar")
-    lines.append(("y", floor, f"AR's best, {floor:.3f}"))
-    for kind in ("curve", "honest"):
-        c = next(r for r in rows if r["arm"] == "crossing" and r["seed"] == seed)[kind]
-        if c:
-            lines.append(("x", c["epoch"], f"{kind} crossing, epoch {c['epoch']:.1f}"))
-    below = []                                                                         # runs of an older version have no probe
-    for key, label in (("probe_accuracy", "true end found (chance 0.25)"), ("probe_gap", "gap, nats")):
-        probed = {a: [r for r in evals[a, seed] if key in r] for a in arms}
-        if all(probed.values()):
-            style = {a: dict(marker="o", ms=3, color=COLOUR.get(a)) for a in arms}
-            below.append((label, {a: ([r["epoch"] for r in e], [r[key] for r in e], style[a]) for a, e in probed.items()}))
-    top = max(evals["mdm", seed][0]["loss"], evals["ar", seed][0]["loss"])
-    plot(name, series, "epochs over the same tokens", "nats per token",
-         f"{s['unique_tokens']:,} unique tokens of {s['dataset']}, {s['n_layer']}x{s['n_embd']}", args.results, lines=lines, ylim=(None, top * 1.05), below=below)
+    record(name, rows, train.pick_device("auto"), args.results, settings=s, seeds=list(seeds), schedule=args.schedule)
+    crossover_picture(name, {r["arm"]: r for r in rows[:len(arms) + 1]}, args.results,
+                      f"{s['unique_tokens']:,} unique tokens of {s['dataset']}, {s['n_layer']}x{s['n_embd']}")
     for a in ARMS:
-        text = Path(runs[a, seed]["out"]) / "samples.txt"
+        text = Path(runs[a, seeds[0]]["out"]) / "samples.txt"
         if text.exists():
-            print(f"\n--- a sample of {a} after {evals[a, seed][-1]['epoch']:.0f} epochs\n{text.read_text(encoding='utf-8').strip()}")
-    return 0
+            print(f"\n--- a sample of {a} after {evals[a, seeds[0]][-1]['epoch']:.0f} epochs\n{text.read_text(encoding='utf-8').strip()}")
+
+
+def crossover_picture(name, rows, folder, title):
+    """Curves of one seed, {arm: row}; below them the probe, which runs of an older version do not have."""
+    series, arms = {}, {a: r["evals"] for a, r in rows.items() if a != "crossing"}
+    dots = {a: dict(marker="o", ms=3, color=COLOUR.get(a)) for a in arms}
+    for a, evals in arms.items():
+        series[f"{a}: validation" + " (bound)" * (a == "mdm")] = curve(evals, "epoch", "loss", **dots[a])
+        if a in ARMS:
+            series[f"{a}: training text"] = curve(evals, "epoch", "train_loss", lw=0.8, color=COLOUR[a], alpha=0.6)
+    lines = [("y", rows["ar"]["best"], f"AR's best, {rows['ar']['best']:.3f}")]
+    lines += [("x", c["epoch"], f"{kind} crossing, epoch {c['epoch']:.1f}") for kind in ("curve", "honest") if (c := rows["crossing"][kind])]
+    below = [(label, {a: curve(evals, "epoch", key, **dots[a]) for a, evals in arms.items()})
+             for key, label in (("probe_accuracy", "true end found (chance 0.25)"), ("probe_gap", "gap, nats"))
+             if all(any(key in r for r in evals) for evals in arms.values())]
+    top = max(arms[a][0]["loss"] for a in ARMS)
+    plot(name, series, "epochs over the same tokens", "nats per token", title, folder, lines=lines, ylim=(None, top * 1.05), below=below)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # sparsity: total against active parameters as an axis of the crossover
@@ -380,66 +570,52 @@ def match_experts(base, match, ratio=8, k=2):
         lm = LM(ModelConfig(**base, **mixture))
         total = lm.num_params()
     if abs(lm.active_params() / goal - 1) > 0.03:                                      # grouped_mm wants widths in steps of 8
-        raise ValueError(f"experts of {width} give {lm.active_params():,} active parameters, not {goal:,} within 3%: take a larger --n_embd")
+        raise ValueError(f"experts of {width} give {lm.active_params():,} active parameters, not {goal:,} within 3%: "
+                         "take a larger --n_embd")
     dense = {} if match == "active" else dict(n_inner=solve(total, "n_inner", 8, 256))
     return dense, mixture
 
 
 def sparsity(args):
     """Dense against mixture of experts with the same active or the same total parameters, AR and diffusion, few unique tokens."""
-    scale = args.scale if args.scale != "auto" else "gpu" if torch.cuda.is_available() else "cpu"
-    if scale not in SCALES:
-        raise ValueError(f"--scale {args.scale} is unknown: auto, cpu or gpu")
-    s = {**SCALES[scale], **{k: v for k in SCALES[scale] if (v := getattr(args, k, None)) is not None}}
-    if s["dataset"].startswith("docs") and not (Path("data") / s["dataset"] / "meta.json").exists():
-        prepare.prepare("docs", name=s["dataset"], tokenizer=s["tokenizer"])
-    V = prepare.load_tokenizer(Path(s["dataset"]) if os.sep in s["dataset"] else Path("data") / s["dataset"]).n_vocab
-    shape = {k: s[k] for k in ("n_layer", "n_head", "n_embd", "block_size")}
-    dense, mixture = match_experts({**shape, "vocab_size": V}, args.match, args.ratio)
-    root, jobs = Path(args.out or f"out/sparsity-{scale}") / f"{Path(s['dataset']).name}-U{s['unique_tokens']}-{s['n_layer']}x{s['n_embd']}", {}
+    scale, s, root, common = study(args, "sparsity")
+    base = {k: s[k] for k in ("n_layer", "n_head", "n_embd", "block_size")}
+    base["vocab_size"] = prepare.load_tokenizer(data_folder(s["dataset"])).n_vocab
+    dense, mixture = match_experts(base, args.match, args.ratio)
+    jobs, rows, series = {}, [], {}
     for (kind, values), (objective, arm) in itertools.product({"dense": dense, "mixture": mixture}.items(), ARMS.items()):
         name = "_".join([objective, kind, *(f"{k}{v}" for k, v in values.items())])    # both matches share the mixture's runs
-        jobs[f"{objective} {kind}"] = {**shape, **arm, **{k: s[k] for k in ("dataset", "unique_tokens", "epochs", "batch_tokens", "lr", "log_every")},
-                                       "set": [f"{k}={v}" for k, v in values.items()] or None, "max_minutes": s["minutes"], "schedule": "constant",
-                                       "eval_epochs": f"geometric:{args.evals}", "save_every": 500, "out": str(root / name)}
-    if not run_arms(jobs, s["workers"]):
-        print("interrupted: the same command goes on from here")
-        return 130
-    rows, series = [], {}
+        jobs[f"{objective} {kind}"] = {**common, **arm, "set": set_flags(values) or None, "schedule": "constant", "out": str(root / name)}
+    train_all(jobs, s["workers"])
     for name, job in jobs.items():
-        evals, (lm, _) = read_evals(job["out"]), train.load_model(job["out"], "last")
-        best, (objective, kind) = min(evals, key=lambda r: r["loss"]), name.split()
+        evals, (lm, _), (objective, kind) = read_evals(job["out"]), train.load_model(job["out"], "last"), name.split()
         rows.append(dict(model=kind, objective=objective, measure="exact" if objective == "ar" else "bound", total=lm.num_params(),
-                         active=lm.active_params(), best=best["loss"], se=best["se"] or None, best_epoch=best["epoch"], last=evals[-1]["loss"],
-                         epochs=evals[-1]["epoch"], flops=evals[-1]["flops"], minutes=evals[-1]["seconds"] / 60, evals=evals))
-        series[f"{name}: {lm.num_params() / 1e6:.3g}M, {lm.active_params() / 1e6:.3g}M active"] = (
-            [r["epoch"] for r in evals], [r["loss"] for r in evals], dict(marker="o", ms=3, color=COLOUR[objective], ls="-" if kind == "dense" else "--"))
-    table(rows, [c for c in rows[0] if c != "evals"])
+                         active=lm.active_params(), se=best_of(evals)["se"] or None, flops=evals[-1]["flops"], **outcome(evals)))
+        series[f"{name}: {lm.num_params() / 1e6:.3g}M, {lm.active_params() / 1e6:.3g}M active"] = curve(
+            evals, "epoch", "loss", marker="o", ms=3, color=COLOUR[objective], ls="-" if kind == "dense" else "--")
+    table(rows, skip=["evals"])
     for ar, mdm in (rows[:2], rows[2:]):
-        until = mdm["epochs"]
-        print(f"{ar['model']}: curve crossing {tell(crossing(ar['evals'], mdm['evals']), until)}; "
-              f"honest crossing {tell(crossing(None, mdm['evals'], ar['best']), until)}")
-    name, device = args.name or f"sparsity_{scale}_{args.match}", train.pick_device("auto")
-    record(name, rows, device, args.results, settings=s, match=args.match, ratio=args.ratio, dense=dense, mixture=mixture, seed=1337)
+        curves, until = mdm["evals"], mdm["epochs"]
+        print(f"{ar['model']}: curve crossing {tell(crossing(ar['evals'], curves), until)}; "
+              f"honest crossing {tell(crossing(None, curves, ar['best']), until)}")
+    name = args.name or f"sparsity_{scale}_{args.match}"
+    record(name, rows, train.pick_device("auto"), args.results, settings=s, match=args.match, ratio=args.ratio, dense=dense,
+           mixture=mixture, seed=1337)
     plot(name, series, "epochs over the same tokens", "nats per token (diffusion: a bound)",
          f"dense against experts, equal {args.match} parameters, {s['unique_tokens']:,} unique tokens", args.results)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # train: speed and memory
 
-SDPA = {"default": [], "cudnn": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
-        "flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]}     # first come, first served
-
-
 def throughput(args):
     """One process, one model: time --iters optimizer steps on random tokens; prints one JSON line."""
-    device = train.pick_device(args.device)
-    torch.set_num_threads(args.threads)
+    device, cuda, _ = setup(args)
+    if args.sdpa not in SDPA:
+        raise ValueError(f"--sdpa {args.sdpa} is unknown: one of {', '.join(SDPA)}")
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")                                         # as train.py and nanoGPT do
-    cuda = device.startswith("cuda")
-    config = override(ModelConfig(), {**PRESETS[args.preset], **{k: getattr(args, k) for k in ("n_layer", "n_head", "n_embd", "block_size",
-                                      "vocab_size") if getattr(args, k) is not None}})
+    given = {k: v for k in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size") if (v := getattr(args, k)) is not None}
+    config = override(ModelConfig(), {**PRESETS[args.preset], **given})
     T, B = config.block_size, args.batch
     if args.peer:                                                                      # a nanoGPT checkout: same shape
         sys.path.insert(0, args.peer)
@@ -451,19 +627,17 @@ def throughput(args):
         loss_of = lambda x, noise: lm(x[:, :-1].contiguous(), x[:, 1:].contiguous())[1]
     else:
         lm = LM(config).to(device)
-        flags = {**train.DEFAULTS, "optimizer": args.optimizer}
-        optimizers = train.make_optimizers(lm, flags, device)
+        optimizers = train.make_optimizers(lm, {**train.DEFAULTS, "optimizer": args.optimizer}, device)
         if args.objective == "ar":
             loss_of = lambda x, noise: diffusion.ar_loss(lm, x[:, :T], lm.mask_id)
         else:
             loss_of = lambda x, noise: diffusion.mdm_loss(lm, x[:, :T], lm.mask_id, noise=noise)
     if args.compile in ("on", "graphs") or args.compile == "auto" and cuda:
-        loss_of = torch.compile(loss_of, dynamic=False, fullgraph=not args.peer, mode="reduce-overhead" if args.compile == "graphs" else None)
+        loss_of = torch.compile(loss_of, dynamic=False, fullgraph=not args.peer,
+                                mode="reduce-overhead" if args.compile == "graphs" else None)
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=cuda and args.dtype != "float32")
     gen, ticks = torch.Generator().manual_seed(0), []
     pin = (lambda a: a.pin_memory()) if cuda else lambda a: a
-    if args.sdpa not in SDPA:
-        raise ValueError(f"--sdpa {args.sdpa} is unknown: one of {', '.join(SDPA)}")
 
     def tick():
         """CPU time: robust on a busy machine. On a GPU an event in its queue: nothing waits between steps, as in training."""
@@ -495,14 +669,14 @@ def throughput(args):
     else:
         times = [b - a for a, b in zip(ticks[::2], ticks[1::2])][args.warmup:]
     ms = statistics.median(times) * 1e3
-    tok_s = B * T / ms * 1e3
+    tok_s, params = B * T / ms * 1e3, sum(p.numel() for p in lm.parameters())
     memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    nanogpt_flops = 6 * sum(p.numel() for p in lm.parameters()) + 12 * config.n_layer * config.n_embd * T  # its own formula
+    nanogpt_flops = 6 * params + 12 * config.n_layer * config.n_embd * T  # its own formula
     peak = train.peak_flops(device)
     mfu = tok_s * nanogpt_flops / peak if peak else None
     if mfu is not None and mfu > 1:
         raise ValueError(f"{tok_s:,.0f} tokens/s would be {mfu:.0%} of this GPU's peak: the clock or the FLOP count is wrong")
-    print(json.dumps(dict(ms=ms, tok_per_s=tok_s, peak_mib=memory / 2 ** 20, mfu=mfu, params=sum(p.numel() for p in lm.parameters()), loss=loss.item())))
+    print(json.dumps(dict(ms=ms, tok_per_s=tok_s, peak_mib=memory / 2 ** 20, mfu=mfu, params=params, loss=loss.item())))
 
 
 def bench_train(args):
@@ -510,53 +684,40 @@ def bench_train(args):
     if args.child:
         return throughput(args)
     base = [sys.executable, str(HERE / "bench.py"), "train", "--child"]
-    base += [a for k in ("preset", "n_layer", "n_head", "n_embd", "block_size", "vocab_size", "batch", "iters", "warmup", "device", "compile",
-                         "dtype", "threads", "optimizer", "sdpa") if getattr(args, k) is not None for a in (f"--{k}", str(getattr(args, k)))]
-    kinds = {o: base + ["--objective", o] for o in args.objectives.split(",")}
+    for k in ("preset", "n_layer", "n_head", "n_embd", "block_size", "vocab_size", "batch", "iters", "warmup", "device", "compile",
+              "dtype", "threads", "optimizer", "sdpa"):
+        if getattr(args, k) is not None:
+            base += [f"--{k}", str(getattr(args, k))]
+    kinds = {o: base + ["--objective", o] for o in choose("objectives", args.objectives, ARMS)}
     if args.vs:
         if not (Path(args.vs) / "model.py").exists():
             raise ValueError(f"--vs {args.vs} holds no model.py: name the folder of a nanoGPT checkout")
         kinds["nanoGPT"] = base + ["--peer", args.vs]
     measured = {k: [] for k in kinds}
-    for i in range(args.rounds):
-        for k, command in kinds.items():
-            p = subprocess.run(command, capture_output=True, text=True)
-            if p.returncode:
-                raise ValueError(f"{k}: {p.stderr.strip().splitlines()[-1] if p.stderr.strip() else 'failed'}")
-            measured[k].append(json.loads(p.stdout.strip().splitlines()[-1]))
-            print(f"round {i + 1}/{args.rounds} {k}: {measured[k][-1]['ms']:.1f} ms, {measured[k][-1]['tok_per_s']:,.0f} tok/s")
+    for i, (k, command) in itertools.product(range(args.rounds), kinds.items()):
+        p = subprocess.run(command, capture_output=True, text=True)
+        if p.returncode:
+            raise ValueError(f"{k}: {p.stderr.strip().splitlines()[-1] if p.stderr.strip() else 'failed'}")
+        measured[k].append(json.loads(p.stdout.strip().splitlines()[-1]))
+        print(f"round {i + 1}/{args.rounds} {k}: {measured[k][-1]['ms']:.1f} ms, {measured[k][-1]['tok_per_s']:,.0f} tok/s")
     rows = []
     for k, runs in measured.items():
-        row = dict(model=k, params=runs[0]["params"], **{key: statistics.median(r[key] for r in runs) if runs[0][key] is not None else None
-                                                         for key in ("ms", "tok_per_s", "peak_mib", "mfu")}, rounds=args.rounds)
+        row = dict(model=k, params=runs[0]["params"], rounds=args.rounds)
+        for key in ("ms", "tok_per_s", "peak_mib", "mfu"):
+            row[key] = statistics.median(r[key] for r in runs) if runs[0][key] is not None else None
         if args.vs:
             row["speed_vs_nanoGPT"] = statistics.median(b["ms"] / a["ms"] for a, b in zip(runs, measured["nanoGPT"]))
             row["memory_vs_nanoGPT"] = statistics.median(a["peak_mib"] / b["peak_mib"] for a, b in zip(runs, measured["nanoGPT"]))
         rows.append(row)
-    table(rows, [c for c in rows[0] if any(r[c] is not None for r in rows)])
+    table(rows)
     device = train.pick_device(args.device)
     shape = {k: getattr(args, k) for k in ("preset", "n_layer", "n_head", "n_embd", "block_size", "batch", "threads", "optimizer", "sdpa")}
     record(args.name or f"train_{torch.device(device).type}", rows, device, args.results, settings=shape, seed=0,
            clock="GPU events, step to step" if device.startswith("cuda") else "process CPU time",
            mfu="nanoGPT's formula, 6 N + 12 L C T a token, over the GPU's dense bf16 peak")
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # moe: speed, balance, topics
-
-def seconds_of(step, device, repeat):
-    """Smallest time of a call: wall on a GPU, CPU time elsewhere (robust on a busy machine)."""
-    cuda, best = device.startswith("cuda"), math.inf
-    for _ in range(repeat):
-        if cuda:
-            torch.cuda.synchronize()
-        tic = time.perf_counter() if cuda else time.process_time()
-        step()
-        if cuda:
-            torch.cuda.synchronize()
-        best = min(best, (time.perf_counter() if cuda else time.process_time()) - tic)
-    return best
-
 
 def moe_speed(device, repeat):
     """Tokens/s of the MoE layer against a dense MLP with the same active parameters, forward and backward."""
@@ -575,14 +736,15 @@ def moe_speed(device, repeat):
             mlp.zero_grad()
             x.grad = None
             (f() * 1.1).sum().backward()
-        calls = [torch.compile(f, dynamic=False) if cuda else f for f in (lambda: mlp(x), lambda: moe(x), lambda: moe.route(x.view(-1, C))[0])]
+        calls = [torch.compile(f, dynamic=False) if cuda else f
+                 for f in (lambda: mlp(x), lambda: moe(x), lambda: moe.route(x.view(-1, C))[0])]
         times = [[], [], []]
         for _ in range(repeat + 2):                                                    # alternating: the machine's mood is shared
             for t, f in zip(times, calls):
                 t.append(seconds_of(lambda: step(f), device, 1))
         dense, sparse, route = (min(t[2:]) for t in times)
-        rows.append({"what": "speed", "experts": E, "active": k, "width": C, "tokens": tokens, "dense_tok_per_s": tokens / dense,
-                     "moe_tok_per_s": tokens / sparse, "ratio": dense / sparse, "routing_share": route / sparse})
+        rows.append(dict(what="speed", experts=E, active=k, width=C, tokens=tokens, dense_tok_per_s=tokens / dense,
+                         moe_tok_per_s=tokens / sparse, ratio=dense / sparse, routing_share=route / sparse))
     return rows
 
 
@@ -595,7 +757,8 @@ def skew_routers(out, windows):
         with torch.no_grad():
             lm(windows)
         hook.remove()
-        state["model"][next(n for n, mod in lm.named_modules() if mod is m) + ".router.weight"][:m.k] += 2.0 * seen[0] / seen[0].square().sum()
+        name = next(n for n, mod in lm.named_modules() if mod is m)
+        state["model"][f"{name}.router.weight"][:m.k] += 2.0 * seen[0] / seen[0].square().sum()
     train.save_atomic(state, Path(out) / "ckpt_last.pt")
 
 
@@ -619,14 +782,10 @@ def topics(lm, corpora, rows=64):
 
 def bench_moe(args):
     """Mixture of experts: speed against dense, load with and without the bias rule, experts and topics."""
-    device = train.pick_device(args.device)
-    torch.set_num_threads(args.threads)
+    device, *_ = setup(args)
     rows = moe_speed(device, args.repeat)
-    table(rows, [c for c in rows[0] if c != "what"])
-    for name in ("docs-byte", "pysrc-byte"):
-        if not (Path("data") / name / "meta.json").exists():
-            prepare.prepare(name.split("-")[0], name=name, tokenizer="byte")
-    windows = {n: train.fixed_windows(prepare.load_dataset(Path("data") / n)[1], 64, 256) for n in ("docs-byte", "pysrc-byte")}
+    table(rows, skip=["what"])
+    windows = {n: validation(n, 64, 256) for n in ("docs-byte", "pysrc-byte")}
     series = {}
     for label, step in (("bias rule", 1e-3), ("no balancing", 0.0)):
         out = Path(args.out) / label.replace(" ", "-")
@@ -639,21 +798,22 @@ def bench_moe(args):
             skew_routers(out, windows["docs-byte"][:16])
         result = train.train({**flags, "resume": "auto"}, log=lambda line: print(f"[{label}] {line}"))
         if result["stopped"]:
-            return 130
-        log = [r for r in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if r["kind"] == "train"]
+            raise KeyboardInterrupt
+        log = read_log(out, "train")
         worst = [max(r["load_ratio"]) for r in log]
         series[label] = ([r["step"] for r in log], worst, {})
         p, information = topics(result["lm"].eval().cpu(), windows)
-        rows.append({"what": "balance", "router": label, "steps": args.steps, "first_load_ratio": worst[0], "last_load_ratio": worst[-1],
-                     "dead_experts": max(log[-1]["dead_experts"]), "bias_range": max(log[-1]["bias_range"]), "val_loss": result["best"],
-                     "bits_of_expert_about_corpus": information})
+        rows.append(dict(what="balance", router=label, steps=args.steps, first_load_ratio=worst[0], last_load_ratio=worst[-1],
+                         dead_experts=max(log[-1]["dead_experts"]), bias_range=max(log[-1]["bias_range"]), val_loss=result["best"],
+                         bits_of_expert_about_corpus=information))
         if label == "bias rule":
             order = (p[0, -1] - p[1, -1]).argsort(descending=True)
-            plot("moe_topics", {n: (range(32), (32 * p[i, -1, order]).tolist(), dict(marker="o", ms=3)) for i, n in enumerate(windows)},
-                 "expert of the last layer, sorted by preference", "load / mean load",
+            shares = {n: (range(32), (32 * p[i, -1, order]).tolist(), dict(marker="o", ms=3)) for i, n in enumerate(windows)}
+            plot("moe_topics", shares, "expert of the last layer, sorted by preference", "load / mean load",
                  f"experts and topics: {information[-1]:.3f} bits of mutual information", args.results, xlog=False)
-    table(rows[-2:], ["router", "steps", "first_load_ratio", "last_load_ratio", "dead_experts", "bias_range", "val_loss"])
-    plot("moe_load", series, "step", "largest / mean load, worst layer", "32 experts, top 4, from a skewed router", args.results, xlog=False, ylog=True)
+    table(rows[-2:], skip=["what", "bits_of_expert_about_corpus"])
+    plot("moe_load", series, "step", "largest / mean load, worst layer", "32 experts, top 4, from a skewed router", args.results,
+         xlog=False, ylog=True)
     record(args.name or f"moe_{torch.device(device).type}", rows, device, args.results, seed=1337, threads=args.threads)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -807,31 +967,6 @@ def sample_in_steps(f, B, L, N, mask_id, generator):
     return x
 
 
-def fit(lm, loss_at, steps, flags, path, label):
-    """`steps` optimizer steps on loss_at(step), a scalar; saved to `path` every 100 steps and goes on from there."""
-    optimizers, first, tic = train.make_optimizers(lm, flags, lm.embed.weight.device), 0, time.time()
-    if path.exists():
-        state = train.load_checkpoint(path)
-        lm.load_state_dict(state["model"])
-        for o, saved in zip(optimizers, state["optimizers"]):
-            o.load_state_dict(saved)
-        first = state["step"]
-    for step in range(first, steps):
-        loss = loss_at(step)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
-        for o in optimizers:
-            for group in o.param_groups:
-                group["lr"] = train.learning_rate(step, steps, flags)
-            o.step()
-            o.zero_grad()
-        if (step + 1) % 100 == 0 or step + 1 == steps:
-            train.save_atomic({"model": lm.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step + 1}, path)
-            left = (time.time() - tic) / (step + 1 - first) * (steps - step - 1)
-            print(f"[{label}] step {step + 1}/{steps} | loss {loss.item():.4f} | {train.clock(left)} left", flush=True)
-    lm.eval()
-
-
 def learn(language, objective, lengths, steps, path):
     """A small model of the language, trained on fresh sequences of alternating lengths."""
     torch.manual_seed(1337)
@@ -853,54 +988,52 @@ def theory(args):
     have nothing before them); SER, the share of impossible sequences that it writes, is a matter of N/L.
     """
     torch.set_num_threads(args.threads)
-    points = Path(args.out) / f"{args.lengths}-steps{args.steps}-n{args.sequences}" / "points.jsonl"
-    points.parent.mkdir(parents=True, exist_ok=True)
-    done = [json.loads(line) for line in points.open() if line.endswith("}\n")] if points.exists() else []
-    rows, lengths, grid = [], [int(L) for L in args.lengths.split(",")], [4 ** i for i in range(6)]
-    if any(L < 3 or L % 3 for L in lengths):
+    if any(L < 3 or L % 3 for L in args.lengths):
         raise ValueError(f"--lengths {args.lengths}: expected multiples of 3, such as 24,96")
+    folder = Path(args.out) / f"{','.join(map(str, args.lengths))}-steps{args.steps}-n{args.sequences}"
+    once, rows, grid = resumable(folder / "points.jsonl"), [], [4 ** i for i in range(6)]
     for language in (Parity(), NGram(2), NGram(3, V=4)):
-        models = {"oracle": language}
+        models, V = {"oracle": language}, language.V
         for o, steps in (("mdm", args.steps), ("ar", args.steps // 4)):                # AR is there much earlier
-            models[o] = learn(language, o, lengths, steps, points.with_name(f"{language.name}-{o}.pt"))
-        for (kind, f), L in itertools.product(models.items(), lengths):
-            V, gen, nats = language.V, torch.Generator().manual_seed(L), None
-            count = args.sequences * (8 if kind == "oracle" else 1)
+            models[o] = learn(language, o, args.lengths, steps, folder / f"{language.name}-{o}.pt")
+        for (kind, f), L in itertools.product(models.items(), args.lengths):
+            gen, count = torch.Generator().manual_seed(L), args.sequences * (8 if kind == "oracle" else 1)
             x = language.draw(256, L, gen)
+            hidden = functools.cache(lambda: nats_by_hidden(f, x[:64], V, gen))        # one table for every N
             for N in {"oracle": grid, "mdm": grid[:-1], "ar": [L]}[kind]:
-                key = dict(language=language.name, model=kind, L=L, N=N)
-                row = next((r for r in done if key.items() <= r.items()), None)
-                if row is None:
+                def measure():
                     if kind == "ar":
                         loss = diffusion.ar_loss(f, x, V, reduction="none").detach().double().mean(1)
                         ter = loss.mean().exp().item(), (loss.mean().exp() * loss.std() / len(loss) ** 0.5).item()
                         y = diffusion.sample_ar(f, torch.full((count, L), V), V, generator=gen, cache=False)
                     else:
-                        nats = nats_by_hidden(f, x[:64], V, gen) if nats is None else nats
-                        ter, y = token_error(nats, N), sample_in_steps(f, count, L, N, V, torch.Generator().manual_seed(N))
+                        ter, y = token_error(hidden(), N), sample_in_steps(f, count, L, N, V, torch.Generator().manual_seed(N))
                     ser = 1 - language.valid(y).double().mean().item()
-                    row = key | dict(best_ter=math.exp(language.nats(L) / L), ter=ter[0], ter_se=ter[1], ser=ser, ser_se=(ser * (1 - ser) / count) ** 0.5,
-                                     sequences=count, **{f"theory_{k}": v for k, v in language.theory(N, L).items() if kind != "ar"})
-                    with points.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
-                rows.append(row)
+                    return dict(best_ter=math.exp(language.nats(L) / L), ter=ter[0], ter_se=ter[1], ser=ser,
+                                ser_se=(ser * (1 - ser) / count) ** 0.5, sequences=count,
+                                **{f"theory_{k}": v for k, v in language.theory(N, L).items() if kind != "ar"})
+                rows.append(once(dict(language=language.name, model=kind, L=L, N=N), measure))
         mine = [r for r in rows if r["language"] == language.name]
         print(f"\n{language.name}: ter is exact for ar, averaged over schedules (a bound) for the others")
-        table(mine, [c for c in mine[0] if c not in ("language", "sequences")])
-        series = {}
-        for (i, L), what in itertools.product(enumerate(lengths), ("ser", "ter")):
-            curves = {kind: [(r["N"], r[what]) for r in mine if (r["model"], r["L"]) == (kind, L)] for kind in models}
-            curves["closed form"] = [(N, t[what]) for N in dict.fromkeys(int(n) for n in np.geomspace(1, 1024, 60).round()) if what in (t := language.theory(N, L))]
-            for kind, style in (("oracle", "o"), ("mdm", "x--"), ("ar", "*"), ("closed form", "-")):
-                label = f"L = {L}, {'trained ' * (kind in ('mdm', 'ar'))}{kind}"
-                label = "_" * (label in series) + label                                # one legend for both: matplotlib hides "_..."
-                if curves[kind]:
-                    series[label] = (*zip(*curves[kind]), dict(marker=style[0].strip("-"), ls=style[1:] or "-" * (style == "-"), color=f"C{i}", lw=1))
-        plot(f"{args.name or 'theory'}_{language.name}", series, "sampling steps", "sequence error rate (0 to 1), token error rate (above)",
-             f"{language.name}: token errors do not grow with length, wrong sequences do", args.results,
-             ylim=(-0.05, min(1.05 * mine[0]["ter"], 1.7 * mine[0]["best_ter"])))
+        table(mine, skip=["language", "sequences"])
+        theory_picture(f"{args.name or 'theory'}_{language.name}", language, mine, args.lengths, args.results)
     record(args.name or "theory", rows, "cpu", args.results, seed=1337, train_steps=args.steps)
 
+
+def theory_picture(name, language, rows, lengths, folder):
+    """Sequence errors and, above them, token errors against steps, in one panel: one is at most 1, the other at least."""
+    series, steps = {}, dict.fromkeys(int(n) for n in np.geomspace(1, 1024, 60).round())
+    for (i, L), what in itertools.product(enumerate(lengths), ("ser", "ter")):
+        closed = [{"N": N, **language.theory(N, L)} for N in steps]
+        for kind, marker, ls in (("oracle", "o", ""), ("mdm", "x", "--"), ("ar", "*", ""), ("closed form", "", "-")):
+            mine = closed if kind == "closed form" else [r for r in rows if (r["model"], r["L"]) == (kind, L)]
+            line = curve(mine, "N", what, marker=marker, ls=ls, color=f"C{i}", lw=1)
+            label = f"L = {L}, {'trained ' * (kind in ('mdm', 'ar'))}{kind}"
+            if line[0]:
+                series["_" * (label in series) + label] = line                         # one legend for both: matplotlib hides "_..."
+    plot(name, series, "sampling steps", "sequence error rate (0 to 1), token error rate (above)",
+         f"{language.name}: token errors do not grow with length, wrong sequences do", folder,
+         ylim=(-0.05, min(1.05 * rows[0]["ter"], 1.7 * rows[0]["best_ter"])))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # tools: a calculator inside an answer
@@ -918,10 +1051,8 @@ def bench_tools(args):
     prompts = [tokenizer.encode(t[:t.index("?") + 1]) for t in texts]
     jobs = {o: {**CALCULATOR, "max_steps": n, "objective": o, "diffusion_block": 4 if o == "block" else None, "out": f"{args.out}/{o}-{n}"}
             for o, n in (("ar", args.steps), ("block", 3 * args.steps))}              # diffusion learns slowly
-    if not run_arms(jobs, args.workers):
-        return 130
-    rows, device = [], train.pick_device(args.device)
-    torch.set_num_threads(args.threads)
+    train_all(jobs, args.workers)
+    rows, (device, *_) = [], setup(args)
     for objective, job in jobs.items():
         lm, state = train.load_model(job["out"], "last", device)
         for order, tool in itertools.product(("left", "max_prob") if objective == "block" else ("left",), (None, sample.calculator)):
@@ -935,10 +1066,11 @@ def bench_tools(args):
             out = [tokenizer.decode(r).split(prepare.EOT)[0] for r in y.tolist()]
             right = torch.tensor([t.rpartition(" ")[2] == o.rpartition(" ")[2] for t, o in zip(texts, out)]).double()
             called = sum(any(c == t[:t.index("?")] for b, c, *_ in hook.calls if b == i) for i, t in enumerate(texts))
-            rows.append(dict(model=objective, order=order, tool="calculator" if tool else "none", problems=len(texts), accuracy=right.mean().item(),
-                             se=(right.std() / len(texts) ** 0.5).item(), right_calls=called, failed=sum(w is not None for *_, w in hook.calls),
-                             minutes=state["seconds"] / 60, loss=state["best"], example=out[0]))
-    table(rows, [c for c in rows[0] if c != "example"])
+            rows.append(dict(model=objective, order=order, tool="calculator" if tool else "none", problems=len(texts),
+                             accuracy=right.mean().item(), se=(right.std() / len(texts) ** 0.5).item(), right_calls=called,
+                             failed=sum(w is not None for *_, w in hook.calls), minutes=state["seconds"] / 60, loss=state["best"],
+                             example=out[0]))
+    table(rows, skip=["example"])
     record(args.name or "tools", rows, device, args.results, settings=CALCULATOR, seed=1337)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -949,22 +1081,23 @@ def gpu(args):
     if not torch.cuda.is_available():
         raise ValueError("torch sees no CUDA device here: run this on a machine with an NVIDIA GPU")
     study, speed = "bench.py crossover --scale gpu --results {r}", "bench.py train --rounds 1 --batch 64 --results {r}"
-    small = "--preset small --block_size 512 --vocab_size 4096 --iters 40"
+    small = f"{speed} --preset small --block_size 512 --vocab_size 4096 --iters 40"
+    wide, large = f"{speed} --preset gpt2 --n_head 6 --iters 20", "--n_head 16 --head_dim 128 --results {r}"
     queue = [   # file that the entry leaves, command
         ("gpu_tests.txt", "-m pytest test_all.py -q -m gpu"),
         ("train_cuda.json", f"{speed} --preset gpt2 --iters 20"),
-        ("train_cuda_width128.json", f"{speed} --preset gpt2 --n_head 6 --iters 20 --name train_cuda_width128"),
-        ("train_cuda_10M.json", f"{speed} {small} --n_layer 6 --n_head 6 --n_embd 384 --name train_cuda_10M"),
-        ("train_cuda_10M_graphs.json", f"{speed} {small} --n_layer 6 --n_head 6 --n_embd 384 --compile graphs --name train_cuda_10M_graphs"),
-        ("train_cuda_40M.json", f"{speed} {small} --n_layer 12 --n_head 8 --n_embd 512 --name train_cuda_40M"),
-        ("train_cuda_cudnn.json", f"{speed} --preset gpt2 --n_head 6 --iters 20 --objectives ar --sdpa cudnn --name train_cuda_cudnn"),
-        ("train_cuda_flash.json", f"{speed} --preset gpt2 --n_head 6 --iters 20 --objectives ar --sdpa flash --name train_cuda_flash"),
+        ("train_cuda_width128.json", f"{wide} --name train_cuda_width128"),
+        ("train_cuda_10M.json", f"{small} --n_layer 6 --n_head 6 --n_embd 384 --name train_cuda_10M"),
+        ("train_cuda_10M_graphs.json", f"{small} --n_layer 6 --n_head 6 --n_embd 384 --compile graphs --name train_cuda_10M_graphs"),
+        ("train_cuda_40M.json", f"{small} --n_layer 12 --n_head 8 --n_embd 512 --name train_cuda_40M"),
+        ("train_cuda_cudnn.json", f"{wide} --objectives ar --sdpa cudnn --name train_cuda_cudnn"),
+        ("train_cuda_flash.json", f"{wide} --objectives ar --sdpa flash --name train_cuda_flash"),
         ("crossover_U1M.json", f"{study} --arms ar,mdm,'ar wd 0.8' --name crossover_U1M"),
         ("crossover_U1M_seeds.json", f"{study} --seeds 3 --name crossover_U1M_seeds"),
         ("decode_gpu.json", "bench.py decode --results {r}"),
-        ("context_cuda.json", "bench.py context --batches 1,64 --n_head 16 --head_dim 128 --results {r}"),
+        ("context_cuda.json", f"bench.py context --batches 1,64 {large}"),
         ("sparse_cuda.json", "bench.py sparse --results {r}"),
-        ("attention_cuda.json", "bench.py attention --lengths 2048,4096,8192,16384,32768,65536 --n_head 16 --head_dim 128 --results {r}"),
+        ("attention_cuda.json", f"bench.py attention --lengths 2048,4096,8192,16384,32768,65536 {large}"),
         ("crossover_U2M.json", f"{study} --unique_tokens 2000000 --name crossover_U2M"),
         ("moe_cuda.json", "bench.py moe --results {r}"),
         ("crossover_U5M.json", f"{study} --unique_tokens 5000000 --n_layer 10 --n_embd 512 --n_head 8 --name crossover_U5M"),
@@ -1007,8 +1140,8 @@ def published_costs():
                      ours=layers * ATTENTION[kind](override(ModelConfig(), values)).cache_bytes(1, torch.bfloat16))
                 for name, kind, values, layers, published in caches]
         nsa = ATTENTION["nsa"](override(ModelConfig(), dict(n_embd=2560, n_head=64, n_kv_head=4, head_dim=128)))
-    return rows + [dict(model="NSA 27B", what=f"keys read, dense / sparse at {T // 1024}k", layer="nsa", published=ratio, ours=round(T / nsa.reads(T), 1))
-                   for T, ratio in ((8192, 4.0), (16384, 6.4), (32768, 9.1), (65536, 11.6))]
+    return rows + [dict(model="NSA 27B", what=f"keys read, dense / sparse at {T // 1024}k", layer="nsa", published=ratio,
+                        ours=round(T / nsa.reads(T), 1)) for T, ratio in ((8192, 4.0), (16384, 6.4), (32768, 9.1), (65536, 11.6))]
 
 
 def presets(args):
@@ -1022,14 +1155,15 @@ def presets(args):
         if c.qk_nope_head_dim:                                                         # MLA: the heads it stands for
             D = (c.qk_nope_head_dim + c.v_head_dim) // 2
         mha = 2 * 2 * c.n_layer * c.n_head * D
-        rows.append({"preset": name, "published": published, "total": lm.num_params(), "active": lm.active_params(),
-                     "active_no_embedding": lm.active_params(False), "mixers": " ".join(dict.fromkeys(type(b.mixer).__name__ for b in lm.blocks)),
-                     "cache_bytes_per_token_64k": cache, "vs_mha": cache / mha - 1, "vs_gqa8": cache / (mha * 8 / c.n_head) - 1})
-    table([{**r, **{k: f"{r[k] / 1e9:.3f}B" for k in ("total", "active", "active_no_embedding")}, "cache_bytes_per_token_64k": round(r["cache_bytes_per_token_64k"]),
-            **{k: f"{r[k]:+.0%}" for k in ("vs_mha", "vs_gqa8")}} for r in rows], list(rows[0]))
+        rows.append(dict(preset=name, published=published, total=lm.num_params(), active=lm.active_params(),
+                         active_no_embedding=lm.active_params(False), mixers=" ".join(dict.fromkeys(type(b.mixer).__name__ for b in lm.blocks)),
+                         cache_bytes_per_token_64k=cache, vs_mha=cache / mha - 1, vs_gqa8=cache / (mha * 8 / c.n_head) - 1))
+    show = dict(dict.fromkeys(("total", "active", "active_no_embedding"), lambda v: f"{v / 1e9:.3f}B"), cache_bytes_per_token_64k=round,
+                **dict.fromkeys(("vs_mha", "vs_gqa8"), lambda v: f"{v:+.0%}"))
+    table([{k: show.get(k, str)(v) for k, v in r.items()} for r in rows])
     costs = published_costs()
     print("\nfrom the papers, and from layer.cache_bytes and layer.reads at the published settings")
-    table(costs, list(costs[0]))
+    table(costs)
     record(args.name or "presets", rows, folder=args.results, published_costs=costs, context=T, cache_dtype="bfloat16",
            columns="vs_mha, vs_gqa8: cache against the same depth and head width with n_head, with 8 key/value heads")
 
@@ -1038,110 +1172,93 @@ def presets(args):
 
 # layer -> settings of the sweep: a query of a sparse layer reads at most an eighth of a context of 8,192
 SWEEP = {
-    "full": {}, "full gqa": dict(n_kv_head=1), "full window": dict(window=512), "mla": {}, "linear": dict(linear_decay="head"), "deltanet": {},
-    "gated_deltanet": {}, "kda": {}, "nsa": dict(n_kv_head=1, window=256, sel_block=64, sel_topk=8), "infllm": dict(n_kv_head=1, sel_topk=16, sel_local=4, dense_len=0),
-    "msa": dict(n_kv_head=1, sel_block=128, sel_topk=8, qk_norm=True), "dsa": dict(sel_topk=1024),
+    "full": {}, "full gqa": dict(n_kv_head=1), "full window": dict(window=512), "mla": {}, "linear": dict(linear_decay="head"),
+    "deltanet": {}, "gated_deltanet": {}, "kda": {}, "nsa": dict(n_kv_head=1, window=256, sel_block=64, sel_topk=8),
+    "infllm": dict(n_kv_head=1, sel_topk=16, sel_local=4, dense_len=0), "msa": dict(n_kv_head=1, sel_block=128, sel_topk=8, qk_norm=True),
+    "dsa": dict(sel_topk=1024),
 }
+KERNELS = ("full cudnn", "full flash")                                                 # by SDPA's kernel of that name, on a GPU
 
 
-def measured_points(file, args):
-    """results/FILE.points.jsonl, what an interrupted run has measured, and its rows; it lies there so that it travels along."""
-    points = Path(args.results) / f"{file}.points.jsonl"
-    points.parent.mkdir(parents=True, exist_ok=True)
-    return points, [json.loads(line) for line in points.read_text().splitlines()] if points.exists() else []
+def sweep_layers(text, kernels=()):
+    """The layers of a --layers flag, by default those of SWEEP; the others of ATTENTION come with their usual settings."""
+    return choose("layers", text, [*SWEEP, *kernels, *(n for n in ATTENTION if n not in SWEEP)]) if text else [*SWEEP, *kernels]
+
+
+def one_layer(args, name, T, device, dtype):
+    config = ModelConfig(n_embd=args.n_head * args.head_dim, n_head=args.n_head, n_layer=1, block_size=T)
+    torch._dynamo.reset()                                                              # else after 8 shapes of one class it quietly runs eagerly
+    return ATTENTION[name.split()[0]](override(config, SWEEP.get(name, {}))).to(device, dtype)
 
 
 def bench_attention(args):
     """Every layer: forward and forward+backward against length, ratio to `full` in the same run, keys read, cache."""
-    device = train.pick_device(args.device)
-    cuda = device.startswith("cuda")
-    dtype = torch.bfloat16 if cuda else torch.float32
-    torch.set_num_threads(args.threads)
-    names = args.layers.split(",") if args.layers else list(SWEEP) + ["full cudnn", "full flash"] * cuda
-    lengths, rows = [int(t) for t in args.lengths.split(",")], []
-    C, H = args.n_head * args.head_dim, args.n_head
+    device, cuda, dtype = setup(args)
+    names, causal, C = sweep_layers(args.layers, KERNELS * cuda), not args.bidirectional, args.n_head * args.head_dim
     file = args.name or f"attention_{torch.device(device).type}" + "_bidirectional" * args.bidirectional
-    points, done = measured_points(file, args)
-    for T in lengths:
-        for name in ["full"] + [n for n in names if n != "full"]:
-            row = next((r for r in done if (r["layer"], r["T"]) == (name, T)), None)
-            if row is not None:
-                rows += [row] if "both_ms" in row else []
-                continue
-            kind, _, kernel = name.partition(" ")
-            layer = ATTENTION[kind](override(ModelConfig(n_embd=C, n_head=H, n_layer=1, block_size=T), SWEEP.get(name, {}))).to(device, dtype)
-            torch._dynamo.reset()                                                      # else after 8 shapes of one class it quietly runs eagerly
+    points, rows = Path(args.results) / f"{file}.points.jsonl", []
+    once = resumable(points)
+    for T, name in itertools.product(args.lengths, dict.fromkeys(["full", *names])):
+        def measure():
+            layer = one_layer(args, name, T, device, dtype)
             run = torch.compile(layer, dynamic=False) if cuda else layer
             x = torch.randn(1, T, C, device=device, dtype=dtype, requires_grad=True)
-
-            def forward():
-                with torch.no_grad():
-                    run(x, causal=not args.bidirectional)
-
-            def both():
-                layer.zero_grad()
-                x.grad = None
-                (run(x, causal=not args.bidirectional) * 1.1).sum().backward()
+            forward, both = passes_of(lambda x: run(x, causal=causal), x, parameters=list(layer.parameters()))
             try:
-                with sdpa_kernel(SDPA[kernel][:1]) if kernel in SDPA else contextlib.nullcontext():   # this one or none
+                with only(name.partition(" ")[2]):
                     if cuda:
                         both()
                         torch.cuda.reset_peak_memory_stats()
-                    times = [seconds_of(f, device, args.repeat) for f in (forward, both)]
-                peak = torch.cuda.max_memory_allocated() / 2 ** 20 if cuda else None
+                    ms = [1e3 * seconds_of(f, device, args.repeat) for f in (forward, both)]
             except torch.OutOfMemoryError:
                 print(f"{name} at T = {T}: out of memory")
-                with points.open("a") as f:
-                    f.write(json.dumps({"layer": name, "T": T}) + "\n")
-                continue
-            dense = next((r for r in rows if r["layer"] == "full" and r["T"] == T), None)
-            ms = [1e3 * t for t in times]
-            rows.append({"layer": name, "T": T, "forward_ms": ms[0], "both_ms": ms[1], "forward_vs_full": dense["forward_ms"] / ms[0] if dense else 1.0,
-                         "both_vs_full": dense["both_ms"] / ms[1] if dense else 1.0, "reads": layer.reads(T, not args.bidirectional),
-                         "cache_bytes_per_token": layer.cache_bytes(T, torch.bfloat16) / T,
-                         "cache_vs_mha": layer.cache_bytes(T, torch.bfloat16) / (4 * C * T), "peak_mib": peak})
-            with points.open("a") as f:
-                f.write(json.dumps(rows[-1]) + "\n")
-            print(f"T {T:6d} {name:<16} forward {ms[0]:9.1f} ms  forward+backward {ms[1]:9.1f} ms  ({rows[-1]['both_vs_full']:.2f}x full)", flush=True)
-    last = [r for r in rows if r["T"] == lengths[-1]]
-    table(last, [c for c in rows[0] if any(r[c] is not None for r in last)])
-    for name in names:                                                                 # the exponent of time in T, from its upper half
+                return {}
+            dense = next((r for r in rows if (r["layer"], r["T"]) == ("full", T)), {"forward_ms": ms[0], "both_ms": ms[1]})
+            print(f"T {T:6d} {name:<16} forward {ms[0]:9.1f} ms  forward+backward {ms[1]:9.1f} ms  ({dense['both_ms'] / ms[1]:.2f}x full)",
+                  flush=True)
+            cache = layer.cache_bytes(T, torch.bfloat16)
+            return dict(forward_ms=ms[0], both_ms=ms[1], forward_vs_full=dense["forward_ms"] / ms[0], both_vs_full=dense["both_ms"] / ms[1],
+                        reads=layer.reads(T, causal), cache_bytes_per_token=cache / T, cache_vs_mha=cache / (4 * C * T),
+                        peak_mib=torch.cuda.max_memory_allocated() / 2 ** 20 if cuda else None)
+        row = once({"layer": name, "T": T}, measure)
+        rows += [row] if "both_ms" in row else []                                      # else it was out of memory
+    table([r for r in rows if r["T"] == args.lengths[-1]])
+    series = {}
+    for name in names:
         mine = [r for r in rows if r["layer"] == name]
-        if len(mine) > 1:
+        series[name] = curve(mine, "T", "both_ms", marker="o", ms=3, lw=2.5 if name == "full" else 1.2)
+        if len(mine) > 1:                                                              # the exponent of time in T, from its upper end
             slope = math.log(mine[-1]["both_ms"] / mine[-2]["both_ms"]) / math.log(mine[-1]["T"] / mine[-2]["T"])
             wins = next((r["T"] for i, r in enumerate(mine) if all(m["both_vs_full"] > 1 for m in mine[i:])), None)
             print(f"{name:<16} time ~ T^{slope:.2f} at the end; " + (f"faster than full from T = {wins}" if wins else "never faster than full here"))
-    record(file, rows, device, args.results, heads=H, head_width=args.head_dim, threads=args.threads, settings=SWEEP,
-           clock="wall" if cuda else "process CPU time", what="one whole layer, projections included, batch 1")
-    plot(file, {n: ([r["T"] for r in rows if r["layer"] == n], [r["both_ms"] for r in rows if r["layer"] == n],
-                    dict(marker="o", ms=3, lw=2.5 if n == "full" else 1.2)) for n in names},
-         "tokens", "ms, forward + backward", f"one layer, {H} heads of {args.head_dim}, {device_name(device)}", args.results, ylog=True)
-    points.unlink(missing_ok=True)                                                     # done: the next call measures anew
+    record(file, rows, device, args.results, heads=args.n_head, head_width=args.head_dim, settings=SWEEP, **conditions(args, device),
+           what="one whole layer, projections included, batch 1")
+    plot(file, series, "tokens", "ms, forward + backward", f"one layer, {args.n_head} heads of {args.head_dim}, {device_name(device)}",
+         args.results, ylog=True)
+    points.unlink()                                                                    # done: the next call measures anew
 
 # ---------------------------------------------------------------------------------------------------------------------
 # context: one decode step against the length of the cache
 
 def bench_context(args):
     """Decoding: time of one token against the tokens in the cache, each layer and batch; compiled into a CUDA graph on a GPU."""
-    device = train.pick_device(args.device)
-    cuda = device.startswith("cuda")
-    dtype = torch.bfloat16 if cuda else torch.float32
-    torch.set_num_threads(args.threads)
+    device, cuda, dtype = setup(args)
     file, rows, C = args.name or f"context_{torch.device(device).type}", [], args.n_head * args.head_dim
-    points, done = measured_points(file, args)
-    for T, name, B in itertools.product((int(t) for t in args.lengths.split(",")), args.layers.split(",") if args.layers else list(SWEEP),
-                                        (int(b) for b in args.batches.split(","))):
-        row = next((r for r in done if (r["layer"], r["T"], r["batch"]) == (name, T, B)), None)
-        if row is None:
-            config = override(ModelConfig(n_embd=C, n_head=args.n_head, n_layer=1, block_size=T), SWEEP.get(name, {}))
-            layer = ATTENTION[name.split()[0]](config).to(device, dtype).eval()
+    points = Path(args.results) / f"{file}.points.jsonl"
+    once = resumable(points)
+    for T, name, B in itertools.product(args.lengths, sweep_layers(args.layers), args.batches):
+        def measure():
+            layer = one_layer(args, name, T, device, dtype).eval()
             cache, x = layer.init_cache(B, T, device, dtype), torch.randn(B, 1, C, device=device, dtype=dtype)
-            state = [a for a in vars(cache).values() if torch.is_tensor(a)]
-            for a in state:                                                            # as if T - 1 tokens had been read
-                a.normal_() if a.is_floating_point() else a.fill_(T - 1) if a is cache.pos else a.copy_(torch.arange(T - 1 - a.size(1), T - 1))
+            for a in (a for a in vars(cache).values() if torch.is_tensor(a)):          # as if T - 1 tokens had been read
+                if a.is_floating_point():
+                    a.normal_()
+                elif a is cache.pos:
+                    a.fill_(T - 1)
+                else:
+                    a.copy_(torch.arange(T - 1 - a.size(1), T - 1))
                 if cuda:
                     torch._dynamo.mark_static_address(a)                               # else a graph copies the cache, or is not made
-            torch._dynamo.reset()
             f = torch.compile(layer, dynamic=False, fullgraph=True, mode="reduce-overhead") if cuda else layer
 
             def step():
@@ -1153,25 +1270,22 @@ def bench_context(args):
                     ms = 1e3 * seconds_of(step, device, args.repeat)
             except torch.OutOfMemoryError:
                 ms = None
-            row = dict(layer=name, T=T, batch=B, ms=ms, tok_per_s=B / ms * 1e3 if ms else None, reads=layer.reads(T),
-                       cache_mib=B * layer.cache_bytes(T, dtype) / 2 ** 20)
-            with points.open("a") as out:
-                out.write(json.dumps(row) + "\n")
             print(f"T {T:6d} {name:<16} batch {B:3d}: " + (f"{ms:8.3f} ms" if ms else "out of memory"), flush=True)
-        rows.append(row)
+            return dict(ms=ms, tok_per_s=B / ms * 1e3 if ms else None, reads=layer.reads(T),
+                        cache_mib=B * layer.cache_bytes(T, dtype) / 2 ** 20)
+        rows.append(once(dict(layer=name, T=T, batch=B), measure))
     full = {(r["T"], r["batch"]): r["ms"] for r in rows if r["layer"] == "full" and r["ms"]}
     for r in rows:
         r["vs_full"] = full[r["T"], r["batch"]] / r["ms"] if r["ms"] and (r["T"], r["batch"]) in full else None
-    table(rows, list(rows[-1]))
-    record(file, rows, device, args.results, heads=args.n_head, head_width=args.head_dim, threads=args.threads, settings=SWEEP,
-           clock="wall" if cuda else "process CPU time", what="one layer, projections included")
-    points.unlink(missing_ok=True)
-    series, B = {}, int(args.batches.split(",")[0])
-    for name in dict.fromkeys(r["layer"] for r in rows):
-        mine = [r for r in rows if (r["layer"], r["batch"]) == (name, B) and r["ms"]]
-        series[name] = [r["T"] for r in mine], [r["tok_per_s"] for r in mine], dict(marker="o", ms=3, lw=2.5 if name == "full" else 1.2)
-    plot(file, series, "tokens in the cache", "tokens/s", f"decoding by one layer, batch {B}, {args.n_head} heads of {args.head_dim}, {device_name(device)}",
-         args.results, ylog=True)
+    table(rows)
+    record(file, rows, device, args.results, heads=args.n_head, head_width=args.head_dim, settings=SWEEP, **conditions(args, device),
+           what="one layer, projections included")
+    B = args.batches[0]
+    series = {name: curve([r for r in rows if (r["layer"], r["batch"]) == (name, B)], "T", "tok_per_s", marker="o", ms=3,
+                          lw=2.5 if name == "full" else 1.2) for name in dict.fromkeys(r["layer"] for r in rows)}
+    plot(file, series, "tokens in the cache", "tokens/s",
+         f"decoding by one layer, batch {B}, {args.n_head} heads of {args.head_dim}, {device_name(device)}", args.results, ylog=True)
+    points.unlink()
 
 # ---------------------------------------------------------------------------------------------------------------------
 # sparse: block-sparse attention at a published shape
@@ -1181,8 +1295,9 @@ def flex_dense(q, k, v):
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
     tile = torch.arange(q.size(2) // 128, dtype=torch.int32, device=q.device)
     one, index = torch.ones_like(tile)[None, None], tile.expand(len(tile), -1)
-    mask = BlockMask.from_kv_blocks(one, ((tile[:, None] + tile) % len(tile))[None, None].int(), tile[None, None], index[None, None].contiguous(),
-                                    BLOCK_SIZE=128, mask_mod=lambda b, h, t, s: t >= s, seq_lengths=(q.size(2), k.size(2)))
+    mask = BlockMask.from_kv_blocks(one, ((tile[:, None] + tile) % len(tile))[None, None].int(), tile[None, None],
+                                    index[None, None].contiguous(), BLOCK_SIZE=128, mask_mod=lambda b, h, t, s: t >= s,
+                                    seq_lengths=(q.size(2), k.size(2)))
     return flex_attention(q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1))
 
 
@@ -1203,7 +1318,8 @@ def sparse_arms(q, k, v, block, topk):
     def selected(q, k, v):
         with torch.no_grad():
             ck = key_windows(k, torch.arange((T - 32) // 16 + 1, device=k.device).expand(B, -1), 32, 16).mean(dim=3)
-            sel = select_blocks(lambda r: compressed_scores(q[:, :, r], ck, slots[:, r] + 1, T, block, 32, 16, "max"), slots, slots + 1, n, block, topk, **rules)
+            score = lambda r: compressed_scores(q[:, :, r], ck, slots[:, r] + 1, T, block, 32, 16, "max")
+            sel = select_blocks(score, slots, slots + 1, n, block, topk, **rules)
         return block_sparse_attention(q, k, v, sel, block)
     dense = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     arms = {f"SDPA {name}": (dense, 1.0) for name in (("cudnn", "flash") if q.is_cuda else ("default",))}
@@ -1217,47 +1333,36 @@ def sparse_arms(q, k, v, block, topk):
 
 def bench_sparse(args):
     """Block-sparse attention at InfLLM-V2's published shape against dense FlexAttention and SDPA, with and without selection."""
-    device = train.pick_device(args.device)
-    cuda = device.startswith("cuda")
+    device, cuda, dtype = setup(args)
     if not cuda and args.tokens > 65_536:
         raise ValueError("the published shape needs a GPU; in small: --tokens 4096 --lengths 4096 --n_head 8 --head_dim 64 --topk 8")
     file, rows = args.name or f"sparse_{torch.device(device).type}", []
-    points, done = measured_points(file, args)
-    for T in (int(t) for t in args.lengths.split(",")):
+    points = Path(args.results) / f"{file}.points.jsonl"
+    once = resumable(points)
+    for T in args.lengths:
         B = max(1, args.tokens // T)
-        shape = lambda heads: (B, heads, T, args.head_dim)
-        q, k, v = (torch.randn(shape(n), device=device, dtype=torch.bfloat16 if cuda else torch.float32, requires_grad=True)
-                   for n in (args.n_head, args.n_kv_head, args.n_kv_head))
+        q, k, v = (torch.randn(B, heads, T, args.head_dim, device=device, dtype=dtype, requires_grad=True)
+                   for heads in (args.n_head, args.n_kv_head, args.n_kv_head))
+        mine = []
         for name, (f, density) in sparse_arms(q, k, v, args.block, args.topk).items():
-            row = next((r for r in done if (r["what"], r["T"]) == (name, T)), None)
-            if row is None:
+            def measure():
                 torch._dynamo.reset()
-                run, kernel = torch.compile(f, dynamic=False) if cuda else f, name.removeprefix("SDPA ")
-
-                def both():
-                    q.grad = k.grad = v.grad = None
-                    (run(q, k, v) * 1.1).sum().backward()
-
-                def forward():
-                    with torch.no_grad():
-                        run(q, k, v)
-                with sdpa_kernel(SDPA[kernel][:1]) if kernel in ("cudnn", "flash") else contextlib.nullcontext():
-                    ms = [1e3 * seconds_of(g, device, args.repeat + 1) for g in (forward, both)]    # the first call compiles
-                row = dict(what=name, T=T, batch=B, forward_ms=ms[0], both_ms=ms[1], tiles_visited=density)
-                with points.open("a") as out:
-                    out.write(json.dumps(row) + "\n")
+                run = torch.compile(f, dynamic=False) if cuda else f
+                with only(name.removeprefix("SDPA ")):                                 # the first call compiles
+                    ms = [1e3 * seconds_of(g, device, args.repeat + 1) for g in passes_of(run, q, k, v)]
                 print(f"T {T:6d} {name:<34} forward {ms[0]:9.1f} ms  forward+backward {ms[1]:9.1f} ms", flush=True)
-            rows.append(row)
-        mine = [r for r in rows if r["T"] == T]
-        base = {"flex": [r for r in mine if r["what"] == "dense flex"], "sdpa": [r for r in mine if r["what"].startswith("SDPA")]}
-        for r in mine:
-            for label, dense in base.items():
-                for key in ("forward", "both") if dense else ():
-                    r[f"{key}_vs_{label}"] = min(d[f"{key}_ms"] for d in dense) / r[f"{key}_ms"]
-    table(rows, list(rows[-1]))
-    record(file, rows, device, args.results, heads=args.n_head, kv_heads=args.n_kv_head, head_width=args.head_dim, block=args.block, picks=args.topk,
-           clock="wall" if cuda else "process CPU time", columns="_vs_flex, _vs_sdpa: times faster than dense FlexAttention, than the best SDPA kernel")
-    points.unlink(missing_ok=True)
+                return dict(batch=B, forward_ms=ms[0], both_ms=ms[1], tiles_visited=density)
+            mine.append(once(dict(what=name, T=T), measure))
+        for label, start in (("flex", "dense flex"), ("sdpa", "SDPA")):
+            dense = [r for r in mine if r["what"].startswith(start)]
+            for r, key in itertools.product(mine if dense else (), ("forward", "both")):
+                r[f"{key}_vs_{label}"] = min(d[f"{key}_ms"] for d in dense) / r[f"{key}_ms"]
+        rows += mine
+    table(rows)
+    record(file, rows, device, args.results, heads=args.n_head, kv_heads=args.n_kv_head, head_width=args.head_dim, block=args.block,
+           picks=args.topk, **conditions(args, device),
+           columns="_vs_flex, _vs_sdpa: times faster than dense FlexAttention, than the best SDPA kernel")
+    points.unlink()
 
 # ---------------------------------------------------------------------------------------------------------------------
 # functions: the mixers as pure functions
@@ -1323,20 +1428,17 @@ def functions(args):
     """Linear mixers and block-sparse attention as pure functions: against SDPA and transformers, time and memory against T."""
     if not 0 < args.density <= 0.5:
         raise ValueError(f"--density {args.density} must lie in (0, 0.5]: the share of the blocks that a query may pick")
-    device = train.pick_device(args.device)
-    cuda = device.startswith("cuda")
-    dtype = torch.bfloat16 if cuda else torch.float32
-    torch.set_num_threads(args.threads)
+    device, cuda, dtype = setup(args)
     H, D, rows, others = args.n_head, args.head_dim, [], peers()
 
     def inputs(*shapes):
         return [torch.randn(s, device=device, dtype=dtype).requires_grad_() for s in shapes]
 
-    def versus(new, base, *columns):
+    def keep(new, **about):
+        """Adds the rows, with their speed against the first of them, SDPA."""
         for r in new:
-            for c, of in columns:
-                r[c] = base[of] / r[of] if r[of] else None
-        rows.extend(new)
+            versus = {f"{key}_vs_sdpa": new[0][f"{key}_ms"] / r[f"{key}_ms"] if r[f"{key}_ms"] else None for key in ("forward", "both")}
+            rows.append(r | about | versus)
     # on a GPU ours are compiled, as train.py does; the peers are measured as they come
     ours = (lambda f: torch.compile(f, dynamic=False)) if cuda else lambda f: f
 
@@ -1347,33 +1449,35 @@ def functions(args):
         beta, g, gc = (torch.rand(s, device=device).requires_grad_() for s in ((1, H, T), (1, H, T), (1, H, T, D)))
         g, gc = ((-a.detach()).requires_grad_() for a in (g, gc))                      # log decay in [-1, 0]
         turned = lambda *a: [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in a]
+
         def of(f, *inputs, **settings):
             return ours(lambda *a: f(*a, **settings)[0]), inputs
         runs = {"sdpa": (lambda *a: F.scaled_dot_product_attention(*a, is_causal=True), (q, k, v)),
                 "linear": of(linear_attention, q, k, v), "linear, decay a head": of(linear_attention, q, k, v, g),
                 "linear, decay a channel": of(linear_attention, q, k, v, gc), "deltanet": of(delta_rule, q, k, v, beta),
-                "gated_deltanet": of(delta_rule, q, k, v, beta, g), "gated_deltanet, both ways": of(delta_rule, q, k, v, beta, g, causal=False),
-                "kda": of(delta_rule, q, k, v, beta, gc, g_min=-5.0), "kda, both ways": of(delta_rule, q, k, v, beta, gc, g_min=-5.0, causal=False),
+                "gated_deltanet": of(delta_rule, q, k, v, beta, g),
+                "gated_deltanet, both ways": of(delta_rule, q, k, v, beta, g, causal=False),
+                "kda": of(delta_rule, q, k, v, beta, gc, g_min=-5.0),
+                "kda, both ways": of(delta_rule, q, k, v, beta, gc, g_min=-5.0, causal=False),
                 "kda, any decay": of(delta_rule, q, k, v, beta, gc)}
         for name, f in others.items():
             if "kda" not in name or T <= 1024:                                         # it takes 25 times as long
                 runs[name] = f, turned(q, k, v, beta, gc if "kda" in name else g)
         return {n: r for n, r in runs.items() if names is None or n in names}
 
-    for T in (int(t) for t in args.lengths.split(",")):
+    for T in args.lengths:
         new = time_functions(T, linear_runs(T), device, args.repeat, "linear side, ")
-        versus(new, new[0], ("forward_vs_sdpa", "forward_ms"), ("both_vs_sdpa", "both_ms"))
-        for r in new:
-            r["time_vs_gdn"] = r["both_ms"] / next(x["both_ms"] for x in new if x["function"] == "gated_deltanet")
+        base = next(r["both_ms"] for r in new if r["function"] == "gated_deltanet")
+        keep([r | {"time_vs_gdn": r["both_ms"] / base} for r in new])
 
     # Block-sparse: MoBA's choice (2502.13189), queries against mean keys, shared by tiles of `block` queries. Causal too: a tile
     # then looks at its own later queries when it picks, which is fine for a measurement and forbidden in a layer.
     T = args.sparse_length
-    for block, causal in itertools.product(map(int, args.blocks.split(",")), (True, False)):
+    for block, causal in itertools.product(args.blocks, (True, False)):
         topk = round(args.density * T / block)
         if T % block or topk < 1:
-            raise ValueError(f"--sparse_length {T} must be a multiple of each of --blocks ({block} here), with at least one block at "
-                             f"--density {args.density}")
+            raise ValueError(f"--sparse_length {T} must be a multiple of each of --blocks ({block} here), with at least one block "
+                             f"at --density {args.density}")
         torch.manual_seed(0)
         (q, k, v), slots = inputs(*[(1, H, T, D)] * 3), torch.arange(T, device=device)[None]
         limit = slots + 1 if causal else torch.full_like(slots, T)
@@ -1392,18 +1496,19 @@ def functions(args):
             flex = lambda q, k, v: block_sparse_attention(q, k, v, each, block, causal, 1, limit, topk, path="flex")
             runs["block-sparse, flex"] = torch.compile(flex, dynamic=False), [a.detach() for a in (q, k, v)]
         new = time_functions(T, {name + tail: run for name, run in runs.items()}, device, args.repeat, f"blocks of {block}, ")
-        versus([r | dict(block=block, density=topk * block / T) for r in new], new[0], ("forward_vs_sdpa", "forward_ms"), ("both_vs_sdpa", "both_ms"))
+        keep(new, block=block, density=topk * block / T)
 
     long = []
-    for T in map(int, args.long.split(",")):
+    for T in args.long:
         long += time_functions(T, linear_runs(T, ["gated_deltanet"]), device, max(1, args.repeat // 2), "slope, ")
     rows += long
-    table(rows, [c for c in dict.fromkeys(c for r in rows for c in r) if any(r.get(c) is not None for r in rows)])
-    slopes = {c: math.log(long[-1][c] / long[0][c]) / math.log(long[-1]["T"] / long[0]["T"]) for c in ("both_ms", "user_ms", "kept_mib")
-              if len(long) > 1 and long[0][c]}
-    print("gated_deltanet, " + ", ".join(f"{c} ~ T^{s:.2f}" for c, s in slopes.items()) + f" from {long[0]['T']:,} to {long[-1]['T']:,} tokens")
-    record(args.name or f"functions_{torch.device(device).type}", rows, device, args.results, heads=H, head_width=D, threads=args.threads,
-           dtype=str(dtype)[6:], seed=0, clock="wall" if cuda else "process CPU time", slopes=slopes)
+    table(rows)
+    slopes = {c: math.log(long[-1][c] / long[0][c]) / math.log(long[-1]["T"] / long[0]["T"])
+              for c in ("both_ms", "user_ms", "kept_mib") if len(long) > 1 and long[0][c]}
+    print("gated_deltanet, " + ", ".join(f"{c} ~ T^{s:.2f}" for c, s in slopes.items())
+          + f" from {long[0]['T']:,} to {long[-1]['T']:,} tokens")
+    record(args.name or f"functions_{torch.device(device).type}", rows, device, args.results, heads=H, head_width=D,
+           dtype=str(dtype)[6:], seed=0, slopes=slopes, **conditions(args, device))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # quality: the same small model with every mixer
@@ -1413,7 +1518,8 @@ PICKS = dict(n_kv_head=1, sel_block=16, sel_topk=7)
 COMPRESSED = dict(PICKS, sel_local=2, cmp_block=16, cmp_stride=8, dense_len=0)
 MIXERS = {
     "full": ("full", {}), "full window": ("full", dict(window=64)), "mla": ("mla", {}),
-    "linear": ("linear", dict(linear_decay="head")), "deltanet": ("deltanet", {}), "gated_deltanet": ("gated_deltanet", {}), "kda": ("kda", {}),
+    "linear": ("linear", dict(linear_decay="head")), "deltanet": ("deltanet", {}),
+    "gated_deltanet": ("gated_deltanet", {}), "kda": ("kda", {}),
     "gated_deltanet alternate": ("gated_deltanet(bidir=forward) gated_deltanet(bidir=backward)", {}),
     "gated_deltanet forward": ("gated_deltanet", dict(bidir="forward")),
     "nsa": ("nsa", dict(n_kv_head=1, window=16, sel_block=16, sel_topk=4, cmp_block=32, cmp_stride=16)),
@@ -1439,51 +1545,50 @@ def same_size(names, base):
     size = lambda pattern, **values: LM(override(ModelConfig(**base, layers=pattern), values)).num_params()
     target, out = size("full"), {}
     for name in names:
-        if name not in MIXERS:
-            raise ValueError(f"--mixers {name} is unknown: one of {', '.join(MIXERS)}")
         pattern, values = MIXERS[name]
-        small, slope = size(pattern, n_inner=32, **values), (size(pattern, n_inner=64, **values) - size(pattern, n_inner=32, **values)) / 32
-        out[name] = pattern, dict(values, n_inner=max(8, round((target - small) / slope / 8) * 8 + 32))
+        small, large = (size(pattern, n_inner=n, **values) for n in (32, 64))
+        out[name] = pattern, dict(values, n_inner=max(8, round((target - small) / (large - small) * 4) * 8 + 32))
     return out
 
 
 def quality(args):
     """The same small model with every mixer, AR and diffusion: validation loss, tokens read, parameters matched."""
-    folder, objectives = Path("data") / args.dataset, args.objectives.split(",")
-    if args.dataset.startswith("docs") and not (folder / "meta.json").exists():
-        prepare.prepare("docs", name=args.dataset, tokenizer="byte")
+    folder, objectives = data_folder(args.dataset), choose("objectives", args.objectives, ARMS)
     train_data, val_data, _ = prepare.load_dataset(folder)
     V, T = prepare.load_tokenizer(folder).n_vocab, args.block_size
     bigram = bigram_loss(train_data, train.fixed_windows(val_data, T, 64), V)
-    mixers = same_size(args.mixers.split(",") if args.mixers else MIXERS,
-                       dict(n_layer=args.n_layer, n_head=4, n_embd=args.n_embd, block_size=T, vocab_size=V, qk_norm=True))
+    shape = dict(n_layer=args.n_layer, n_head=4, n_embd=args.n_embd, block_size=T)
+    mixers = same_size(choose("mixers", args.mixers, MIXERS), dict(shape, vocab_size=V, qk_norm=True))
     jobs, steps = {}, {o: args.steps * (1 if o == "ar" else 3) for o in objectives}    # diffusion learns slowly
     for seed, objective, name in itertools.product(range(1337, 1337 + args.seeds), objectives, mixers):
         if objective != "ar" or name not in ONE_WAY:
             pattern, values = mixers[name]
-            out = Path(args.out) / f"{name.replace(' ', '_').replace('*', 'x')}-{objective}-{steps[objective]}-s{seed}"
             jobs[name, objective, seed] = dict(
-                dataset=str(folder), objective=objective, layers=pattern, set=["qk_norm=true", *(f"{k}={v}" for k, v in values.items())], seed=seed,
-                out=str(out), max_steps=steps[objective], block_size=T, n_layer=args.n_layer, n_head=4, n_embd=args.n_embd, eval_every=0, eval_windows=64,
-                batch_tokens=args.batch_tokens, optimizer="muon", lr=args.lr, log_every=100, save_every=200)
+                shape, dataset=str(folder), objective=objective, layers=pattern, set=["qk_norm=true", *set_flags(values)], seed=seed,
+                max_steps=steps[objective], eval_every=0, eval_windows=64, batch_tokens=args.batch_tokens, optimizer="muon", lr=args.lr,
+                log_every=100, save_every=200, out=str(Path(args.out) / f"{plain(name)}-{objective}-{steps[objective]}-s{seed}"))
     ok = run_arms({" ".join(map(str, key)): f for key, f in jobs.items()}, args.workers)
     rows, finished = [], {key: e[-1] for key, f in jobs.items() if (e := read_evals(f["out"])) and e[-1]["step"] == f["max_steps"]}
     for objective, name in itertools.product(objectives, mixers):
-        mine = [e for key, e in finished.items() if key[:2] == (name, objective)]
+        mine = {key: e for key, e in finished.items() if key[:2] == (name, objective)}
         if mine:
-            lm, _ = train.load_model(next(f["out"] for key, f in jobs.items() if key[:2] == (name, objective)), "last")
-            losses = [e["loss"] for e in mine]
-            rows.append({"mixer": name, "objective": objective, "measure": "exact" if objective == "ar" else "bound", "loss": statistics.mean(losses),
-                         "std": statistics.stdev(losses) if len(losses) > 1 else None, "seeds": len(losses), "se": mine[0]["se"] or None,
-                         "params": lm.num_params(), "reads": max(b.mixer.reads(T, objective == "ar") for b in lm.blocks),
-                         "below_bigram": bigram - statistics.mean(losses), "minutes": statistics.mean(e["seconds"] for e in mine) / 60})
+            lm, _ = train.load_model(jobs[next(iter(mine))]["out"], "last")
+            losses = [e["loss"] for e in mine.values()]
+            rows.append(dict(mixer=name, objective=objective, measure="exact" if objective == "ar" else "bound",
+                             loss=statistics.mean(losses), std=statistics.stdev(losses) if len(losses) > 1 else None, seeds=len(losses),
+                             se=next(iter(mine.values()))["se"] or None, params=lm.num_params(),
+                             reads=max(b.mixer.reads(T, objective == "ar") for b in lm.blocks),
+                             below_bigram=bigram - statistics.mean(losses),
+                             minutes=statistics.mean(e["seconds"] for e in mine.values()) / 60))
     print(f"\n{len(finished)} of {len(jobs)} runs finished" + ("" if len(finished) == len(jobs) else ": the same command goes on"))
     if rows:
-        print(f"validation loss, nats per token; a bigram model has {bigram:.3f}; reads: keys of the last query; std: over seeds; se: of the bound's masks")
-        table(rows, list(rows[0]))
+        print(f"validation loss, nats per token; a bigram model has {bigram:.3f}; reads: keys of the last query; std: over seeds; "
+              "se: of the bound's masks")
+        table(rows)
         device = train.pick_device("auto")
-        record(args.name or f"quality_{torch.device(device).type}", rows, device, args.results, bigram=bigram, T=T, dataset=args.dataset, steps=steps,
-               batch_tokens=args.batch_tokens, lr=args.lr, optimizer="muon", settings={n: dict(v, layers=p, qk_norm=True) for n, (p, v) in mixers.items()})
+        record(args.name or f"quality_{torch.device(device).type}", rows, device, args.results, bigram=bigram, T=T, dataset=args.dataset,
+               steps=steps, batch_tokens=args.batch_tokens, lr=args.lr, optimizer="muon",
+               settings={n: dict(v, layers=p, qk_norm=True) for n, (p, v) in mixers.items()})
     return 0 if ok else 130
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1491,7 +1596,8 @@ def quality(args):
 
 def switch_arms(T):
     """{arm: (layer, settings)}: the same parameters as `full`, a query reads the share of T that is named, or less."""
-    sparse = lambda part: ("infllm", dict(sel_block=16, sel_topk=max(3, T // part // 16), sel_local=2, cmp_block=16, cmp_stride=8, dense_len=0))
+    sparse = lambda part: ("infllm", dict(sel_block=16, sel_topk=max(3, T // part // 16), sel_local=2, cmp_block=16, cmp_stride=8,
+                                          dense_len=0))
     return {"dense": ("full", {}), "infllm, 1/4": sparse(4), "infllm, 1/16": sparse(16),
             "window, 1/4": ("full", dict(window=T // 4)), "window, 1/16": ("full", dict(window=T // 16))}
 
@@ -1502,30 +1608,25 @@ def switch(args):
     Nothing is added to the parameters: the checkpoint is copied with another layer name, and train.py goes on from it. All
     arms take the same N batches at the same rates; `dense` goes on dense. `window` reads as many keys, without a choice.
     """
-    folder, T = Path("data") / args.dataset, args.block_size
-    if args.dataset.startswith("docs") and not (folder / "meta.json").exists():
-        prepare.prepare("docs", name=args.dataset, tokenizer="byte")
-    root = Path(args.out) / f"{args.n_layer}x{args.n_embd}-T{T}-{args.steps}"
+    folder, T = data_folder(args.dataset), args.block_size
+    root, device = Path(args.out) / f"{args.n_layer}x{args.n_embd}-T{T}-{args.steps}", train.pick_device("auto")
     # Muon, QK norm and small batches: with them a few minutes of training buy most.
-    common = dict(dataset=str(folder), n_layer=args.n_layer, n_head=4, n_embd=args.n_embd, block_size=T, batch_tokens=args.batch_tokens, optimizer="muon",
-                  lr=args.lr, eval_every=0, eval_windows=args.windows, log_every=50, save_every=100)
-    base = dict(common, layers="full", set=["qk_norm=true"], max_steps=args.steps, out=str(root / "base"))
-    if not run_arms({"base": base}, 1):
-        return 130
-    jobs = {}
-    for arm, (layer, values) in switch_arms(T).items():
+    base = dict(dataset=str(folder), n_layer=args.n_layer, n_head=4, n_embd=args.n_embd, block_size=T, layers="full", set=["qk_norm=true"],
+                batch_tokens=args.batch_tokens, optimizer="muon", lr=args.lr, eval_every=0, eval_windows=args.windows, log_every=50,
+                save_every=100, max_steps=args.steps, out=str(root / "base"))
+    train_all({"base": base}, 1)
+    jobs, rows, arms = {}, [], switch_arms(T)
+    for arm, (layer, values) in arms.items():
         out = root / f"{arm.replace(', ', '-').replace('/', '_')}-{args.adapt}"
-        jobs[arm] = dict(base, layers=layer, set=base["set"] + [f"{k}={v}" for k, v in values.items()], max_steps=args.steps + args.adapt, out=str(out))
+        jobs[arm] = dict(base, layers=layer, set=base["set"] + set_flags(values), max_steps=args.steps + args.adapt, out=str(out))
         if not (out / "ckpt_last.pt").exists():                                        # the dense checkpoint under another name
             state = train.load_checkpoint(root / "base")
             state["config"] |= dict(layers=layer, **values)
             state["flags"] |= {k: jobs[arm][k] for k in ("layers", "set", "out")}
             out.mkdir(parents=True, exist_ok=True)
             train.save_atomic(state, out / "ckpt_last.pt")
-    if not run_arms(jobs, args.workers):
-        return 130
-    _, val, _ = prepare.load_dataset(folder)
-    x, rows, losses = train.fixed_windows(val, T, args.windows), [], {}
+    train_all(jobs, args.workers)
+    x, losses = validation(args.dataset, T, args.windows), {}
 
     @torch.no_grad()
     def nats(lm):
@@ -1545,9 +1646,9 @@ def switch(args):
                     f"late_gap_{when}": (mine - dense)[:, T // 4:].mean().item()}
         rows.append(row | {"minutes": (state["seconds"] - start["seconds"]) / 60})
     print(f"\nloss in nats per token, exact; gap: to dense at the same step; late: of the tokens from {T // 4} on")
-    table(rows, list(rows[0]))
-    record(args.name or f"switch_{torch.device(train.pick_device('auto')).type}", rows, train.pick_device("auto"), args.results, base_minutes=start["seconds"] / 60,
-           base=base, adapt=args.adapt, settings={a: dict(layer=l, **v) for a, (l, v) in switch_arms(T).items()}, seed=1337)
+    table(rows)
+    record(args.name or f"switch_{torch.device(device).type}", rows, device, args.results, base_minutes=start["seconds"] / 60, base=base,
+           adapt=args.adapt, settings={a: dict(layer=l, **v) for a, (l, v) in arms.items()}, seed=1337)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # recall: keys and values seen once, asked for later
@@ -1606,14 +1707,16 @@ def recall_accuracy(f, T, n, mask_id, causal, text=None, device="cpu"):
 
 def learn_recall(lm, objective, steps, tokens, lengths, path, label):
     """Short sequences first: copying is found in seconds with 8 pairs in 32 tokens and hardly ever in 512. Later both tasks in turn."""
-    text, device, sparse = NGram(2, V=TEXT), lm.embed.weight.device, [b.mixer for b in lm.blocks if hasattr(b.mixer, "stage")]
+    text, device = NGram(2, V=TEXT), lm.embed.weight.device
+    sparse = [b.mixer for b in lm.blocks if hasattr(b.mixer, "stage")]
 
     def loss_at(step):
         gen, done = torch.Generator().manual_seed((1337 << 32) + step), step / steps
         T = lengths[step // 2 % len(lengths)] if done >= 0.6 else min(32 << max(0, int(16 * done - 4)), max(lengths))
         pairs = [8] if T == 32 else [n for n in PAIRS if n <= T // 4]
         needle = step % 2 and done > 0.5
-        x, answer = draw_recall(max(1, tokens // T), T, pairs[torch.randint(len(pairs), (), generator=gen)], gen, text if needle else None)
+        n = pairs[torch.randint(len(pairs), (), generator=gen)]
+        x, answer = draw_recall(max(1, tokens // T), T, n, gen, text if needle else None)
         for mixer in sparse:                                                           # the indexer learns beside dense attention first
             mixer.stage = "warmup" if done < 0.6 else "sparse"
         aux = {}
@@ -1624,19 +1727,14 @@ def learn_recall(lm, objective, steps, tokens, lengths, path, label):
 
 def recall_picture(name, rows, folder):
     """results/NAME.png: a map for each objective, a row for each layer, a column for each number of pairs and each length."""
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        print("no picture: matplotlib is missing (pip install matplotlib)")
+    if not (plt := pyplot()):
         return
     objectives, layers = (list(dict.fromkeys(r[k] for r in rows)) for k in ("objective", "layers"))
     points = sorted({(r["task"] == "needle", r["T"], r["pairs"]) for r in rows})
+    at = {(r["objective"], r["layers"], r["task"] == "needle", r["T"], r["pairs"]): r["accuracy"] for r in rows}
     fig, axes = plt.subplots(1, len(objectives), figsize=(1.5 + 6 * len(objectives), 1.6 + 0.32 * len(layers)), sharey=True, squeeze=False)
     for ax, objective in zip(axes[0], objectives):
-        at = {(r["layers"], r["task"] == "needle", r["T"], r["pairs"]): r["accuracy"] for r in rows if r["objective"] == objective}
-        share = np.array([[at.get((layer, *p), np.nan) for p in points] for layer in layers])
+        share = np.array([[at.get((objective, layer, *p), np.nan) for p in points] for layer in layers])
         ax.imshow(share, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
         for (i, j), v in np.ndenumerate(share):
             if v == v:
@@ -1647,62 +1745,46 @@ def recall_picture(name, rows, folder):
         ax.set(xlabel=f"pairs to recall (512 tokens)   |   length of text with {NEEDLES} needles",
                title={"ar": "causal (AR)", "mdm": "bidirectional (masked diffusion)"}[objective])
     fig.suptitle("right answers, %", fontsize=10)
-    fig.tight_layout()
-    fig.savefig(Path(folder) / f"{name}.png", dpi=110)
-    plt.close(fig)
-    print(f"wrote {Path(folder) / name}.png")
+    save_picture(plt, fig, name, folder)
 
 
 def recall(args):
     """Associative recall and a needle in generated text: accuracy of every layer against pairs and length, AR and diffusion."""
-    device, lengths = train.pick_device(args.device), [int(t) for t in args.lengths.split(",")]
-    names, objectives = args.layers.split(",") if args.layers else list(ARENA), args.objectives.split(",")
-    for name in names:
-        if name not in ARENA:
-            raise ValueError(f"--layers {name} is unknown{nearest(name, ARENA)}: expected of {', '.join(ARENA)}")
-    if not set(objectives) <= {"ar", "mdm"}:
-        raise ValueError(f"--objectives {args.objectives}: expected ar, mdm or ar,mdm")
-    if any(T % 8 or T < 16 for T in lengths):
-        raise ValueError(f"--lengths {args.lengths}: expected multiples of 8, at least 16, such as 256,1024")
-    torch.set_num_threads(args.threads)
-    folder = Path(args.out) / f"{args.lengths}-steps{args.steps}-tokens{args.batch_tokens}"
-    folder.mkdir(parents=True, exist_ok=True)
-    points, rows, tic, fresh = folder / "points.jsonl", [], time.time(), 0
-    done = [json.loads(line) for line in points.open() if line.endswith("}\n")] if points.exists() else []
-    grid = [("pairs", 512, n) for n in PAIRS] + [("needle", T, NEEDLES) for T in lengths]
-    jobs = list(itertools.product(names, objectives))
-    try:
-        for i, (name, objective) in enumerate(jobs):
-            pattern, values = ARENA[name]
-            torch.manual_seed(1337)
-            lm = LM(override(ModelConfig(vocab_size=KEYS + VALUES + TEXT, block_size=max(512, *lengths), layers=f"full(window=2, position=rotary) {pattern}",
-                                         n_layer=5 if "*3" in name else 2), {**RECALL, **values})).to(device)
-            reads = lambda T, kind="reads": max((b.mixer.reads(T, objective == "ar") for b in lm.blocks if hasattr(b.mixer, kind)), default=0)
-            keys = [dict(layers=name, objective=objective, task=task, T=T, pairs=n) for task, T, n in grid if reads(T, "topk") <= T // 4]
-            have = [next((r for r in done if key.items() <= r.items()), None) for key in keys]
-            if None in have:
-                learn_recall(lm, objective, args.steps, args.batch_tokens, lengths, folder / f"{objective}-{name.replace(' ', '_').replace('*', 'x')}.pt",
-                             f"{objective} {name}")
-            for key, row in zip(keys, have):
-                if row is None:
-                    text = NGram(2, V=TEXT) if key["task"] == "needle" else None
-                    accuracy, se = recall_accuracy(lm, key["T"], key["pairs"], lm.mask_id, objective == "ar", text, device=device)
-                    row = key | dict(accuracy=accuracy, se=se, reads=reads(key["T"]), blocks=lm.config.n_layer, params=lm.num_params())
-                    with points.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
-                rows.append(row)
-            if None in have:
-                fresh += 1
-                print(f"{objective} {name}: " + ", ".join(f"{r['task']} {r['pairs' if r['task'] == 'pairs' else 'T']}: {r['accuracy']:.3f}"
-                      for r in rows[-len(keys):]) + f" | all: {train.clock((time.time() - tic) / fresh * (len(jobs) - i - 1))} left", flush=True)
-    except KeyboardInterrupt:
-        print(f"interrupted: {len(rows)} points are kept, the same command goes on from here")
-        return 130
+    device, *_ = setup(args)
+    names, objectives = choose("layers", args.layers, ARENA), choose("objectives", args.objectives, ARMS)
+    lengths = ",".join(map(str, args.lengths))
+    if any(T % 8 or T < 16 for T in args.lengths):
+        raise ValueError(f"--lengths {lengths}: expected multiples of 8, at least 16, such as 256,1024")
+    folder = Path(args.out) / f"{lengths}-steps{args.steps}-tokens{args.batch_tokens}"
+    grid = [("pairs", 512, n) for n in PAIRS] + [("needle", T, NEEDLES) for T in args.lengths]
+    once, jobs = resumable(folder / "points.jsonl"), list(itertools.product(names, objectives))
+    rows, fresh, tic = [], 0, time.time()
+    for i, (name, objective) in enumerate(jobs):
+        (pattern, values), ar = ARENA[name], objective == "ar"
+        torch.manual_seed(1337)
+        lm = LM(override(ModelConfig(vocab_size=KEYS + VALUES + TEXT, block_size=max(512, *args.lengths), n_layer=5 if "*3" in name else 2,
+                                     layers=f"full(window=2, position=rotary) {pattern}"), {**RECALL, **values})).to(device)
+        reads = lambda T, kind="reads": max((b.mixer.reads(T, ar) for b in lm.blocks if hasattr(b.mixer, kind)), default=0)
+        new = []
+        for task, T, n in grid:
+            def measure():
+                if not new:                                                            # nothing to measure, nothing to learn
+                    learn_recall(lm, objective, args.steps, args.batch_tokens, args.lengths, folder / f"{objective}-{plain(name)}.pt",
+                                 f"{objective} {name}")
+                accuracy, se = recall_accuracy(lm, T, n, lm.mask_id, ar, NGram(2, V=TEXT) if task == "needle" else None, device=device)
+                new.append(f"{task} {n if task == 'pairs' else T}: {accuracy:.3f}")
+                return dict(accuracy=accuracy, se=se, reads=reads(T), blocks=lm.config.n_layer, params=lm.num_params())
+            if reads(T, "topk") <= T // 4:
+                rows.append(once(dict(layers=name, objective=objective, task=task, T=T, pairs=n), measure))
+        if new:
+            fresh += 1
+            left = (time.time() - tic) / fresh * (len(jobs) - i - 1)
+            print(f"{objective} {name}: {', '.join(new)} | all: {train.clock(left)} left", flush=True)
     flat = {}
     for r in rows:
-        flat.setdefault((r["objective"], r["layers"]), {k: r[k] for k in ("objective", "layers", "blocks", "params")})[f"{r['task']} "
-                        + str(r["pairs"] if r["task"] == "pairs" else r["T"])] = r["accuracy"]
-    table(list(flat.values()), dict.fromkeys(c for r in flat.values() for c in r))
+        row = flat.setdefault((r["objective"], r["layers"]), {k: r[k] for k in ("objective", "layers", "blocks", "params")})
+        row[f"{r['task']} {r['pairs'] if r['task'] == 'pairs' else r['T']}"] = r["accuracy"]
+    table(list(flat.values()))
     name = args.name or "recall"
     record(name, rows, device, args.results, seed=1337, settings={**RECALL, "layers": ARENA}, chance=1 / VALUES, steps=args.steps,
            batch_tokens=args.batch_tokens, training_tasks="both in turn")
@@ -1740,20 +1822,20 @@ def sums_dataset(out):
 
 def decode_runs(args, roles):
     """{role: run folder}: those given by a flag, the others trained under --out, from where they were left."""
-    scale = "gpu" if torch.cuda.is_available() else "cpu"
-    common = {**DECODE[scale], **{k: v for k in DECODE[scale] if (v := getattr(args, k, None)) is not None}}
+    scale, common = of_scale(DECODE, args)
     out, jobs, folders = Path(args.out or f"out/decode-{scale}"), {}, {}
     for role in roles:
         given = getattr(args, "judge" if role == "judge" else f"run_{role}", None)
         folders[role] = given or str(out / role)
-        flags = {**common, **ROLES[role], "max_steps": int(common["max_steps"] * LONGER.get(role, 1))} if role != "sums" \
-            else {**SUMS, "dataset": str(out / "data" / "sums")}
+        if role == "sums":
+            flags = {**SUMS, "dataset": str(out / "data" / "sums")}
+        else:
+            flags = {**common, **ROLES[role], "max_steps": int(common["max_steps"] * LONGER.get(role, 1))}
         done = read_evals(folders[role])
         if not given and not (done and done[-1]["step"] == flags["max_steps"]):
             jobs[role] = {**flags, "set": "qk_norm=true", "out": folders[role], "eval_every": 1000, "eval_windows": 64, "log_every": 500}
-            sums_dataset(out) if role == "sums" else flags["dataset"] == "docs-byte" and prepare.prepare("docs", name="docs-byte", tokenizer="byte")
-    if not run_arms(jobs, args.workers):
-        raise ValueError("interrupted: the same command goes on from here")
+            sums_dataset(out) if role == "sums" else data_folder(flags["dataset"])
+    train_all(jobs, args.workers)
     return folders
 
 
@@ -1770,11 +1852,6 @@ class Timed:
 
     def __getattr__(self, name):
         return getattr(self.lm, name)
-
-
-def clock_of(device):
-    """Seconds: of this process on a CPU (robust on a busy machine), of the wall behind a GPU that has finished."""
-    return (lambda: (torch.cuda.synchronize(), time.perf_counter())[1]) if torch.device(device).type == "cuda" else time.process_time
 
 
 def decoders(n, S=32):
@@ -1798,8 +1875,8 @@ def judged(judge, x, start):
     gets a low loss."""
     with torch.no_grad():
         nats = torch.cat([diffusion.ar_loss(judge, w, judge.mask_id, reduction="none")[:, start:].mean(1) for w in x.split(32)])
-    p = torch.nn.functional.one_hot(x[:, start:], judge.V).float().mean(1)             # (N, V)
-    return nats.mean().item(), (nats.std() / len(x) ** 0.5).item(), -torch.special.xlogy(p, p).sum(1).mean().item()
+    p = F.one_hot(x[:, start:], judge.V).float().mean(1)             # (N, V)
+    return nats.mean().item(), (nats.std() / len(x) ** 0.5).item(), entropy(p).mean().item()
 
 
 def overhead(device, clock, layers=8, width=320):
@@ -1823,7 +1900,8 @@ def arithmetic(folder, device, N=64):
     place = torch.arange(84) % 7
     open_ = (place == 4) | (place == 5)
     canvas, rows = torch.where(open_, lm.mask_id, x).to(device), []
-    for setting in [dict(order="left"), dict(), *(dict(steps=k) for k in (12, 8, 4, 2, 1)), *(dict(threshold=p) for p in (0.99, 0.95, 0.9, 0.7))]:
+    for setting in [dict(order="left"), dict(), *(dict(steps=k) for k in (12, 8, 4, 2, 1)),
+                    *(dict(threshold=p) for p in (0.99, 0.95, 0.9, 0.7))]:
         used = torch.ones(N, device=device)                                            # steps of each row, as if it were alone
 
         def count(step, y):
@@ -1837,22 +1915,19 @@ def arithmetic(folder, device, N=64):
 
 def decode(args):
     """Tokens/s against quality of every sampler on trained models, by batch size; steps needed on arithmetic."""
-    kinds = args.objective.split(",")
-    if not set(kinds) <= {"ar", "mdm"}:
-        raise ValueError(f"--objective {args.objective}: expected ar, mdm or ar,mdm")
+    kinds, batches = choose("objective", args.objective, ARMS), args.batches
     folders = decode_runs(args, ["judge"] + ["ar"] * ("ar" in kinds) + ["mdm", "block", "sums"] * ("mdm" in kinds))
-    device = train.pick_device(args.device)
-    torch.set_num_threads(args.threads)
-    clock, batches = clock_of(device), [int(b) for b in args.batches.split(",")]
+    device, *_ = setup(args)
+    clock = clock_of(device)
     models = {role: train.load_model(folder, "last", device) for role, folder in folders.items() if role != "sums"}
     judge, state = models["judge"]
     T, P = judge.config.block_size, judge.config.block_size // 8                       # the first P tokens are the prompt
-    data = train.fixed_windows(prepare.load_dataset(Path(state["flags"]["dataset"]) if os.sep in state["flags"]["dataset"]
-                                                    else Path("data") / state["flags"]["dataset"])[1], T, max(batches)).to(device)
+    data = validation(state["flags"]["dataset"], T, max(batches)).to(device)
     canvas = data.clone()
     canvas[:, P:] = judge.mask_id
     loss, se, entropy = judged(judge, data, P)
-    about = {r: dict(params=lm.num_params(), steps=s["step"], loss=(read_evals(folders[r]) or [{}])[-1].get("loss")) for r, (lm, s) in models.items()}
+    about = {role: dict(params=lm.num_params(), steps=s["step"], loss=(read_evals(folders[role]) or [{}])[-1].get("loss"))
+             for role, (lm, s) in models.items()}
     for role, a in about.items():
         print(f"{role}: {a['params']:,} parameters, {a['steps']:,} training steps, validation loss {a['loss']:.4f} nats/token")
     rows = [dict(sampler="real text", loss=loss, se=se, entropy=entropy)]
@@ -1877,19 +1952,21 @@ def decode(args):
         for setting in settings:
             for B in sorted(batches, reverse=True):                                    # quality from the largest batch
                 runs = [go(family, setting, x) for x in canvas[:max(B, min(4, max(batches)))].split(B)]
-                seconds, passes = sum(r[1] for r in runs), statistics.mean(r[2].passes for r in runs)
+                seconds = sum(r[1] for r in runs)
                 if B == max(batches):
                     loss, se, entropy = judged(judge, torch.cat([r[0] for r in runs]), P)
-                rows.append(dict(sampler=family, **setting, batch=B, passes=passes, tok_per_s=sum(len(r[0]) for r in runs) * (T - P) / seconds,
+                rows.append(dict(sampler=family, **setting, batch=B, passes=statistics.mean(r[2].passes for r in runs),
+                                 tok_per_s=sum(len(r[0]) for r in runs) * (T - P) / seconds,
                                  overhead=1 - sum(r[2].seconds for r in runs) / seconds, loss=loss, se=se, entropy=entropy))
             print(f"{family} {setting}: " + ", ".join(f"batch {r['batch']}: {r['tok_per_s']:,.0f} tok/s" for r in rows[-len(batches):])
                   + f", loss {loss:.3f}", flush=True)
-    columns = ["sampler", "order", "steps", "threshold", "block_size", "refresh", "batch", "passes", "tok_per_s", "overhead", "loss", "se", "entropy"]
     print(f"\n{T - P} tokens after {P} of real text; loss under the AR judge, nats per token; entropy of a text's own counts")
-    table(rows, columns)
+    table(rows, ["sampler", "order", "steps", "threshold", "block_size", "refresh", "batch", "passes", "tok_per_s", "overhead", "loss",
+                 "se", "entropy"])
     extra = []
     if "mdm" in kinds:
-        small, blocks = canvas[:16], [s for s in decoders(T - P)["diffusion in blocks, dual cache"] if s.get("steps") == T - P]
+        small = canvas[:16]
+        blocks = [s for s in decoders(T - P)["diffusion in blocks, dual cache"] if s.get("steps") == T - P]
         for setting in blocks + [dict(blocks[0], refresh=r) for r in (4, 2)]:
             a, slow, _ = go("diffusion in blocks", {**setting, "cache": False, "refresh": None}, small, temperature=0)
             b, fast, _ = go("diffusion in blocks, dual cache", setting, small, temperature=0)
@@ -1905,8 +1982,7 @@ def decode(args):
         table(over, ["sampler", "params", "passes", "overhead"])
         extra += more + over
     name = args.name or f"decode_{'gpu' if torch.cuda.is_available() else 'cpu'}" + f"_{kinds[0]}" * (len(kinds) == 1)
-    record(name, rows + extra, device, args.results, models=about, threads=args.threads, seed=0,
-           clock="wall" if torch.device(device).type == "cuda" else "process CPU time", prompt=P, new=T - P)
+    record(name, rows + extra, device, args.results, models=about, seed=0, prompt=P, new=T - P, **conditions(args, device))
     series = {}
     for i, family in enumerate(dict.fromkeys(r["sampler"] for r in rows[1:])):
         for B, style in ((max(batches), dict(ls="-")), (min(batches), dict(ls=":", mfc="white"))):
@@ -1919,12 +1995,10 @@ def decode(args):
 def bench_panel(args):
     """All likelihoods of the decode runs on the same validation windows: exact, bounds, chains; bits per byte."""
     folders = decode_runs(args, ["ar", "mdm", "block"])
-    device, rows = train.pick_device(args.device), []
-    torch.set_num_threads(args.threads)
+    (device, *_), rows = setup(args), []
     for role, folder in folders.items():
         lm, state = train.load_model(folder, "last", device)
-        name = state["flags"]["dataset"]
-        x = train.fixed_windows(prepare.load_dataset(Path(name) if os.sep in name else Path("data") / name)[1], lm.config.block_size, args.windows)
+        x = validation(state["flags"]["dataset"], lm.config.block_size, args.windows)
         bytes_per_token = prepare.load_tokenizer(folder).token_bytes[x.numpy()].sum() / x.numel()
         rows += [dict(run=role, measure=measure, nats=nats, se=se or None, bits_per_byte=nats / math.log(2) / bytes_per_token,
                       params=lm.num_params(), steps=state["step"], windows=len(x), tokens=x.size(1))
@@ -1950,7 +2024,8 @@ def parse_item(r):
     context, answers = r[form], r[FORMS[form][0]]
     answers = [answers] if form == "context" else answers
     if not isinstance(context, str) or not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
-        raise ValueError(f"must have a text under '{form}' and {'a text' if form == 'context' else 'a list of texts'} under '{FORMS[form][0]}'")
+        raise ValueError(f"must have a text under '{form}' and {'a text' if form == 'context' else 'a list of texts'} under "
+                         f"'{FORMS[form][0]}'")
     gold = 0 if form == "context" else r[FORMS[form][1]]
     gold = int(gold) if isinstance(gold, str) and gold.isdecimal() else gold
     right = gold if isinstance(gold, list) else [gold] if gold not in (None, "") else []
@@ -1992,7 +2067,8 @@ def read_items(path, tokenizer, limit=None):
 
 
 def cut_item(item, T):
-    """(context, ends) that fit into a window of T tokens: the context, the same for all ends, loses its left. None if an end does not."""
+    """(context, ends) that fit into a window of T tokens: the context, the same for all ends, loses its left. None if an end
+    does not fit."""
     room = T - max(map(len, item["ends"]))
     return None if room < 0 else (item["context"][max(0, len(item["context"]) - room):], item["ends"])
 
@@ -2057,8 +2133,8 @@ def diffusion_nats(lm, context, ends, measure, n_mc, seed, block=None, batch_siz
     real = t < length[:, None]
     x, scored, keywords = x.to(device), (real & (t >= P)).to(device), {} if block or real.all() else {"valid": real.to(device)}
     if measure == "bound":
-        nats, _ = diffusion.mdm_nll(lm, x, mask, n_mc, torch.Generator().manual_seed(seed), batch_size=batch_size, block_size=block, scored=scored,
-                                    per_row=True, group=torch.zeros(len(ends), dtype=torch.int64), **keywords)
+        nats, _ = diffusion.mdm_nll(lm, x, mask, n_mc, torch.Generator().manual_seed(seed), batch_size=batch_size, block_size=block,
+                                    scored=scored, per_row=True, group=torch.zeros(len(ends), dtype=torch.int64), **keywords)
     elif block:
         nats = sample.block_chain(lm, x, block, "left", scored).cpu()
     else:
@@ -2077,11 +2153,13 @@ def greedy_end(lm, context, end, block=None):
 def judge_items(lm, flags, items, measure, n_mc, batch_tokens):
     """Yields [(item number, {"nats", "greedy" or "failed"})] in portions. Failed: an end is longer than the model's window."""
     fit = {i: cut_item(item, lm.config.block_size) for i, item in items.items()}
-    yield [(i, {"failed": f"an answer of {max(map(len, items[i]['ends']))} tokens is longer than the window of {lm.config.block_size}"})
-           for i, f in fit.items() if f is None]
+    for i in (i for i, f in fit.items() if f is None):
+        longest = max(map(len, items[i]["ends"]))
+        yield [(i, {"failed": f"an answer of {longest} tokens is longer than the window of {lm.config.block_size}"})]
     fit = {i: f for i, f in fit.items() if f is not None}
     if measure == "exact":
-        for _, same in itertools.groupby(sorted(fit, key=lambda i: len(fit[i][0])), key=lambda i: len(fit[i][0])):
+        length = lambda i: len(fit[i][0])                                              # of the context: the same in a pass
+        for _, same in itertools.groupby(sorted(fit, key=length), key=length):
             same = list(same)
             while same:                                                                # as many as fit into a pass
                 n = used = 0
@@ -2090,11 +2168,13 @@ def judge_items(lm, flags, items, measure, n_mc, batch_tokens):
                     used += len(context) + sum(map(len, ends))
                     n += 1
                 now, same = same[:n], same[n:]
-                yield [(i, {"nats": nats, "greedy": greedy[0]}) for i, (nats, greedy) in zip(now, exact_nats(lm, [fit[i] for i in now]))]
+                found = exact_nats(lm, [fit[i] for i in now])
+                yield [(i, {"nats": nats, "greedy": greedy[0]}) for i, (nats, greedy) in zip(now, found)]
     else:
         block = flags["diffusion_block"] if flags["objective"] == "block" else None
         for i, (context, ends) in fit.items():
-            nats = diffusion_nats(lm, context, ends, measure, n_mc, i, block, max(1, batch_tokens // (len(context) + max(map(len, ends)))))
+            rows = max(1, batch_tokens // (len(context) + max(map(len, ends))))
+            nats = diffusion_nats(lm, context, ends, measure, n_mc, i, block, rows)
             yield [(i, {"nats": nats, "greedy": greedy_end(lm, context, ends[0], block) if len(ends) == 1 else False})]
 
 
@@ -2124,10 +2204,7 @@ def summary(items, results):
 
 def choices(args):
     """Multiple choice by likelihood, AR and diffusion: accuracy, and the gap between wrong and right answers."""
-    asked = args.measures.split(",") if args.measures else None
-    every = list(dict.fromkeys(itertools.chain(*MEASURES.values())))
-    if asked and not set(asked) <= set(every):
-        raise ValueError(f"--measures {args.measures}: expected some of {','.join(every)}")
+    asked = choose("measures", args.measures, dict.fromkeys(itertools.chain(*MEASURES.values())))
     if args.n_mc < 4 or args.n_mc % 4 or args.limit is not None and args.limit < 1:
         raise ValueError(f"--n_mc {args.n_mc} must be a multiple of 4, and --limit {args.limit} at least 1")
     device, rows, work = train.pick_device(args.device), [], []
@@ -2136,15 +2213,15 @@ def choices(args):
         lm, state = train.load_model(run, args.which, device)
         folder = Path(run) if Path(run).is_dir() else Path(run).parent
         flags, tokenizer = {**train.DEFAULTS, **state["flags"]}, prepare.load_tokenizer(folder)
-        measures = [m for m in MEASURES[flags["objective"]] if not asked or m in asked]
+        known = MEASURES[flags["objective"]]
+        measures = [m for m in known if m in asked]
         if not measures:
-            raise ValueError(f"{run} is of objective {flags['objective']}, whose likelihoods are {','.join(MEASURES[flags['objective']])}: "
+            raise ValueError(f"{run} is of objective {flags['objective']}, whose likelihoods are {','.join(known)}: "
                              f"--measures {args.measures} leaves none")
         weights = hashlib.sha256(b"".join(v.numpy().tobytes() for v in state["model"].values())).hexdigest()
         for file in args.files:
             if file == "probe":
-                name, T = flags["dataset"], lm.config.block_size
-                val = prepare.load_dataset(Path(name) if os.sep in name else Path("data") / name)[1]
+                T, val = lm.config.block_size, prepare.load_dataset(data_folder(flags["dataset"]))[1]
                 x, K = train.probe_items(val, T, min(args.limit or 512, len(val) // T)), max(1, min(16, T // 4))
                 items = [{"context": p[0, :-K].tolist(), "ends": p[:, -K:].tolist(), "gold": 0,
                           "bytes": tokenizer.token_bytes[p[:, -K:].numpy()].sum(1).tolist()} for p in x]
@@ -2156,12 +2233,11 @@ def choices(args):
     for run, folder, flags, step, key, file, items, measure in work:
         lm, _ = train.load_model(run, args.which, device)
         torch.set_num_threads(args.threads or (1 if lm.num_params() < 5_000_000 else os.cpu_count()))
-        key, label = hashlib.sha256(f"{key} {measure} {args.n_mc * (measure == 'bound')}".encode()).hexdigest()[:12], Path(file).name.split(".")[0]
+        key = hashlib.sha256(f"{key} {measure} {args.n_mc * (measure == 'bound')}".encode()).hexdigest()[:12]
+        label = Path(file).name.split(".")[0]
         path = Path(args.out) / f"{folder.name}-{label}-{measure}-{key}.jsonl"         # one line an item, as they get done
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = [json.loads(line) for line in path.open() if line.endswith("}\n")] if path.exists() else []
-        path.write_text("".join(json.dumps(r) + "\n" for r in lines))                 # without a last half line
-        results = {r.pop("item"): r for r in lines}
+        results = {r.pop("item"): r for r in read_rows(path)}
         results = {i: r for i, r in results.items() if i in items}                     # --limit may have been larger then
         todo = {i: item for i, item in items.items() if i not in results}
         cost = {i: len(item["context"]) + sum(map(len, item["ends"])) for i, item in todo.items()}
@@ -2178,8 +2254,8 @@ def choices(args):
                     if total:
                         progress(done / total)
             except KeyboardInterrupt:
-                print(f"\ninterrupted: {len(results):,} of {len(items):,} items are in {path}; the same command goes on from here")
-                return 130
+                print(f"\n{len(results):,} of {len(items):,} items are in {path}")
+                raise
         seconds = time.perf_counter() - tic
         rows.append(dict(run=folder.name, objective=flags["objective"], step=step, file=label, measure=measure,
                          n_mc=args.n_mc if measure == "bound" else None, **summary(items, results),
@@ -2200,92 +2276,104 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True, parser_class=prepare.Parser)
 
     def command(name, function, **options):
-        p = commands.add_parser(name, help=(function.__doc__ or name).splitlines()[0])
+        """option=(default, help) or (default, help, type): a type other than the default's, or than text where that is None."""
+        summary, _, more = (function.__doc__ or "").partition("\n")
+        p = commands.add_parser(name, help=summary, description=summary + " " + " ".join(more.split()))
         p.set_defaults(run=function)
         p.add_argument("--results", default="results", help="folder for numbers and pictures")
         p.add_argument("--name", help="of the files in it")
-        for key, (kind, default, text) in options.items():
-            if kind is bool:
+        for key, (default, text, *kind) in options.items():
+            if default is False:
                 p.add_argument(f"--{key}", action="store_true", help=text)
             else:
-                p.add_argument(f"--{key}", type=kind, default=default, help=text)
+                p.add_argument(f"--{key}", default=default, help=text, type=kind[0] if kind else str if default is None else type(default))
         return p
 
-    shape = {k: (int, None, "default: the scale's or preset's") for k in ("n_layer", "n_head", "n_embd", "block_size")}
-    command("crossover", crossover, scale=(str, "auto", "auto (gpu where there is one) | cpu | gpu"), **shape,
-            dataset=(str, None, "default: the scale's"), unique_tokens=(int, None, "default: the scale's"),
-            epochs=(float, None, "default: the scale's"), minutes=(float, None, "of training, at most, per arm (default: the scale's)"),
-            lr=(float, None, "default: the scale's"), batch_tokens=(int, None, "default: the scale's"),
-            seeds=(int, 1, "number of seeds"), evals=(int, 12, "evaluations, geometric in epochs"),
-            schedule=(str, "constant", "constant | wsd | cosine: with the last two AR's best epoch gets an annealed run of its own"),
-            tuned=(bool, None, "add the regularised AR arms and the mixed arm"),
-            arms=(str, None, "the arms, comma-separated: ar,mdm and of 'ar wd 0.4', 'ar dropout 0.1', 'mixed', ..."), lr_sweep=(bool, None, "try 1/2, 1 and 2 times the rate"),
-            out=(str, None, "folder of the runs (default: out/crossover-SCALE)"))
-    command("sparsity", sparsity, match=(str, "active", "what the dense model has as many of as the mixture: active | total parameters"),
-            ratio=(float, 8.0, "total to active parameters of the mixture"), scale=(str, "auto", "auto (gpu where there is one) | cpu | gpu"), **shape,
-            **{k: (kind, None, "default: the scale's") for k, kind in (("dataset", str), ("unique_tokens", int), ("epochs", float), ("minutes", float),
-                                                                       ("lr", float), ("batch_tokens", int), ("workers", int))},
-            evals=(int, 12, "evaluations, geometric in epochs"), out=(str, None, "folder of the runs (default: out/sparsity-SCALE)"))
-    command("train", bench_train, preset=(str, "gpt2", "model"), **shape, vocab_size=(int, None, "default: the preset's"),
-            batch=(int, 12, "windows in a step"), iters=(int, 40, "timed steps"), warmup=(int, 5, "steps before them"),
-            rounds=(int, 3, "alternating runs of each model"), device=(str, "auto", "auto | cuda | cpu"), threads=(int, 1, "CPU threads"),
-            compile=(str, "auto", "auto (on cuda) | on | off | graphs (on, with CUDA graphs)"), dtype=(str, "auto", "auto (bfloat16 on cuda) | float32"),
-            optimizer=(str, "adamw", "adamw | muon"), sdpa=(str, "default", "attention kernel on a GPU: default (torch's choice) | cudnn | flash"), objectives=(str, "ar,mdm", "which of ours"), objective=(str, "ar", argparse.SUPPRESS),
-            vs=(str, None, "folder of a nanoGPT checkout to run beside"), child=(bool, None, argparse.SUPPRESS), peer=(str, None, argparse.SUPPRESS))
-    command("moe", bench_moe, device=(str, "auto", "auto | cuda | cpu"), threads=(int, 1, "CPU threads"), repeat=(int, 12, "timed calls"),
-            steps=(int, 2000, "of the balance run"), out=(str, "out/moe", "folder of its two runs"))
+    # what several commands take
+    scaled = lambda kind, **names: {k: (None, text or "default: the scale's", kind) for k, text in names.items()}
+    threads = dict(threads=(1, "CPU threads"))
+    machine = dict(device=("auto", "auto | cuda | cpu"), **threads)
+    heads = dict(n_head=(4, "heads"), head_dim=(64, "width of a head"))
+    repeat = lambda n: dict(repeat=(n, "timed calls"))
+    out = lambda folder, what="runs": dict(out=(folder, f"folder of the {what}"))
+    layers = dict(layers=(None, f"comma-separated, of: {', '.join(SWEEP)} (default: all)"))
+    objectives = dict(objectives=("ar,mdm", "ar, mdm or both"))
+    shape = dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size"), (None, "default: the scale's or preset's", int))
+    points = "models and of the points measured so far"
+
+    few = dict(scale=("auto", "auto (gpu where there is one) | cpu | gpu"), **shape, **scaled(str, dataset=""),
+               **scaled(int, unique_tokens="", batch_tokens=""), evals=(12, "evaluations, geometric in epochs"),
+               **scaled(float, epochs="", lr="", minutes="of training, at most, per arm (default: the scale's)"))
+    command("crossover", crossover, **few, **out(None, "runs (default: out/crossover-SCALE)"), seeds=(1, "number of seeds"),
+            schedule=("constant", "constant | wsd | cosine: with the last two AR's best epoch gets an annealed run of its own"),
+            tuned=(False, "add the regularised AR arms and the mixed arm"), lr_sweep=(False, "try 1/2, 1 and 2 times the rate"),
+            arms=(None, f"the arms, comma-separated: ar,mdm and any of: {', '.join(TUNED)}"))
+    command("sparsity", sparsity, **few, **out(None, "runs (default: out/sparsity-SCALE)"), **scaled(int, workers=""),
+            match=("active", "what the dense model has as many of as the mixture: active | total parameters"),
+            ratio=(8.0, "total to active parameters of the mixture"))
+
+    def small(steps, n_layer, block_size, batch_tokens):
+        return dict(dataset=("docs-byte", "text"), steps=(steps, "of training: of each AR run, three times as many for diffusion"),
+                    n_layer=(n_layer, "blocks"), n_embd=(128, "width"), block_size=(block_size, "window, T"),
+                    batch_tokens=(batch_tokens, "tokens in a step"), lr=(4e-3, "rate"), workers=(1, "runs at a time"))
+    command("quality", quality, **small(1200, 4, 512, 512), **objectives, **out("out/quality"), seeds=(3, "number of seeds"),
+            mixers=(None, f"comma-separated, of: {', '.join(MIXERS)} (default: all)"))
+    command("switch", switch, **small(1200, 2, 1024, 1024) | dict(steps=(1200, "of dense training")), **out("out/switch"),
+            adapt=(150, "steps of adaptation, N"), windows=(64, "validation windows"))
+    command("recall", recall, **machine, **objectives, **out("out/recall", points), steps=(600, "of training, each"),
+            layers=(None, f"comma-separated, of: {', '.join(ARENA)} (default: all)"),
+            lengths=(",".join(map(str, LENGTHS)), "of the text with needles; also trained on", numbers),
+            batch_tokens=(2048, "tokens in a step, one sequence at least"))
+
+    command("train", bench_train, **machine, **shape, **objectives, preset=("gpt2", "model"), vocab_size=(None, "default: the preset's", int),
+            batch=(12, "windows in a step"), iters=(40, "timed steps"), warmup=(5, "steps before them"),
+            rounds=(3, "alternating runs of each model"), compile=("auto", "auto (on cuda) | on | off | graphs (on, with CUDA graphs)"),
+            dtype=("auto", "auto (bfloat16 on cuda) | float32"), optimizer=("adamw", "adamw | muon"),
+            sdpa=("default", "attention kernel on a GPU: default (torch's choice) | cudnn | flash"),
+            vs=(None, "folder of a nanoGPT checkout to run beside"), child=(False, argparse.SUPPRESS),
+            objective=("ar", argparse.SUPPRESS), peer=(None, argparse.SUPPRESS))
+    command("attention", bench_attention, **machine, **layers, **heads, **repeat(3),
+            lengths=("512,1024,2048,4096,8192", "tokens", numbers), bidirectional=(False, "as a diffusion model uses it"))
+    command("functions", functions, **machine, **heads, **repeat(5), lengths=("1024,4096", "tokens, linear side", numbers),
+            sparse_length=(8192, "tokens, block-sparse"), blocks=("128,256", "keys in a block and queries in a tile", numbers),
+            density=(0.12, "share of the blocks that a query picks"), long=("16384,32768,65536", "lengths for the slope", numbers))
+    command("context", bench_context, **machine, **layers, **heads, **repeat(100),
+            lengths=("1024,4096,16384,65536", "tokens in the cache", numbers), batches=("1", "sequences, comma-separated", numbers))
+    command("sparse", bench_sparse, **machine, **repeat(3), lengths=("65536,32768,131072", "tokens of a sequence", numbers),
+            tokens=(262_144, "of a batch"), n_head=(32, "query heads"), n_kv_head=(2, "key/value heads"),
+            head_dim=(128, "width of a head"), block=(64, "keys in a block"), topk=(64, "blocks that a query reads"))
+    command("moe", bench_moe, **machine, **repeat(12), steps=(2000, "of the balance run"), **out("out/moe", "two runs"))
     command("presets", presets)
-    command("gpu", gpu, minutes=(float, 9.0, "for all of it"))
-    command("attention", bench_attention, device=(str, "auto", "auto | cuda | cpu"), threads=(int, 1, "CPU threads"), repeat=(int, 3, "timed calls"),
-            layers=(str, None, f"comma-separated, of: {', '.join(SWEEP)} (default: all)"), lengths=(str, "512,1024,2048,4096,8192", "tokens"),
-            n_head=(int, 4, "heads"), head_dim=(int, 64, "width of a head"), bidirectional=(bool, None, "as a diffusion model uses it"))
-    command("functions", functions, device=(str, "auto", "auto | cuda | cpu"), threads=(int, 1, "CPU threads"), repeat=(int, 5, "timed calls"),
-            n_head=(int, 4, "heads"), head_dim=(int, 64, "width of a head"), lengths=(str, "1024,4096", "tokens, linear side"),
-            sparse_length=(int, 8192, "tokens, block-sparse"), blocks=(str, "128,256", "keys in a block and queries in a tile"),
-            density=(float, 0.12, "share of the blocks that a query picks"), long=(str, "16384,32768,65536", "lengths for the slope"))
-    command("context", bench_context, device=(str, "auto", "auto | cuda | cpu"), threads=(int, 1, "CPU threads"), repeat=(int, 100, "timed calls"),
-            layers=(str, None, f"comma-separated, of: {', '.join(SWEEP)} (default: all)"), lengths=(str, "1024,4096,16384,65536", "tokens in the cache"),
-            batches=(str, "1", "sequences, comma-separated"), n_head=(int, 4, "heads"), head_dim=(int, 64, "width of a head"))
-    command("sparse", bench_sparse, device=(str, "auto", "auto | cuda | cpu"), lengths=(str, "65536,32768,131072", "tokens of a sequence"),
-            tokens=(int, 262_144, "of a batch"), n_head=(int, 32, "query heads"), n_kv_head=(int, 2, "key/value heads"), head_dim=(int, 128, "width of a head"),
-            block=(int, 64, "keys in a block"), topk=(int, 64, "blocks that a query reads"), repeat=(int, 3, "timed calls"))
-    command("switch", switch, steps=(int, 1200, "of dense training"), adapt=(int, 150, "steps of adaptation, N"), dataset=(str, "docs-byte", "text"),
-            n_layer=(int, 2, "blocks"), n_embd=(int, 128, "width"), block_size=(int, 1024, "window, T"), batch_tokens=(int, 1024, "tokens in a step"),
-            lr=(float, 4e-3, "rate"), windows=(int, 64, "validation windows"), workers=(int, 1, "runs at a time"), out=(str, "out/switch", "folder of the runs"))
-    command("quality", quality, mixers=(str, None, f"comma-separated, of: {', '.join(MIXERS)} (default: all)"), objectives=(str, "ar,mdm", "which"),
-            dataset=(str, "docs-byte", "text"), steps=(int, 1200, "of each AR run, three times as many for diffusion"), seeds=(int, 3, "number of seeds"),
-            n_layer=(int, 4, "blocks"), n_embd=(int, 128, "width"), block_size=(int, 512, "window"), batch_tokens=(int, 512, "tokens in a step"),
-            lr=(float, 4e-3, "rate"), workers=(int, 1, "runs at a time"), out=(str, "out/quality", "folder of the runs"))
-    models = dict(run_ar=(str, None, "run folder of the AR model (default: trained)"), run_mdm=(str, None, "of the diffusion model"),
-                  run_block=(str, None, "of the block-diffusion model"), dataset=(str, None, "default: the scale's"), **shape,
-                  batch_tokens=(int, None, "default: the scale's"), max_steps=(int, None, "training of AR; diffusion gets more (default: the scale's)"),
-                  out=(str, None, "folder of the runs (default: out/decode-SCALE)"), device=(str, "auto", "auto | cuda | cpu"),
-                  threads=(int, 1, "CPU threads"), workers=(int, 2, "trainings at a time"))
-    command("decode", decode, objective=(str, "ar,mdm", "ar, mdm or both"), judge=(str, None, "run folder of the AR judge"),
-            run_sums=(str, None, "of the arithmetic model"), batches=(str, "1,8,64", "batch sizes; quality is that of the largest"), **models)
-    command("panel", bench_panel, windows=(int, 16, "validation windows"), n_mc=(int, 64, "masks per window of a bound"), **models)
-    p = command("choices", choices, measures=(str, None, "likelihoods: some of exact,bound,chain (default: all that a run has)"),
-                n_mc=(int, 32, "masks per item of the bound, a multiple of 4"),
-                limit=(int, None, "first items of each file (default: all; probe: 512)"),
-                which=(str, "best", "checkpoint of a run folder: best | last"), batch_tokens=(int, None, "tokens in a pass, about (default: 4096, on a GPU 65536)"),
-                device=(str, "auto", "auto | cuda | cpu"), threads=(int, 0, "CPU threads; 0: 1 for models below 5M parameters, else all cores"),
-                out=(str, "out/choices", "folder of the items done so far"))
+    command("gpu", gpu, minutes=(9.0, "for all of it"))
+
+    command("theory", theory, **threads, **out("out/theory", points), lengths=("24,96", "of sequences, multiples of 3", numbers),
+            steps=(1000, "of training for a diffusion model, a quarter of them for AR"),
+            sequences=(128, "sampled from a trained model for each point, 8 times as many from an oracle"))
+    models = dict(**machine, **shape, **scaled(str, dataset=""), **scaled(int, batch_tokens=""), workers=(2, "trainings at a time"),
+                  **scaled(int, max_steps="training of AR; diffusion gets more (default: the scale's)"),
+                  run_ar=(None, "run folder of the AR model (default: trained)"), run_mdm=(None, "of the diffusion model"),
+                  run_block=(None, "of the block-diffusion model"), **out(None, "runs (default: out/decode-SCALE)"))
+    command("decode", decode, **models, objective=objectives["objectives"], judge=(None, "run folder of the AR judge"),
+            run_sums=(None, "of the arithmetic model"), batches=("1,8,64", "batch sizes; quality is that of the largest", numbers))
+    command("panel", bench_panel, **models, windows=(16, "validation windows"), n_mc=(64, "masks per window of a bound"))
+    p = command("choices", choices, **machine | dict(threads=(0, "CPU threads; 0: 1 for models below 5M parameters, else all cores")),
+                measures=(None, "likelihoods: some of exact,bound,chain (default: all that a run has)"),
+                n_mc=(32, "masks per item of the bound, a multiple of 4"),
+                limit=(None, "first items of each file (default: all; probe: 512)", int),
+                which=("best", "checkpoint of a run folder: best | last"), **out("out/choices", "items done so far"),
+                batch_tokens=(None, "tokens in a pass, about (default: 4096, on a GPU 65536)", int))
     p.add_argument("runs", nargs="+", metavar="RUN", help="run folder of train.py, or a checkpoint in one")
     p.add_argument("--files", nargs="+", default=["probe"], metavar="FILE",
                    help=".jsonl (.gz, .bz2, .xz) of {ctx, endings, label}, {query, choices, gold} or {context, continuation}; "
                         "probe: true ends of passages of the run's own validation data among three others")
-    command("theory", theory, steps=(int, 1000, "of training for a diffusion model, a quarter of them for AR"),
-            sequences=(int, 128, "sampled from a trained model for each point, 8 times as many from an oracle"),
-            lengths=(str, "24,96", "of sequences, multiples of 3"), threads=(int, 1, "CPU threads"), out=(str, "out/theory", "folder of the models and of the points measured so far"))
-    command("recall", recall, layers=(str, None, f"comma-separated, of: {', '.join(ARENA)} (default: all)"), objectives=(str, "ar,mdm", "which"),
-            lengths=(str, ",".join(map(str, LENGTHS)), "of the text with needles; also trained on"), steps=(int, 600, "of training, each"),
-            batch_tokens=(int, 2048, "tokens in a step, one sequence at least"), device=(str, "auto", "auto | cuda | cpu"), threads=(int, 1, "CPU threads"),
-            out=(str, "out/recall", "folder of the models and of the points measured so far"))
-    command("tools", bench_tools, steps=(int, 1000, "of training for AR, three times as many for block diffusion"), problems=(int, 500, "held-out ones to solve"), workers=(int, 1, "runs at a time"),
-            device=(str, "auto", "auto | cuda | cpu"), threads=(int, 1, "CPU threads"), out=(str, "out/tools", "folder of the runs"))
+    command("tools", bench_tools, **machine, **out("out/tools"), workers=(1, "runs at a time"), problems=(500, "held-out ones to solve"),
+            steps=(1000, "of training for AR, three times as many for block diffusion"))
     try:
         args = parser.parse_args(argv)
         return args.run(args) or 0
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from here")
+        return 130
     except (ValueError, OSError) as e:
         print(f"bench.py: {e}", file=sys.stderr)
         return 2
