@@ -162,8 +162,8 @@ def resumable(path):
 
 
 def table(rows, columns=None, skip=()):
-    """Print rows (dictionaries) as a table readable by eye and as Markdown. columns: by default those in which something stands."""
-    columns = columns or [c for c in dict.fromkeys(c for r in rows for c in r) if c not in skip and any(r.get(c) is not None for r in rows)]
+    """Print rows (dictionaries) as a table readable by eye and as Markdown. columns: by default all that have a value."""
+    columns = columns or [c for c in dict.fromkeys(c for r in rows for c, v in r.items() if v is not None) if c not in skip]
     show = lambda v: "" if v is None else f"{v:.4g}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else str(v)
     cells = [list(columns)] + [[show(r.get(c)) for c in columns] for r in rows]
     width = [max(len(row[i]) for row in cells) for i in range(len(columns))]
@@ -262,8 +262,8 @@ def run_arms(jobs, workers):
             if len(jobs) > workers:
                 started = len(jobs) - len(waiting)
                 left = (time.time() - tic) / max(started - workers, 1) * (len(waiting) + workers)
-                print(f"[{name}] run {started} of {len(jobs)}" + (f", about {train.clock(left)} left" if started > workers else ""),
-                      flush=True)
+                left = f", about {train.clock(left)} left" if started > workers else ""
+                print(f"[{name}] run {started} of {len(jobs)}{left}", flush=True)
         try:
             time.sleep(0.2)
         except KeyboardInterrupt:                                                      # the arms got it too: they save
@@ -330,7 +330,8 @@ def fit(lm, loss_at, steps, flags, path, label):
             o.step()
             o.zero_grad()
         if (step + 1) % 100 == 0 or step + 1 == steps:
-            train.save_atomic({"model": lm.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step + 1}, path)
+            state = {"model": lm.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step + 1}
+            train.save_atomic(state, path)
             left = (time.time() - tic) / (step + 1 - first) * (steps - step - 1)
             print(f"[{label}] step {step + 1}/{steps} | loss {loss.item():.4f} | {train.clock(left)} left", flush=True)
     lm.eval()
@@ -350,7 +351,9 @@ def only(kernel):
 
 def clock_of(device):
     """Seconds: of this process on a CPU (robust on a busy machine), of the wall behind a GPU that has finished."""
-    return (lambda: (torch.cuda.synchronize(), time.perf_counter())[1]) if torch.device(device).type == "cuda" else time.process_time
+    if torch.device(device).type == "cuda":
+        return lambda: (torch.cuda.synchronize(), time.perf_counter())[1]
+    return time.process_time
 
 
 def seconds_of(step, device, repeat):
@@ -432,7 +435,7 @@ def study(args, name):
     """What crossover and sparsity share: (scale, its settings, folder of the runs, flags that all runs have)."""
     scale, s = of_scale(SCALES, args)
     if scale == "gpu" and args.dataset is None and (Path("data") / "classics" / "meta.json").exists():
-        s["dataset"] = "classics"                                                      # the standard corpus, where it was prepared
+        s["dataset"] = "classics"                                                      # the standard corpus, if prepared
     folder = data_folder(s["dataset"])
     root = Path(args.out or f"out/{name}-{scale}") / f"{folder.name}-U{s['unique_tokens']}-{s['n_layer']}x{s['n_embd']}"
     flags = {k: v for k, v in s.items() if k not in ("minutes", "workers")} | dict(
@@ -445,8 +448,8 @@ def study(args, name):
 def outcome(evals):
     """Columns of a run of `study`."""
     best, last = best_of(evals), evals[-1]
-    return dict(best=best["loss"], best_epoch=best["epoch"], last=last["loss"], epochs=last["epoch"], minutes=last["seconds"] / 60,
-                evals=evals)
+    return dict(best=best["loss"], best_epoch=best["epoch"], last=last["loss"], epochs=last["epoch"],
+                minutes=last["seconds"] / 60, evals=evals)
 
 
 def crossover(args):
@@ -493,8 +496,8 @@ def crossover(args):
         for a in arms:
             best, last = best_of(evals[a, seed]), evals[a, seed][-1]
             measure = {"ar": "exact", "mdm": "bound", "mixed": "smaller of exact and bound"}[arms[a]["objective"]]
-            rows.append(dict(arm=a, seed=seed, lr=lrs[a], measure=measure, train=last["train_loss"], se=best["se"], bpb=best["bpb"],
-                             **{k: last.get(k) for k in ("probe_accuracy", "probe_gap")}, **outcome(evals[a, seed])))
+            rows.append(dict(arm=a, seed=seed, lr=lrs[a], measure=measure, train=last["train_loss"], se=best["se"],
+                             bpb=best["bpb"], **{k: last.get(k) for k in ("probe_accuracy", "probe_gap")}, **outcome(evals[a, seed])))
             rows[-1]["best"] = floor.get(a, best["loss"])
         found = dict(curve=crossing(evals["ar", seed], mdm), honest=crossing(None, mdm, floor["ar"]))
         until = mdm[-1]["epoch"]
@@ -506,8 +509,9 @@ def crossover(args):
         print(f"curve crossing  (diffusion below AR at the same epoch):       {tell(found['curve'], until)}")
         print(f"honest crossing (diffusion below the best AR ever reached):   {tell(found['honest'], until)}")
         if len(pure) > 1:
-            found["honest_tuned"] = crossing(None, mdm, min(pure.values()))
-            print(f"honest crossing against the best regularised AR ({min(pure, key=pure.get)}): {tell(found['honest_tuned'], until)}")
+            tuned = min(pure, key=pure.get)
+            found["honest_tuned"] = crossing(None, mdm, pure[tuned])
+            print(f"honest crossing against the best regularised AR ({tuned}): {tell(found['honest_tuned'], until)}")
         rows.append(dict(arm="crossing", seed=seed, **found))
 
     for kind in ("curve", "honest") if args.seeds > 1 else ():
@@ -522,7 +526,8 @@ def crossover(args):
     for a in ARMS:
         text = Path(runs[a, seeds[0]]["out"]) / "samples.txt"
         if text.exists():
-            print(f"\n--- a sample of {a} after {evals[a, seeds[0]][-1]['epoch']:.0f} epochs\n{text.read_text(encoding='utf-8').strip()}")
+            print(f"\n--- a sample of {a} after {evals[a, seeds[0]][-1]['epoch']:.0f} epochs")
+            print(text.read_text(encoding="utf-8").strip())
 
 
 def crossover_picture(name, rows, folder, title):
@@ -534,12 +539,14 @@ def crossover_picture(name, rows, folder, title):
         if a in ARMS:
             series[f"{a}: training text"] = curve(evals, "epoch", "train_loss", lw=0.8, color=COLOUR[a], alpha=0.6)
     lines = [("y", rows["ar"]["best"], f"AR's best, {rows['ar']['best']:.3f}")]
-    lines += [("x", c["epoch"], f"{kind} crossing, epoch {c['epoch']:.1f}") for kind in ("curve", "honest") if (c := rows["crossing"][kind])]
+    lines += [("x", c["epoch"], f"{kind} crossing, epoch {c['epoch']:.1f}")
+              for kind in ("curve", "honest") if (c := rows["crossing"][kind])]
     below = [(label, {a: curve(evals, "epoch", key, **dots[a]) for a, evals in arms.items()})
              for key, label in (("probe_accuracy", "true end found (chance 0.25)"), ("probe_gap", "gap, nats"))
              if all(any(key in r for r in evals) for evals in arms.values())]
     top = max(arms[a][0]["loss"] for a in ARMS)
-    plot(name, series, "epochs over the same tokens", "nats per token", title, folder, lines=lines, ylim=(None, top * 1.05), below=below)
+    plot(name, series, "epochs over the same tokens", "nats per token", title, folder, lines=lines, below=below,
+         ylim=(None, top * 1.05))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # sparsity: total against active parameters as an axis of the crossover
@@ -585,7 +592,8 @@ def sparsity(args):
     jobs, rows, series = {}, [], {}
     for (kind, values), (objective, arm) in itertools.product({"dense": dense, "mixture": mixture}.items(), ARMS.items()):
         name = "_".join([objective, kind, *(f"{k}{v}" for k, v in values.items())])    # both matches share the mixture's runs
-        jobs[f"{objective} {kind}"] = {**common, **arm, "set": set_flags(values) or None, "schedule": "constant", "out": str(root / name)}
+        jobs[f"{objective} {kind}"] = {**common, **arm, "set": set_flags(values) or None, "schedule": "constant",
+                                       "out": str(root / name)}
     train_all(jobs, s["workers"])
     for name, job in jobs.items():
         evals, (lm, _), (objective, kind) = read_evals(job["out"]), train.load_model(job["out"], "last"), name.split()
@@ -648,7 +656,7 @@ def throughput(args):
     with sdpa_kernel(SDPA[args.sdpa], set_priority=True) if args.sdpa != "default" else contextlib.nullcontext():
         for i in range(args.warmup + args.iters):
             if i == args.warmup and not args.peer:
-                torch.compiler.set_stance("fail_on_recompile")                         # after the warm-up there is none, or we stop here
+                torch.compiler.set_stance("fail_on_recompile")                         # after the warm-up there is none, or stop
             x = pin(torch.randint(config.vocab_size, (B, T + 1), generator=gen))
             noise = [pin(a) for a in diffusion.mdm_noise(B, T, generator=gen)]
             tick()
@@ -664,7 +672,7 @@ def throughput(args):
                 loss.item()
             tick()
     if cuda:
-        torch.cuda.synchronize()                                                       # from step to step: gaps between steps count
+        torch.cuda.synchronize()                                                       # step to step: gaps between count
         times = [a.elapsed_time(b) / 1e3 for a, b in zip(ticks[::2], ticks[2::2])][args.warmup:]
     else:
         times = [b - a for a, b in zip(ticks[::2], ticks[1::2])][args.warmup:]
@@ -711,7 +719,8 @@ def bench_train(args):
         rows.append(row)
     table(rows)
     device = train.pick_device(args.device)
-    shape = {k: getattr(args, k) for k in ("preset", "n_layer", "n_head", "n_embd", "block_size", "batch", "threads", "optimizer", "sdpa")}
+    shape = {k: getattr(args, k) for k in ("preset", "n_layer", "n_head", "n_embd", "block_size", "batch", "threads", "optimizer",
+                                           "sdpa")}
     record(args.name or f"train_{torch.device(device).type}", rows, device, args.results, settings=shape, seed=0,
            clock="GPU events, step to step" if device.startswith("cuda") else "process CPU time",
            mfu="nanoGPT's formula, 6 N + 12 L C T a token, over the GPU's dense bf16 peak")
@@ -767,8 +776,11 @@ def topics(lm, corpora, rows=64):
     out = []
     for x in corpora.values():
         loads = []
-        hooks = [m.register_forward_hook(lambda m, args, y: loads.append(torch.zeros(m.E).scatter_add_(
-            0, m.route(args[0].flatten(0, 1))[1].flatten(), torch.ones(args[0].shape[0] * args[0].shape[1] * m.k)))) for m in lm.moes()]
+
+        def count(m, args, y):
+            chosen = m.route(args[0].flatten(0, 1))[1].flatten()                       # (B * T * k,)
+            loads.append(torch.zeros(m.E).scatter_(0, chosen, torch.ones(len(chosen))))
+        hooks = [m.register_forward_hook(count) for m in lm.moes()]
         with torch.no_grad():
             lm(x[:rows])
         for h in hooks:
@@ -789,8 +801,8 @@ def bench_moe(args):
     series = {}
     for label, step in (("bias rule", 1e-3), ("no balancing", 0.0)):
         out = Path(args.out) / label.replace(" ", "-")
-        flags = dict(dataset="docs-byte", n_layer=2, n_head=4, n_embd=64, block_size=64, batch_tokens=1024, log_every=100, eval_every=0,
-                     max_steps=args.steps, save_every=500, schedule="constant", device=device, out=str(out),
+        flags = dict(dataset="docs-byte", n_layer=2, n_head=4, n_embd=64, block_size=64, batch_tokens=1024, log_every=100,
+                     eval_every=0, max_steps=args.steps, save_every=500, schedule="constant", device=device, out=str(out),
                      set=["n_expert=32", "n_expert_active=4", "expert_inner=64", f"router_bias_step={step}"])
         if not (out / "ckpt_last.pt").exists():
             train.train({**flags, "max_steps": 1, "log_every": 1}, log=lambda *_: None)
@@ -850,7 +862,8 @@ class Parity:
         """Closed forms. tie: the last step of a triple reveals two or three of its bits; half of these come out invalid.
         ter averages log p over schedules, as an ELBO does; ter_marginal is the paper's: log of p averaged over schedules."""
         tie = (3 * N - 1) / (2 * N * N)
-        return {"ter": 2 ** ((2 + tie) / 3), "ter_marginal": 2 ** ((2 - math.log2(1 - tie / 2)) / 3), "ser": 1 - (1 - tie / 2) ** (L / 3)}
+        return {"ter": 2 ** ((2 + tie) / 3), "ter_marginal": 2 ** ((2 - math.log2(1 - tie / 2)) / 3),
+                "ser": 1 - (1 - tie / 2) ** (L / 3)}
 
 
 class NGram:
@@ -1030,7 +1043,7 @@ def theory_picture(name, language, rows, lengths, folder):
             line = curve(mine, "N", what, marker=marker, ls=ls, color=f"C{i}", lw=1)
             label = f"L = {L}, {'trained ' * (kind in ('mdm', 'ar'))}{kind}"
             if line[0]:
-                series["_" * (label in series) + label] = line                         # one legend for both: matplotlib hides "_..."
+                series["_" * (label in series) + label] = line                         # once in the legend, which hides "_..."
     plot(name, series, "sampling steps", "sequence error rate (0 to 1), token error rate (above)",
          f"{language.name}: token errors do not grow with length, wrong sequences do", folder,
          ylim=(-0.05, min(1.05 * rows[0]["ter"], 1.7 * rows[0]["best_ter"])))
@@ -1039,8 +1052,8 @@ def theory_picture(name, language, rows, lengths, folder):
 # tools: a calculator inside an answer
 
 # Muon and QK norm: with AdamW the step from guessing to copying, which all this needs, comes several times later.
-CALCULATOR = dict(dataset="arithmetic", n_layer=2, n_head=4, n_embd=96, block_size=128, batch_tokens=2048, optimizer="muon", lr=4e-3,
-                  set="qk_norm=true", eval_every=400, log_every=100, save_every=200)
+CALCULATOR = dict(dataset="arithmetic", n_layer=2, n_head=4, n_embd=96, block_size=128, batch_tokens=2048, optimizer="muon",
+                  lr=4e-3, set="qk_norm=true", eval_every=400, log_every=100, save_every=200)
 
 
 def bench_tools(args):
@@ -1049,13 +1062,15 @@ def bench_tools(args):
     tokenizer = prepare.load_tokenizer("data/arithmetic")
     texts = tokenizer.decode(val.tolist()).split(prepare.EOT)[:args.problems]
     prompts = [tokenizer.encode(t[:t.index("?") + 1]) for t in texts]
-    jobs = {o: {**CALCULATOR, "max_steps": n, "objective": o, "diffusion_block": 4 if o == "block" else None, "out": f"{args.out}/{o}-{n}"}
+    jobs = {o: {**CALCULATOR, "max_steps": n, "objective": o, "diffusion_block": 4 if o == "block" else None,
+                "out": f"{args.out}/{o}-{n}"}
             for o, n in (("ar", args.steps), ("block", 3 * args.steps))}              # diffusion learns slowly
     train_all(jobs, args.workers)
     rows, (device, *_) = [], setup(args)
     for objective, job in jobs.items():
         lm, state = train.load_model(job["out"], "last", device)
-        for order, tool in itertools.product(("left", "max_prob") if objective == "block" else ("left",), (None, sample.calculator)):
+        orders = ("left", "max_prob") if objective == "block" else ("left",)
+        for order, tool in itertools.product(orders, (None, sample.calculator)):
             x, valid = (a.to(device) for a in diffusion.canvas(prompts, 60, lm.mask_id))
             hook = sample.ToolCalls(tool or (lambda call: ""), tokenizer, lm.mask_id, valid.sum(1))
             how = dict(temperature=0, eot_id=tokenizer.eot, valid=valid)
@@ -1081,15 +1096,16 @@ def gpu(args):
     if not torch.cuda.is_available():
         raise ValueError("torch sees no CUDA device here: run this on a machine with an NVIDIA GPU")
     study, speed = "bench.py crossover --scale gpu --results {r}", "bench.py train --rounds 1 --batch 64 --results {r}"
-    small = f"{speed} --preset small --block_size 512 --vocab_size 4096 --iters 40"
+    medium = f"{speed} --preset small --block_size 512 --vocab_size 4096 --iters 40"
+    small = f"{medium} --n_layer 6 --n_head 6 --n_embd 384"
     wide, large = f"{speed} --preset gpt2 --n_head 6 --iters 20", "--n_head 16 --head_dim 128 --results {r}"
     queue = [   # file that the entry leaves, command
         ("gpu_tests.txt", "-m pytest test_all.py -q -m gpu"),
         ("train_cuda.json", f"{speed} --preset gpt2 --iters 20"),
         ("train_cuda_width128.json", f"{wide} --name train_cuda_width128"),
-        ("train_cuda_10M.json", f"{small} --n_layer 6 --n_head 6 --n_embd 384 --name train_cuda_10M"),
-        ("train_cuda_10M_graphs.json", f"{small} --n_layer 6 --n_head 6 --n_embd 384 --compile graphs --name train_cuda_10M_graphs"),
-        ("train_cuda_40M.json", f"{small} --n_layer 12 --n_head 8 --n_embd 512 --name train_cuda_40M"),
+        ("train_cuda_10M.json", f"{small} --name train_cuda_10M"),
+        ("train_cuda_10M_graphs.json", f"{small} --compile graphs --name train_cuda_10M_graphs"),
+        ("train_cuda_40M.json", f"{medium} --n_layer 12 --n_head 8 --n_embd 512 --name train_cuda_40M"),
         ("train_cuda_cudnn.json", f"{wide} --objectives ar --sdpa cudnn --name train_cuda_cudnn"),
         ("train_cuda_flash.json", f"{wide} --objectives ar --sdpa flash --name train_cuda_flash"),
         ("crossover_U1M.json", f"{study} --arms ar,mdm,'ar wd 0.8' --name crossover_U1M"),
@@ -1155,11 +1171,12 @@ def presets(args):
         if c.qk_nope_head_dim:                                                         # MLA: the heads it stands for
             D = (c.qk_nope_head_dim + c.v_head_dim) // 2
         mha = 2 * 2 * c.n_layer * c.n_head * D
+        mixers = " ".join(dict.fromkeys(type(b.mixer).__name__ for b in lm.blocks))
         rows.append(dict(preset=name, published=published, total=lm.num_params(), active=lm.active_params(),
-                         active_no_embedding=lm.active_params(False), mixers=" ".join(dict.fromkeys(type(b.mixer).__name__ for b in lm.blocks)),
+                         active_no_embedding=lm.active_params(False), mixers=mixers,
                          cache_bytes_per_token_64k=cache, vs_mha=cache / mha - 1, vs_gqa8=cache / (mha * 8 / c.n_head) - 1))
-    show = dict(dict.fromkeys(("total", "active", "active_no_embedding"), lambda v: f"{v / 1e9:.3f}B"), cache_bytes_per_token_64k=round,
-                **dict.fromkeys(("vs_mha", "vs_gqa8"), lambda v: f"{v:+.0%}"))
+    show = dict(cache_bytes_per_token_64k=round, **dict.fromkeys(("vs_mha", "vs_gqa8"), lambda v: f"{v:+.0%}"),
+                **dict.fromkeys(("total", "active", "active_no_embedding"), lambda v: f"{v / 1e9:.3f}B"))
     table([{k: show.get(k, str)(v) for k, v in r.items()} for r in rows])
     costs = published_costs()
     print("\nfrom the papers, and from layer.cache_bytes and layer.reads at the published settings")
@@ -1174,8 +1191,8 @@ def presets(args):
 SWEEP = {
     "full": {}, "full gqa": dict(n_kv_head=1), "full window": dict(window=512), "mla": {}, "linear": dict(linear_decay="head"),
     "deltanet": {}, "gated_deltanet": {}, "kda": {}, "nsa": dict(n_kv_head=1, window=256, sel_block=64, sel_topk=8),
-    "infllm": dict(n_kv_head=1, sel_topk=16, sel_local=4, dense_len=0), "msa": dict(n_kv_head=1, sel_block=128, sel_topk=8, qk_norm=True),
-    "dsa": dict(sel_topk=1024),
+    "infllm": dict(n_kv_head=1, sel_topk=16, sel_local=4, dense_len=0),
+    "msa": dict(n_kv_head=1, sel_block=128, sel_topk=8, qk_norm=True), "dsa": dict(sel_topk=1024),
 }
 KERNELS = ("full cudnn", "full flash")                                                 # by SDPA's kernel of that name, on a GPU
 
@@ -1187,7 +1204,7 @@ def sweep_layers(text, kernels=()):
 
 def one_layer(args, name, T, device, dtype):
     config = ModelConfig(n_embd=args.n_head * args.head_dim, n_head=args.n_head, n_layer=1, block_size=T)
-    torch._dynamo.reset()                                                              # else after 8 shapes of one class it quietly runs eagerly
+    torch._dynamo.reset()                                                              # else from the 9th shape on it runs eagerly
     return ATTENTION[name.split()[0]](override(config, SWEEP.get(name, {}))).to(device, dtype)
 
 
@@ -1214,11 +1231,12 @@ def bench_attention(args):
                 print(f"{name} at T = {T}: out of memory")
                 return {}
             dense = next((r for r in rows if (r["layer"], r["T"]) == ("full", T)), {"forward_ms": ms[0], "both_ms": ms[1]})
-            print(f"T {T:6d} {name:<16} forward {ms[0]:9.1f} ms  forward+backward {ms[1]:9.1f} ms  ({dense['both_ms'] / ms[1]:.2f}x full)",
-                  flush=True)
+            print(f"T {T:6d} {name:<16} forward {ms[0]:9.1f} ms  forward+backward {ms[1]:9.1f} ms  "
+                  f"({dense['both_ms'] / ms[1]:.2f}x full)", flush=True)
             cache = layer.cache_bytes(T, torch.bfloat16)
-            return dict(forward_ms=ms[0], both_ms=ms[1], forward_vs_full=dense["forward_ms"] / ms[0], both_vs_full=dense["both_ms"] / ms[1],
-                        reads=layer.reads(T, causal), cache_bytes_per_token=cache / T, cache_vs_mha=cache / (4 * C * T),
+            return dict(forward_ms=ms[0], both_ms=ms[1], forward_vs_full=dense["forward_ms"] / ms[0],
+                        both_vs_full=dense["both_ms"] / ms[1], reads=layer.reads(T, causal),
+                        cache_bytes_per_token=cache / T, cache_vs_mha=cache / (4 * C * T),
                         peak_mib=torch.cuda.max_memory_allocated() / 2 ** 20 if cuda else None)
         row = once({"layer": name, "T": T}, measure)
         rows += [row] if "both_ms" in row else []                                      # else it was out of memory
@@ -1227,14 +1245,15 @@ def bench_attention(args):
     for name in names:
         mine = [r for r in rows if r["layer"] == name]
         series[name] = curve(mine, "T", "both_ms", marker="o", ms=3, lw=2.5 if name == "full" else 1.2)
-        if len(mine) > 1:                                                              # the exponent of time in T, from its upper end
+        if len(mine) > 1:                                                              # the exponent of time in T, at its end
             slope = math.log(mine[-1]["both_ms"] / mine[-2]["both_ms"]) / math.log(mine[-1]["T"] / mine[-2]["T"])
             wins = next((r["T"] for i, r in enumerate(mine) if all(m["both_vs_full"] > 1 for m in mine[i:])), None)
-            print(f"{name:<16} time ~ T^{slope:.2f} at the end; " + (f"faster than full from T = {wins}" if wins else "never faster than full here"))
-    record(file, rows, device, args.results, heads=args.n_head, head_width=args.head_dim, settings=SWEEP, **conditions(args, device),
+            print(f"{name:<16} time ~ T^{slope:.2f} at the end; "
+                  + (f"faster than full from T = {wins}" if wins else "never faster than full here"))
+    record(file, rows, device, args.results, **conditions(args, device), heads=args.n_head, head_width=args.head_dim, settings=SWEEP,
            what="one whole layer, projections included, batch 1")
-    plot(file, series, "tokens", "ms, forward + backward", f"one layer, {args.n_head} heads of {args.head_dim}, {device_name(device)}",
-         args.results, ylog=True)
+    plot(file, series, "tokens", "ms, forward + backward",
+         f"one layer, {args.n_head} heads of {args.head_dim}, {device_name(device)}", args.results, ylog=True)
     points.unlink()                                                                    # done: the next call measures anew
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1258,7 +1277,7 @@ def bench_context(args):
                 else:
                     a.copy_(torch.arange(T - 1 - a.size(1), T - 1))
                 if cuda:
-                    torch._dynamo.mark_static_address(a)                               # else a graph copies the cache, or is not made
+                    torch._dynamo.mark_static_address(a)                               # else a graph copies it, or is not made
             f = torch.compile(layer, dynamic=False, fullgraph=True, mode="reduce-overhead") if cuda else layer
 
             def step():
@@ -1278,7 +1297,7 @@ def bench_context(args):
     for r in rows:
         r["vs_full"] = full[r["T"], r["batch"]] / r["ms"] if r["ms"] and (r["T"], r["batch"]) in full else None
     table(rows)
-    record(file, rows, device, args.results, heads=args.n_head, head_width=args.head_dim, settings=SWEEP, **conditions(args, device),
+    record(file, rows, device, args.results, **conditions(args, device), heads=args.n_head, head_width=args.head_dim, settings=SWEEP,
            what="one layer, projections included")
     B = args.batches[0]
     series = {name: curve([r for r in rows if (r["layer"], r["batch"]) == (name, B)], "T", "tok_per_s", marker="o", ms=3,
@@ -1291,7 +1310,7 @@ def bench_context(args):
 # sparse: block-sparse attention at a published shape
 
 def flex_dense(q, k, v):
-    """Causal attention of all tokens by the same FlexAttention as the sparse one, whole tiles below the diagonal without a mask."""
+    """Causal attention of all tokens by FlexAttention, as the sparse one; whole tiles below the diagonal without a mask."""
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
     tile = torch.arange(q.size(2) // 128, dtype=torch.int32, device=q.device)
     one, index = torch.ones_like(tile)[None, None], tile.expand(len(tile), -1)
@@ -1359,8 +1378,8 @@ def bench_sparse(args):
                 r[f"{key}_vs_{label}"] = min(d[f"{key}_ms"] for d in dense) / r[f"{key}_ms"]
         rows += mine
     table(rows)
-    record(file, rows, device, args.results, heads=args.n_head, kv_heads=args.n_kv_head, head_width=args.head_dim, block=args.block,
-           picks=args.topk, **conditions(args, device),
+    record(file, rows, device, args.results, **conditions(args, device), heads=args.n_head, kv_heads=args.n_kv_head,
+           head_width=args.head_dim, block=args.block, picks=args.topk,
            columns="_vs_flex, _vs_sdpa: times faster than dense FlexAttention, than the best SDPA kernel")
     points.unlink()
 
@@ -1437,8 +1456,8 @@ def functions(args):
     def keep(new, **about):
         """Adds the rows, with their speed against the first of them, SDPA."""
         for r in new:
-            versus = {f"{key}_vs_sdpa": new[0][f"{key}_ms"] / r[f"{key}_ms"] if r[f"{key}_ms"] else None for key in ("forward", "both")}
-            rows.append(r | about | versus)
+            ratio = lambda key: new[0][key] / r[key] if r[key] else None
+            rows.append(r | about | dict(forward_vs_sdpa=ratio("forward_ms"), both_vs_sdpa=ratio("both_ms")))
     # on a GPU ours are compiled, as train.py does; the peers are measured as they come
     ours = (lambda f: torch.compile(f, dynamic=False)) if cuda else lambda f: f
 
@@ -1492,7 +1511,7 @@ def functions(args):
                 "block-sparse": (ours(sparse), (q, k, v)),
                 "block-sparse, with selection": (ours(lambda q, k, v: sparse(q, k, v, select(q, k))), (q, k, v))}
         if not cuda and shutil.which("g++"):                                           # flex on the CPU: compiled, forward only
-            each = sel.repeat_interleave(block, dim=2)                                 # out here: inductor refuses it as a view in mask_mod
+            each = sel.repeat_interleave(block, dim=2)                                 # out here: no view in a mask_mod of inductor
             flex = lambda q, k, v: block_sparse_attention(q, k, v, each, block, causal, 1, limit, topk, path="flex")
             runs["block-sparse, flex"] = torch.compile(flex, dynamic=False), [a.detach() for a in (q, k, v)]
         new = time_functions(T, {name + tail: run for name, run in runs.items()}, device, args.repeat, f"blocks of {block}, ")
@@ -1564,19 +1583,21 @@ def quality(args):
         if objective != "ar" or name not in ONE_WAY:
             pattern, values = mixers[name]
             jobs[name, objective, seed] = dict(
-                shape, dataset=str(folder), objective=objective, layers=pattern, set=["qk_norm=true", *set_flags(values)], seed=seed,
-                max_steps=steps[objective], eval_every=0, eval_windows=64, batch_tokens=args.batch_tokens, optimizer="muon", lr=args.lr,
-                log_every=100, save_every=200, out=str(Path(args.out) / f"{plain(name)}-{objective}-{steps[objective]}-s{seed}"))
+                shape, dataset=str(folder), objective=objective, layers=pattern, set=["qk_norm=true", *set_flags(values)],
+                seed=seed, max_steps=steps[objective], batch_tokens=args.batch_tokens, optimizer="muon", lr=args.lr,
+                eval_every=0, eval_windows=64, log_every=100, save_every=200,
+                out=str(Path(args.out) / f"{plain(name)}-{objective}-{steps[objective]}-s{seed}"))
     ok = run_arms({" ".join(map(str, key)): f for key, f in jobs.items()}, args.workers)
-    rows, finished = [], {key: e[-1] for key, f in jobs.items() if (e := read_evals(f["out"])) and e[-1]["step"] == f["max_steps"]}
+    last = {key: (read_evals(f["out"]) or [None])[-1] for key, f in jobs.items()}
+    rows, finished = [], {key: e for key, e in last.items() if e and e["step"] == jobs[key]["max_steps"]}
     for objective, name in itertools.product(objectives, mixers):
         mine = {key: e for key, e in finished.items() if key[:2] == (name, objective)}
         if mine:
             lm, _ = train.load_model(jobs[next(iter(mine))]["out"], "last")
             losses = [e["loss"] for e in mine.values()]
             rows.append(dict(mixer=name, objective=objective, measure="exact" if objective == "ar" else "bound",
-                             loss=statistics.mean(losses), std=statistics.stdev(losses) if len(losses) > 1 else None, seeds=len(losses),
-                             se=next(iter(mine.values()))["se"] or None, params=lm.num_params(),
+                             loss=statistics.mean(losses), std=statistics.stdev(losses) if len(losses) > 1 else None,
+                             seeds=len(losses), se=next(iter(mine.values()))["se"] or None, params=lm.num_params(),
                              reads=max(b.mixer.reads(T, objective == "ar") for b in lm.blocks),
                              below_bigram=bigram - statistics.mean(losses),
                              minutes=statistics.mean(e["seconds"] for e in mine.values()) / 60))
@@ -1586,8 +1607,8 @@ def quality(args):
               "se: of the bound's masks")
         table(rows)
         device = train.pick_device("auto")
-        record(args.name or f"quality_{torch.device(device).type}", rows, device, args.results, bigram=bigram, T=T, dataset=args.dataset,
-               steps=steps, batch_tokens=args.batch_tokens, lr=args.lr, optimizer="muon",
+        record(args.name or f"quality_{torch.device(device).type}", rows, device, args.results, bigram=bigram, T=T,
+               dataset=args.dataset, steps=steps, batch_tokens=args.batch_tokens, lr=args.lr, optimizer="muon",
                settings={n: dict(v, layers=p, qk_norm=True) for n, (p, v) in mixers.items()})
     return 0 if ok else 130
 
@@ -1611,9 +1632,9 @@ def switch(args):
     folder, T = data_folder(args.dataset), args.block_size
     root, device = Path(args.out) / f"{args.n_layer}x{args.n_embd}-T{T}-{args.steps}", train.pick_device("auto")
     # Muon, QK norm and small batches: with them a few minutes of training buy most.
-    base = dict(dataset=str(folder), n_layer=args.n_layer, n_head=4, n_embd=args.n_embd, block_size=T, layers="full", set=["qk_norm=true"],
-                batch_tokens=args.batch_tokens, optimizer="muon", lr=args.lr, eval_every=0, eval_windows=args.windows, log_every=50,
-                save_every=100, max_steps=args.steps, out=str(root / "base"))
+    base = dict(dataset=str(folder), n_layer=args.n_layer, n_head=4, n_embd=args.n_embd, block_size=T, layers="full",
+                set=["qk_norm=true"], batch_tokens=args.batch_tokens, optimizer="muon", lr=args.lr, eval_every=0,
+                eval_windows=args.windows, log_every=50, save_every=100, max_steps=args.steps, out=str(root / "base"))
     train_all({"base": base}, 1)
     jobs, rows, arms = {}, [], switch_arms(T)
     for arm, (layer, values) in arms.items():
@@ -1642,18 +1663,19 @@ def switch(args):
         row = {"arm": arm, "reads": lm.blocks[0].mixer.reads(T), "params": lm.num_params()}
         for when, mine, dense in zip(("before", "after"), losses[arm], losses["dense"]):
             gap = (mine - dense).mean(1)                                               # paired: the same windows
-            row |= {when: mine.mean().item(), f"gap_{when}": gap.mean().item(), f"se_{when}": (gap.std() / len(gap) ** 0.5).item(),
+            row |= {when: mine.mean().item(), f"gap_{when}": gap.mean().item(),
+                    f"se_{when}": (gap.std() / len(gap) ** 0.5).item(),
                     f"late_gap_{when}": (mine - dense)[:, T // 4:].mean().item()}
         rows.append(row | {"minutes": (state["seconds"] - start["seconds"]) / 60})
     print(f"\nloss in nats per token, exact; gap: to dense at the same step; late: of the tokens from {T // 4} on")
     table(rows)
-    record(args.name or f"switch_{torch.device(device).type}", rows, device, args.results, base_minutes=start["seconds"] / 60, base=base,
-           adapt=args.adapt, settings={a: dict(layer=l, **v) for a, (l, v) in arms.items()}, seed=1337)
+    record(args.name or f"switch_{torch.device(device).type}", rows, device, args.results, base_minutes=start["seconds"] / 60,
+           base=base, adapt=args.adapt, settings={a: dict(layer=l, **v) for a, (l, v) in arms.items()}, seed=1337)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # recall: keys and values seen once, asked for later
 
-KEYS, VALUES, TEXT = 128, 32, 8                                                        # ids: keys, then values, then letters of the text
+KEYS, VALUES, TEXT = 128, 32, 8                                                        # ids: keys, values, letters of the text
 RECALL = dict(n_head=2, n_embd=64, tied=False, position="none")                        # a linear layer's state: 2 heads of 32 x 32
 NEEDLES, LENGTHS, PAIRS = 4, (256, 512, 1024, 2048, 4096), (4, 8, 16, 32, 64, 128)
 # Every model starts with a layer that sees one neighbour (linear layers have that in their short convolution), so that the key
@@ -1696,7 +1718,7 @@ def recall_logits(f, x, answer, mask_id, causal, aux=None):
 
 @torch.no_grad()
 def recall_accuracy(f, T, n, mask_id, causal, text=None, device="cpu"):
-    """(share of right answers, its standard error over sequences): guessing gives 1 / VALUES, a guess among the values seen 1 / n."""
+    """(share of right answers, its standard error over sequences). Guessing gives 1 / VALUES, among the values seen 1 / n."""
     right, gen = [], torch.Generator().manual_seed(T * KEYS + n)
     for _ in range(4):
         x, answer = (a.to(device) for a in draw_recall(max(1, 4096 // T), T, n, gen, text))
@@ -1706,7 +1728,8 @@ def recall_accuracy(f, T, n, mask_id, causal, text=None, device="cpu"):
 
 
 def learn_recall(lm, objective, steps, tokens, lengths, path, label):
-    """Short sequences first: copying is found in seconds with 8 pairs in 32 tokens and hardly ever in 512. Later both tasks in turn."""
+    """Short sequences first: copying is found in seconds with 8 pairs in 32 tokens and hardly ever in 512. Later both tasks
+    in turn."""
     text, device = NGram(2, V=TEXT), lm.embed.weight.device
     sparse = [b.mixer for b in lm.blocks if hasattr(b.mixer, "stage")]
 
@@ -1717,7 +1740,7 @@ def learn_recall(lm, objective, steps, tokens, lengths, path, label):
         needle = step % 2 and done > 0.5
         n = pairs[torch.randint(len(pairs), (), generator=gen)]
         x, answer = draw_recall(max(1, tokens // T), T, n, gen, text if needle else None)
-        for mixer in sparse:                                                           # the indexer learns beside dense attention first
+        for mixer in sparse:                                                           # its indexer learns beside dense attention
             mixer.stage = "warmup" if done < 0.6 else "sparse"
         aux = {}
         z, y = recall_logits(lm, x.to(device), answer.to(device), lm.mask_id, objective == "ar", aux)
@@ -1732,13 +1755,15 @@ def recall_picture(name, rows, folder):
     objectives, layers = (list(dict.fromkeys(r[k] for r in rows)) for k in ("objective", "layers"))
     points = sorted({(r["task"] == "needle", r["T"], r["pairs"]) for r in rows})
     at = {(r["objective"], r["layers"], r["task"] == "needle", r["T"], r["pairs"]): r["accuracy"] for r in rows}
-    fig, axes = plt.subplots(1, len(objectives), figsize=(1.5 + 6 * len(objectives), 1.6 + 0.32 * len(layers)), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(1, len(objectives), figsize=(1.5 + 6 * len(objectives), 1.6 + 0.32 * len(layers)), sharey=True,
+                             squeeze=False)
     for ax, objective in zip(axes[0], objectives):
         share = np.array([[at.get((objective, layer, *p), np.nan) for p in points] for layer in layers])
         ax.imshow(share, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
         for (i, j), v in np.ndenumerate(share):
-            if v == v:
-                ax.text(j, i, f"{100 * v:.0f}" if v < 0.99 else f"{100 * v:.1f}".replace("100.0", "100"), ha="center", va="center", fontsize=8)
+            if not np.isnan(v):
+                text = f"{100 * v:.0f}" if v < 0.99 else f"{100 * v:.1f}".replace("100.0", "100")
+                ax.text(j, i, text, ha="center", va="center", fontsize=8)
         ax.axvline(sum(not needle for needle, *_ in points) - 0.5, color="black")
         ax.set_xticks(range(len(points)), [f"{T}" if needle else f"{n}" for needle, T, n in points])
         ax.set_yticks(range(len(layers)), layers)
@@ -1762,16 +1787,18 @@ def recall(args):
     for i, (name, objective) in enumerate(jobs):
         (pattern, values), ar = ARENA[name], objective == "ar"
         torch.manual_seed(1337)
-        lm = LM(override(ModelConfig(vocab_size=KEYS + VALUES + TEXT, block_size=max(512, *args.lengths), n_layer=5 if "*3" in name else 2,
-                                     layers=f"full(window=2, position=rotary) {pattern}"), {**RECALL, **values})).to(device)
+        base = ModelConfig(vocab_size=KEYS + VALUES + TEXT, block_size=max(512, *args.lengths), n_layer=5 if "*3" in name else 2,
+                           layers=f"full(window=2, position=rotary) {pattern}")
+        lm = LM(override(base, {**RECALL, **values})).to(device)
         reads = lambda T, kind="reads": max((b.mixer.reads(T, ar) for b in lm.blocks if hasattr(b.mixer, kind)), default=0)
         new = []
         for task, T, n in grid:
             def measure():
                 if not new:                                                            # nothing to measure, nothing to learn
-                    learn_recall(lm, objective, args.steps, args.batch_tokens, args.lengths, folder / f"{objective}-{plain(name)}.pt",
-                                 f"{objective} {name}")
-                accuracy, se = recall_accuracy(lm, T, n, lm.mask_id, ar, NGram(2, V=TEXT) if task == "needle" else None, device=device)
+                    learn_recall(lm, objective, args.steps, args.batch_tokens, args.lengths,
+                                 folder / f"{objective}-{plain(name)}.pt", f"{objective} {name}")
+                text = NGram(2, V=TEXT) if task == "needle" else None
+                accuracy, se = recall_accuracy(lm, T, n, lm.mask_id, ar, text, device=device)
                 new.append(f"{task} {n if task == 'pairs' else T}: {accuracy:.3f}")
                 return dict(accuracy=accuracy, se=se, reads=reads(T), blocks=lm.config.n_layer, params=lm.num_params())
             if reads(T, "topk") <= T // 4:
@@ -1806,7 +1833,7 @@ LONGER = {"mdm": 3, "block": 1.5}                                               
 
 
 def sums(n, seed):
-    """n lines '7+8=15;' of random digits, 12 in a window: the answers follow from the questions, so a model can be sure of them."""
+    """n sums '7+8=15;' of random digits, 12 in a window: answers follow from questions, so a model can be sure of them."""
     pairs = np.random.default_rng(seed).integers(10, size=(n, 2)).tolist()
     return "".join(f"{a}+{b}={a + b:02};" for a, b in pairs)
 
@@ -1833,7 +1860,8 @@ def decode_runs(args, roles):
             flags = {**common, **ROLES[role], "max_steps": int(common["max_steps"] * LONGER.get(role, 1))}
         done = read_evals(folders[role])
         if not given and not (done and done[-1]["step"] == flags["max_steps"]):
-            jobs[role] = {**flags, "set": "qk_norm=true", "out": folders[role], "eval_every": 1000, "eval_windows": 64, "log_every": 500}
+            jobs[role] = {**flags, "set": "qk_norm=true", "eval_every": 1000, "eval_windows": 64, "log_every": 500,
+                          "out": folders[role]}
             sums_dataset(out) if role == "sums" else data_folder(flags["dataset"])
     train_all(jobs, args.workers)
     return folders
@@ -1940,7 +1968,8 @@ def decode(args):
         if role == "ar":
             y = diffusion.sample_ar(f, x, f.mask_id, generator=gen, **how)
         elif role == "block":
-            y = diffusion.sample_block(f, x, f.mask_id, models[role][1]["flags"]["diffusion_block"], generator=gen, **setting, **how)
+            S = models[role][1]["flags"]["diffusion_block"]
+            y = diffusion.sample_block(f, x, f.mask_id, S, generator=gen, **setting, **how)
         else:
             y = diffusion.sample_mdm(f, x, f.mask_id, generator=gen, **setting, **how)
         return y, clock() - tic, f
@@ -1958,11 +1987,11 @@ def decode(args):
                 rows.append(dict(sampler=family, **setting, batch=B, passes=statistics.mean(r[2].passes for r in runs),
                                  tok_per_s=sum(len(r[0]) for r in runs) * (T - P) / seconds,
                                  overhead=1 - sum(r[2].seconds for r in runs) / seconds, loss=loss, se=se, entropy=entropy))
-            print(f"{family} {setting}: " + ", ".join(f"batch {r['batch']}: {r['tok_per_s']:,.0f} tok/s" for r in rows[-len(batches):])
-                  + f", loss {loss:.3f}", flush=True)
+            speeds = ", ".join(f"batch {r['batch']}: {r['tok_per_s']:,.0f} tok/s" for r in rows[-len(batches):])
+            print(f"{family} {setting}: {speeds}, loss {loss:.3f}", flush=True)
     print(f"\n{T - P} tokens after {P} of real text; loss under the AR judge, nats per token; entropy of a text's own counts")
-    table(rows, ["sampler", "order", "steps", "threshold", "block_size", "refresh", "batch", "passes", "tok_per_s", "overhead", "loss",
-                 "se", "entropy"])
+    table(rows, ["sampler", "order", "steps", "threshold", "block_size", "refresh", "batch", "passes", "tok_per_s", "overhead",
+                 "loss", "se", "entropy"])
     extra = []
     if "mdm" in kinds:
         small = canvas[:16]
@@ -1988,8 +2017,9 @@ def decode(args):
         for B, style in ((max(batches), dict(ls="-")), (min(batches), dict(ls=":", mfc="white"))):
             points = sorted((r["tok_per_s"], r["loss"]) for r in rows if r["sampler"] == family and r.get("batch") == B)
             series[family + f", batch {B}"] = (*zip(*points), dict(marker="*osD^vP"[i], ms=6, lw=0.8, color=f"C{i}", **style))
-    plot(name, series, "tokens/s", "loss under the AR judge, nats per token", f"{about['judge']['params'] / 1e6:.1f}M parameters, {T - P} tokens",
-         args.results, lines=[("y", rows[0]["loss"], "real text")])
+    plot(name, series, "tokens/s", "loss under the AR judge, nats per token",
+         f"{about['judge']['params'] / 1e6:.1f}M parameters, {T - P} tokens", args.results,
+         lines=[("y", rows[0]["loss"], "real text")])
 
 
 def bench_panel(args):
@@ -2004,17 +2034,18 @@ def bench_panel(args):
                       params=lm.num_params(), steps=state["step"], windows=len(x), tokens=x.size(1))
                  for measure, nats, se in sample.panel(lm, state["flags"], x.to(device), args.n_mc)]
     table(rows, ["run", "measure", "nats", "se", "bits_per_byte", "params", "steps"])
-    record(args.name or f"panel_{'gpu' if torch.cuda.is_available() else 'cpu'}", rows, device, args.results, seed=0, n_mc=args.n_mc)
+    name = args.name or f"panel_{'gpu' if torch.cuda.is_available() else 'cpu'}"
+    record(name, rows, device, args.results, seed=0, n_mc=args.n_mc)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # choices: multiple choice by likelihood
 
-FORMS = {"ctx": ("endings", "label"), "query": ("choices", "gold"), "context": ("continuation",)}      # HellaSwag; PIQA, ARC; LAMBADA
+FORMS = {"ctx": ("endings", "label"), "query": ("choices", "gold"), "context": ("continuation",)}     # HellaSwag; PIQA, ARC; LAMBADA
 MEASURES = {"ar": ("exact",), "mdm": ("bound", "chain"), "block": ("bound", "chain"), "mixed": ("exact", "bound", "chain")}
 
 
 def parse_item(r):
-    """An object of one of the FORMS -> (context, its possible continuations, index of the right one). ValueError says what is wrong.
+    """An object of one of the FORMS -> (context, its possible continuations, index of the right one). ValueError: what is wrong.
 
     Continuations begin with a space and are tokenized on their own, as GPT-2's tokenizer would cut there. "Question: ..." is
     followed by "Answer:", as in MosaicML's evaluation, where the files of that form come from."""
@@ -2092,27 +2123,26 @@ def exact_nats(lm, batch):
     device, P = lm.embed.weight.device, len(batch[0][0])
     kind = torch.device(device).type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else lm.embed.weight.dtype
-    context = diffusion.shift_right(torch.tensor([c + [0] for c, _ in batch]), lm.mask_id).to(device)      # (n, P + 1): BOS, context
+    context = diffusion.shift_right(torch.tensor([c + [0] for c, _ in batch]), lm.mask_id).to(device)  # (n, P + 1): BOS, context
     if P:
         cache = lm.init_cache(len(batch), P + max(len(e) for _, ends in batch for e in ends), device, dtype)
         lm(context[:, :P], causal=True, cache=cache)
-    todo = sorted(((i, j) for i, (_, ends) in enumerate(batch) for j in range(len(ends))), key=lambda ij: len(batch[ij[0]][1][ij[1]]))
+    todo = sorted(((i, j, e) for i, (_, ends) in enumerate(batch) for j, e in enumerate(ends)), key=lambda ije: len(ije[2]))
     out = [([0.0] * len(ends), [False] * len(ends)) for _, ends in batch]
     while todo:
-        shortest = len(batch[todo[0][0]][1][todo[0][1]])
-        now = [(i, j) for i, j in todo if len(batch[i][1][j]) <= 1.25 * shortest + 1]
+        now = [ije for ije in todo if len(ije[2]) <= 1.25 * len(todo[0][2]) + 1]
         todo = todo[len(now):]
-        length = torch.tensor([len(batch[i][1][j]) for i, j in now])
+        length = torch.tensor([len(e) for *_, e in now])
         y = torch.zeros(len(now), int(length.max()), dtype=torch.int64)                # (rows, E)
-        for row, (i, j) in zip(y, now):
-            row[:len(batch[i][1][j])] = torch.tensor(batch[i][1][j])
-        of, y = torch.tensor([i for i, _ in now], device=device), y.to(device)
+        for row, (*_, e) in zip(y, now):
+            row[:len(e)] = torch.tensor(e)
+        of, y = torch.tensor([i for i, *_ in now], device=device), y.to(device)
         x = torch.cat([context[of, P:], y[:, :-1]], dim=1)                             # each token's predecessor
         logits = lm(x, causal=True, **({"cache": cache_rows(cache, of)} if P else {}))
         real = torch.arange(y.size(1)) < length[:, None]
         nats = (diffusion.token_nll(logits, y).cpu().double() * real).sum(1).tolist()
         greedy = ((logits.argmax(-1) == y).cpu() | ~real).all(1).tolist()
-        for (i, j), a, b in zip(now, nats, greedy):
+        for (i, j, _), a, b in zip(now, nats, greedy):
             out[i][0][j], out[i][1][j] = a, b
     return out
 
@@ -2133,8 +2163,8 @@ def diffusion_nats(lm, context, ends, measure, n_mc, seed, block=None, batch_siz
     real = t < length[:, None]
     x, scored, keywords = x.to(device), (real & (t >= P)).to(device), {} if block or real.all() else {"valid": real.to(device)}
     if measure == "bound":
-        nats, _ = diffusion.mdm_nll(lm, x, mask, n_mc, torch.Generator().manual_seed(seed), batch_size=batch_size, block_size=block,
-                                    scored=scored, per_row=True, group=torch.zeros(len(ends), dtype=torch.int64), **keywords)
+        nats, _ = diffusion.mdm_nll(lm, x, mask, n_mc, torch.Generator().manual_seed(seed), batch_size=batch_size,
+                                    block_size=block, scored=scored, per_row=True, group=torch.zeros(len(ends), dtype=torch.int64), **keywords)
     elif block:
         nats = sample.block_chain(lm, x, block, "left", scored).cpu()
     else:
@@ -2286,7 +2316,8 @@ def main(argv=None):
             if default is False:
                 p.add_argument(f"--{key}", action="store_true", help=text)
             else:
-                p.add_argument(f"--{key}", default=default, help=text, type=kind[0] if kind else str if default is None else type(default))
+                kind = kind[0] if kind else str if default is None else type(default)
+                p.add_argument(f"--{key}", type=kind, default=default, help=text)
         return p
 
     # what several commands take
@@ -2325,10 +2356,10 @@ def main(argv=None):
             lengths=(",".join(map(str, LENGTHS)), "of the text with needles; also trained on", numbers),
             batch_tokens=(2048, "tokens in a step, one sequence at least"))
 
-    command("train", bench_train, **machine, **shape, **objectives, preset=("gpt2", "model"), vocab_size=(None, "default: the preset's", int),
-            batch=(12, "windows in a step"), iters=(40, "timed steps"), warmup=(5, "steps before them"),
-            rounds=(3, "alternating runs of each model"), compile=("auto", "auto (on cuda) | on | off | graphs (on, with CUDA graphs)"),
-            dtype=("auto", "auto (bfloat16 on cuda) | float32"), optimizer=("adamw", "adamw | muon"),
+    command("train", bench_train, **machine, **shape, **objectives, preset=("gpt2", "model"),
+            vocab_size=(None, "default: the preset's", int), batch=(12, "windows in a step"), iters=(40, "timed steps"),
+            warmup=(5, "steps before them"), rounds=(3, "alternating runs of each model"),
+            compile=("auto", "auto (on cuda) | on | off | graphs (on, with CUDA graphs)"), dtype=("auto", "auto (bfloat16 on cuda) | float32"), optimizer=("adamw", "adamw | muon"),
             sdpa=("default", "attention kernel on a GPU: default (torch's choice) | cudnn | flash"),
             vs=(None, "folder of a nanoGPT checkout to run beside"), child=(False, argparse.SUPPRESS),
             objective=("ar", argparse.SUPPRESS), peer=(None, argparse.SUPPRESS))
@@ -2349,8 +2380,8 @@ def main(argv=None):
     command("theory", theory, **threads, **out("out/theory", points), lengths=("24,96", "of sequences, multiples of 3", numbers),
             steps=(1000, "of training for a diffusion model, a quarter of them for AR"),
             sequences=(128, "sampled from a trained model for each point, 8 times as many from an oracle"))
-    models = dict(**machine, **shape, **scaled(str, dataset=""), **scaled(int, batch_tokens=""), workers=(2, "trainings at a time"),
-                  **scaled(int, max_steps="training of AR; diffusion gets more (default: the scale's)"),
+    models = dict(**machine, **shape, workers=(2, "trainings at a time"), **scaled(str, dataset=""),
+                  **scaled(int, batch_tokens="", max_steps="training of AR; diffusion gets more (default: the scale's)"),
                   run_ar=(None, "run folder of the AR model (default: trained)"), run_mdm=(None, "of the diffusion model"),
                   run_block=(None, "of the block-diffusion model"), **out(None, "runs (default: out/decode-SCALE)"))
     command("decode", decode, **models, objective=objectives["objectives"], judge=(None, "run folder of the AR judge"),
