@@ -1975,20 +1975,29 @@ def decode(args):
         return y, clock() - tic, f
 
     # a batch smaller than 4 is repeated with other prompts: one row alone says little about a threshold
+    key = " ".join(f"{folders[role]}@{a['steps']}" for role, a in about.items())
+    once = resumable(Path(args.out or f"out/decode-{of_scale(DECODE, args)[0]}") / "points.jsonl")
     for family, settings in decoders(T - P).items():
         if ("ar" if family.startswith("AR") else "mdm") not in kinds:
             continue
         for setting in settings:
+            new = []
             for B in sorted(batches, reverse=True):                                    # quality from the largest batch
-                runs = [go(family, setting, x) for x in canvas[:max(B, min(4, max(batches)))].split(B)]
-                seconds = sum(r[1] for r in runs)
-                if B == max(batches):
-                    loss, se, entropy = judged(judge, torch.cat([r[0] for r in runs]), P)
-                rows.append(dict(sampler=family, **setting, batch=B, passes=statistics.mean(r[2].passes for r in runs),
-                                 tok_per_s=sum(len(r[0]) for r in runs) * (T - P) / seconds,
-                                 overhead=1 - sum(r[2].seconds for r in runs) / seconds, loss=loss, se=se, entropy=entropy))
-            speeds = ", ".join(f"batch {r['batch']}: {r['tok_per_s']:,.0f} tok/s" for r in rows[-len(batches):])
-            print(f"{family} {setting}: {speeds}, loss {loss:.3f}", flush=True)
+                def measure():
+                    runs = [go(family, setting, x) for x in canvas[:max(B, min(4, max(batches)))].split(B)]
+                    seconds = sum(r[1] for r in runs)
+                    quality = judged(judge, torch.cat([r[0] for r in runs]), P) if not new else \
+                        [new[0][k] for k in ("loss", "se", "entropy")]
+                    return dict(passes=statistics.mean(r[2].passes for r in runs),
+                                tok_per_s=sum(len(r[0]) for r in runs) * (T - P) / seconds,
+                                overhead=1 - sum(r[2].seconds for r in runs) / seconds,
+                                **dict(zip(("loss", "se", "entropy"), quality)))
+                point = dict(sampler=family, setting=setting, most=max(batches), models=key)
+                row = once(dict(point, batch=B), measure)
+                new.append(dict(sampler=family, **setting, **{k: v for k, v in row.items() if k not in point}))
+            rows += new
+            speeds = ", ".join(f"batch {r['batch']}: {r['tok_per_s']:,.0f} tok/s" for r in new)
+            print(f"{family} {setting}: {speeds}, loss {new[0]['loss']:.3f}", flush=True)
     print(f"\n{T - P} tokens after {P} of real text; loss under the AR judge, nats per token; entropy of a text's own counts")
     table(rows, ["sampler", "order", "steps", "threshold", "block_size", "refresh", "batch", "passes", "tok_per_s", "overhead",
                  "loss", "se", "entropy"])
@@ -1997,10 +2006,12 @@ def decode(args):
         small = canvas[:16]
         blocks = [s for s in decoders(T - P)["diffusion in blocks, dual cache"] if s.get("steps") == T - P]
         for setting in blocks + [dict(blocks[0], refresh=r) for r in (4, 2)]:
-            a, slow, _ = go("diffusion in blocks", {**setting, "cache": False, "refresh": None}, small, temperature=0)
-            b, fast, _ = go("diffusion in blocks, dual cache", setting, small, temperature=0)
-            extra.append(dict(sampler="dual cache against none", **setting, batch=len(small), speedup=slow / fast,
-                              agreement=(a == b)[:, P:].float().mean().item()))
+            def measure():
+                a, slow, _ = go("diffusion in blocks", {**setting, "cache": False, "refresh": None}, small, temperature=0)
+                b, fast, _ = go("diffusion in blocks, dual cache", setting, small, temperature=0)
+                return dict(batch=len(small), speedup=slow / fast, agreement=(a == b)[:, P:].float().mean().item())
+            row = once(dict(sampler="dual cache against none", setting=setting, models=key), measure)
+            extra.append(dict(sampler=row["sampler"], **setting, **{k: row[k] for k in ("batch", "speedup", "agreement")}))
         print("\nthe dual cache against none, greedy, one token a step: share of equal tokens")
         table(extra, ["block_size", "refresh", "batch", "speedup", "agreement"])
         more = arithmetic(folders["sums"], device)
