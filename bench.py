@@ -2023,14 +2023,15 @@ def decode(args):
         extra += more + over
     name = args.name or f"decode_{'gpu' if torch.cuda.is_available() else 'cpu'}" + f"_{kinds[0]}" * (len(kinds) == 1)
     record(name, rows + extra, device, args.results, models=about, seed=0, prompt=P, new=T - P, **conditions(args, device))
-    series = {}
+    series, few = {}, min(batches)
     for i, family in enumerate(dict.fromkeys(r["sampler"] for r in rows[1:])):
-        for B, style in ((max(batches), dict(ls="-")), (min(batches), dict(ls=":", mfc="white"))):
+        for B, style in ((max(batches), dict(ls="-")), (few, dict(ls=":", mfc="white"))):
             points = sorted((r["tok_per_s"], r["loss"]) for r in rows if r["sampler"] == family and r.get("batch") == B)
-            series[family + f", batch {B}"] = (*zip(*points), dict(marker="*osD^vP"[i], ms=6, lw=0.8, color=f"C{i}", **style))
+            label = "_" * ("mfc" in style) + family                                    # "_": not in the legend
+            series[label] = (*zip(*points), dict(marker="*osD^vP"[i], ms=6, lw=0.8, color=f"C{i}", **style))
     plot(name, series, "tokens/s", "loss under the AR judge, nats per token",
-         f"{about['judge']['params'] / 1e6:.1f}M parameters, {T - P} tokens", args.results,
-         lines=[("y", rows[0]["loss"], "real text")])
+         f"{about['judge']['params'] / 1e6:.1f}M parameters, {T - P} tokens; filled: batch {max(batches)}, hollow: {few}",
+         args.results, lines=[("y", rows[0]["loss"], "real text")])
 
 
 def bench_panel(args):
