@@ -37,11 +37,12 @@ class Cache:
     """What a layer (or a whole model) remembers: tensors of fixed shape, so that a compiled decode step never recompiles.
 
     pos (B,) int64 counts the valid tokens of each row. used is an upper bound of pos.max() known on the host: asking
-    the device for it would stall every step.
+    the device for it would stall every step. dense: the host also knows that every row holds `used` of them (it is False for
+    good after a call with valid, or with pos into a cache that is not full).
     """
     def __init__(self, batch_size, max_len, device=None, **state):
         self.pos = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self.max_len, self.used = max_len, 0
+        self.max_len, self.used, self.dense = max_len, 0, True
         self.__dict__.update(state)
 
     def positions(self, T, pos=None):
@@ -53,6 +54,16 @@ class Cache:
                                      f"fit, make it with init_cache(max_len >= {self.used + T})")
             pos = self.pos[:, None] + torch.arange(T, device=self.pos.device)
         return pos.expand(self.pos.size(0), -1)
+
+    def needs_mask(self, T, causal, pos, valid, commit):
+        """Of the next T tokens: is there a slot in use that one of them must not read? Call it with the caller's pos, before
+        they are put. True also where the host cannot know."""
+        if torch.compiler.is_compiling():
+            return True
+        dense = self.dense and valid is None and (pos is None or self.used == self.max_len)
+        if commit:
+            self.dense = dense
+        return not dense or causal and (T > 1 or pos is not None)
 
     def advance(self, pos, valid=None):
         """Count the tokens at pos (B, T) as seen; the invalid ones among them do not count."""
@@ -112,7 +123,7 @@ def softmax_attention(q, k, v, causal=True, window=None, sink=None, scale=None, 
     if mask is None and (window is not None and window < S or sink is not None or (causal and 1 < T < S)):
         t = torch.arange(S, device=q.device)
         mask = visible(t[S - T:], t, causal, window)
-    if sink is None and q.size(1) != k.size(1) and (T == 1 or (mask is not None and T < q.size(-1))):
+    if sink is None and q.size(1) != k.size(1) and (T == 1 or T < q.size(-1) and (mask is not None or not causal)):
         # A few queries: for enable_gqa SDPA may copy all keys once per query head. As rows of one head they share them.
         if mask is not None:
             mask = mask.expand(q.size(0), q.size(1), T, S).unflatten(1, (k.size(1), -1)).flatten(2, 3)
@@ -300,6 +311,7 @@ class Full(nn.Module):
                 raise ValueError("layer 'full' takes a mask= or a cache=, not both")
             # a prefill has no need to read the cache; a compiled step cannot know: `used` is only counted outside of graphs
             fresh = cache.used == 0 and pos is None and valid is None and commit and not torch.compiler.is_compiling()
+            masked = cache.needs_mask(T, causal, pos, valid, commit) or self.window is not None
             pos = cache.positions(T, pos)
         elif pos is None:
             pos = torch.arange(T, device=x.device)
@@ -310,7 +322,8 @@ class Full(nn.Module):
             (k_all, v_all), k_pos, k_valid = put(cache, {"k": k, "v": v}, pos, valid, commit)
             if not fresh:
                 k, v = k_all.to(q.dtype), v_all.to(q.dtype)
-                mask = visible(pos, k_pos, causal, window, k_valid).unsqueeze(1)       # (B, 1, T, S)
+                if masked:
+                    mask = visible(pos, k_pos, causal, window, k_valid).unsqueeze(1)   # (B, 1, T, S)
         elif mask is not None and window is not None:
             mask = mask & visible(pos, pos, causal, window)                            # positions: streams may share them
         elif valid is not None and mask is None:
@@ -421,6 +434,7 @@ class MLA(nn.Module):
         if cache is not None and mask is not None:
             raise ValueError("layer 'mla' takes a mask= or a cache=, not both")
         if cache is not None:
+            masked = cache.needs_mask(T, causal, pos, valid, commit)
             pos = cache.positions(T, pos)
         elif pos is None:
             pos = torch.arange(T, device=x.device)
@@ -428,7 +442,8 @@ class MLA(nn.Module):
         if cache is not None:
             (latent,), k_pos, k_valid = extend(cache, {"latent": latent}, pos, valid, commit)
             latent = latent.to(q.dtype)
-            mask = visible(pos, k_pos, causal, None, k_valid).unsqueeze(1)             # (B, 1, T, S)
+            if masked:
+                mask = visible(pos, k_pos, causal, None, k_valid).unsqueeze(1)         # (B, 1, T, S)
         elif valid is not None and mask is None:
             t = torch.arange(T, device=x.device)
             mask = visible(t, t, causal, None, valid).unsqueeze(1)

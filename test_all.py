@@ -271,6 +271,39 @@ def test_full_rewrites_a_block_in_the_middle():
         torch.testing.assert_close(part, layer(x, causal=False)[:, 8:12], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("case", ["full", "full gqa", "full sink", "mla"])
+def test_cache_needs_no_mask_where_nothing_is_hidden(case, monkeypatch):
+    """A decoded token, a noisy block, a block rewritten in a full cache: without a mask what the mask gives."""
+    layer, x, pos = make_layer(case).double(), torch.randn(2, 12, 32).double(), torch.tensor([[3], [6]]) + torch.arange(4)
+
+    def steps(dense):
+        cache, out = layer.init_cache(2, 12, dtype=torch.float64), []
+        layer(x[:, :5], causal=False, cache=cache)
+        for a, how in ((x[:, 5:6], {}), (x[:, 6:10], dict(causal=False, commit=False)), (x[:, 6:10], dict(causal=False)),
+                       (x[:, 10:], dict(causal=False)), (x[:, :4], dict(causal=False, pos=pos, commit=False))):
+            cache.dense = cache.dense and dense
+            out.append(layer(a, cache=cache, **how))
+        return torch.cat(out, dim=1)
+    with torch.no_grad():
+        want = steps(False)
+        if case != "full sink":                                     # whose definition builds one anyway
+            monkeypatch.setattr(attention, "visible", lambda *a: 1 / 0)
+        torch.testing.assert_close(steps(True), want, rtol=0, atol=1e-12)
+
+
+def test_cache_needs_a_mask_where_something_is_hidden():
+    layer, x, ok = make_layer("full"), torch.randn(2, 4, 32), torch.tensor([[True] * 4, [True, True, False, False]])
+    cache = layer.init_cache(2, 8)
+    assert cache.needs_mask(4, True, None, None, False) and not cache.needs_mask(4, False, None, None, False)
+    assert cache.needs_mask(4, False, None, ok, False) and cache.needs_mask(1, False, torch.tensor([5]), None, False)
+    assert not cache.needs_mask(1, True, None, None, True)
+    assert cache.needs_mask(4, False, None, ok, True) and cache.needs_mask(1, True, None, None, True), "for good"
+    cache = layer.init_cache(2, 8)
+    with torch.no_grad():
+        layer(torch.cat([x, x], dim=1), causal=False, cache=cache)
+    assert not cache.needs_mask(1, False, torch.tensor([5]), None, True) and cache.needs_mask(1, True, torch.tensor([5]), None, True)
+
+
 @pytest.mark.parametrize("bad, message", [(dict(n_kv_head=3), "n_kv_head"), (dict(n_head=5), "n_head"), (dict(window=0), "window"),
                                           (dict(rotary_fraction=0.4), "rotary")])
 def test_full_refuses(bad, message):
