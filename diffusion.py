@@ -239,7 +239,8 @@ def chain_nll(f, x, mask_id, order="left", scored=None, **keywords):
     order "left": left to right. "confidence": always the masked place with the highest max probability, i.e. the
     distribution of a greedy-confidence sampler (DUEL, 2603.01367). The order depends on revealed tokens only, never on
     the token that is about to be scored, so p sums to 1 over all sequences. Returns (B,) float64 nats per scored token.
-    scored (B, T) bool: the tokens to reveal and score, the others are context from the start; default all.
+    scored (B, T) bool: the tokens to reveal and score, the others are context from the start (mask_id there stays hidden);
+    default all.
     """
     if order not in ("left", "confidence"):
         raise ValueError(f"order is {order!r}: expected 'left' or 'confidence'")
@@ -250,7 +251,8 @@ def chain_nll(f, x, mask_id, order="left", scored=None, **keywords):
         logits = f(torch.where(live, mask_id, x), causal=False, **keywords)
         score = -torch.arange(x.size(1), device=x.device).float() if order == "left" else confidence(logits, "max_prob")
         i = score.expand(x.shape).masked_fill(~live, -torch.inf).argmax(1)          # ties to the left
-        nll = token_nll(logits[b, i][:, None], x[b, i][:, None])[:, 0].double()
+        target = x[b, i].clamp(max=mask_id - 1)                     # of a row that is done: any, mask_id too
+        nll = token_nll(logits[b, i][:, None], target[:, None])[:, 0].double()
         nats += torch.where(live.any(1), nll, 0)
         live[b, i] = False
     return nats / tokens
@@ -293,7 +295,7 @@ def draw(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
 
 
 def check_sampling(temperature, top_k, top_p):
-    if temperature < 0:
+    if not temperature >= 0:                                        # nan too
         raise ValueError(f"temperature is {temperature}: it must be 0 (greedy) or positive")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k is {top_k}: it must be at least 1")
@@ -371,7 +373,10 @@ def confidence(logits, order):
         best = p.topk(2, dim=-1).values
         return best[..., 0] - best[..., 1]
     log_total = logits.amax(-1) - p.amax(-1).log()
-    return p.mul_(logits).nan_to_num_(0).sum(-1) - log_total        # -entropy, without V logarithms; 0 * -inf = 0
+    mean = p.mul_(logits).sum(-1)                                   # of the logits: -entropy needs no V logarithms
+    if mean.isnan().any():                                          # logits of -inf: there 0 * -inf = 0
+        mean = p.nan_to_num_(0).sum(-1)
+    return mean - log_total
 
 
 def reveal(x, live, logits, left, order, threshold, how):
@@ -383,13 +388,13 @@ def reveal(x, live, logits, left, order, threshold, how):
     The choice must not depend on the tokens drawn. "confidence_sampled" (LLaDA, Fast-dLLM: draw everywhere, keep the
     draws that came out probable) rejects an improbable token until a common one comes: its samples do not follow the
     model even with one token a step. It is here for comparison."""
-    rows = logits[live]                                             # (M, V): statistics and noise only where needed
     if order == "left":
         score = -torch.arange(x.size(1), device=x.device).expand(x.shape).float()
     elif order == "random":
         g = how["generator"]
         score = torch.rand(x.shape, generator=g, device=g.device if g else x.device).to(x.device)
     else:
+        rows = logits[live]                                         # (M, V): statistics and noise only where needed
         if order == "confidence_sampled":
             tokens = draw(rows, **how)
             values = rows.float().softmax(-1).gather(-1, tokens[:, None])[:, 0]
@@ -401,7 +406,7 @@ def reveal(x, live, logits, left, order, threshold, how):
     pick = live & (score.argsort(dim=1, descending=True, stable=True).argsort(dim=1) < quota)   # ties to the left
     if threshold is not None:
         pick |= live & (score >= threshold)
-    x[pick] = tokens[pick[live]] if order == "confidence_sampled" else draw(rows[pick[live]], **how)
+    x[pick] = tokens[pick[live]] if order == "confidence_sampled" else draw(logits[pick], **how)
 
 
 def check_diffusion(order, steps, threshold, block_size):
@@ -442,6 +447,8 @@ def sample_mdm(f, x, mask_id, steps=None, threshold=None, order="max_prob", bloc
     check_diffusion(order, steps, threshold, block_size)
     if cache and block_size is None:
         raise ValueError("the dual cache works by blocks: give block_size, for example 32")
+    if refresh is not None and refresh < 1:
+        raise ValueError(f"refresh is {refresh}: it is a number of steps in a block, at least 1")
     x, hole = x.clone(), x == mask_id if valid is None else (x == mask_id) & valid
     B, T = x.shape
     t, S = torch.arange(T, device=x.device), min(block_size or T, T)

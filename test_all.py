@@ -1798,6 +1798,10 @@ def test_chain_nll_is_a_distribution(order):
     nll = diffusion.chain_nll(f, every, 3, order, scored=given)
     p = torch.exp(-nll * 2).view(3, 9, 3).sum(1)
     assert torch.allclose(p, torch.ones_like(p), atol=1e-12)
+    hidden = torch.tensor([[3, 1, 2, 0], [3, 1, 2, 0]])            # context may be unknown, and rows be done at different times
+    scored = torch.tensor([[False, True, True, True], [False, False, True, False]])
+    nll = diffusion.chain_nll(f, hidden, 3, order, scored=scored)
+    assert nll[1].item() == pytest.approx(diff_ce(f, hidden[1].clamp(max=2), torch.tensor([True, False, True, False]))[2].item())
     if order == "left":                                             # by definition
         x = every[35]
         nats = sum(diff_ce(f, x, torch.arange(4) >= i)[i] for i in range(4))
@@ -1947,6 +1951,15 @@ def test_draw_follows_temperature_top_k_top_p():
         got = torch.bincount(diffusion.draw(logits, generator=g, **how), minlength=5) / 200_000
         assert (got - want).abs().max() < 0.005 and (got[want == 0] == 0).all(), how
     assert diffusion.draw(logits[:3], temperature=0).tolist() == [0, 0, 0]
+
+
+def test_confidence_is_its_definition():
+    logits = torch.tensor([[[0.0, 1.0, 3.0, -2.0], [2.0, 2.0, -math.inf, -math.inf]], [[-math.inf, 0.0, -math.inf, -math.inf], [1e4, 0.0, 0.0, 0.0]]])
+    for z in (logits, logits.double(), logits.bfloat16()):
+        p = z.double().softmax(-1)
+        best = p.sort(-1, descending=True).values
+        for order, want in (("max_prob", best[..., 0]), ("margin", best[..., 0] - best[..., 1]), ("entropy", torch.special.xlogy(p, p).sum(-1))):
+            torch.testing.assert_close(diffusion.confidence(z, order).double(), want, rtol=1e-5, atol=1e-5)
 
 
 def diff_lm(layers="full", **fields):
@@ -2121,6 +2134,8 @@ def test_diffusion_bad_input():
             (lambda: diffusion.sample_mdm(f, x, 3, steps=4, threshold=0.9), "exclude"),
             (lambda: diffusion.sample_mdm(f, x, 3, order="best"), "order"),
             (lambda: diffusion.sample_mdm(f, x, 3, temperature=-1), "temperature"),
+            (lambda: diffusion.sample_mdm(f, x, 3, temperature=math.nan), "temperature"),
+            (lambda: diffusion.sample_mdm(f, x, 3, cache=True, block_size=2, refresh=0), "refresh"),
             (lambda: diffusion.sample_mdm(f, x, 3, cache=True), "block_size"),
             (lambda: diffusion.sample_mdm(f, x, 3, cache=True, block_size=2), "init_cache"),
             (lambda: diffusion.sample_ar(f, x, 3, top_p=0), "top_p"),
