@@ -39,14 +39,14 @@ def parse_prompt(text, tokenizer, mask_id):
     return ids
 
 
-def watcher(tokenizer, mask_id, pause):
-    """A callback for the samplers that redraws the first row in the terminal, open places as blocks."""
+def watcher(tokenizer, mask_id, pause, length):
+    """A callback for the samplers that redraws the first row in the terminal, its `length` tokens, open places as blocks."""
     lines = 0
 
     def show(step, x):
         nonlocal lines
         parts = []
-        for open_, run in groups(x[0].tolist(), mask_id):
+        for open_, run in groups(x[0, :length].tolist(), mask_id):
             parts.append("░" * len(run) if open_ else tokenizer.decode(run))
         width = shutil.get_terminal_size().columns
         rows = [r[i:i + width] for r in "".join(parts).split("\n") for i in range(0, len(r) or 1, width)]
@@ -153,13 +153,13 @@ def check_dual_cache(config):
     for name, values in parse_layers(config.layers, config.n_layer):
         if name != "mla" and (name != "full" or values.get("window", config.window) is not None):
             raise ValueError(f"--cache computes a block inside the text anew, which only the layers 'full' without window and 'mla' can do, "
-                             f"and this run's are '{config.layers}', window {config.window}: leave --cache out")
+                             f"and this run's are '{config.layers}', window {config.window}: choose another run, or leave --cache out")
 
 
 def sampler(args, lm, flags, infill):
     """The run's sampler with the flags that fit it: a function of (x, **common keywords). ValueError names a wrong flag."""
     objective = flags["objective"]
-    asked = [k for k in DIFFUSION if getattr(args, k) not in (None, False)]
+    asked = [k for k in DIFFUSION if getattr(args, k) is not None and getattr(args, k) is not False]      # 0 is asked, and wrong
     if objective == "ar" or objective == "mixed" and not (infill or asked):            # a mixed model does both
         if infill:
             raise ValueError("[MASK] in a prompt needs a diffusion model, and this run is autoregressive: train with --objective mdm")
@@ -174,8 +174,8 @@ def sampler(args, lm, flags, infill):
             raise ValueError(f"--{wrong} is for --objective mdm: this run was trained in blocks of {flags['diffusion_block']}, and their "
                              "cache is always on and exact; leave it out")
         return "block", lambda x, **how: diffusion.sample_block(lm, x, lm.mask_id, flags["diffusion_block"], **how_many, **how)
-    if args.refresh is not None and (args.refresh < 1 or not args.cache):
-        raise ValueError(f"--refresh {args.refresh}: it is a number of steps, at least 1, and needs --cache")
+    if args.refresh is not None and not args.cache:
+        raise ValueError(f"--refresh {args.refresh} needs --cache")
     if args.cache:
         check_dual_cache(lm.config)
     return "mdm", lambda x, **how: diffusion.sample_mdm(lm, x, lm.mask_id, **how_many, block_size=args.block_size, cache=args.cache,
@@ -195,7 +195,7 @@ def generate(args, lm, tokenizer, flags):
             raise ValueError(f"--max_new_tokens {new}: nothing to generate, use at least 1 or put [MASK] into the prompt")
         rows += [p + [mask] * new] * args.num_samples
     device, steps, tic = lm.embed.weight.device, 0, time.perf_counter()
-    show = watcher(tokenizer, mask, args.pause) if args.watch else None
+    show = watcher(tokenizer, mask, args.pause, len(rows[0])) if args.watch else None
 
     def seen(step, x):
         nonlocal steps
@@ -260,8 +260,13 @@ def panel(lm, flags, x, n_mc=64):
 
 def score(args, lm, tokenizer, flags):
     """Likelihood of a text, cut into windows of the model's block size: exact for AR, a bound and exact chains for diffusion."""
-    with open(args.text, encoding="utf-8") as f:
-        ids = tokenizer.encode(f.read())
+    if args.windows < 0:
+        raise ValueError(f"--windows {args.windows}: expected a number of windows, 0 for all")
+    try:
+        with open(args.text, encoding="utf-8") as f:
+            ids = tokenizer.encode(f.read())
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{args.text} is no UTF-8 text: {e}") from None
     T = min(lm.config.block_size, len(ids))
     T -= T % flags["diffusion_block"] if flags["objective"] == "block" else 0
     if T < 1:
@@ -284,7 +289,7 @@ def main(argv=None):
     parser.add_argument("run", help="run folder of train.py, or a checkpoint in one")
     parser.add_argument("--which", default="best", choices=("best", "last"), help="checkpoint of the folder (default: best)")
     parser.add_argument("--device", default="auto", help="auto | cuda | mps | cpu (default: auto)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all)")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: 1 for models below 5M parameters, else all cores)")
     if scoring:
         parser.add_argument("--text", required=True, help="UTF-8 text file")
         parser.add_argument("--windows", type=int, default=16, help="score only the first ones, 0 = all (default: 16)")
@@ -309,12 +314,15 @@ def main(argv=None):
         parser.add_argument("--pause", type=float, default=0.03, help="seconds between the steps shown (default: 0.03)")
     try:
         args = parser.parse_args(argv)
-        torch.set_num_threads(max(1, args.threads))
         if not scoring and args.num_samples < 1:
             raise ValueError(f"--num_samples {args.num_samples} must be at least 1")
         lm, state = train.load_model(args.run, args.which, train.pick_device(args.device))
+        torch.set_num_threads(args.threads if args.threads > 0 else 1 if lm.num_params() < 5_000_000 else os.cpu_count())
         folder = args.run if os.path.isdir(args.run) else os.path.dirname(args.run)
         (score if scoring else generate)(args, lm, prepare.load_tokenizer(folder), {**train.DEFAULTS, **state["flags"]})
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as e:
         print(f"sample.py: {e}", file=sys.stderr)
         return 2

@@ -2837,6 +2837,8 @@ def test_sample_goes_on_fills_in_and_scores(runs, capsys, tmp_path):
     for objective in ("mdm", "mixed"):
         status, out = say(runs / objective, "--prompt", "the [MASK:3] sat", "--watch", "--pause", 0)
         assert status == 0 and "step 1" in out and "step 3" in out and re.search(r"\nthe [^░]* sat\s*$", out)
+    status, out = say(runs / "mdm", "--prompt", "a", "--prompt", "the cat", "--max_new_tokens", 2, "--watch", "--pause", 0)
+    assert len(out.split("step 1\n")[1].split("\x1b")[0]) <= 4, "the first row, without the padding up to the second"
     (tmp_path / "text").write_text("the cat sat on a mat. " * 10)
     for objective, measures in (("ar", 1), ("mdm", 3), ("mixed", 4), ("block", 3)):
         status, out = say("score", runs / objective, "--text", tmp_path / "text", "--n_mc", 8, "--windows", 2)
@@ -2888,18 +2890,28 @@ def test_dual_cache_needs_layers_that_rewrite():
             sample.check_dual_cache(bad)
 
 
-def test_sample_refuses(runs, capsys):
+def test_sample_refuses(runs, capsys, tmp_path, monkeypatch):
     for argv, message in (("ar --prompt a_[MASK:2]", "needs a diffusion model"), ("ar --steps 4", "autoregressive"), ("none", "no checkpoint"),
                           (f"ar --prompt {'a' * 30}", "window of 16"), (f"mdm --prompt {'a' * 30}", "window of 16"),
                           ("mdm --prompt a --max_new_tokens 0", "put [MASK]"), ("mdm --steps 0", "at least 1"), ("mdm --order best", "max_prob"),
                           ("mdm --threshold 1.5", "(0, 1]"), ("mdm --threshold 0", "(0, 1]"), ("mdm --threshold 0.9 --steps 3", "exclude"),
                           ("mdm --threshold 0.9 --order left", "max_prob"), ("mdm --cache", "block_size"), ("mdm --block_size 0", "at least 1"),
                           ("mdm --refresh 2", "needs --cache"), ("mdm --block_size 4 --cache --refresh 0", "at least 1"),
+                          ("ar --steps 0", "autoregressive"), ("mixed --steps 0", "at least 1"), ("block --block_size 0", "blocks of 4"),
+                          ("mdm --temperature nan", "temperature"),
                           ("block --block_size 8", "blocks of 4"), ("block --cache", "blocks of 4"), ("mdm --temperature -1", "temperature")):
         run, *rest = argv.split()
         assert sample.main([str(runs / run), *rest]) == 2, argv
         error = capsys.readouterr().err
         assert message in error and len(error.splitlines()) == 1, (argv, error)
+    monkeypatch.chdir(tmp_path)
+    Path("text").write_bytes(b"\xff" * 50)
+    for argv, message in (("--text text", "text is no UTF-8"), ("--text text --windows -1", "--windows -1"), ("--text none", "none")):
+        assert sample.main(["score", str(runs / "ar"), *argv.split()]) == 2, argv
+        error = capsys.readouterr().err
+        assert message in error and len(error.splitlines()) == 1, (argv, error)
+    monkeypatch.setattr(diffusion, "sample_mdm", lambda *a, **how: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert sample.main([str(runs / "mdm")]) == 130
 
 # ---------------------------------------------------------------------------------------------------------------------
 # bench.py
