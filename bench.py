@@ -1975,7 +1975,7 @@ def decode(args):
         return y, clock() - tic, f
 
     # a batch smaller than 4 is repeated with other prompts: one row alone says little about a threshold
-    key = " ".join(f"{folders[role]}@{a['steps']}" for role, a in about.items())
+    key = " ".join(f"{folders[role]}@{a['steps']}" for role, a in about.items()) + f", {device}, threads {args.threads}"
     once = resumable(Path(args.out or f"out/decode-{of_scale(DECODE, args)[0]}") / "points.jsonl")
     for family, settings in decoders(T - P).items():
         if ("ar" if family.startswith("AR") else "mdm") not in kinds:
@@ -2009,8 +2009,8 @@ def decode(args):
             def measure():
                 a, slow, _ = go("diffusion in blocks", {**setting, "cache": False, "refresh": None}, small, temperature=0)
                 b, fast, _ = go("diffusion in blocks, dual cache", setting, small, temperature=0)
-                return dict(batch=len(small), speedup=slow / fast, agreement=(a == b)[:, P:].float().mean().item())
-            row = once(dict(sampler="dual cache against none", setting=setting, models=key), measure)
+                return dict(speedup=slow / fast, agreement=(a == b)[:, P:].float().mean().item())
+            row = once(dict(sampler="dual cache against none", setting=setting, batch=len(small), models=key), measure)
             extra.append(dict(sampler=row["sampler"], **setting, **{k: row[k] for k in ("batch", "speedup", "agreement")}))
         print("\nthe dual cache against none, greedy, one token a step: share of equal tokens")
         table(extra, ["block_size", "refresh", "batch", "speedup", "agreement"])
