@@ -241,6 +241,8 @@ def run_arms(jobs, workers):
     when a run was interrupted; raises ValueError when one failed.
     """
     import threading
+    if workers < 1:
+        raise ValueError(f"--workers {workers}: at least one run at a time")
     waiting, running, ok, tic = list(jobs.items()), {}, True, time.time()
 
     def show(name, stream, last):
@@ -1003,6 +1005,8 @@ def theory(args):
     torch.set_num_threads(args.threads)
     if any(L < 3 or L % 3 for L in args.lengths):
         raise ValueError(f"--lengths {args.lengths}: expected multiples of 3, such as 24,96")
+    if args.sequences < 1 or args.steps < 4:
+        raise ValueError(f"--sequences {args.sequences} must be at least 1, and --steps {args.steps} at least 4")
     folder = Path(args.out) / f"{','.join(map(str, args.lengths))}-steps{args.steps}-n{args.sequences}"
     once, rows, grid = resumable(folder / "points.jsonl"), [], [4 ** i for i in range(6)]
     for language in (Parity(), NGram(2), NGram(3, V=4)):
@@ -1058,9 +1062,11 @@ CALCULATOR = dict(dataset="arithmetic", n_layer=2, n_head=4, n_embd=96, block_si
 
 def bench_tools(args):
     """Held-out arithmetic with and without a calculator, as AR and as block diffusion: share of right answers."""
+    if args.problems < 1:
+        raise ValueError(f"--problems {args.problems} must be at least 1")
     _, val, _ = prepare.load_dataset(prepare.prepare("arithmetic"))
     tokenizer = prepare.load_tokenizer("data/arithmetic")
-    texts = tokenizer.decode(val.tolist()).split(prepare.EOT)[:args.problems]
+    texts = [t for t in tokenizer.decode(val.tolist()).split(prepare.EOT) if t][:args.problems]
     prompts = [tokenizer.encode(t[:t.index("?") + 1]) for t in texts]
     jobs = {o: {**CALCULATOR, "max_steps": n, "objective": o, "diffusion_block": 4 if o == "block" else None,
                 "out": f"{args.out}/{o}-{n}"}
@@ -1848,22 +1854,26 @@ def sums_dataset(out):
 
 
 def decode_runs(args, roles):
-    """{role: run folder}: those given by a flag, the others trained under --out, from where they were left."""
+    """{role: run folder}: those given by a flag, the others trained under --out, from where they were left. ValueError for a
+    given run of another objective, before anything is trained."""
     scale, common = of_scale(DECODE, args)
     out, jobs, folders = Path(args.out or f"out/decode-{scale}"), {}, {}
     for role in roles:
         given = getattr(args, "judge" if role == "judge" else f"run_{role}", None)
         folders[role] = given or str(out / role)
+        if given:
+            objective, want = train.load_model(given, "last")[1]["flags"]["objective"], ROLES.get(role, ROLES["mdm"])["objective"]
+            if objective != want and (want == "block" or objective != "mixed"):
+                raise ValueError(f"{given} is a run of --objective {objective}, and one of {want} is needed as --"
+                                 + (role if role == "judge" else f"run_{role}"))
+            continue
         if role == "sums":
             flags = {**SUMS, "dataset": str(out / "data" / "sums")}
         else:
             flags = {**common, **ROLES[role], "max_steps": int(common["max_steps"] * LONGER.get(role, 1))}
-        done = read_evals(folders[role])
-        if not given and not (done and done[-1]["step"] == flags["max_steps"]):
-            jobs[role] = {**flags, "set": "qk_norm=true", "eval_every": 1000, "eval_windows": 64, "log_every": 500,
-                          "out": folders[role]}
-            sums_dataset(out) if role == "sums" else data_folder(flags["dataset"])
-    train_all(jobs, args.workers)
+        jobs[role] = {**flags, "set": "qk_norm=true", "eval_every": 1000, "eval_windows": 64, "log_every": 500, "out": folders[role]}
+        sums_dataset(out) if role == "sums" else data_folder(flags["dataset"])
+    train_all(jobs, args.workers)                                                      # a finished run of these settings stays as it is
     return folders
 
 
@@ -1896,6 +1906,11 @@ def decoders(n, S=32):
             "block diffusion, exact cache": [dict(steps=k) for k in (16, 8, 4, 2)] + [dict(threshold=0.7)]}
 
 
+def generator_of(device):
+    """What the samplers draw from: on the model's device, for mps on the CPU."""
+    return torch.Generator("cpu" if torch.device(device).type == "mps" else device).manual_seed(0)
+
+
 def judged(judge, x, start):
     """(loss, its standard error, unigram entropy) of the tokens from `start` on, under an AR judge. x (N, T).
 
@@ -1915,7 +1930,7 @@ def overhead(device, clock, layers=8, width=320):
     for order in ("max_prob", "entropy", "random"):
         f = Timed(lm, clock)
         tic = clock()
-        diffusion.sample_mdm(f, x, lm.mask_id, steps=32, order=order, generator=torch.Generator(device).manual_seed(0))
+        diffusion.sample_mdm(f, x, lm.mask_id, steps=32, order=order, generator=generator_of(device))
         total = clock() - tic
         rows.append(dict(sampler=f"overhead, {order}", params=lm.num_params(), passes=f.passes, overhead=1 - f.seconds / total))
     return rows
@@ -1944,12 +1959,20 @@ def arithmetic(folder, device, N=64):
 def decode(args):
     """Tokens/s against quality of every sampler on trained models, by batch size; steps needed on arithmetic."""
     kinds, batches = choose("objective", args.objective, ARMS), args.batches
+    if min(batches) < 1:
+        raise ValueError(f"--batches {','.join(map(str, batches))}: expected sizes of at least 1, such as 1,8,64")
     folders = decode_runs(args, ["judge"] + ["ar"] * ("ar" in kinds) + ["mdm", "block", "sums"] * ("mdm" in kinds))
     device, *_ = setup(args)
     clock = clock_of(device)
     models = {role: train.load_model(folder, "last", device) for role, folder in folders.items() if role != "sums"}
     judge, state = models["judge"]
     T, P = judge.config.block_size, judge.config.block_size // 8                       # the first P tokens are the prompt
+    for role, (lm, _) in models.items():
+        if lm.V != judge.V or lm.config.block_size < T:
+            raise ValueError(f"{folders[role]} has {lm.V} tokens and a window of {lm.config.block_size}, the judge {judge.V} and {T}: "
+                             "all must be trained on the same data set and window")
+    if "mdm" in models:
+        sample.check_dual_cache(models["mdm"][0].config)
     data = validation(state["flags"]["dataset"], T, max(batches)).to(device)
     canvas = data.clone()
     canvas[:, P:] = judge.mask_id
@@ -1957,14 +1980,14 @@ def decode(args):
     about = {role: dict(params=lm.num_params(), steps=s["step"], loss=(read_evals(folders[role]) or [{}])[-1].get("loss"))
              for role, (lm, s) in models.items()}
     for role, a in about.items():
-        print(f"{role}: {a['params']:,} parameters, {a['steps']:,} training steps, validation loss {a['loss']:.4f} nats/token")
+        loss_text = "unknown" if a["loss"] is None else f"{a['loss']:.4f}"               # a checkpoint without its log
+        print(f"{role}: {a['params']:,} parameters, {a['steps']:,} training steps, validation loss {loss_text} nats/token")
     rows = [dict(sampler="real text", loss=loss, se=se, entropy=entropy)]
 
     def go(family, setting, x, **how):
         role = "ar" if family.startswith("AR") else "block" if family.startswith("block") else "mdm"
         f, setting = Timed(models[role][0], clock), dict(setting)
-        gen = torch.Generator(device if torch.device(device).type != "mps" else "cpu").manual_seed(0)
-        tic = clock()
+        gen, tic = generator_of(device), clock()
         if role == "ar":
             y = diffusion.sample_ar(f, x, f.mask_id, generator=gen, **how)
         elif role == "block":
@@ -2036,6 +2059,8 @@ def decode(args):
 
 def bench_panel(args):
     """All likelihoods of the decode runs on the same validation windows: exact, bounds, chains; bits per byte."""
+    if args.n_mc < 4 or args.n_mc % 4 or args.windows < 1:
+        raise ValueError(f"--n_mc {args.n_mc} must be a multiple of 4, and --windows {args.windows} at least 1")
     folders = decode_runs(args, ["ar", "mdm", "block"])
     (device, *_), rows = setup(args), []
     for role, folder in folders.items():

@@ -2970,6 +2970,25 @@ def test_decode_and_panel_end_to_end(runs, tmp_path, capsys, monkeypatch):
     assert [r["run"] for r in rows] == ["ar"] + ["mdm"] * 3 + ["block"] * 3 and all(r["bits_per_byte"] > 0 for r in rows)
     assert bench.main(["decode", *common, "--objective", "block"]) == 2 and "ar, mdm" in capsys.readouterr().err
 
+
+def test_decode_runs_are_what_was_asked_for(dataset, runs, tmp_path, capsys, monkeypatch):
+    """Wrong flags and given runs of another kind are refused before anything is trained; runs left by other settings are not taken."""
+    jobs = []
+    run_arms = bench.run_arms
+    monkeypatch.setattr(bench, "run_arms", lambda j, workers: jobs.append(j) or run_arms({}, workers) and False)
+    given = " ".join(f"--run_{r} {runs / r}" for r in ("ar", "mdm", "block"))
+    for argv, message in ((f"decode --run_mdm {runs / 'ar'} --dataset {dataset}", "--run_mdm"), (f"panel --run_block {runs / 'mixed'} --dataset {dataset}", "--run_block"),
+                          ("decode --judge none", "no checkpoint none"), ("decode --batches 0,8", "--batches 0,8"), ("panel --n_mc 3", "multiple of 4"),
+                          ("panel --windows 0", "--windows 0"), ("tools --problems 0", "--problems 0"), ("theory --sequences 0", "--sequences 0")):
+        assert bench.main(f"{argv} --out {tmp_path}".split() if "tools" not in argv else argv.split()) == 2 and not jobs, argv
+        error = capsys.readouterr().err
+        assert message in error and len(error.splitlines()) == 1, (argv, error)
+    assert bench.main(f"panel {given} --workers 0".split()) == 2 and "--workers 0" in capsys.readouterr().err
+    (tmp_path / "ar").mkdir()
+    (tmp_path / "ar" / "metrics.jsonl").write_text(json.dumps(dict(kind="eval", step=5, loss=1.0)) + "\n")
+    assert bench.main(f"panel --run_mdm {runs / 'mdm'} --run_block {runs / 'block'} --dataset {dataset} --max_steps 5 --n_embd 16 --out {tmp_path}".split()) == 130
+    assert list(jobs[-1]) == ["ar"] and jobs[-1]["ar"]["n_embd"] == 16, "train.py --resume auto compares the settings"
+
 # ---------------------------------------------------------------------------------------------------------------------
 # bench.py choices, and the probe of train.py
 
