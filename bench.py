@@ -70,7 +70,10 @@ HERE = Path(__file__).resolve().parent
 
 def numbers(text):
     """'1,2' -> [1, 2]: a type of flags."""
-    return [int(n) for n in text.split(",")]
+    try:
+        return [int(n) for n in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}': expected whole numbers, comma-separated, such as 64,256") from None
 
 
 def choose(flag, text, known):
@@ -2123,7 +2126,7 @@ def read_items(path, tokenizer, limit=None):
                     context, ends, gold = parse_item(json.loads(line))
                     items.append({"context": tokenizer.encode(context), "ends": [tokenizer.encode(e) for e in ends], "gold": gold,
                                   "bytes": [len(e.encode()) for e in ends]})
-            except (json.JSONDecodeError, UnicodeEncodeError):
+            except (json.JSONDecodeError, RecursionError, UnicodeEncodeError):
                 raise ValueError(f"{path} line {n} is no JSON object of UTF-8 text") from None
             except (EOFError, OSError, lzma.LZMAError, UnicodeDecodeError) as e:
                 raise ValueError(f"{path} is damaged or no {path.suffix} file: {e}") from None
@@ -2274,6 +2277,8 @@ def choices(args):
     asked = choose("measures", args.measures, dict.fromkeys(itertools.chain(*MEASURES.values())))
     if args.n_mc < 4 or args.n_mc % 4 or args.limit is not None and args.limit < 1:
         raise ValueError(f"--n_mc {args.n_mc} must be a multiple of 4, and --limit {args.limit} at least 1")
+    if args.which not in ("best", "last"):
+        raise ValueError(f"--which {args.which} is unknown: best or last")
     device, rows, work = train.pick_device(args.device), [], []
     batch_tokens = args.batch_tokens or (65536 if device.startswith("cuda") else 4096)
     for run in args.runs:                                                              # all input is read before the work begins
@@ -2438,6 +2443,8 @@ def main(argv=None):
             steps=(1000, "of training for AR, three times as many for block diffusion"))
     try:
         args = parser.parse_args(argv)
+        if getattr(args, "threads", 1) < (args.command != "choices"):
+            raise ValueError(f"--threads {args.threads}: expected a number of CPU threads, at least 1")
         return args.run(args) or 0
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here")

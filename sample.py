@@ -32,8 +32,11 @@ def parse_prompt(text, tokenizer, mask_id):
     """Token ids of a prompt; [MASK] or [MASK:n] stands for 1 or n tokens to fill in."""
     ids = []
     for i, part in enumerate(re.split(r"\[MASK(?::(\d+))?\]", text)):
-        if i % 2:
+        if i % 2 and part != "0":
             ids += [mask_id] * int(part or 1)
+        elif i % 2 or "[MASK" in part:
+            raise ValueError("places to fill are written [MASK], or [MASK:n] for n of at least 1: the prompt has "
+                             + ("[MASK:0]" if i % 2 else f"'{part[part.index('[MASK'):][:20]}'"))
         else:
             ids += tokenizer.encode(part)
     return ids

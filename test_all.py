@@ -2898,8 +2898,8 @@ def test_sample_refuses(runs, capsys, tmp_path, monkeypatch):
                           ("mdm --threshold 0.9 --order left", "max_prob"), ("mdm --cache", "block_size"), ("mdm --block_size 0", "at least 1"),
                           ("mdm --refresh 2", "needs --cache"), ("mdm --block_size 4 --cache --refresh 0", "at least 1"),
                           ("ar --steps 0", "autoregressive"), ("mixed --steps 0", "at least 1"), ("block --block_size 0", "blocks of 4"),
-                          ("mdm --temperature nan", "temperature"),
-                          ("block --block_size 8", "blocks of 4"), ("block --cache", "blocks of 4"), ("mdm --temperature -1", "temperature")):
+                          ("mdm --temperature nan", "temperature"), ("mdm --device cudaa", "auto, cuda"), ("mdm --prompt a[MASK:-2]", "[MASK:n]"),
+                          ("mdm --prompt a[MASK:0]b", "[MASK:0]"), ("block --block_size 8", "blocks of 4"), ("block --cache", "blocks of 4"), ("mdm --temperature -1", "temperature")):
         run, *rest = argv.split()
         assert sample.main([str(runs / run), *rest]) == 2, argv
         error = capsys.readouterr().err
@@ -2979,7 +2979,8 @@ def test_decode_runs_are_what_was_asked_for(dataset, runs, tmp_path, capsys, mon
     given = " ".join(f"--run_{r} {runs / r}" for r in ("ar", "mdm", "block"))
     for argv, message in ((f"decode --run_mdm {runs / 'ar'} --dataset {dataset}", "--run_mdm"), (f"panel --run_block {runs / 'mixed'} --dataset {dataset}", "--run_block"),
                           ("decode --judge none", "no checkpoint none"), ("decode --batches 0,8", "--batches 0,8"), ("panel --n_mc 3", "multiple of 4"),
-                          ("panel --windows 0", "--windows 0"), ("tools --problems 0", "--problems 0"), ("theory --sequences 0", "--sequences 0")):
+                          ("panel --windows 0", "--windows 0"), ("panel --threads 0", "--threads 0"), ("choices none --threads -1", "--threads -1"),
+                          ("choices none --which worst", "--which worst"), ("tools --problems 0", "--problems 0"), ("theory --sequences 0", "--sequences 0")):
         assert bench.main(f"{argv} --out {tmp_path}".split() if "tools" not in argv else argv.split()) == 2 and not jobs, argv
         error = capsys.readouterr().err
         assert message in error and len(error.splitlines()) == 1, (argv, error)
@@ -3164,10 +3165,11 @@ def test_choices_refuse(runs, tmp_path, capsys):
     good, empty, broken = write_jsonl(tmp_path / "g.jsonl", GOOD), write_jsonl(tmp_path / "e.jsonl"), tmp_path / "b.jsonl.gz"
     broken.write_bytes(gzip.compress(json.dumps(GOOD).encode() * 999)[:-30])
     (tmp_path / "l.jsonl").write_bytes(b"\xff\xfe")
+    deep = write_jsonl(tmp_path / "d.jsonl", "[" * 100_000)
     for argv, message in ((f"ar --files {empty}", "holds no items"), (f"ar --files {broken}", "damaged"), (f"ar --files {tmp_path}/l.jsonl", "damaged"),
                           (f"ar --files {tmp_path}/none.jsonl", "No such file"), (f"ar --files {good} --measures bound", "whose likelihoods are exact"),
                           (f"mdm --files {good} --measures left", "exact, bound, chain"), (f"mdm --files {good} --n_mc 6", "multiple of 4"),
-                          (f"ar --files {good} --limit 0", "at least 1"), ("nothing", "no checkpoint")):
+                          (f"ar --files {good} --limit 0", "at least 1"), ("nothing", "no checkpoint"), (f"ar --files {deep}", "line 1 is no JSON")):
         run, *rest = argv.split()
         assert bench.main(["choices", str(runs / run), *rest]) == 2, argv
         error = capsys.readouterr().err

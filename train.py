@@ -385,6 +385,8 @@ def load_model(path, which="best", device="cpu"):
 def pick_device(name):
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name.partition(":")[0] not in ("cpu", "cuda", "mps") or not name.partition(":")[2].isdecimal() and ":" in name:
+        raise ValueError(f"--device {name} is unknown: auto, cuda, cuda:1, mps or cpu")
     if torch.device(name).type == "cuda" and (torch.device(name).index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: torch sees {torch.cuda.device_count() or 'no'} CUDA devices here, use --device cpu")
     return name
