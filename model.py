@@ -115,12 +115,17 @@ def parse_value(text):
 
 
 def parse_layers(pattern, n_layer):
+WHOLE = ("vocab_size", "block_size", "layers", "n_layer", "n_embd", "tied", "logit_softcap")   # fields that all layers share
+
+
     """Expand a layer pattern to n_layer entries (name, {field: value}).
 
     Grammar: item ::= name | name(key=value, ...) | (items), each with an optional *count; items are separated by blanks.
     A pattern shorter than the model is repeated, a longer one is cut: "gated_deltanet*3 full" at depth 48 is Qwen3-Next.
     """
-    tokens = re.findall(r"\w+\([^()]*=[^()]*\)|\w+|\*\s*\d+|[()]|\S", pattern)
+    if pattern.count("(") != pattern.count(")"):
+        raise ValueError(f"layer pattern '{pattern}' has unbalanced parentheses")
+    tokens = re.findall(r"\w+\([^()]*\)|\w+|\*\s*\d+|[()]|\S", pattern)
 
     def items(i, depth):
         out = []
@@ -132,8 +137,13 @@ def parse_layers(pattern, n_layer):
                 if name not in ATTENTION:
                     raise ValueError(f"unknown layer '{name}' in the pattern '{pattern}'{nearest(name, ATTENTION)}: "
                                      f"known are {', '.join(ATTENTION)}")
-                pairs = [a.partition("=") for a in args.rstrip(")").split(",") if a.strip()]
-                group, i = [(name, {k.strip(): parse_value(v) for k, _, v in pairs})], i + 1
+                values = {}
+                for pair in filter(str.strip, args.rstrip(")").split(",")):
+                    key, eq, value = pair.partition("=")
+                    if not eq or key.strip() in WHOLE:
+                        raise ValueError(f"layer pattern '{pattern}': '{pair.strip()}' is not a setting of one layer, as in full(window=128)")
+                    values[key.strip()] = parse_value(value)
+                group, i = [(name, values)], i + 1
             if i < len(tokens) and tokens[i][0] == "*":
                 if not tokens[i][1:].strip():
                     raise ValueError(f"layer pattern '{pattern}': * needs a count after it, as in full*3")
@@ -150,9 +160,9 @@ def parse_layers(pattern, n_layer):
 
 
 def override(config, values):
-    """A copy of config with some fields set from values; unknown names are refused with the nearest one."""
-    known = [f.name for f in dataclasses.fields(config)]
-    for key in values:
+    """A copy of config with some fields set from values. ValueError: an unknown name, another type than the field's, a negative size."""
+    known = {f.name: f.type for f in dataclasses.fields(config)}
+    for key, value in values.items():
         if key not in known:
             raise ValueError(f"unknown model setting '{key}'{nearest(key, known)}")
     return dataclasses.replace(config, **values)

@@ -1300,11 +1300,20 @@ def test_layer_patterns():
     assert parse_layers("full(window=4, sink=true)*2 full", 4) == [("full", dict(window=4, sink=True))] * 2 + \
         [("full", {})] + [("full", dict(window=4, sink=True))]
     assert names("(full*3 full)*6 full*2", 3) == ["full"] * 3
-    for bad, message in (("ful", "did you mean 'full'"), ("(full", "unbalanced"), ("full)", "unbalanced"), ("full*", "count"), ("", "no layer")):
+    for bad, message in (("ful", "did you mean 'full'"), ("(full", "unbalanced"), ("full)", "unbalanced"), ("full*", "count"), ("", "no layer"),
+                         ("full(window=8", "unbalanced"), ("full(window)", "'window' is not a setting"), ("full(n_embd=64)", "not a setting")):
         with pytest.raises(ValueError, match=re.escape(message)):
             parse_layers(bad, 2)
     with pytest.raises(ValueError, match="did you mean 'window'"):
         LM(tiny(layers="full(windw=3)"))
+
+
+def test_settings_have_types():
+    assert tiny(dropout=0, rope_base=10, window=None, linear_decay="head", g_min=-1).g_min == -1
+    for bad in (dict(n_expert="abc"), dict(n_expert=8.5), dict(n_expert=True), dict(qk_norm="maybe"), dict(qk_norm=1), dict(dropout="x"),
+                dict(mlp=3), dict(n_inner=-8), dict(n_expert=None)):
+        with pytest.raises(ValueError, match="model setting " + next(iter(bad))):
+            tiny(**bad)
 
 
 def test_gpt2_sizes_and_flops():
