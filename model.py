@@ -9,6 +9,7 @@ also the BOS of AR. The logits are cut to V, so neither is ever predicted. Copy 
 import dataclasses
 import difflib
 import re
+import typing
 import warnings
 from dataclasses import dataclass
 
@@ -114,14 +115,15 @@ def parse_value(text):
     return text.strip()
 
 
-def parse_layers(pattern, n_layer):
 WHOLE = ("vocab_size", "block_size", "layers", "n_layer", "n_embd", "tied", "logit_softcap")   # fields that all layers share
 
 
+def parse_layers(pattern, n_layer):
     """Expand a layer pattern to n_layer entries (name, {field: value}).
 
     Grammar: item ::= name | name(key=value, ...) | (items), each with an optional *count; items are separated by blanks.
     A pattern shorter than the model is repeated, a longer one is cut: "gated_deltanet*3 full" at depth 48 is Qwen3-Next.
+    Raises ValueError for an unknown layer, a field of the whole model, and what is no pattern.
     """
     if pattern.count("(") != pattern.count(")"):
         raise ValueError(f"layer pattern '{pattern}' has unbalanced parentheses")
@@ -165,6 +167,12 @@ def override(config, values):
     for key, value in values.items():
         if key not in known:
             raise ValueError(f"unknown model setting '{key}'{nearest(key, known)}")
+        kind = known[key]
+        real = float in (kind, *typing.get_args(kind))                                 # takes whole numbers too
+        if not isinstance(value, kind | int if real else kind) or isinstance(value, bool) != (kind is bool):
+            raise ValueError(f"model setting {key}={value}: expected {getattr(kind, '__name__', kind)}")
+        if isinstance(value, int) and value < 0 and not real:
+            raise ValueError(f"model setting {key}={value} must not be negative")
     return dataclasses.replace(config, **values)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -182,6 +190,8 @@ GATED = ("swiglu", "swiglu_clamped")
 
 
 def inner_width(config):
+    if config.mlp not in (*GATED, "relu2", "gelu"):
+        raise ValueError(f"mlp '{config.mlp}' is unknown: {', '.join(GATED)}, relu2 or gelu")
     return config.n_inner or (-(-8 * config.n_embd // 96) * 32 if config.mlp in GATED else 4 * config.n_embd)
 
 
@@ -200,15 +210,30 @@ def activate(h, kind):
 class MLP(nn.Module):
     def __init__(self, config, inner=None):
         super().__init__()
-        C, self.kind = config.n_embd, config.mlp
-        if self.kind not in (*GATED, "relu2", "gelu"):
-            raise ValueError(f"mlp '{self.kind}' is unknown: {', '.join(GATED)}, relu2 or gelu")
-        inner = inner or inner_width(config)
+        C, self.kind, inner = config.n_embd, config.mlp, inner or inner_width(config)
         self.up_proj = nn.Linear(C, inner * (1 + (self.kind in GATED)), bias=config.bias)  # gate and up in one
         self.down_proj = nn.Linear(inner, C, bias=config.bias)
 
     def forward(self, x, aux=None):
         return self.down_proj(activate(self.up_proj(x), self.kind))
+
+
+class Take(torch.autograd.Function):
+    """Each row of x (n, C) k times, in another order: row index // k, for a permutation index (n k,) with inverse back.
+
+    The gradient is a gather too, with sums of a fixed order. That of index_select adds row after row into zeros: on a CPU by a
+    kernel call a row, on a GPU by atomics, in an order that changes from run to run.
+    """
+    @staticmethod
+    def forward(ctx, x, index, back, k):
+        ctx.save_for_backward(back)
+        ctx.k = k
+        return x.index_select(0, index // k if k > 1 else index)                       # (n k, C)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.index_select(0, ctx.saved_tensors[0])
+        return grad.view(-1, ctx.k, grad.size(1)).sum(1) if ctx.k > 1 else grad, None, None, None
 
 
 class MoE(nn.Module):
@@ -229,12 +254,13 @@ class MoE(nn.Module):
         if not 1 <= k <= E:
             raise ValueError(f"n_expert_active {k} must lie between 1 and n_expert {E}")
         G, self.groups = config.n_expert_group, config.n_expert_group_active
-        if E % G or not 1 <= self.groups <= G or k > E // G * self.groups:
+        if G < 1 or E % G or not 1 <= self.groups <= G or k > E // G * self.groups:
             raise ValueError(f"n_expert {E} in n_expert_group {G} groups with n_expert_group_active {self.groups}: the groups must be "
                              f"equal, and the active ones hold at least the n_expert_active {k} experts")
         if config.router not in ("sigmoid", "softmax"):
             raise ValueError(f"router '{config.router}' is unknown: sigmoid or softmax")
-        f = config.expert_inner or max(8, inner_width(config) // k // 8 * 8)           # grouped_mm wants multiples of 16 bytes
+        width = inner_width(config)
+        f = config.expert_inner or max(8, width // k // 8 * 8)                         # grouped_mm wants multiples of 16 bytes
         self.E, self.k, self.G, self.kind, self.sigmoid = E, k, G, config.mlp, config.router == "sigmoid"
         self.scale, self.bias_step, self.aux_weight = config.router_scale, config.router_bias_step, config.router_aux
         self.router = nn.Linear(C, E, bias=config.bias)
@@ -248,15 +274,16 @@ class MoE(nn.Module):
         self.register_buffer("count", torch.zeros(E), persistent=False)                # choices since the last balance()
 
     def route(self, x):
-        """x (N, C) -> weights (N, k) float32, experts (N, k) int64, probabilities (N, E)."""
+        """x (N, C) -> weights (N, k), experts (N, k) int64, probabilities (N, E): float32, or float64 where x is."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            bias = None if self.router.bias is None else self.router.bias.float()
-            logits = F.linear(x.float(), self.router.weight.float(), bias)
+            bias = None if self.router.bias is None else self.router.bias.to(dtype)
+            logits = F.linear(x.to(dtype), self.router.weight.to(dtype), bias)
         p = logits.sigmoid() if self.sigmoid else logits.softmax(dim=-1)
         choice = p.detach() + self.bias
         if self.G > 1:                                                                 # a group is as good as its best two
             groups = choice.view(-1, self.G, self.E // self.G)
-            best = top_k(groups.topk(2, dim=-1).values.sum(dim=-1), self.groups)[0]
+            best = top_k(groups.topk(min(2, self.E // self.G), dim=-1).values.sum(dim=-1), self.groups)[0]
             allowed = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter_(1, best, True)
             choice = groups.masked_fill(~allowed[..., None], -torch.inf).flatten(1)
         experts = top_k(choice, self.k)[0]
@@ -268,8 +295,8 @@ class MoE(nn.Module):
         B, T, C = x.shape
         x = x.reshape(B * T, C)
         weights, experts, p = self.route(x)
-        one = torch.ones(experts.numel(), device=x.device)                              # float32, whatever model.to(dtype) made of the buffers
-        count = torch.zeros(self.E, device=x.device).scatter_add_(0, experts.flatten(), one)
+        one = torch.ones(experts.numel(), dtype=torch.int32, device=x.device)
+        count = torch.zeros(self.E, dtype=torch.int32, device=x.device).scatter_add_(0, experts.flatten(), one)
         if self.training:
             self.count += count
         if aux is not None and not self.sigmoid:
@@ -279,15 +306,16 @@ class MoE(nn.Module):
         # grouped_mm: on CUDA bf16 only; compiled in float32 it fails (torch 2.13); rows must be multiples of 16 bytes
         fits = dtype == torch.bfloat16 or dtype == torch.float32 and x.device.type == "cpu" and not torch.compiler.is_compiling()
         aligned = all(w.size(i) * itemsize(dtype) % 16 == 0 for w in (up, down) for i in (1, 2))
-        y = (self.grouped if fits and aligned and x.device.type in ("cpu", "cuda") else self.every)(xs, up, down, weights, experts)
+        path = self.grouped if fits and aligned and x.device.type in ("cpu", "cuda") else self.every
+        y = path(xs, up, down, weights, experts, count)
         if self.shared is not None:
             gate = 1.0 if self.shared_gate is None else torch.sigmoid(self.shared_gate(x))
             y = y + gate * self.shared(x)
         return y.view(B, T, C)
 
-    def every(self, x, up, down, weights, experts):
+    def every(self, x, up, down, weights, experts, count=None):
         """The definition: sum over all experts of weight x expert(x), weight 0 where not chosen."""
-        w = torch.zeros(len(x), self.E, device=x.device).scatter(1, experts, weights)
+        w = torch.zeros(len(x), self.E, dtype=weights.dtype, device=x.device).scatter(1, experts, weights)
         h = torch.einsum("nc,ecf->enf", x, up)
         if self.expert_up_bias is not None:
             h = h + self.expert_up_bias[:, None].to(h.dtype)
@@ -296,22 +324,20 @@ class MoE(nn.Module):
             y = y + self.expert_down_bias[:, None].to(y.dtype)
         return torch.einsum("enc,ne->nc", y, w.to(x.dtype))
 
-    def grouped(self, x, up, down, weights, experts):
+    def grouped(self, x, up, down, weights, experts, count):
         """The same on tokens sorted by expert: one matrix product a group, however long the groups are."""
         order = experts.flatten().argsort(stable=True)                                 # (N k,)
-        count = torch.zeros(self.E, dtype=torch.int32, device=x.device)
-        count.scatter_add_(0, experts.flatten(), torch.ones_like(order, dtype=torch.int32))
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
         offs = count.cumsum(0).int()                                                   # cumsum makes int64 of it
         mm = getattr(F, "grouped_mm", None) or torch._grouped_mm
-        h = mm(x.index_select(0, order // self.k), up, offs=offs)                      # (N k, 2 f)
+        h = mm(Take.apply(x, order, back, self.k), up, offs=offs)                      # (N k, 2 f)
         if self.expert_up_bias is not None:
             h = h + self.expert_up_bias.to(h.dtype)[experts.flatten().index_select(0, order)]
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
         y = mm(activate(h, self.kind), down, offs=offs)
-        y = y.index_select(0, back).view(len(x), self.k, -1)                           # in token order: deterministic sums
+        y = Take.apply(y, back, order, 1).view(-1, self.k, x.size(1))                  # in token order again
         if self.expert_down_bias is not None:
             y = y + self.expert_down_bias.to(y.dtype)[experts]
-        return torch.bmm(weights[:, None].to(y.dtype), y)[:, 0]
+        return torch.bmm(weights[:, None].to(y.dtype), y).squeeze(1)
 
     @torch.no_grad()
     def balance(self):

@@ -1391,7 +1391,7 @@ def make_moe(seed=0, **values):
 
 
 MOES = {"sigmoid": dict(router="sigmoid", router_scale=2.5, shared_inner=16), "softmax": dict(router="softmax", shared_inner=16),
-        "groups": dict(n_expert_group=4, n_expert_group_active=2), "relu2": dict(mlp="relu2", n_expert_active=3),
+        "groups": dict(n_expert_group=4, n_expert_group_active=2), "groups of one": dict(n_expert_group=8, n_expert_group_active=3), "relu2": dict(mlp="relu2", n_expert_active=3),
         "gpt-oss": dict(router="softmax", bias=True, mlp="swiglu_clamped")}
 
 
@@ -1438,6 +1438,27 @@ def test_moe_router_is_its_definition():
         torch.testing.assert_close(weights[n], 2.5 * s[chosen] / s[chosen].sum())
 
 
+def test_moe_balance_loss_is_its_definition():
+    """E sum_e f_e P_e, f_e: choices of e per token, P_e: mean probability of e; summed over layers."""
+    moe, x, aux = make_moe(**MOES["softmax"], router_aux=0.5), torch.randn(2, 10, 32), {"balance": 1.0}
+    moe(x, aux)
+    p = (x.view(-1, 32) @ moe.router.weight.T).softmax(1)
+    chosen = [set(row.argsort(descending=True)[:2].tolist()) for row in p]
+    expected = 1.0 + 0.5 * 8 * sum(sum(e in c for c in chosen) / 20 * p[:, e].mean() for e in range(8))
+    torch.testing.assert_close(aux["balance"], expected)
+
+
+def test_moe_in_float64_is_exact():
+    """The router, too: else a float64 likelihood is right to seven digits only."""
+    moe, x = make_moe(**MOES["groups"]).double(), torch.randn(1, 6, 32, dtype=torch.float64)
+    weights, experts, _ = moe.route(x[0])
+    s = torch.sigmoid(x[0] @ moe.router.weight.T).gather(1, experts)
+    torch.testing.assert_close(weights, s / s.sum(1, keepdim=True), rtol=1e-12, atol=0)
+    out = torch.stack([sum(w * one_expert(moe, t, e) for w, e in zip(*row)) for t, *row in zip(x[0], weights, experts)])
+    torch.testing.assert_close(moe(x)[0], out, rtol=1e-10, atol=1e-12)
+    assert moe(x[:, :0]).shape == (1, 0, 32)
+
+
 def test_moe_bias_balances_without_a_gradient():
     moe, x = make_moe(router_bias_step=0.02), 1 + torch.randn(1, 512, 32)
     with torch.no_grad():
@@ -1455,17 +1476,23 @@ def test_moe_bias_balances_without_a_gradient():
     assert moe.count.sum() == 0, "evaluation must not move the bias"
 
 
-def test_moe_compiles_once():
-    """The readable path under compile in float32: changing routing, no recompile."""
-    moe = make_moe()
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_moe_compiles_once(dtype, monkeypatch):
+    """float32: the readable path, bfloat16: grouped_mm. Changing routing and an empty expert: no recompile, the same gradients."""
+    moe, results = make_moe().to(dtype), []
+    monkeypatch.setattr(moe, "every" if dtype == torch.bfloat16 else "grouped", None)  # under compile the other one must be taken
     torch._dynamo.reset()
     f = torch.compile(moe, backend="aot_eager", fullgraph=True)
-    f(torch.randn(1, 16, 32)).sum().backward()
+    f(torch.randn(1, 16, 32, dtype=dtype, requires_grad=True)).sum().backward()
+    moe.bias[3] = -100.0
+    x = (torch.randn(1, 16, 32) * 10).to(dtype).requires_grad_()
     with torch.compiler.set_stance("fail_on_recompile"):
-        x = torch.randn(1, 16, 32) * 10
-        y = f(x)
-    torch.testing.assert_close(y, moe(x), rtol=0, atol=1e-4)
+        results.append(torch.autograd.grad(f(x).sum(), [x, *moe.parameters()]))
     torch._dynamo.reset()
+    monkeypatch.undo()
+    results.append(torch.autograd.grad(moe(x).sum(), [x, *moe.parameters()]))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float64))
@@ -1484,9 +1511,9 @@ def test_moe_active_parameters():
 
 
 @pytest.mark.parametrize("bad", [dict(n_expert_active=9), dict(n_expert_group=3), dict(n_expert_group=4, n_expert_group_active=5),
-                                 dict(router="top")])
+                                 dict(n_expert_group=0), dict(router="top"), dict(mlp="swigloo")])
 def test_moe_refuses(bad):
-    with pytest.raises(ValueError, match="n_expert|router"):
+    with pytest.raises(ValueError, match="n_expert|router|mlp 'swigloo'"):
         make_moe(**bad)
 
 
