@@ -2334,6 +2334,16 @@ def test_muon_is_torchs():
         assert (p - q).norm() < 0.03 * (q - s).norm()                                  # bf16 matmuls, batched or not
 
 
+def test_biases_of_experts_are_vectors():
+    """Their shape (E, width) is a matrix's: they neither decay nor go to Muon."""
+    lm = LM(tiny(n_expert=4, bias=True, layers="full nsa"))
+    adam, muon = train.make_optimizers(lm, {**train.DEFAULTS, "optimizer": "muon"}, "cpu")
+    plain = {n for n, p in lm.named_parameters() if any(p is q for q in adam.param_groups[1]["params"])}
+    assert all(p.ndim >= 2 for p in muon.param_groups[0]["params"]) and adam.param_groups[1]["weight_decay"] == 0
+    assert {n.split(".")[-1] for n in plain} == {"weight", "bias", "expert_up_bias", "expert_down_bias", "window_pos"}
+    assert all("norm" in n for n in plain if n.endswith("weight"))
+
+
 def test_orthogonalise():
     G = torch.randn(3, 20, 12)
     s = torch.linalg.svdvals(train.orthogonalise(G).float())

@@ -254,10 +254,13 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(lm, flags, device):
-    """Every parameter in exactly one group: matrices decay, vectors (norms, biases, gates) and short convolutions do not."""
+    """Every parameter in exactly one group: matrices decay, vectors (norms, biases, gates) and short convolutions do not.
+
+    The experts' biases (E, width) are vectors, too, though their shape is a matrix's; so are nsa's positions in a window.
+    """
     params = dict(lm.named_parameters())
-    muon = {n for n, p in params.items() if n.startswith("blocks.") and p.ndim >= 2 and "conv" not in n and flags["optimizer"] == "muon"}
-    decays = {n for n, p in params.items() if p.ndim >= 2 and "conv" not in n}
+    decays = {n for n, p in params.items() if p.ndim >= 2 and not n.endswith(("bias", "conv_weight", "window_pos"))}
+    muon = {n for n in decays if n.startswith("blocks.") and flags["optimizer"] == "muon"}
     groups = [[p for n, p in params.items() if n not in muon and n in decays],
               [p for n, p in params.items() if n not in muon and n not in decays]]
     fused = torch.device(device).type in ("cuda", "cpu")
