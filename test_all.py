@@ -2416,12 +2416,43 @@ def test_half_written_checkpoint_never_gets_the_final_name(dataset, tmp_path, mo
     assert (tmp_path / "run" / "ckpt_last.pt").read_bytes() == before
 
 
+def test_half_a_log_line_does_not_stop_a_resume(dataset, tmp_path):
+    go(dataset, tmp_path / "run", max_steps=6)
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as f:
+        f.write('{"kind": "train", "st')                                               # killed while it wrote
+    go(dataset, tmp_path / "run", resume="auto", max_steps=8)
+    assert [s for s, _ in history(tmp_path / "run")] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_ctrl_c_before_training_is_one_line(monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "train", interrupted)
+    monkeypatch.setattr(prepare, "prepare", interrupted)
+    for script in (train, prepare):
+        assert script.main([]) == 130 and len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_set_can_be_given_twice():
+    assert train.parse_flags("--set qk_norm=true --n_layer 2 --set n_expert=4 window=8".split())["set"] == ["qk_norm=true", "n_expert=4", "window=8"]
+
+
+def test_compile_needs_a_compiler(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match="g\\+\\+"):
+        go(dataset, tmp_path / "run", compile="on")
+    assert not (tmp_path / "run").exists()
+
+
 BAD = {
     "--max_step 3": "--max_steps", "--objective arr": "did you mean 'ar'", "--dataset {tmp}/nothing": "nothing", "--unique_tokens 99999999": "more than",
     "--block_size 4096": "smaller --block_size", "--block_size 512": "smaller --block_size", "--n_head 3": "multiple of n_head", "--n_kv_head 4 --n_head 6 --n_embd 24": "n_kv_head",
     "--epochs -1": "above 0", "--batch_tokens 70": "multiple of block_size", "--set windw=3": "did you mean 'window'", "--set window": "key=value",
     "--layers ful": "did you mean 'full'", "--resume {tmp}/no.pt": "no checkpoint", "--eval_epochs often": "neither a list", "--out {out}": "already holds a run",
     "--out {out} --resume auto --n_embd 32": "checkpoint: 16", "--resume {cut}": "truncated", "--device cuda:9": "CUDA", "--out {file}/x": "cannot write",
+    "--device gpu": "cuda:0, mps or cpu", "--set n_expert=abc": "expected int", "--set vocab_size=500": "tokenizer's, 257", "--seed -1": "--seed -1",
+    "--epochs inf": "finite", "--eval_epochs 0": "neither a list", "--objective mixed --ar_frac 0": "one of each kind", "--layers full(window=3": "unbalanced",
+    "--objective mdm --input_mask 0.1": "no AR rows", "--set n_expert=4 n_expert_active=5": "between 1 and n_expert",
     "--dropout 2": "between 0 and 1", "--indexer_warmup 3": "indexer", "--objective block --diffusion_block 5": "must divide",
 }
 
@@ -2979,6 +3010,16 @@ def test_crossing():
 def test_crossover_end_to_end(dataset, tmp_path, capsys):
     """The main job in small: both arms, table, picture, numbers; run again it finds everything done."""
     argv = f"""crossover --scale cpu --dataset {dataset} --unique_tokens 320 --epochs 4 --n_layer 1 --n_head 2 --n_embd 16 --block_size 16
+@pytest.mark.parametrize("line", ["crossover --seeds 0", "sparsity --ratio 1", "sparsity --workers 0", "moe --steps 1", "moe --repeat 0", "moe --threads 0",
+                                  "moe --device gpu", "crossover --arms ar", "crossover --arms arr", "crossover --scale tpu", "sparsity --match both"])
+def test_bench_refuses(line, dataset, tmp_path, capsys):
+    small = "--unique_tokens 320 --n_layer 1 --n_head 2 --n_embd 32 --block_size 16 --batch_tokens 64"
+    few = f" --scale cpu --dataset {dataset} {small} --out {tmp_path}/runs" if "moe" not in line else ""
+    assert bench.main((line.replace(" ", few + " ", 1) + f" --results {tmp_path}").split()) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and line.split()[1] in error
+
+
                --batch_tokens 64 --evals 3 --out {tmp_path / 'runs'} --results {tmp_path / 'results'}""".split()
     assert bench.main(argv) == 0
     out = capsys.readouterr().out

@@ -116,7 +116,7 @@ def parse_flags(argv=None):
             if default is not None and default != []:
                 text += f" (default: {default})"
             if name == "set":
-                group.add_argument("--set", nargs="+", metavar="KEY=VALUE", help=text)
+                group.add_argument("--set", nargs="+", action="extend", metavar="KEY=VALUE", help=text)
             else:
                 group.add_argument(f"--{name}", type=KIND.get(name, str if default is None else type(default)),
                                    metavar=name.upper(), help=text.replace("%", "%%"))
@@ -129,8 +129,8 @@ def check(flags):
             raise ValueError(f"--{name} {flags[name]} is unknown{nearest(flags[name], choices)}: one of {', '.join(choices)}")
     for name in ("epochs", "max_steps", "unique_tokens", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd",
                  "micro_batch", "max_minutes", "lr", "log_every", "save_every", "batch_tokens", "diffusion_block"):
-        if flags[name] is not None and not flags[name] > 0:
-            raise ValueError(f"--{name} {flags[name]} must be above 0")
+        if flags[name] is not None and not 0 < flags[name] < math.inf:
+            raise ValueError(f"--{name} {flags[name]} must be above 0" + " and finite" * (flags[name] == math.inf))
     for name in ("ar_frac", "input_mask", "token_noise", "dropout", "beta2"):
         if flags[name] is not None and not 0 <= flags[name] <= 1:
             raise ValueError(f"--{name} {flags[name]} must lie between 0 and 1")
@@ -138,6 +138,10 @@ def check(flags):
                  "grad_clip", "threads"):
         if flags[name] < 0:
             raise ValueError(f"--{name} {flags[name]} must not be negative")
+    if not 0 <= flags["seed"] < 2 ** 31:
+        raise ValueError(f"--seed {flags['seed']} must lie between 0 and {2 ** 31 - 1}")
+    if (flags["input_mask"] or flags["token_noise"]) and flags["objective"] in ("mdm", "block"):
+        raise ValueError(f"--input_mask and --token_noise damage what AR reads, and --objective {flags['objective']} has no AR rows: leave them out")
 
 
 def model_config(flags, vocab_size=None):
@@ -152,7 +156,9 @@ def model_config(flags, vocab_size=None):
             raise ValueError(f"--set {pair} is not of the form key=value")
         values[key] = parse_value(value)
     if vocab_size is not None:
-        values["vocab_size"] = vocab_size
+        if values.setdefault("vocab_size", vocab_size) != vocab_size:
+            raise ValueError(f"--set vocab_size={values['vocab_size']}: it is the tokenizer's, {vocab_size}; leave it out, or prepare the "
+                             "text with another --tokenizer")
     return from_preset(flags["preset"], **values)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -207,8 +213,10 @@ def eval_steps(flags, total, steps_per_epoch):
             epochs = np.geomspace(min(1.0, last), last, points)
         else:
             epochs = [float(e) for e in spec.split(",")]
+        if not all(0 < e < math.inf for e in epochs):
+            raise ValueError
     except ValueError:
-        raise ValueError(f"--eval_epochs {spec} is neither a list such as 1,2,4 nor geometric nor geometric:N") from None
+        raise ValueError(f"--eval_epochs {spec} is neither a list of epochs such as 1,2,4 nor geometric nor geometric:N") from None
     return {min(total, max(1, round(e * steps_per_epoch))) for e in epochs} | {total}
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -388,10 +396,13 @@ def load_model(path, which="best", device="cpu"):
 def pick_device(name):
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name.partition(":")[0] not in ("cpu", "cuda", "mps") or not name.partition(":")[2].isdecimal() and ":" in name:
-        raise ValueError(f"--device {name} is unknown: auto, cuda, cuda:1, mps or cpu")
-    if torch.device(name).type == "cuda" and (torch.device(name).index or 0) >= torch.cuda.device_count():
+    kind, _, index = name.partition(":")
+    if kind not in ("cuda", "mps", "cpu") or index and not index.isdecimal():
+        raise ValueError(f"--device {name} is unknown: auto, cuda, cuda:0, mps or cpu")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: torch sees {torch.cuda.device_count() or 'no'} CUDA devices here, use --device cpu")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"--device {name}: torch sees no Apple GPU here, use --device cpu")
     return name
 
 
@@ -440,6 +451,9 @@ def train(given, log=print):
     cuda = device.startswith("cuda")
     bf16 = flags["dtype"] == "bfloat16" or flags["dtype"] == "auto" and cuda and torch.cuda.is_bf16_supported()
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+    compiled = flags["compile"] == "on" or flags["compile"] == "auto" and cuda
+    if compiled and device == "cpu" and not shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")):
+        raise ValueError("--compile on needs a C++ compiler for the CPU, such as g++: install one, or use --compile off")
 
     # ---- data
     folder = Path(flags["dataset"]) if os.sep in flags["dataset"] else Path("data") / flags["dataset"]
@@ -469,6 +483,10 @@ def train(given, log=print):
     block = flags["diffusion_block"] if flags["objective"] == "block" else T           # tokens that share one noise level
     if T % block:
         raise ValueError(f"--diffusion_block {block} must divide block_size {T}")
+    ar_rows = {"ar": B, "mixed": round(flags["ar_frac"] * B)}.get(flags["objective"], 0)
+    if flags["objective"] == "mixed" and not 0 < ar_rows < B:
+        raise ValueError(f"--ar_frac {flags['ar_frac']} makes {ar_rows} of the {B} windows in a step AR: a mixed run needs one of each kind "
+                         "at least, take a larger --batch_tokens or another --ar_frac")
 
     # ---- length
     per_epoch = windows.U / flags["batch_tokens"]                                      # steps, a fraction
@@ -479,6 +497,9 @@ def train(given, log=print):
     # ---- model
     torch.manual_seed(flags["seed"])
     lm = LM(config)
+    indexed = [b.mixer for b in lm.blocks if hasattr(b.mixer, "stage")]
+    if (flags["dense_steps"] or flags["indexer_warmup"]) and not indexed:
+        raise ValueError(f"--dense_steps and --indexer_warmup need layers with an indexer (dsa, msa), and --layers is {config.layers}")
     threads = flags["threads"] or (1 if lm.num_params() < 5_000_000 else os.cpu_count())
     torch.set_num_threads(threads)
     lm.to(device).train()
@@ -513,7 +534,8 @@ def train(given, log=print):
         try:
             out.mkdir(parents=True, exist_ok=True)
             if metrics.exists():                                                       # drop what came after the checkpoint
-                logged = [r for r in map(json.loads, metrics.read_text().splitlines()) if state and r["step"] <= step]
+                whole = [line for line in metrics.read_text().splitlines() if line.endswith("}")]  # a killed run may leave half a line
+                logged = [r for r in map(json.loads, whole) if state and r["step"] <= step]
             metrics.write_text("".join(json.dumps(r) + "\n" for r in logged))
             versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
             (out / "config.json").write_text(json.dumps({"flags": flags, "model": dataclasses.asdict(config),
@@ -527,7 +549,6 @@ def train(given, log=print):
     logged = None
 
     # ---- batches: the AR rows of a global batch come first, then the diffusion rows
-    ar_rows = {"ar": B, "mixed": round(flags["ar_frac"] * B)}.get(flags["objective"], 0)
     micro = flags["micro_batch"] or max(1, min(B // world, (65536 if cuda else 8192) // T))
     bos = mask = lm.mask_id
     parts = []                                                                         # (objective, rows) of this process
@@ -544,13 +565,8 @@ def train(given, log=print):
         return diffusion.mdm_loss(lambda idx, **k: lm(idx, aux=aux, **k), x, mask, noise=(n, u),
                                   block_size=block if block < T else None), sum(aux.values())
 
-    compiled = flags["compile"] == "on" or flags["compile"] == "auto" and cuda
     if compiled:
         ar_part, mdm_part = (torch.compile(f, dynamic=False, fullgraph=True) for f in (ar_part, mdm_part))
-
-    indexed = [b.mixer for b in lm.blocks if hasattr(b.mixer, "stage")]
-    if (flags["dense_steps"] or flags["indexer_warmup"]) and not indexed:
-        raise ValueError(f"--dense_steps and --indexer_warmup need layers with an indexer (dsa, msa), and --layers is {config.layers}")
 
     def gradients(step):
         """Adds up the gradient of the whole batch; returns its mean loss (a device tensor, nats per token) by objective."""
@@ -738,6 +754,9 @@ def main(argv=None):
     except (ValueError, OSError) as e:
         print(f"train.py: {e}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:                                                          # before the first step, or in the sample
+        print("train.py: interrupted outside of training; nothing that was saved is lost", file=sys.stderr)
+        return 130
     return 130 if result["stopped"] else 0
 
 
