@@ -503,18 +503,19 @@ def write_bin(path, stream, tok, limit=None):
     return dict(tokens=tokens, documents=documents, bytes=size, sha256=digest.hexdigest())
 
 
-def prepare(source="docs", name=None, tokenizer="bpe:4096", out_dir="data", text=(), val=(), val_fraction=0.1,
+def prepare(source="docs", name=None, tokenizer=None, out_dir="data", text=(), val=(), val_fraction=0.1,
             bpe_text=(), corrupt=0.0, seed=0, max_tokens=None):
     """Makes the dataset out_dir/name and returns that folder; at once where it is there already with the same settings.
 
-    source: one of DATASETS, unless `text`, a list of files, is given. val: files; without them val_fraction of the
-    modules (docs, pysrc) or of the end of the text. bpe_text: files for bpe:N to learn from in place of the training
-    text. corrupt: share of the training words to damage; the vocabulary is learnt from clean text. max_tokens: length
-    of the training part. Raises ValueError, which says what to type, and OSError where out_dir cannot be written."""
+    source: one of DATASETS, unless `text`, a list of files, is given. tokenizer: None takes the source's in USUAL, else
+    bpe:4096. val: files; without them val_fraction of the modules (docs, pysrc) or of the end of the text. bpe_text:
+    files for bpe:N to learn from in place of the training text. corrupt: share of the training words to damage; the
+    vocabulary is learnt from clean text. max_tokens: length of the training part. Raises ValueError, which says what to
+    type, and OSError where out_dir cannot be written."""
     text, val, bpe_text = ([Path(file) for file in files] for files in (text, val, bpe_text))
     source = "text" if text else source
     usual = USUAL.get(source, "bpe:4096")
-    tokenizer = usual if tokenizer == "bpe:4096" else tokenizer
+    tokenizer = tokenizer or usual
     if not name:
         name = (text[0].name.split(".")[0] if text else source) + (f"-corrupt{corrupt:g}" if corrupt else "")
         if tokenizer != usual:
@@ -524,6 +525,8 @@ def prepare(source="docs", name=None, tokenizer="bpe:4096", out_dir="data", text
             (val and not text, "--val needs --text: a dataset brings its own validation text"),
             (not 0 < val_fraction < 1, f"--val_fraction {val_fraction}: expected a number above 0 and below 1"),
             (not 0 <= corrupt <= 1, f"--corrupt {corrupt}: expected a share of the words from 0 to 1, such as 0.3"),
+            (seed < 0, f"--seed {seed}: expected 0 or more"),
+            (bpe_text and not tokenizer.startswith("bpe:"), f"--bpe_text is what bpe:N learns from, and --tokenizer is {tokenizer}"),
             (max_tokens is not None and max_tokens < 1, f"--max_tokens {max_tokens}: expected at least 1"),
             (source in SHARDS and (corrupt or tokenizer != "gpt2"),
              f"{source} is gpt2 tokens already: it takes no --corrupt and no other --tokenizer"),
@@ -532,12 +535,17 @@ def prepare(source="docs", name=None, tokenizer="bpe:4096", out_dir="data", text
         if wrong:
             raise ValueError(message)
     sizes = lambda files: [[file.name, file.stat().st_size] for file in files]
-    settings = dict(source=source, text=sizes(text), val=sizes(val), val_fraction=val_fraction, tokenizer=tokenizer,
-                    bpe_text=sizes(bpe_text), corrupt=corrupt, seed=seed, max_tokens=max_tokens)
+    content = hashlib.sha256()
+    for file in text + val + bpe_text:
+        with open(file, "rb") as f:
+            content.update(hashlib.file_digest(f, "sha256").digest())
+    settings = dict(source=source, content=content.hexdigest(), text=sizes(text), val=sizes(val), bpe_text=sizes(bpe_text),
+                    val_fraction=val_fraction, tokenizer=tokenizer, corrupt=corrupt, seed=seed, max_tokens=max_tokens)
     folder = Path(out_dir) / name
     if folder.exists():
-        if read_meta(folder).get("settings") != settings:
-            raise ValueError(f"{folder} exists and was made with other settings (see its meta.json): "
+        made = read_meta(folder).get("settings")
+        if not made or any(made.get(key, value) != value for key, value in settings.items()):
+            raise ValueError(f"{folder} exists and was made from another text or with other settings (see its meta.json): "
                              "give another --name, or delete that folder")
         return folder
     Path(out_dir).mkdir(parents=True, exist_ok=True)
@@ -614,12 +622,14 @@ def load_dataset(folder):
 
 def main(argv=None):
     p = Parser(prog="prepare.py", description="Text to tokens: makes data/NAME/{train.bin, val.bin, meta.json}.")
-    p.add_argument("--dataset", default="docs", choices=DATASETS, help="built-in; docs, pysrc and arithmetic need no network")
-    p.add_argument("--text", nargs="+", default=[], metavar="FILE", help="your own: .txt .jsonl, also .gz .bz2 .xz")
+    source = p.add_mutually_exclusive_group()
+    source.add_argument("--dataset", default="docs", choices=DATASETS, help="built-in; docs, pysrc and arithmetic need no network")
+    source.add_argument("--text", nargs="+", default=[], metavar="FILE", help="your own: .txt .jsonl, also .gz .bz2 .xz")
     p.add_argument("--val", nargs="+", default=[], metavar="FILE", help="validation text to go with --text")
     p.add_argument("--val_fraction", type=float, default=0.1, help="held out where there is no validation text")
     p.add_argument("--name", help="folder under --out_dir; else named after the source and the tokenizer")
-    p.add_argument("--tokenizer", default="bpe:4096", help="byte, bpe:N, gpt2, cl100k_base, o200k_base or a folder")
+    p.add_argument("--tokenizer", help="byte, bpe:N, gpt2, cl100k_base, o200k_base or a prepared folder (default: bpe:4096; "
+                                       "arithmetic: byte; fineweb10B, finewebedu10B: gpt2)")
     p.add_argument("--bpe_text", nargs="+", default=[], metavar="FILE", help="what bpe:N learns from, if not --text")
     p.add_argument("--corrupt", type=float, default=0.0, metavar="RATE", help="share of training words to damage")
     p.add_argument("--seed", type=int, default=0, help="seed of --corrupt and of arithmetic")
@@ -632,6 +642,9 @@ def main(argv=None):
     except (ValueError, OSError) as e:
         print(f"prepare.py: {e}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("prepare.py: interrupted, and nothing half made is left", file=sys.stderr)
+        return 130
     for split in ("train", "val"):
         tokens, documents, size = (meta[f"{split}_{key}"] for key in ("tokens", "documents", "bytes"))
         print(f"{folder}/{split}.bin: {tokens:,} tokens, {documents:,} documents, {size / 1e6:.2f} MB of text")

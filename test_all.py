@@ -2760,6 +2760,7 @@ def test_prepare_own_text(tmp_path, capsys, tokenizer):
     capsys.readouterr()
     assert prep_make(tmp_path, "--tokenizer", tokenizer, "--name", "mine", text=text) == 0      # nothing to do
     assert prep_make(tmp_path, "--tokenizer", "bpe:280", "--name", "mine", text=text) == 2      # nothing overwritten
+    assert prep_make(tmp_path, "--tokenizer", tokenizer, "--name", "mine", text=text.replace("cat", "dog")) == 2    # nor passed off as this
     assert "--name" in capsys.readouterr().err and before == {f.name: f.stat().st_mtime_ns for f in folder.iterdir()}
 
 
@@ -2840,7 +2841,9 @@ def test_damaged_datasets(tmp_path):
     (["--tokenizer", "bpe:12"], "bpe:N"), (["--corrupt", "1.5"], "1.5"), (["--val_fraction", "0"], "val_fraction"),
     (["--val_fraction", "x"], "float"), (["--val", "a.txt"], "--text"), (["--text", "no.txt"], "no.txt"),
     (["--max_tokens", "0"], "max_tokens"), (["--name", "a/b"], "out_dir"),
-    (["--dataset", "fineweb10B", "--tokenizer", "byte"], "gpt2"), (["--text", "/dev/null"], "/dev/null"),
+    (["--dataset", "fineweb10B", "--tokenizer", "byte"], "gpt2"), (["--dataset", "fineweb10B", "--tokenizer", "bpe:4096"], "gpt2"),
+    (["--dataset", "shakespeare", "--text", __file__], "not allowed with"), (["--seed", "-1"], "--seed -1"),
+    (["--text", __file__, "--tokenizer", "byte", "--bpe_text", __file__], "bpe_text"), (["--text", "/dev/null"], "/dev/null"),
     (["--text", __file__, "--out_dir", __file__, "--tokenizer", "byte"], "test_")])
 def test_bad_input(tmp_path, monkeypatch, capsys, flags, message):
     monkeypatch.chdir(tmp_path)
