@@ -87,6 +87,9 @@ def choose(flag, text, known):
 
 def setup(args):
     """(device, is it a GPU?, dtype: there bfloat16) of a measurement, and --threads is set."""
+    for name in ("threads", "repeat"):
+        if getattr(args, name, 1) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
     device = train.pick_device(args.device)
     torch.set_num_threads(args.threads)
     cuda = device.startswith("cuda")
@@ -245,7 +248,7 @@ def run_arms(jobs, workers):
     """
     import threading
     if workers < 1:
-        raise ValueError(f"--workers {workers}: at least one run at a time")
+        raise ValueError(f"--workers {workers} must be at least 1")
     waiting, running, ok, tic = list(jobs.items()), {}, True, time.time()
 
     def show(name, stream, last):
@@ -462,6 +465,8 @@ def crossover(args):
 
     The curve crossing is where diffusion passes below AR at the same epoch, the honest one where it passes below the best
     loss that AR ever reached."""
+    if args.seeds < 1:
+        raise ValueError(f"--seeds {args.seeds} must be at least 1")
     scale, s, root, common = study(args, "crossover")
     wanted = choose("arms", args.arms, {**ARMS, **TUNED}) if args.arms or args.tuned else list(ARMS)
     if not {"ar", "mdm"} <= set(wanted):
@@ -571,6 +576,8 @@ def match_experts(base, match, ratio=8, k=2):
 
     if match not in ("active", "total"):
         raise ValueError(f"--match {match} is unknown: active or total")
+    if not 1 < ratio < math.inf:
+        raise ValueError(f"--ratio {ratio:g} must be above 1: the mixture has that many times as many parameters in all as active ones")
     with torch.device("meta"):
         goal = LM(ModelConfig(**base)).num_params()
     experts, width = 4 * k, None
@@ -799,6 +806,8 @@ def topics(lm, corpora, rows=64):
 
 def bench_moe(args):
     """Mixture of experts: speed against dense, load with and without the bias rule, experts and topics."""
+    if args.steps < 2:
+        raise ValueError(f"--steps {args.steps} must be at least 2: the first one comes before the routers are skewed")
     device, *_ = setup(args)
     rows = moe_speed(device, args.repeat)
     table(rows, skip=["what"])

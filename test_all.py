@@ -3010,9 +3010,6 @@ def test_crossing():
     assert bench.crossing(None, mdm, level=3.2)["epoch"] == pytest.approx(2 ** (1 + 0.3 / 0.5))
 
 
-def test_crossover_end_to_end(dataset, tmp_path, capsys):
-    """The main job in small: both arms, table, picture, numbers; run again it finds everything done."""
-    argv = f"""crossover --scale cpu --dataset {dataset} --unique_tokens 320 --epochs 4 --n_layer 1 --n_head 2 --n_embd 16 --block_size 16
 @pytest.mark.parametrize("line", ["crossover --seeds 0", "sparsity --ratio 1", "sparsity --workers 0", "moe --steps 1", "moe --repeat 0", "moe --threads 0",
                                   "moe --device gpu", "crossover --arms ar", "crossover --arms arr", "crossover --scale tpu", "sparsity --match both"])
 def test_bench_refuses(line, dataset, tmp_path, capsys):
@@ -3023,6 +3020,9 @@ def test_bench_refuses(line, dataset, tmp_path, capsys):
     assert len(error.splitlines()) == 1 and line.split()[1] in error
 
 
+def test_crossover_end_to_end(dataset, tmp_path, capsys):
+    """The main job in small: both arms, table, picture, numbers; run again it finds everything done."""
+    argv = f"""crossover --scale cpu --dataset {dataset} --unique_tokens 320 --epochs 4 --n_layer 1 --n_head 2 --n_embd 16 --block_size 16
                --batch_tokens 64 --evals 3 --out {tmp_path / 'runs'} --results {tmp_path / 'results'}""".split()
     assert bench.main(argv) == 0
     out = capsys.readouterr().out
