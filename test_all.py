@@ -2453,6 +2453,7 @@ BAD = {
     "--device gpu": "cuda:0, mps or cpu", "--set n_expert=abc": "expected int", "--set vocab_size=500": "tokenizer's, 257", "--seed -1": "--seed -1",
     "--epochs inf": "finite", "--eval_epochs 0": "neither a list", "--objective mixed --ar_frac 0": "one of each kind", "--layers full(window=3": "unbalanced",
     "--objective mdm --input_mask 0.1": "no AR rows", "--set n_expert=4 n_expert_active=5": "between 1 and n_expert",
+    "--preset gpt2 --set position=rotary": "fixes position=learned",
     "--dropout 2": "between 0 and 1", "--indexer_warmup 3": "indexer", "--objective block --diffusion_block 5": "must divide",
 }
 

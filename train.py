@@ -159,6 +159,9 @@ def model_config(flags, vocab_size=None):
         if values.setdefault("vocab_size", vocab_size) != vocab_size:
             raise ValueError(f"--set vocab_size={values['vocab_size']}: it is the tokenizer's, {vocab_size}; leave it out, or prepare the "
                              "text with another --tokenizer")
+    fixed = {k: v for k, v in PRESETS[flags["preset"]].items() if isinstance(v, (str, bool)) and values.get(k, v) != v}
+    for key, value in fixed.items():                                                   # its sizes are free, what kind of model it is is not
+        raise ValueError(f"--preset {flags['preset']} fixes {key}={value}: leave {key}={values[key]} out, or take another preset")
     return from_preset(flags["preset"], **values)
 
 # ---------------------------------------------------------------------------------------------------------------------
