@@ -248,6 +248,11 @@ def no_mask(name, mask):
 def itemsize(dtype):
     return torch.empty(0, dtype=dtype).element_size()
 
+
+def no_autocast(x):
+    """Inside, autocast is off on x's device: what must be float32 stays float32. (The meta device has no autocast.)"""
+    return contextlib.nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Softmax attention
 
@@ -1207,9 +1212,17 @@ def token_by_token(q, k, v, beta, g, S, own, reset, scale):
 def two_way(core, q, k, v, beta, g, state, causal, reset, scale, **settings):
     """Run a core; when not causal, on [x ; flip(x)] along the batch, the flipped half reading before it writes."""
     (B, H, T, K), own = q.shape, None
+    for name, a, *shapes in (("k", k, (B, H, T, K)), ("v", v, (B, H, T, v.size(-1))), ("beta", beta, (B, H, T)),
+                             ("g", g, (B, H, T), (B, H, T, K)), ("state", state, (B, H, K, v.size(-1))),
+                             ("reset", reset, (B, T))):
+        if a is not None and tuple(a.shape) not in shapes:
+            raise ValueError(f"{name} has shape {tuple(a.shape)}, expected {' or '.join(map(str, shapes))} beside q "
+                             f"{tuple(q.shape)}: (B, H, T, K)")
     f = torch.promote_types(q.dtype, torch.float32)
     S = q.new_zeros(B, H, K, v.size(-1), dtype=f) if state is None else state.to(f)
     scale = K ** -0.5 if scale is None else scale
+    if v.numel() == 0:
+        return v.to(q.dtype), S
     if g is not None:
         g = g.to(f)
         g = g.unsqueeze(-1) if g.dim() == 3 else g
@@ -1221,7 +1234,7 @@ def two_way(core, q, k, v, beta, g, state, causal, reset, scale, **settings):
             reset = torch.cat([reset, F.pad(reset[:, 1:], (0, 1)).flip(1)])
         S = torch.cat([S, torch.zeros_like(S)])
         own = torch.arange(2 * B, device=q.device) < B
-    with torch.autocast(q.device.type, enabled=False):                                 # the inverse in bf16 is wrong
+    with no_autocast(q):                                                               # the inverse in bf16 is wrong
         o, S = core(q, k, v, beta, g, S, own, reset, scale, **settings)
     if not causal:
         o, S = o[:B] + o[B:].flip(2), S[:B]
@@ -1251,8 +1264,9 @@ def linear_attention(q, k, v, g=None, state=None, causal=True, chunk_size=None, 
     """
     chunk_size = pick_chunk(chunk_size, q)
     if g is None and not causal:
-        S = widen(k).mT @ widen(v) + (0 if state is None else state)
-        return (q @ S.to(q.dtype)) * (q.size(-1) ** -0.5 if scale is None else scale), S
+        with no_autocast(q):
+            S = widen(k).mT @ widen(v) + (0 if state is None else state)
+            return (q @ S.to(q.dtype)) * (q.size(-1) ** -0.5 if scale is None else scale), S
     return two_way(chunked, q, k, v, None, g, state, causal, None, scale, g_min=None, chunk_size=chunk_size)
 
 
@@ -1332,6 +1346,10 @@ class FixedState(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        for field, low in (("linear_n_head", 1), ("linear_n_v_head", 1), ("linear_key_dim", 1), ("linear_value_dim", 1),
+                           ("conv_size", 1), ("out_gate_rank", 0)):
+            if getattr(config, field) is not None:
+                at_least(field, getattr(config, field), low)
         C, self.H = config.n_embd, config.linear_n_head or config.n_head
         self.Hv = config.linear_n_v_head or self.H
         if self.Hv % self.H:
@@ -1345,12 +1363,15 @@ class FixedState(nn.Module):
         self.gate = self.gate if config.decay_gate == "auto" else config.decay_gate
         self.out_gate = self.out_gate if config.out_gate == "auto" else config.out_gate
         self.bidir, self.g_min, self.beta_max = config.bidir, config.g_min, 2.0 if config.neg_eigval else 1.0
+        gates = ("softplus", "lower") if self.decay in ("head", "channel") else (None, "softplus", "lower")
         for field, value, legal in (("linear_decay", self.decay, (None, "fixed", "head", "channel")),
-                                    ("decay_gate", self.gate, (None, "softplus", "lower")),
+                                    ("decay_gate", self.gate, gates),
                                     ("out_gate", self.out_gate, (None, "silu", "sigmoid")),
                                     ("bidir", self.bidir, ("sum", "forward", "backward"))):
             if value not in legal:
                 raise ValueError(f"{field} '{value}' is unknown: one of {', '.join(str(a).lower() for a in legal)}")
+        if self.gate == "lower" and not -5 <= self.g_min <= 0:
+            raise ValueError(f"g_min {self.g_min} must lie in [-5, 0]; decay_gate=softplus has no bound")
         self.sizes = [self.H * self.K, self.H * self.K, self.Hv * self.V]              # q, k, v
         self.qkv_proj = nn.Linear(C, sum(self.sizes), bias=False)
         bound = config.conv_size ** -0.5                                               # nn.Conv1d's own
@@ -1387,6 +1408,8 @@ class FixedState(nn.Module):
 
     def forward(self, x, causal=True, cache=None, commit=True, pos=None, valid=None, mask=None, aux=None):
         no_mask(self.name, mask)
+        if x.numel() == 0:
+            return x
         B, T, _ = x.shape
         if not causal and self.bidir == "backward":
             if cache is not None:
@@ -1442,7 +1465,8 @@ class FixedState(nn.Module):
                      state=torch.zeros(batch_size, self.Hv, self.K, self.V, device=device, dtype=wide))
 
     def cache_bytes(self, T, dtype):
-        return 4 * self.Hv * self.K * self.V + (self.conv_weight.size(1) - 1) * sum(self.sizes) * itemsize(dtype)
+        state = self.Hv * self.K * self.V * itemsize(torch.promote_types(dtype, torch.float32))
+        return state + (self.conv_weight.size(1) - 1) * sum(self.sizes) * itemsize(dtype)
 
     def reads(self, T, causal=True):
         """Rows of the state, each as large as one key and value: K, whatever T; both scans have one."""

@@ -1058,6 +1058,32 @@ def test_linear_function_errors():
         delta_rule(q, k, v, beta, chunk_size=48)
     with pytest.raises(ValueError, match="g_min"):
         delta_rule(q, k, v, beta, g, g_min=-8.0)
+    for fn in (delta_rule, delta_rule_recurrent):                                      # fla's layout, heads behind tokens
+        for name, bad in (("beta", beta.mT), ("g", g.transpose(1, 2)), ("k", k[:, :, :9]), ("v", v[:, :1]), ("state", q), ("reset", q[0, 0, 0] > 0)):
+            with pytest.raises(ValueError, match=f"{name} has shape"):
+                fn(**{**dict(q=q, k=k, v=v, beta=beta, g=g), name: bad})
+
+
+def test_linear_functions_take_nothing():
+    for B, T in ((2, 0), (0, 5)):
+        q, k, v, beta, g, S = lin_inputs(T, g="head", B=B)
+        for causal in (True, False):
+            for fn in (delta_rule, delta_rule_recurrent):
+                o, S1 = fn(q, k, v, beta, g, S, causal)
+                assert o.shape == v.shape and torch.equal(S1, S)
+            for fn in (linear_attention, linear_attention_recurrent):
+                o, S1 = fn(q, k, v, None, S, causal)
+                assert o.shape == v.shape and torch.equal(S1, S)
+
+
+def test_one_matrix_for_all_tokens_is_float32():
+    """As the other forms: autocast reaches neither the state nor the outputs."""
+    torch.manual_seed(0)
+    q, k, v, _, _, _ = lin_inputs(200)
+    with torch.autocast("cpu", torch.bfloat16):
+        o, S = linear_attention(q, k, v, causal=False)
+    o2, S2 = linear_attention(q.double(), k.double(), v.double(), causal=False)
+    assert S.dtype == o.dtype == torch.float32 and lin_rel(o, o2) < 1e-6 and lin_rel(S, S2) < 1e-6
 
 
 # Layers
@@ -1144,10 +1170,25 @@ def test_linear_layer_directions(name):
 
 
 @pytest.mark.parametrize("fields, message", [(dict(linear_n_head=2, linear_n_v_head=3), "multiple"), (dict(n_head=5), "multiple"), (dict(bidir="both"), "bidir"),
-                                             (dict(decay_gate="hard"), "decay_gate"), (dict(linear_decay="x"), "linear_decay"), (dict(out_gate="tanh"), "out_gate")])
+                                             (dict(decay_gate="hard"), "decay_gate"), (dict(linear_decay="x"), "linear_decay"), (dict(out_gate="tanh"), "out_gate"),
+                                             (dict(linear_decay="head", decay_gate=None), "decay_gate"), (dict(linear_decay="head", decay_gate="lower", g_min=3.0), "g_min"),
+                                             (dict(conv_size=0), "conv_size"), (dict(linear_key_dim=-2), "linear_key_dim"), (dict(linear_n_head=0), "linear_n_head")])
 def test_linear_layer_errors(fields, message):
     with pytest.raises(ValueError, match=message):
         ATTENTION["linear"](lin_config(**fields))
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_linear_layer_shapes_alone(name):
+    """On the meta device nothing is computed; of an empty batch or text nothing comes back and nothing is remembered."""
+    with torch.device("meta"):
+        layer, x = lin_layer(name), torch.randn(2, 70, 32)
+        assert layer(x).shape == layer(x, causal=False).shape == x.shape
+        assert layer(x[:, :3], cache=layer.init_cache(2, 9, "meta")).shape == (2, 3, 32)
+    layer, x = lin_layer(name), torch.randn(2, 5, 32)
+    cache = layer.init_cache(2, 9, dtype=torch.float64)
+    assert layer(x[:, :0], cache=cache).shape == (2, 0, 32) and layer(x[:0], causal=False).shape == (0, 5, 32) and not cache.pos.any()
+    assert layer.cache_bytes(9, torch.float64) == sum(a[0].numel() * 8 for a in (cache.conv, cache.state))
 
 
 @pytest.mark.parametrize("name", LINEAR)
