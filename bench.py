@@ -81,7 +81,7 @@ def choose(flag, text, known):
     names = text.split(",") if text else list(known)
     for name in names:
         if name not in known:
-            raise ValueError(f"--{flag} {name} is unknown{nearest(name, known)}: expected of {', '.join(known)}")
+            raise ValueError(f"--{flag} {name} is unknown{nearest(name, known)}: expected some of {', '.join(known)}")
     return names
 
 
@@ -703,6 +703,7 @@ def bench_train(args):
     """Ours and, with --vs, nanoGPT, alternating in own processes: tokens/s, ms, memory, MFU, and the ratio."""
     if args.child:
         return throughput(args)
+    choose("preset", args.preset, PRESETS)
     base = [sys.executable, str(HERE / "bench.py"), "train", "--child"]
     for k in ("preset", "n_layer", "n_head", "n_embd", "block_size", "vocab_size", "batch", "iters", "warmup", "device", "compile",
               "dtype", "threads", "optimizer", "sdpa"):
@@ -2372,7 +2373,7 @@ def main(argv=None):
         return p
 
     # what several commands take
-    scaled = lambda kind, **names: {k: (None, text or "default: the scale's", kind) for k, text in names.items()}
+    scaled = lambda kind, **names: {k: (None, f"{text} (default: the scale's)", kind) for k, text in names.items()}
     threads = dict(threads=(1, "CPU threads"))
     machine = dict(device=("auto", "auto | cuda | cpu"), **threads)
     heads = dict(n_head=(4, "heads"), head_dim=(64, "width of a head"))
@@ -2380,17 +2381,18 @@ def main(argv=None):
     out = lambda folder, what="runs": dict(out=(folder, f"folder of the {what}"))
     layers = dict(layers=(None, f"comma-separated, of: {', '.join(SWEEP)} (default: all)"))
     objectives = dict(objectives=("ar,mdm", "ar, mdm or both"))
-    shape = dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size"), (None, "default: the scale's or preset's", int))
+    shape = {k: (None, f"{text} (default: the scale's or preset's)", int)
+             for k, text in dict(n_layer="blocks", n_head="heads", n_embd="width", block_size="tokens in a window").items()}
     points = "models and of the points measured so far"
 
-    few = dict(scale=("auto", "auto (gpu where there is one) | cpu | gpu"), **shape, **scaled(str, dataset=""),
-               **scaled(int, unique_tokens="", batch_tokens=""), evals=(12, "evaluations, geometric in epochs"),
-               **scaled(float, epochs="", lr="", minutes="of training, at most, per arm (default: the scale's)"))
+    few = dict(scale=("auto", "auto (gpu where there is one) | cpu | gpu"), **shape, **scaled(str, dataset="a name under data/ or a folder"),
+               **scaled(int, unique_tokens="the first so many tokens of its text", batch_tokens="tokens in a step"), evals=(12, "evaluations, geometric in epochs"),
+               **scaled(float, epochs="passes over them", lr="peak rate", minutes="of training, at most, per arm"))
     command("crossover", crossover, **few, **out(None, "runs (default: out/crossover-SCALE)"), seeds=(1, "number of seeds"),
             schedule=("constant", "constant | wsd | cosine: with the last two AR's best epoch gets an annealed run of its own"),
             tuned=(False, "add the regularised AR arms and the mixed arm"), lr_sweep=(False, "try 1/2, 1 and 2 times the rate"),
             arms=(None, f"the arms, comma-separated: ar,mdm and any of: {', '.join(TUNED)}"))
-    command("sparsity", sparsity, **few, **out(None, "runs (default: out/sparsity-SCALE)"), **scaled(int, workers=""),
+    command("sparsity", sparsity, **few, **out(None, "runs (default: out/sparsity-SCALE)"), **scaled(int, workers="runs at a time"),
             match=("active", "what the dense model has as many of as the mixture: active | total parameters"),
             ratio=(8.0, "total to active parameters of the mixture"))
 
@@ -2431,8 +2433,8 @@ def main(argv=None):
     command("theory", theory, **threads, **out("out/theory", points), lengths=("24,96", "of sequences, multiples of 3", numbers),
             steps=(1000, "of training for a diffusion model, a quarter of them for AR"),
             sequences=(128, "sampled from a trained model for each point, 8 times as many from an oracle"))
-    models = dict(**machine, **shape, workers=(2, "trainings at a time"), **scaled(str, dataset=""),
-                  **scaled(int, batch_tokens="", max_steps="training of AR; diffusion gets more (default: the scale's)"),
+    models = dict(**machine, **shape, workers=(2, "trainings at a time"), **scaled(str, dataset="a name under data/ or a folder"),
+                  **scaled(int, batch_tokens="tokens in a step", max_steps="training of AR; diffusion gets more"),
                   run_ar=(None, "run folder of the AR model (default: trained)"), run_mdm=(None, "of the diffusion model"),
                   run_block=(None, "of the block-diffusion model"), **out(None, "runs (default: out/decode-SCALE)"))
     command("decode", decode, **models, objective=objectives["objectives"], judge=(None, "run folder of the AR judge"),

@@ -3053,10 +3053,11 @@ def test_crossing():
 
 
 @pytest.mark.parametrize("line", ["crossover --seeds 0", "sparsity --ratio 1", "sparsity --workers 0", "moe --steps 1", "moe --repeat 0", "moe --threads 0",
-                                  "moe --device gpu", "crossover --arms ar", "crossover --arms arr", "crossover --scale tpu", "sparsity --match both"])
+                                  "moe --device gpu", "crossover --arms ar", "crossover --arms arr", "crossover --scale tpu", "sparsity --match both",
+                                  "train --preset gpt3"])
 def test_bench_refuses(line, dataset, tmp_path, capsys):
     small = "--unique_tokens 320 --n_layer 1 --n_head 2 --n_embd 32 --block_size 16 --batch_tokens 64"
-    few = f" --scale cpu --dataset {dataset} {small} --out {tmp_path}/runs" if "moe" not in line else ""
+    few = f" --scale cpu --dataset {dataset} {small} --out {tmp_path}/runs" if "moe" not in line and "train" not in line else ""
     assert bench.main((line.replace(" ", few + " ", 1) + f" --results {tmp_path}").split()) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1 and line.split()[1] in error
