@@ -46,7 +46,7 @@ FLAGS = {
         "indexer_warmup": (0, "then so many in which the indexer alone learns, then sparse attention"),
     },
     "model": {
-        "preset": ("small", f"starting point for the settings below: {', '.join(PRESETS)}"),
+        "preset": ("small", f"what kind of model; sizes are free, below and by --set: {', '.join(PRESETS)}"),
         "layers": (None, "layer pattern, such as 'full(window=64)*3 full'"),
         "n_layer": (None, "blocks"),
         "n_head": (None, "attention heads"),
