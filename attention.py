@@ -11,8 +11,8 @@ Every mixer is a pure function on (B, H, T, D) tensors and a layer built from a 
 Layer keywords, the same for all:
     cache   from init_cache; None computes the whole sequence at once
     commit  False: read cache + x, but leave the cache as it was (a noisy block, a draft)
-    pos     (T,) or (B, T) positions; default cache.pos + arange(T). With a cache `full` and `mla` write to the
-            slots named by pos, so that a block in the middle of a canvas can be computed anew
+    pos     (T,) or (B, T) positions; default cache.pos + arange(T). With a cache `mla` and `full` without a window
+            write to the slots named by pos, so that a block in the middle of a canvas can be computed anew
     valid   (B, T) bool, False = padding on the right: hidden from every other token
     mask    (T, S) bool, True = visible, instead of causal/bidirectional: `full` and `mla` only, without a cache
     aux     dict to which a layer adds named scalars, such as a loss of its own
@@ -38,21 +38,30 @@ class Cache:
 
     pos (B,) int64 counts the valid tokens of each row. used is an upper bound of pos.max() known on the host: asking
     the device for it would stall every step. dense: the host also knows that every row holds `used` of them (it is False for
-    good after a call with valid, or with pos into a cache that is not full).
+    good after a call with valid, or with pos into a cache that is not full). A compiled step cannot count on the host: it
+    leaves the bound max_len and dense False.
     """
     def __init__(self, batch_size, max_len, device=None, **state):
         self.pos = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.max_len, self.used, self.dense = max_len, 0, True
         self.__dict__.update(state)
 
-    def positions(self, T, pos=None):
-        """(B, T) positions of the next T tokens, or pos itself brought to that shape."""
+    def positions(self, T, pos=None, valid=None):
+        """(B, T) positions of the next T tokens, or pos itself brought to that shape.
+
+        With valid, rows that are full may take part in a step of one token, as padding: their position is max_len.
+        """
+        eager = not torch.compiler.is_compiling()
         if pos is None:
-            if not torch.compiler.is_compiling():
-                if self.used + T > self.max_len:
-                    raise ValueError(f"the cache holds {self.max_len} tokens and {self.used} are taken: {T} more do not "
-                                     f"fit, make it with init_cache(max_len >= {self.used + T})")
+            if eager and self.used + T > self.max_len:
+                self.used = int(self.pos.max())                                        # the bound had padding in it
+                taken = self.used if valid is None or T > 1 else int(self.pos.masked_fill(~valid[:, 0], 0).max())
+                if taken + T > self.max_len:
+                    raise ValueError(f"the cache holds {self.max_len} tokens and {taken} are taken: {T} more do not "
+                                     f"fit, make it with init_cache(max_len >= {taken + T})")
             pos = self.pos[:, None] + torch.arange(T, device=self.pos.device)
+        elif eager and pos.device.type == "cpu" and T and int(pos.max()) >= self.max_len:      # elsewhere it would be a wait
+            raise ValueError(f"pos {int(pos.max())} lies outside the cache of max_len {self.max_len}: the last position is {self.max_len - 1}")
         return pos.expand(self.pos.size(0), -1)
 
     def needs_mask(self, T, causal, pos, valid, commit):
@@ -69,7 +78,9 @@ class Cache:
         """Count the tokens at pos (B, T) as seen; the invalid ones among them do not count."""
         end = pos + 1 if valid is None else torch.where(valid, pos + 1, 0)
         self.pos.copy_(torch.maximum(self.pos, end.amax(dim=1)))
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            self.used, self.dense = self.max_len, False
+        else:
             self.used = min(self.max_len, self.used + pos.size(1))
 
 
@@ -136,9 +147,9 @@ def softmax_attention(q, k, v, causal=True, window=None, sink=None, scale=None, 
                                                   scale=scale, enable_gqa=q.size(1) != k.size(1))[..., :Dv]
     # SDPA has no sink and does not return its normaliser, so this is the definition, with its (T, S) scores in memory.
     k, v = (a.repeat_interleave(q.size(1) // a.size(1), dim=1) for a in (k, v))
-    scores = (q @ k.transpose(-1, -2)).float() * (scale or q.size(-1) ** -0.5)         # (B, H, T, S)
-    scores = scores.masked_fill(~mask, -math.inf)
-    null = sink.float().view(1, -1, 1, 1).expand(q.size(0), -1, T, 1)
+    scores = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) # (B, H, T, S)
+    scores = (scores * (scale or q.size(-1) ** -0.5)).masked_fill(~mask, -math.inf)
+    null = sink.to(scores.dtype).view(1, -1, 1, 1).expand(q.size(0), -1, T, 1)
     return torch.cat([scores, null], dim=-1).softmax(dim=-1)[..., :-1].to(v.dtype) @ v[..., :Dv]
 
 
@@ -240,6 +251,16 @@ def extend_ring(cache, new, pos, valid, commit):
     return out, k_pos, k_valid
 
 
+def hide_padding(mask, valid, causal, window=None):
+    """A layer's mask without a cache: the given one or causal and window, less the keys that are not valid (B, T)."""
+    if valid is None:
+        return mask
+    t = torch.arange(valid.size(1), device=valid.device)
+    if mask is None:
+        return visible(t, t, causal, window, valid).unsqueeze(1)                       # (B, 1, T, T)
+    return mask & visible(t, t, False, None, valid).unsqueeze(1)
+
+
 def no_mask(name, mask):
     if mask is not None:
         raise ValueError(f"layer '{name}' takes no mask=: only 'full' and 'mla' can read one (block diffusion's two streams)")
@@ -256,6 +277,20 @@ def no_autocast(x):
 # ---------------------------------------------------------------------------------------------------------------------
 # Softmax attention
 
+def at_least(name, value, low=1):
+    if value < low:
+        raise ValueError(f"{name} {value} must be at least {low}")
+
+
+def head_width(config):
+    at_least("n_head", config.n_head)
+    if config.head_dim is None and config.n_embd % config.n_head:
+        raise ValueError(f"n_embd {config.n_embd} must be a multiple of n_head {config.n_head}, or give head_dim")
+    D = config.n_embd // config.n_head if config.head_dim is None else config.head_dim
+    at_least("head_dim", D)
+    return D
+
+
 class Full(nn.Module):
     """Multi-head attention with the options of current models: each is off by default.
 
@@ -267,14 +302,14 @@ class Full(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, self.H = config.n_embd, config.n_head
-        self.Hkv = config.n_kv_head or self.H
-        if self.H % self.Hkv:
-            raise ValueError(f"n_head {self.H} must be a multiple of n_kv_head {self.Hkv}")
-        if config.head_dim is None and C % self.H:
-            raise ValueError(f"n_embd {C} must be a multiple of n_head {self.H}, or give head_dim")
-        self.D = config.head_dim or C // self.H
+        self.Hkv = self.H if config.n_kv_head is None else config.n_kv_head
+        if self.Hkv < 1 or self.H % self.Hkv:
+            raise ValueError(f"n_head {self.H} must be a multiple of n_kv_head {self.Hkv}, which is at least 1")
+        self.D = head_width(config)
         if config.window is not None and config.window < 1:
             raise ValueError(f"window {config.window} must be at least 1: it counts the token itself")
+        if not 0 <= config.rotary_fraction <= 1:
+            raise ValueError(f"rotary_fraction {config.rotary_fraction} must lie between 0 and 1")
         self.window = config.window
         self.rope_dim = int(self.D * config.rotary_fraction) if config.position == "rotary" else 0
         if self.rope_dim % 2:
@@ -315,7 +350,7 @@ class Full(nn.Module):
             if mask is not None:
                 raise ValueError("layer 'full' takes a mask= or a cache=, not both")
             # a prefill has no need to read the cache; a compiled step cannot know: `used` is only counted outside of graphs
-            fresh = cache.used == 0 and pos is None and valid is None and commit and not torch.compiler.is_compiling()
+            fresh = not torch.compiler.is_compiling() and cache.used == 0 and pos is None and valid is None and commit
             masked = cache.needs_mask(T, causal, pos, valid, commit) or self.window is not None
             pos = cache.positions(T, pos)
         elif pos is None:
@@ -329,11 +364,10 @@ class Full(nn.Module):
                 k, v = k_all.to(q.dtype), v_all.to(q.dtype)
                 if masked:
                     mask = visible(pos, k_pos, causal, window, k_valid).unsqueeze(1)   # (B, 1, T, S)
-        elif mask is not None and window is not None:
-            mask = mask & visible(pos, pos, causal, window)                            # positions: streams may share them
-        elif valid is not None and mask is None:
-            t = torch.arange(T, device=x.device)
-            mask = visible(t, t, causal, window, valid).unsqueeze(1)
+        else:
+            if mask is not None and window is not None:                                # positions: streams may share them
+                mask = mask & visible(pos.expand(B, T), pos.expand(B, T), False, window).unsqueeze(1)
+            mask = hide_padding(mask, valid, causal, window)
         y = softmax_attention(q, k, v, causal, window, self.sink, mask=mask)
         return self.output(y, x)
 
@@ -357,11 +391,6 @@ class Full(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # Low-rank softmax attention
 
-def at_least(name, value, low=1):
-    if value < low:
-        raise ValueError(f"{name} {value} must be at least {low}")
-
-
 def cache_for(batch_size, max_len, device, dtype, shapes):
     """Cache with a zero buffer (B, h, slots, width) for each name: (h, slots, width)."""
     return Cache(batch_size, max_len, device, **{name: torch.zeros(batch_size, *shape, device=device, dtype=dtype)
@@ -381,10 +410,11 @@ class MLA(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, self.H = config.n_embd, config.n_head
+        if config.sink or config.window is not None:
+            raise ValueError(f"layer '{type(self).__name__.lower()}' has no sink and no window: leave sink=False and "
+                             "window=None, or set them for the layers that have them, as in full(window=128)")
         given = all(getattr(config, n) is not None for n in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
-        if config.head_dim is None and C % self.H and not given:
-            raise ValueError(f"n_embd {C} must be a multiple of n_head {self.H}, or give head_dim")
-        D = config.head_dim or C // self.H
+        D = 0 if given else head_width(config)
         width = dict(kv_lora_rank=4 * D, qk_nope_head_dim=D, qk_rope_head_dim=D // 4 * 2, v_head_dim=D, q_lora_rank=C)
         for name, default in width.items():
             width[name] = default if getattr(config, name) is None else getattr(config, name)
@@ -449,9 +479,8 @@ class MLA(nn.Module):
             latent = latent.to(q.dtype)
             if masked:
                 mask = visible(pos, k_pos, causal, None, k_valid).unsqueeze(1)         # (B, 1, T, S)
-        elif valid is not None and mask is None:
-            t = torch.arange(T, device=x.device)
-            mask = visible(t, t, causal, None, valid).unsqueeze(1)
+        else:
+            mask = hide_padding(mask, valid, causal)
         y = self.attend(q, latent, functools.partial(softmax_attention, causal=causal, mask=mask),
                         absorbed=False if cache is None else None)
         return self.o_proj(y.transpose(1, 2).flatten(2))
@@ -506,11 +535,16 @@ def block_sparse_attention(q, k, v, sel, block_size, causal=True, tile=1, limit=
     if limit is None:
         t = torch.arange(T, device=q.device)[None]
         limit = t + 1 + S - T if causal else torch.full_like(t, S)
-    legal = 128 % (H // Hkv) == 0 and 0 in (block_size % 128, 128 % block_size) and 16 <= min(q.size(-1), v.size(-1)) and q.size(-1) <= 256
-    if path is None and q.is_cuda and T >= 128 and legal:                              # wider heads (absorbed MLA) overflow its tiles
-        path = "flex"
+    if path not in (None, "dense", "gather", "flex"):
+        raise ValueError(f"path '{path}' is unknown: dense, gather, flex or None")
+    tiles = 128 % (H // Hkv) == 0 and 0 in (block_size % 128, 128 % block_size)        # of 128 x 128, in whole tokens and blocks
+    if path == "flex" and not tiles:
+        raise ValueError(f"path 'flex' needs H / H_kv = {H // Hkv} to divide 128, and block_size {block_size} to divide "
+                         "128 or be a multiple of it: use dense or gather")
+    if path is None and q.is_cuda and T >= 128 and tiles and 16 <= min(q.size(-1), v.size(-1)) and q.size(-1) <= 256:
+        path = "flex"                                                                  # wider heads (absorbed MLA) do not fit
     if path == "gather" or path is None and (tile >= 16 or T <= 16):
-        if not torch.compiler.is_compiling() and (most is None or not q.is_cuda):         # on a GPU the count would be a wait
+        if not torch.compiler.is_compiling() and (most is None or q.device.type == "cpu"):    # elsewhere the count is a wait
             most = max(int(sel.sum(-1).amax()), 1)
         most = sel.size(-1) if most is None else most
         if path == "gather" or 2 * most * block_size <= S:
@@ -554,7 +588,7 @@ def gather_attention(q, k, v, sel, block, tile, limit, n, scale):
         return softmax_attention(q[r], kr, vr, causal=False, mask=None if mask is False else mask, scale=scale)
 
     r = torch.arange(len(index), device=q.device)
-    if len(r) <= 64 or torch.compiler.is_compiling() or q.is_cuda:
+    if len(r) <= 64 or torch.compiler.is_compiling() or q.device.type != "cpu":
         y = attend(r, None)
     else:
         # A mask for every row costs as much as its attention. Most rows need none (all they picked is visible) or all the
@@ -688,14 +722,20 @@ def indexer_kl(scores, q, k, mask, scale=None):
     return (p * (p.clamp(min=1e-30).log() - log_q)).sum(dim=-1)
 
 
-def add_indexer_kl(aux, kl):
-    """Add a layer's mean KL per query, from a list of (B, h, t), to aux["indexer_kl"]: the layers' sum."""
-    aux["indexer_kl"] = aux.get("indexer_kl", 0) + torch.cat(kl, dim=-1).mean()
+def add_indexer_kl(aux, kl, valid):
+    """Add a layer's mean KL per valid query, from a list of (B, h, t), to aux["indexer_kl"]: the layers' sum."""
+    kl = torch.cat(kl, dim=-1)                                                         # (B, h, T)
+    if valid is not None:
+        kl = kl.masked_fill(~valid[:, None], 0) * (valid.numel() / valid.sum().clamp(min=1))
+    aux["indexer_kl"] = aux.get("indexer_kl", 0) + kl.mean()
 
 
-def new_slots(x, cache):
+def new_slots(x, cache, valid):
     """(1 or B, T): the slots that x will take. They order the tokens; the keyword pos only says how to rotate them."""
-    return torch.arange(x.size(1), device=x.device)[None] if cache is None else cache.positions(x.size(1))
+    if cache is None:
+        return torch.arange(x.size(1), device=x.device)[None]
+    slots = cache.positions(x.size(1), valid=valid)
+    return slots if valid is None else slots.clamp(max=cache.max_len - 1)              # beyond: padding of a row that is full
 
 
 def see(new, slots, causal, cache, commit, valid, block=1):
@@ -724,7 +764,7 @@ def read_all(q, k, v, causal, limit, plain, scale=None):
 
 def window_attention(q, k, v, slots, limit, window, causal):
     """Sliding window over slots, a stretch of queries at a time against the keys around it: never (T, S)."""
-    y = []
+    y, window = [], min(window, k.size(2))
     for rows in row_slices(q.size(2), max(window, 128)):
         at = slots[:, rows].expand(q.size(0), -1)
         size = at.size(1) + (window - 1) * (1 if causal else 2)
@@ -798,11 +838,13 @@ class BlockSparse(Full):
         return sum(math.prod(shape) for shape in self.state(T).values()) * itemsize(dtype)
 
     def block_reads(self, T, causal):
-        """Keys in the chosen blocks of the last of T queries; when causal its own, perhaps partial, block is among them."""
+        """Keys in the chosen blocks of the last of T queries, its own, perhaps partial, block among them; bidirectional: of
+        the query that reads most, in a long text. The blocks that a tile touches are forced: a wide tile exceeds the topk."""
         own = (T - 1) // self.block
         if causal:
             return min(own, self.topk - 1) * self.block + T - own * self.block
-        return min(T, max(self.topk, self.init + 2 * self.local - 1) * self.block)
+        touched = (self.block - math.gcd(self.block, self.tile) + self.tile - 1) // self.block + 1
+        return min(T, max(self.topk, self.init + 2 * (self.local - 1) + touched) * self.block)
 
 
 class NSA(BlockSparse):
@@ -825,7 +867,7 @@ class NSA(BlockSparse):
 
     def forward(self, x, causal=True, cache=None, commit=True, pos=None, valid=None, mask=None, aux=None):
         no_mask("nsa", mask)
-        slots = new_slots(x, cache)
+        slots = new_slots(x, cache, valid)
         q, k, v = self.project(x, slots if pos is None else pos)
         (k, v), limit, plain = see({"k": k, "v": v}, slots, causal, cache, commit, valid, self.block)
         place = self.window_pos.to(k.dtype)
@@ -870,7 +912,7 @@ class InfLLM(BlockSparse):
 
     def forward(self, x, causal=True, cache=None, commit=True, pos=None, valid=None, mask=None, aux=None):
         no_mask("infllm", mask)
-        slots = new_slots(x, cache)
+        slots = new_slots(x, cache, valid)
         q, k, v = self.project(x, slots if pos is None else pos)
         (k, v), limit, plain = see({"k": k, "v": v}, slots, causal, cache, commit, valid, self.block)
         with torch.no_grad():
@@ -917,7 +959,7 @@ class MSA(BlockSparse):
 
     def forward(self, x, causal=True, cache=None, commit=True, pos=None, valid=None, mask=None, aux=None):
         no_mask("msa", mask)
-        slots = new_slots(x, cache)
+        slots = new_slots(x, cache, valid)
         pos = slots if pos is None else pos
         q, k, v = self.project(x, pos)
         qi = self.index_q_proj(x.detach()).unflatten(-1, (self.Hkv, -1)).transpose(1, 2)       # (B, Hkv, T, Di)
@@ -938,7 +980,7 @@ class MSA(BlockSparse):
                 if not dense:
                     mask = mask & sel[:, :, t[r] // tile][..., s // self.block]        # (B, Hkv, t, S)
                 kl.append(indexer_kl(qi[:, :, r] @ ki.transpose(-1, -2), q[:, :, r], k, mask))
-            add_indexer_kl(aux, kl)
+            add_indexer_kl(aux, kl, valid)
         if dense:
             return self.output(read_all(q, k, v, causal, limit, plain), x)
         return self.output(block_sparse_attention(q, k, v, sel, self.block, causal, tile, limit, self.most), x)
@@ -982,7 +1024,7 @@ class DSA(MLA):
 
     def forward(self, x, causal=True, cache=None, commit=True, pos=None, valid=None, mask=None, aux=None):
         no_mask("dsa", mask)
-        slots = new_slots(x, cache)
+        slots = new_slots(x, cache, valid)
         pos = slots if pos is None else pos
         q, latent, source = self.project(x, pos)
         qi = self.index_q_proj(source.detach()).unflatten(-1, (self.Hi, -1)).transpose(1, 2)   # (B, Hi, T, Di)
@@ -1007,7 +1049,7 @@ class DSA(MLA):
                 if learn:
                     kl.append(indexer_kl(score, q[:, :, r], k, mask, scale))
             if learn:
-                add_indexer_kl(aux, kl)
+                add_indexer_kl(aux, kl, valid)
             return read_all(q, k, v, causal, limit, plain, scale) if dense else torch.cat(y, dim=2)
 
         y = self.attend(q, latent, attention, absorbed=False if cache is None else None)

@@ -390,14 +390,14 @@ class LM(nn.Module):
 
     def forward(self, idx, causal=True, cache=None, commit=True, pos=None, valid=None, mask=None, aux=None):
         B, T = idx.shape
-        start = cache.used if cache is not None else 0
-        if pos is None and start + T > self.config.block_size:
-            self.beyond_block_size(start + T)
-        own_pos = pos                       # None lets the layers take their fast path; the values are the same
+        own_pos, start = pos, 0             # None lets the layers take their fast path; the values are the same
         if cache is not None:
             pos = cache.positions(T, pos)
+            start = 0 if torch.compiler.is_compiling() else cache.used                 # a graph cannot count
         elif pos is None:
             pos = torch.arange(T, device=idx.device)
+        if own_pos is None and start + T > self.config.block_size:
+            self.beyond_block_size(start + T)
         x = self.embed(idx)                                                            # (B, T, C)
         if self.embed_pos is not None:
             x = x + self.embed_pos(pos)

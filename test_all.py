@@ -71,7 +71,9 @@ def test_softmax_attention_is_its_definition():
             keys = [j for j in range(T) if (not causal or j <= t) and (window is None or abs(t - j) < window)]
             w = torch.stack([q[b, h, t] @ k[b, h // 2, j] / D ** 0.5 for j in keys] + ([s[h]] if s is not None else [])).exp()
             expected = sum(w[i] * v[b, h // 2, j] for i, j in enumerate(keys)) / w.sum()
-            torch.testing.assert_close(y[b, h, t], expected, rtol=0, atol=1e-6 if s is not None else 1e-12)
+            torch.testing.assert_close(y[b, h, t], expected, rtol=0, atol=1e-12)
+    args = [a[:1, :2, :4, :3].clone().requires_grad_() for a in (q, k, v)] + [sink[:2].clone().requires_grad_()]
+    assert torch.autograd.gradcheck(lambda q, k, v, s: softmax_attention(q, k, v, True, 3, s), args)
 
 
 @pytest.mark.parametrize("window", (3, 130, 200))
@@ -304,8 +306,43 @@ def test_cache_needs_a_mask_where_something_is_hidden():
     assert not cache.needs_mask(1, False, torch.tensor([5]), None, True) and cache.needs_mask(1, True, torch.tensor([5]), None, True)
 
 
+def test_mask_with_padding_positions_and_window():
+    """A given mask hides the padding too, and stands for both directions; its window reads positions, each row's own."""
+    torch.manual_seed(0)
+    x, mask = torch.randn(4, 12, 32), torch.rand(12, 12) < 0.7
+    mask.fill_diagonal_(True)
+    valid = torch.arange(12) < torch.tensor([7, 12, 9, 12])[:, None]
+    for case in ("full", "full window", "full sink", "mla"):                           # 4 rows, 4 heads: neither may pass for the other
+        layer = make_layer(case)
+        with torch.no_grad():
+            y = layer(x, mask=mask, valid=valid, pos=torch.arange(12) + torch.arange(4)[:, None])
+            for b, n in enumerate(valid.sum(1).tolist()):
+                alone = layer(x[b:b + 1, :n], causal=False, mask=mask[:n, :n], pos=torch.arange(n) + b)
+                torch.testing.assert_close(y[b:b + 1, :n], alone, rtol=0, atol=1e-5)
+
+
+def test_cache_bound_after_padding_and_compiled_steps():
+    """`used` is a bound, which padding and compiled steps make loose: what fits is taken and read, what does not is refused."""
+    layer, x = make_layer("full gqa"), torch.randn(2, 12, 32)
+    with torch.no_grad():
+        cache, y = layer.init_cache(2, 12), layer(x)
+        layer(torch.cat([x[:, :5], x[:, :5]], dim=1), cache=cache, valid=(torch.arange(10) < 5).expand(2, -1))
+        torch.testing.assert_close(layer(x[:, 5:8], cache=cache), y[:, 5:8], rtol=0, atol=1e-5)
+        step = torch.compile(lambda x, cache: layer(x, cache=cache), backend="eager", fullgraph=True)
+        torch.testing.assert_close(step(x[:, 8:10], cache), y[:, 8:10], rtol=0, atol=1e-5)
+        assert cache.needs_mask(1, False, torch.tensor([5]), None, False), "the host does not know that the cache is full"
+        torch.testing.assert_close(layer(x[:, 10:], cache=cache), y[:, 10:], rtol=0, atol=1e-5)
+        with pytest.raises(ValueError, match="holds 12 tokens and 12 are taken"):
+            layer(x[:, :1], cache=cache)
+        with pytest.raises(ValueError, match="pos 12 lies outside"):
+            layer(x[:, :2], cache=cache, pos=torch.tensor([11, 12]))
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("bad, message", [(dict(n_kv_head=3), "n_kv_head"), (dict(n_head=5), "n_head"), (dict(window=0), "window"),
-                                          (dict(rotary_fraction=0.4), "rotary")])
+                                          (dict(rotary_fraction=0.4), "rotary"), (dict(rotary_fraction=2.0), "rotary_fraction 2.0 must lie"),
+                                          (dict(n_kv_head=0), "n_kv_head 0"),
+                                          (dict(head_dim=0), "head_dim 0 must be at least 1")])
 def test_full_refuses(bad, message):
     with pytest.raises(ValueError, match=message):
         ATTENTION["full"](tiny(**bad))
@@ -348,6 +385,24 @@ soft_name = lambda case: {"moba": "infllm"}.get(case, case)
 
 # --- block-sparse attention: three paths, one definition
 
+def flex_tiles(run):
+    """run() -> (its result, the tiles its BlockMask visits, those that hold something visible), (B, h, rows, columns) bool.
+
+    Uncompiled, flex_attention reads mask_mod alone: a forgotten tile would be wrong on a GPU only.
+    """
+    from torch.nn.attention import flex_attention as flex
+    seen, plain = [], flex.flex_attention
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flex, "flex_attention", lambda *a, block_mask, **k: seen.append(block_mask) or plain(*a, block_mask=block_mask, **k))
+        y = run()
+    m, = seen
+    visits = m.to_dense().bool()
+    exact = flex.create_mask(m.mask_mod, *visits.shape[:2], *m.seq_lengths, device="cpu")
+    rows, columns = m.BLOCK_SIZE
+    exact = F.pad(exact, (0, -exact.size(-1) % columns, 0, -exact.size(-2) % rows))
+    return y, visits, exact.unflatten(3, (-1, columns)).any(4).unflatten(2, (-1, rows)).any(3)
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("G, block, tile", [(1, 8, 1), (2, 1, 1), (2, 8, 8), (4, 64, 64), (2, 128, 128), (2, 16, 64), (4, 128, 16), (1, 5, 3)])
 def test_block_sparse_paths_agree(G, block, tile):
@@ -371,8 +426,9 @@ def test_block_sparse_paths_agree(G, block, tile):
         for a, b in zip(*out.values()):
             torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
         if T > 1 and 0 in (block % 128, 128 % block):
-            y = block_sparse_attention(q, k, v, sel, block, causal, tile, path="flex")
+            y, visits, needed = flex_tiles(lambda: block_sparse_attention(q, k, v, sel, block, causal, tile, path="flex"))
             torch.testing.assert_close(y, out["dense"][0], rtol=0, atol=1e-5)
+            assert visits.shape == needed.shape and (visits | ~needed).all(), "a tile that flex would skip"
 
 
 def test_block_sparse_is_its_definition():
@@ -388,6 +444,11 @@ def test_block_sparse_is_its_definition():
             torch.testing.assert_close(y[0, a, t], sum((p[i] * v[0, a // 2, s] for i, s in enumerate(keys)), torch.zeros(D).double()))
     with pytest.raises(ValueError, match="sel has shape"):
         block_sparse_attention(q, k, v, sel, 3)
+    with pytest.raises(ValueError, match="path 'flat' is unknown"):
+        block_sparse_attention(q, k, v, sel, block, path="flat")
+    for heads, size in ((3, 4), (2, 5)):                                               # 128 rows are no whole tokens; 128 keys no whole blocks
+        with pytest.raises(ValueError, match="path 'flex' needs"):
+            block_sparse_attention(q[:, :1].expand(-1, 2 * heads, -1, -1), k, v, torch.ones(1, 2, T, -(-S // size)) > 0, size, path="flex")
 
 
 @pytest.mark.parametrize("path", ("dense", "gather"))
@@ -415,7 +476,9 @@ def test_flex_window_is_the_masked_one(window):
     torch.manual_seed(0)
     q, k, v = torch.randn(1, 4, 700, 16), torch.randn(1, 2, 700, 16), torch.randn(1, 2, 700, 16)
     for causal in (True, False):
-        torch.testing.assert_close(flex_window_attention(q, k, v, causal, window, None), softmax_attention(q, k, v, causal, window), rtol=0, atol=1e-5)
+        y, visits, needed = flex_tiles(lambda: flex_window_attention(q, k, v, causal, window, None))
+        torch.testing.assert_close(y, softmax_attention(q, k, v, causal, window), rtol=0, atol=1e-5)
+        assert torch.equal(visits, needed)
 
 
 # --- choosing
@@ -581,6 +644,42 @@ def test_bidirectional_sparse_by_definition():
         torch.testing.assert_close(layer(x, causal=False), layer.output(softmax_attention(q, k, v, mask=mask), x), rtol=0, atol=1e-5)
 
 
+def test_sparse_rows_of_different_lengths_fill_their_cache():
+    """Prompts of different lengths, sampled to the last slot: rows that are full wait for the others as padding."""
+    torch.manual_seed(0)
+    values = {**SPARSE["infllm"], "sel_topk": 4, "layers": "nsa(window=6) infllm msa dsa", "n_layer": 4, "n_embd": 16, "n_head": 2}
+    lm = LM(tiny(**values)).eval()
+    for p in lm.parameters():
+        p.data.add_(0.2 * torch.randn_like(p))
+    x = torch.randint(0, 11, (3, 26))
+    for row, n in zip(x, (3, 22, 9)):
+        row[n:] = lm.mask_id
+    cached, recomputed = (diffusion.sample_ar(lm, x, lm.mask_id, temperature=0, cache=cache) for cache in (True, False))
+    assert torch.equal(cached, recomputed)
+
+
+@pytest.mark.parametrize("name", ("msa", "dsa"))
+def test_indexer_kl_leaves_out_padding(name):
+    layer, x, valid = soft_layer(name, **SPARSE[name]), torch.randn(2, 30, 32), torch.arange(30) < torch.tensor([[19], [30]])
+    for causal in (True, False):
+        kl = []
+        for part, keywords in ((x, dict(valid=valid)), (x[:1, :19], {}), (x[1:], {})):
+            aux = {}
+            layer(part, causal=causal, aux=aux, **keywords)
+            kl.append(aux["indexer_kl"])
+        torch.testing.assert_close(kl[0], (19 * kl[1] + 30 * kl[2]) / 49)
+
+
+def test_reads_of_shared_picks():
+    """Bidirectional: the most that a query reads, counted from a real choice; a wide tile forces all blocks it touches."""
+    for tile, topk in itertools.product((1, 4, 5, 8, 16, 20), (2, 4)):
+        layer, seen = soft_layer("msa", **{**SPARSE["msa"], "sel_topk": topk}, sel_tile=tile), []
+        with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attention, "select_blocks", lambda *a, **k: seen.append(select_blocks(*a, **k)) or seen[-1])
+            layer(torch.randn(1, 160, 32), causal=False)
+        assert layer.reads(160, False) == 8 * int(seen[0].sum(-1).max())
+
+
 def test_dsa_reads_its_own_token():
     layer, seen = soft_layer("dsa", **SPARSE["dsa"]), []
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
@@ -732,7 +831,8 @@ def test_published_costs():
     ("nsa", dict(sink=True), "nsa"), ("infllm", dict(window=9), "infllm"), ("infllm", dict(sel_topk=0), "sel_topk"),
     ("msa", dict(sel_block=0), "sel_block 0"), ("msa", dict(index_head_dim=2), "index_head_dim 2"), ("msa", dict(sel_tile=0), "sel_tile"),
     ("dsa", dict(sel_topk=0), "sel_topk 0"), ("dsa", dict(index_n_head=0), "index_n_head"), ("mla", dict(kv_lora_rank=0), "kv_lora_rank"),
-    ("mla", dict(qk_rope_head_dim=3), "qk_rope_head_dim 3 must be even"), ("mla", dict(n_head=5), "n_head")])
+    ("mla", dict(qk_rope_head_dim=3), "qk_rope_head_dim 3 must be even"), ("mla", dict(n_head=5), "n_head"),
+    ("mla", dict(window=5), "'mla' has no sink and no window"), ("dsa", dict(sink=True), "'dsa' has no sink and no window")])
 def test_sparse_refuses(name, bad, message):
     with pytest.raises(ValueError, match=message):
         ATTENTION[name](tiny(**bad))
