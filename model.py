@@ -340,13 +340,13 @@ class MoE(nn.Module):
         return torch.bmm(weights[:, None].to(y.dtype), y).squeeze(1)
 
     @torch.no_grad()
-    def balance(self):
+    def balance(self, move=True):
         """Once per optimizer step: one step of the bias towards equal load. Returns the step's counts (E,) and clears them.
 
         With several processes sum `count` over them first.
         """
         count = self.count.clone()
-        if self.sigmoid:
+        if self.sigmoid and move:
             delta = self.bias_step * torch.sign(count.mean() - count)
             self.bias += delta - delta.mean()
         self.count.zero_()

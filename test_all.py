@@ -2451,10 +2451,18 @@ def test_two_processes_equal_one(dataset, tmp_path):
     np.testing.assert_allclose(history(tmp_path / "one"), history(tmp_path / "two"), rtol=1e-5)
 
 
-def test_indexer_stages(dataset, tmp_path):
-    """Dense steps leave the indexer alone, the warm-up leaves everything else alone, and sparse steps train both."""
-    kind = dict(layers="dsa", dense_steps=2, indexer_warmup=2, weight_decay=0.0, schedule="constant", set=["sel_topk=4"])
-    weights = [go(dataset, tmp_path / "run", resume="auto", max_steps=n, **kind)["lm"].state_dict() for n in (1, 2, 4, 6)]
+@pytest.mark.parametrize("router", ("sigmoid", "softmax"))
+def test_indexer_stages(dataset, tmp_path, router):
+    """Dense steps leave the indexer alone, the warm-up leaves everything else alone, routers too, and sparse steps train both.
+    A checkpoint is read in the stage that it was trained in."""
+    kind = dict(layers="dsa", dense_steps=2, indexer_warmup=2, schedule="constant", set=["sel_topk=4", "n_expert=4", f"router={router}"])
+    weights, stages = [], []
+    for n in (1, 2, 4, 6):
+        weights.append(go(dataset, tmp_path / "run", resume="auto", max_steps=n, **kind)["lm"].state_dict())
+        stages.append(train.load_model(tmp_path / "run", "last")[0].blocks[0].mixer.stage)
+    assert stages == ["dense", "dense", "warmup", "sparse"]
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows if "indexer_kl" in r] == [r["step"] for r in rows if r["kind"] == "train" and r["step"] > 2]
     for before, after, moved in zip(weights, weights[1:], ({False}, {True}, {False, True})):
         changed = {"index" in k for k in after if not torch.equal(before[k], after[k])}
         assert changed == moved

@@ -385,6 +385,16 @@ def load_checkpoint(path):
         raise ValueError(f"{path} is truncated or not a checkpoint of train.py: use ckpt_best.pt or an older copy") from None
 
 
+def set_stage(lm, flags, step):
+    """DeepSeek-V3.2's stages of training, for layers with an indexer: returns that of the step, "dense", "warmup" or "sparse"."""
+    dense = flags.get("dense_steps", 0)
+    stage = "dense" if step < dense else "warmup" if step < dense + flags.get("indexer_warmup", 0) else "sparse"
+    for block in lm.blocks:
+        if hasattr(block.mixer, "stage"):
+            block.mixer.stage = stage
+    return stage
+
+
 def load_model(path, which="best", device="cpu"):
     """(lm in eval mode, checkpoint dictionary) from a run folder (ckpt_best.pt or ckpt_last.pt) or a checkpoint file."""
     path = Path(path)
@@ -393,6 +403,7 @@ def load_model(path, which="best", device="cpu"):
     state = load_checkpoint(path)
     lm = LM(override(ModelConfig(), state["config"]))
     lm.load_state_dict(state["model"])
+    set_stage(lm, state["flags"], max(state["step"] - 1, 0))                           # as in its last step
     return lm.to(device).eval(), state
 
 
@@ -500,7 +511,7 @@ def train(given, log=print):
     # ---- model
     torch.manual_seed(flags["seed"])
     lm = LM(config)
-    indexed = [b.mixer for b in lm.blocks if hasattr(b.mixer, "stage")]
+    indexed = any(hasattr(b.mixer, "stage") for b in lm.blocks)
     if (flags["dense_steps"] or flags["indexer_warmup"]) and not indexed:
         raise ValueError(f"--dense_steps and --indexer_warmup need layers with an indexer (dsa, msa), and --layers is {config.layers}")
     threads = flags["threads"] or (1 if lm.num_params() < 5_000_000 else os.cpu_count())
@@ -561,26 +572,24 @@ def train(given, log=print):
 
     def ar_part(x, inputs):
         aux = {}                                                                       # losses that layers add: balance, ...
-        return diffusion.ar_loss(lambda idx, **k: lm(idx, aux=aux, **k), x, bos, inputs=inputs), sum(aux.values())
+        return diffusion.ar_loss(lambda idx, **k: lm(idx, aux=aux, **k), x, bos, inputs=inputs), aux
 
     def mdm_part(x, n, u):
         aux = {}
         return diffusion.mdm_loss(lambda idx, **k: lm(idx, aux=aux, **k), x, mask, noise=(n, u),
-                                  block_size=block if block < T else None), sum(aux.values())
+                                  block_size=block if block < T else None), aux
 
     if compiled:
         ar_part, mdm_part = (torch.compile(f, dynamic=False, fullgraph=True) for f in (ar_part, mdm_part))
 
-    def gradients(step):
-        """Adds up the gradient of the whole batch; returns its mean loss (a device tensor, nats per token) by objective."""
+    def gradients(step, stage):
+        """Adds up the gradient of the whole batch; returns a device tensor: its mean loss by objective, nats per token, and
+        the KL of the indexers (the layers' sum)."""
         gen = torch.Generator().manual_seed((flags["seed"] << 32) + step)              # the noise of the whole global batch
         starts, noise = windows.starts(step * B, B), diffusion.mdm_noise(B * T // block, block, generator=gen)
         if cuda:                                                                       # from pageable memory the copy waits for the GPU
             starts, noise = starts.pin_memory(), [a.pin_memory() for a in noise]
-        losses, until = torch.zeros(2, device=device), flags["dense_steps"] + flags["indexer_warmup"]
-        stage = "dense" if step < flags["dense_steps"] else "warmup" if step < until else "sparse"
-        for mixer in indexed:                                                          # DeepSeek-V3.2's stages of training
-            mixer.stage = stage
+        losses = torch.zeros(3, device=device)                                         # AR, diffusion, and the indexers'
         x = inputs = windows.read(starts)                                              # (B, T)
         if flags["input_mask"] or flags["token_noise"]:
             inputs = diffusion.corrupt(x, mask, flags["input_mask"], flags["token_noise"], gen)
@@ -588,12 +597,15 @@ def train(given, log=print):
             r = slice(rows.start, rows.stop)
             with autocast:
                 if kind == "ar":
-                    loss, extra = ar_part(x[r], inputs[r])
+                    loss, aux = ar_part(x[r], inputs[r])
                 else:
                     n = slice(r.start * T // block, r.stop * T // block)               # noise: a row for each block
-                    loss, extra = mdm_part(x[r], *(a[n].to(device, non_blocking=True) for a in noise))
-            ((extra if stage == "warmup" and indexed else loss + extra) * (len(rows) / B)).backward()
+                    loss, aux = mdm_part(x[r], *(a[n].to(device, non_blocking=True) for a in noise))
+            learn = aux["indexer_kl"] if indexed and stage == "warmup" else loss + sum(aux.values())
+            (learn * (len(rows) / B)).backward()
             losses[int(kind == "mdm")] += loss.detach() * (len(rows) / B)
+            if "indexer_kl" in aux:
+                losses[2] += aux["indexer_kl"].detach() * (len(rows) / B)
         if world > 1:
             grads = [p.grad for p in lm.parameters() if p.grad is not None] + [losses] + [m.count for m in lm.moes()]
             flat = torch.cat([g.reshape(-1) for g in grads])                           # one bucket, one all_reduce
@@ -651,6 +663,7 @@ def train(given, log=print):
             if (step in evals or leave == 1) and step not in [r["step"] for r in eval_log]:
                 save()                                                                 # first: evaluation may run out of memory
                 t0, saved = time.perf_counter(), step
+                set_stage(lm, flags, max(step - 1, 0))                                 # as trained so far
                 with autocast:
                     how = dict(objective=flags["objective"], rows=max(1, 16384 // T), diffusion_block=flags["diffusion_block"])
                     result, gap = (evaluate(lm, w, **how) for w in (val, seen))
@@ -669,10 +682,12 @@ def train(given, log=print):
             if leave or step >= total:
                 break
             tic = time.perf_counter()
-            losses = gradients(step)
+            stage = set_stage(lm, flags, step)
+            losses = gradients(step, stage)
             norm = torch.nn.utils.clip_grad_norm_(lm.parameters(), flags["grad_clip"] or math.inf)
             rate = learning_rate(step, total, flags)
-            loads = [a + m.balance() for a, m in zip(loads, lm.moes())]                # choices per expert since the last line
+            others = not indexed or stage != "warmup"                                  # whether all but the indexers moves
+            loads = [a + m.balance(others) for a, m in zip(loads, lm.moes())]          # choices per expert since the last line
             for o in optimizers:
                 for group in o.param_groups:
                     group["lr"] = rate
@@ -685,9 +700,9 @@ def train(given, log=print):
             leave = leaving()
             if step % flags["log_every"] == 0 or step in evals or step == total or step % flags["save_every"] == 0 or leave:
                 tic = time.perf_counter()
-                recent = torch.stack(pending).tolist()                                 # (steps, 2): the only wait for the device
+                recent = torch.stack(pending).tolist()                                 # (steps, 3): the only wait for the device
                 seconds += time.perf_counter() - tic
-                bad = next((i for i, pair in enumerate(recent) if not math.isfinite(sum(pair))), None)
+                bad = next((i for i, row in enumerate(recent) if not math.isfinite(sum(row))), None)
                 if bad is not None:
                     good = f"the last good checkpoint is {out / 'ckpt_last.pt'} (step {saved})" if saved is not None else "there is no checkpoint yet"
                     raise ValueError(f"the loss became {sum(recent[bad])} at step {step - len(recent) + bad + 1}: lower --lr or raise --warmup; {good}")
@@ -697,14 +712,17 @@ def train(given, log=print):
                     more = {}
                     if flags["objective"] == "mixed":                                  # each in nats per token of its own rows
                         more = {"ar_loss": mean[0] * B / max(1, ar_rows), "mdm_loss": mean[1] * B / max(1, B - ar_rows)}
+                    if indexed and mean[2]:
+                        more["indexer_kl"] = mean[2]
                     if loads:                                                          # per MoE layer
                         more |= {"load_ratio": [round((a.max() / a.mean()).item(), 4) for a in loads],
                                  "dead_experts": [int((a < 0.1 * a.mean()).sum()) for a in loads],
                                  "bias_range": [round((m.bias.max() - m.bias.min()).item(), 4) for m in lm.moes()]}
                         loads = [torch.zeros_like(a) for a in loads]
-                    row = record("train", loss=sum(mean), lr=rate, grad_norm=norm.item(), tok_per_s=round(flags["batch_tokens"] / dt), **more)
+                    row = record("train", loss=mean[0] + mean[1], lr=rate, grad_norm=norm.item(), tok_per_s=round(flags["batch_tokens"] / dt), **more)
                     mfu = f" | mfu {flops_per_token * flags['batch_tokens'] / dt / peak / world:.1%}" if peak else ""
                     load = f" | load {max(more['load_ratio']):.2f}" if more.get("load_ratio") else ""
+                    load += f" | indexer kl {more['indexer_kl']:.4f}" if "indexer_kl" in more else ""
                     log(f"step {step}/{total} | epoch {row['epoch']:.2f} | loss {row['loss']:.4f} | lr {rate:.2e} | norm {row['grad_norm']:.2f}{load} | "
                         f"{dt * 1e3:.1f} ms | {row['tok_per_s']:,} tok/s{mfu} | eta {clock((total - step) * dt)}")
                     line_step, line_seconds = step, seconds
