@@ -552,7 +552,7 @@ def crossover_picture(name, rows, folder, title):
     lines += [("x", c["epoch"], f"{kind} crossing, epoch {c['epoch']:.1f}")
               for kind in ("curve", "honest") if (c := rows["crossing"][kind])]
     below = [(label, {a: curve(evals, "epoch", key, **dots[a]) for a, evals in arms.items()})
-             for key, label in (("probe_accuracy", "true end found (chance 0.25)"), ("probe_gap", "gap, nats"))
+             for key, label in (("probe_accuracy", "true end found"), ("probe_gap", "gap, nats"))
              if all(any(key in r for r in evals) for evals in arms.values())]
     top = max(arms[a][0]["loss"] for a in ARMS)
     plot(name, series, "epochs over the same tokens", "nats per token", title, folder, lines=lines, below=below,
