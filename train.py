@@ -486,7 +486,8 @@ def train(given, log=print):
         raise ValueError(f"block_size {T} is larger than the {'unique tokens' if T > U else 'validation set'} "
                          f"({min(U, len(val_data)):,} tokens): use a smaller --block_size")
     if flags["batch_tokens"] % (T * world):
-        raise ValueError(f"--batch_tokens {flags['batch_tokens']} must be a multiple of block_size x processes = {T * world}")
+        raise ValueError(f"--batch_tokens {flags['batch_tokens']} must be a multiple of block_size x processes = {T * world}: "
+                         "change it or --block_size")
     windows = Windows(train_data, U, T, flags["seed"], device)
     B = flags["batch_tokens"] // T                                                     # windows in a step, all processes
     val = fixed_windows(val_data, T, flags["eval_windows"])
