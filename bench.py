@@ -87,9 +87,8 @@ def choose(flag, text, known):
 
 def setup(args):
     """(device, is it a GPU?, dtype: there bfloat16) of a measurement, and --threads is set."""
-    for name in ("threads", "repeat"):
-        if getattr(args, name, 1) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
+    if getattr(args, "repeat", 1) < 1:
+        raise ValueError(f"--repeat {args.repeat} must be at least 1")
     device = train.pick_device(args.device)
     torch.set_num_threads(args.threads)
     cuda = device.startswith("cuda")
@@ -1618,8 +1617,7 @@ def quality(args):
                              loss=statistics.mean(losses), std=statistics.stdev(losses) if len(losses) > 1 else None,
                              seeds=len(losses), se=next(iter(mine.values()))["se"] or None, params=lm.num_params(),
                              reads=max(b.mixer.reads(T, objective == "ar") for b in lm.blocks),
-                             below_bigram=bigram - statistics.mean(losses),
-                             minutes=statistics.mean(e["seconds"] for e in mine.values()) / 60))
+                             below_bigram=bigram - statistics.mean(losses)))
     print(f"\n{len(finished)} of {len(jobs)} runs finished" + ("" if len(finished) == len(jobs) else ": the same command goes on"))
     if rows:
         print(f"validation loss, nats per token; a bigram model has {bigram:.3f}; reads: keys of the last query; std: over seeds; "
@@ -2314,7 +2312,7 @@ def choices(args):
             work += [(run, folder, flags, state["step"], key, file, dict(enumerate(items)), m) for m in measures]
     for run, folder, flags, step, key, file, items, measure in work:
         lm, _ = train.load_model(run, args.which, device)
-        torch.set_num_threads(args.threads or (1 if lm.num_params() < 5_000_000 else os.cpu_count()))
+        train.set_threads(args.threads, lm)
         key = hashlib.sha256(f"{key} {measure} {args.n_mc * (measure == 'bound')}".encode()).hexdigest()[:12]
         label = Path(file).name.split(".")[0]
         path = Path(args.out) / f"{folder.name}-{label}-{measure}-{key}.jsonl"         # one line an item, as they get done

@@ -259,7 +259,7 @@ class MoE(nn.Module):
                              f"equal, and the active ones hold at least the n_expert_active {k} experts")
         if config.router not in ("sigmoid", "softmax"):
             raise ValueError(f"router '{config.router}' is unknown: sigmoid or softmax")
-        width = inner_width(config)
+        width = inner_width(config)                                                    # also refuses an unknown mlp
         f = config.expert_inner or max(8, width // k // 8 * 8)                         # grouped_mm wants multiples of 16 bytes
         self.E, self.k, self.G, self.kind, self.sigmoid = E, k, G, config.mlp, config.router == "sigmoid"
         self.scale, self.bias_step, self.aux_weight = config.router_scale, config.router_bias_step, config.router_aux

@@ -320,7 +320,7 @@ def main(argv=None):
         if not scoring and args.num_samples < 1:
             raise ValueError(f"--num_samples {args.num_samples} must be at least 1")
         lm, state = train.load_model(args.run, args.which, train.pick_device(args.device))
-        torch.set_num_threads(args.threads if args.threads > 0 else 1 if lm.num_params() < 5_000_000 else os.cpu_count())
+        train.set_threads(max(0, args.threads), lm)
         folder = args.run if os.path.isdir(args.run) else os.path.dirname(args.run)
         (score if scoring else generate)(args, lm, prepare.load_tokenizer(folder), {**train.DEFAULTS, **state["flags"]})
     except KeyboardInterrupt:

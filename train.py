@@ -159,9 +159,9 @@ def model_config(flags, vocab_size=None):
         if values.setdefault("vocab_size", vocab_size) != vocab_size:
             raise ValueError(f"--set vocab_size={values['vocab_size']}: it is the tokenizer's, {vocab_size}; leave it out, or prepare the "
                              "text with another --tokenizer")
-    fixed = {k: v for k, v in PRESETS[flags["preset"]].items() if isinstance(v, (str, bool)) and values.get(k, v) != v}
-    for key, value in fixed.items():                                                   # its sizes are free, what kind of model it is is not
-        raise ValueError(f"--preset {flags['preset']} fixes {key}={value}: leave {key}={values[key]} out, or take another preset")
+    for key, value in PRESETS[flags["preset"]].items():                                # sizes are free, names and switches are not
+        if isinstance(value, (str, bool)) and values.get(key, value) != value:
+            raise ValueError(f"--preset {flags['preset']} fixes {key}={value}: leave {key}={values[key]} out, or take another preset")
     return from_preset(flags["preset"], **values)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -407,6 +407,13 @@ def load_model(path, which="best", device="cpu"):
     return lm.to(device).eval(), state
 
 
+def set_threads(asked, lm):
+    """Sets and returns the number of CPU threads; asked 0: 1 below 5M parameters, where more of them slow a step down, else all."""
+    threads = asked or (1 if lm.num_params() < 5_000_000 else os.cpu_count())
+    torch.set_num_threads(threads)
+    return threads
+
+
 def pick_device(name):
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -515,8 +522,7 @@ def train(given, log=print):
     indexed = any(hasattr(b.mixer, "stage") for b in lm.blocks)
     if (flags["dense_steps"] or flags["indexer_warmup"]) and not indexed:
         raise ValueError(f"--dense_steps and --indexer_warmup need layers with an indexer (dsa, msa), and --layers is {config.layers}")
-    threads = flags["threads"] or (1 if lm.num_params() < 5_000_000 else os.cpu_count())
-    torch.set_num_threads(threads)
+    threads = set_threads(flags["threads"], lm)
     lm.to(device).train()
     optimizers = make_optimizers(lm, flags, device)
     step, seconds, best = 0, 0.0, math.inf
