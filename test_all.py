@@ -4,6 +4,7 @@ By equivalence and by definition: enumeration, float64 oracles, cached against r
 """
 import bz2
 import collections
+import functools
 import gzip
 import hashlib
 import itertools
@@ -1302,6 +1303,21 @@ def test_linear_layer_in_bf16(name):
     with torch.no_grad():
         out = torch.cat([layer(x[:, :90].bfloat16(), cache=cache)] + [layer(x[:, i:i + 1].bfloat16(), cache=cache) for i in range(90, 100)], 1)
     assert out.dtype == torch.bfloat16 and cache.state.dtype == torch.float32 and lin_rel(out, y.double()) < 3e-2
+
+
+@pytest.mark.parametrize("T", [1, 2, 255, 256, 257, 600])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_short_convolution_in_stretches(T, symmetric):
+    """The CPU's own form against torch's conv1d, and its gradients, in lengths around its stretch of 256 tokens."""
+    torch.manual_seed(0)
+    x, w = torch.randn(2, T + 3, 5, dtype=torch.float64, requires_grad=True), torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    both, last = torch.cat([w, w[:, :-1].flip(1)], dim=1) if symmetric else w, 3 if symmetric else 0
+    want = F.conv1d(F.pad(x.mT, (0, last)), both.unsqueeze(1), groups=5).mT
+    y, g = attention.short_conv(x, w, symmetric), torch.randn(2, T, 5, dtype=torch.float64)
+    close = functools.partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
+    close(y, want)
+    for a, b in zip(torch.autograd.grad(y, (x, w), g), torch.autograd.grad(want, (x, w), g)):
+        close(a, b)
 
 
 @pytest.mark.parametrize("name", LINEAR)
