@@ -218,22 +218,43 @@ class MLP(nn.Module):
         return self.down_proj(activate(self.up_proj(x), self.kind))
 
 
-class Take(torch.autograd.Function):
-    """Each row of x (n, C) k times, in another order: row index // k, for a permutation index (n k,) with inverse back.
+def sum_rows(y, rows, weights=None):
+    """sum_j weights[n, j] y[rows[n, j]]: y (M, C), rows (N, k) -> (N, C). In a fixed order, and on a CPU without a copy of the rows."""
+    if y.device.type == "cpu" and not torch.compiler.is_compiling():
+        return F.embedding_bag(rows, y, mode="sum", per_sample_weights=weights)
+    y = y[rows]
+    return (y if weights is None else y * weights[..., None]).sum(1)
 
-    The gradient is a gather too, with sums of a fixed order. That of index_select adds row after row into zeros: on a CPU by a
-    kernel call a row, on a GPU by atomics, in an order that changes from run to run.
+
+class Spread(torch.autograd.Function):
+    """x (N, C) -> (N k, C), each row k times, in the order of the experts; `back` (N, k) says where they went.
+
+    The gradient is a sum of gathered rows. That of index_select adds row after row into zeros: on a CPU by a kernel call a
+    row, on a GPU by atomics, in an order that changes from run to run.
     """
     @staticmethod
-    def forward(ctx, x, index, back, k):
+    def forward(ctx, x, order, back):
         ctx.save_for_backward(back)
-        ctx.k = k
-        return x.index_select(0, index // k if k > 1 else index)                       # (n k, C)
+        return x.index_select(0, order // back.size(1))
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.index_select(0, ctx.saved_tensors[0])
-        return grad.view(-1, ctx.k, grad.size(1)).sum(1) if ctx.k > 1 else grad, None, None, None
+        return sum_rows(grad, ctx.saved_tensors[0]), None, None
+
+
+class Combine(torch.autograd.Function):
+    """The way back: y (N k, C), weights (N, k) -> (N, C), the weighted sum of each token's k rows."""
+    @staticmethod
+    def forward(ctx, y, weights, order, back):
+        ctx.save_for_backward(y, weights, order, back)
+        return sum_rows(y, back, weights)
+
+    @staticmethod
+    def backward(ctx, grad):
+        y, weights, order, back = ctx.saved_tensors
+        grad = grad.index_select(0, order // back.size(1))                             # (N k, C)
+        dw = torch.bmm(grad.unsqueeze(1), y.unsqueeze(2)).flatten()
+        return grad * weights.flatten()[order, None], dw[back], None, None
 
 
 class MoE(nn.Module):
@@ -327,17 +348,13 @@ class MoE(nn.Module):
     def grouped(self, x, up, down, weights, experts, count):
         """The same on tokens sorted by expert: one matrix product a group, however long the groups are."""
         order = experts.flatten().argsort(stable=True)                                 # (N k,)
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device)).view_as(experts)
         offs = count.cumsum(0).int()                                                   # cumsum makes int64 of it
         mm = getattr(F, "grouped_mm", None) or torch._grouped_mm
-        h = mm(Take.apply(x, order, back, self.k), up, offs=offs)                      # (N k, 2 f)
-        if self.expert_up_bias is not None:
-            h = h + self.expert_up_bias.to(h.dtype)[experts.flatten().index_select(0, order)]
-        y = mm(activate(h, self.kind), down, offs=offs)
-        y = Take.apply(y, back, order, 1).view(-1, self.k, x.size(1))                  # in token order again
-        if self.expert_down_bias is not None:
-            y = y + self.expert_down_bias.to(y.dtype)[experts]
-        return torch.bmm(weights[:, None].to(y.dtype), y).squeeze(1)
+        bias = lambda b, y: y if b is None else y + b.to(y.dtype)[experts.flatten()[order]]
+        h = bias(self.expert_up_bias, mm(Spread.apply(x, order, back), up, offs=offs)) # (N k, 2 f)
+        y = bias(self.expert_down_bias, mm(activate(h, self.kind), down, offs=offs))
+        return Combine.apply(y, weights.to(y.dtype), order, back)
 
     @torch.no_grad()
     def balance(self, move=True):

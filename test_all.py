@@ -1648,8 +1648,9 @@ def test_moe_compiles_once(dtype, monkeypatch):
     torch._dynamo.reset()
     monkeypatch.undo()
     results.append(torch.autograd.grad(moe(x).sum(), [x, *moe.parameters()]))
+    close = 1e-2 if dtype == torch.bfloat16 else 1e-4                                  # compiled, products are rounded before the sum
     for a, b in zip(*results):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
+        torch.testing.assert_close(a, b, rtol=close, atol=close * b.abs().max().item())
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float64))
