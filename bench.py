@@ -12,6 +12,7 @@
     attention   every layer: time and memory against length, keys read, cache
     functions   the mixers as pure functions: against SDPA and transformers, time and memory up to 65,536 tokens
     context     time of one decoded token against the tokens in the cache
+    hybrids     losses, recall, time and cache of linear, sparse, full layers and their mixtures in one table, from the above
     sparse      block-sparse attention at a published shape, with and without selection
     moe         mixture of experts: speed against dense, load with and without balancing, experts and topics
     presets     sizes and caches of the published models
@@ -61,7 +62,7 @@ import sample
 import train
 from attention import (ATTENTION, block_sparse_attention, compressed_scores, delta_rule, linear_attention, select_blocks,
                        windows as key_windows)
-from model import LM, MLP, PRESETS, ModelConfig, MoE, from_preset, nearest, override
+from model import LM, MLP, PRESETS, ModelConfig, MoE, from_preset, nearest, override, parse_layers
 
 HERE = Path(__file__).resolve().parent
 
@@ -1262,10 +1263,11 @@ def bench_attention(args):
     series = {}
     for name in names:
         mine = [r for r in rows if r["layer"] == name]
-        series[name] = curve(mine, "T", "both_ms", marker="o", ms=3, lw=2.5 if name == "full" else 1.2)
+        wins = next((r["T"] for i, r in enumerate(mine) if all(m["both_vs_full"] > 1 for m in mine[i:])), None)
+        series[name + (f" (wins from {wins:,})" if wins else "")] = curve(mine, "T", "both_ms", marker="o", ms=3,
+                                                                          lw=2.5 if name == "full" else 1.2)
         if len(mine) > 1:                                                              # the exponent of time in T, at its end
             slope = math.log(mine[-1]["both_ms"] / mine[-2]["both_ms"]) / math.log(mine[-1]["T"] / mine[-2]["T"])
-            wins = next((r["T"] for i, r in enumerate(mine) if all(m["both_vs_full"] > 1 for m in mine[i:])), None)
             print(f"{name:<16} time ~ T^{slope:.2f} at the end; "
                   + (f"faster than full from T = {wins}" if wins else "never faster than full here"))
     record(file, rows, device, args.results, **conditions(args, device), heads=args.n_head, head_width=args.head_dim, settings=SWEEP,
@@ -1323,6 +1325,42 @@ def bench_context(args):
     plot(file, series, "tokens in the cache", "tokens/s",
          f"decoding by one layer, batch {B}, {args.n_head} heads of {args.head_dim}, {device_name(device)}", args.results, ylog=True)
     points.unlink()
+
+# ---------------------------------------------------------------------------------------------------------------------
+# hybrids: what was measured of linear, sparse and full layers and of their mixtures, side by side
+
+def hybrids(args):
+    """One table of full, linear and sparse layers and their mixtures, from the results of quality, recall, attention, context.
+
+    loss: nats per token; recall: share of right answers; ms: one token decoded with the longest cache measured; train: speed of
+    forward and backward at the longest length, 1 = full. A mixture's time and cache are the mean over its layers.
+    """
+    def rows_of(command, *key):
+        path = Path(args.results) / (f"{command}.json" if command == "recall" else f"{command}_{args.device}.json")
+        if not path.exists():
+            raise ValueError(f"{path} is missing: python bench.py {command} makes it")
+        rows = json.loads(path.read_text())["rows"]
+        longest = max(r.get("T", 0) for r in rows)
+        return {tuple(r.get(k) for k in key): r for r in rows if r.get("T") in (None, longest) or command == "recall"}, longest
+    quality, _ = rows_of("quality", "mixer", "objective")
+    recalls, T = rows_of("recall", "layers", "objective", "task", "pairs", "T")
+    speed, trained = rows_of("attention", "layer")
+    decoding, tokens = rows_of("context", "layer")
+    rows = []
+    for name, (pattern, _) in MIXERS.items():
+        layers = [n for n, _ in parse_layers(pattern, 4 if "*" in pattern else 1)]
+        if name not in ATTENTION and "*" not in name or any((n,) not in found for n in layers for found in (speed, decoding)):
+            continue                                                                   # not measured, or no layer of its own
+        mean = lambda found, column: statistics.mean(found[n,][column] for n in layers)
+        row = {"mixer": name}
+        for o in ARMS:
+            row |= {f"{o} loss": quality.get((name, o), {}).get("loss"), f"{o} std": quality.get((name, o), {}).get("std")}
+            row |= {f"{o} 64 pairs": recalls.get((name, o, "pairs", 64, 512), {}).get("accuracy"),
+                    f"{o} needles in {T}": recalls.get((name, o, "needle", NEEDLES, T), {}).get("accuracy")}
+        rows.append(row | {f"ms at {tokens}": mean(decoding, "ms"), "cache bytes a token": mean(decoding, "cache_mib") * 2 ** 20 / tokens,
+                           f"train at {trained}": speed["full",]["both_ms"] / mean(speed, "both_ms")})
+    table(rows)
+    record(args.name or f"hybrids_{args.device}", rows, folder=args.results, context=tokens, of=args.device)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # sparse: block-sparse attention at a published shape
@@ -2421,6 +2459,7 @@ def main(argv=None):
             density=(0.12, "share of the blocks that a query picks"), long=("16384,32768,65536", "lengths for the slope", numbers))
     command("context", bench_context, **machine, **layers, **heads, **repeat(100),
             lengths=("1024,4096,16384,65536", "tokens in the cache", numbers), batches=("1", "sequences, comma-separated", numbers))
+    command("hybrids", hybrids, device=("cpu", "whose measurements: cpu | cuda"))
     command("sparse", bench_sparse, **machine, **repeat(3), lengths=("65536,32768,131072", "tokens of a sequence", numbers),
             tokens=(262_144, "of a batch"), n_head=(32, "query heads"), n_kv_head=(2, "key/value heads"),
             head_dim=(128, "width of a head"), block=(64, "keys in a block"), topk=(64, "blocks that a query reads"))

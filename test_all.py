@@ -3577,6 +3577,26 @@ def test_context_has_the_ratio_to_full(tmp_path):
     assert (tmp_path / "context_cpu.png").stat().st_size > 10_000
 
 
+def test_hybrids_joins_what_was_measured(tmp_path, capsys):
+    """A mixture's time and cache are the mean over its layers; what was not run stays empty."""
+    argv = ["hybrids", "--results", str(tmp_path)]
+    assert bench.main(argv) == 2 and "quality_cpu.json is missing: python bench.py quality" in capsys.readouterr().err
+    layers = {"full": 8.0, "gated_deltanet": 2.0}
+    rows = dict(quality_cpu=[dict(mixer="gated_deltanet*3 full", objective="ar", loss=1.5, std=None)],
+                recall=[dict(layers="full", objective="mdm", task=t, T=T, pairs=n, accuracy=n / 100) for t, T, n in (("pairs", 512, 64), ("needle", 1024, 4))],
+                attention_cpu=[dict(layer=n, T=T, both_ms=10 * T * ms) for n, ms in layers.items() for T in (1, 2)],
+                context_cpu=[dict(layer=n, T=T, ms=T * ms, cache_mib=T * ms) for n, ms in layers.items() for T in (1, 4)])
+    for name, r in rows.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(dict(rows=r)))
+    assert bench.main(argv) == 0
+    found = {r["mixer"]: r for r in json.loads((tmp_path / "hybrids_cpu.json").read_text())["rows"]}
+    assert set(found) == {"full", "gated_deltanet", "gated_deltanet*3 full"}
+    mixed, full = found["gated_deltanet*3 full"], found["full"]
+    assert mixed["ar loss"] == 1.5 and mixed["mdm loss"] is full["ar loss"] is mixed["ar 64 pairs"] is None
+    assert (full["mdm 64 pairs"], full["mdm needles in 1024"]) == (0.64, 0.04)
+    assert mixed["ms at 4"] == 4 * 3.5 and mixed["cache bytes a token"] == 3.5 * 2 ** 20 and mixed["train at 2"] == pytest.approx(8 / 3.5)
+
+
 def test_quality_compares_equals(dataset, tmp_path, monkeypatch):
     """Parameters within 3%, a sparse layer's query reads at most a quarter; an unfinished study shows what is finished."""
     base = dict(n_layer=4, n_head=4, n_embd=128, block_size=512, vocab_size=257, qk_norm=True)
