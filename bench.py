@@ -1635,14 +1635,15 @@ def quality(args):
     shape = dict(n_layer=args.n_layer, n_head=4, n_embd=args.n_embd, block_size=T)
     mixers = same_size(choose("mixers", args.mixers, MIXERS), dict(shape, vocab_size=V, qk_norm=True))
     jobs, steps = {}, {o: args.steps * (1 if o == "ar" else 3) for o in objectives}    # diffusion learns slowly
+    kind = "" if args.dtype == "auto" else f"_{args.dtype}"
     for seed, objective, name in itertools.product(range(1337, 1337 + args.seeds), objectives, mixers):
         if objective != "ar" or name not in ONE_WAY:
             pattern, values = mixers[name]
             jobs[name, objective, seed] = dict(
                 shape, dataset=str(folder), objective=objective, layers=pattern, set=["qk_norm=true", *set_flags(values)],
                 seed=seed, max_steps=steps[objective], batch_tokens=args.batch_tokens, optimizer="muon", lr=args.lr,
-                eval_every=0, eval_windows=64, log_every=100, save_every=200,
-                out=str(Path(args.out) / f"{plain(name)}-{objective}-{steps[objective]}-s{seed}"))
+                eval_every=0, eval_windows=64, log_every=100, save_every=200, dtype=args.dtype,
+                out=str(Path(args.out) / f"{plain(name)}-{objective}-{steps[objective]}-s{seed}{kind.replace('_', '-')}"))
     ok = run_arms({" ".join(map(str, key)): f for key, f in jobs.items()}, args.workers)
     last = {key: (read_evals(f["out"]) or [None])[-1] for key, f in jobs.items()}
     rows, finished = [], {key: e for key, e in last.items() if e and e["step"] == jobs[key]["max_steps"]}
@@ -1662,7 +1663,7 @@ def quality(args):
               "se: of the bound's masks")
         table(rows)
         device = train.pick_device("auto")
-        record(args.name or f"quality_{torch.device(device).type}", rows, device, args.results, bigram=bigram, T=T,
+        record(args.name or f"quality_{torch.device(device).type}{kind}", rows, device, args.results, bigram=bigram, T=T,
                dataset=args.dataset, steps=steps, batch_tokens=args.batch_tokens, lr=args.lr, optimizer="muon",
                settings={n: dict(v, layers=p, qk_norm=True) for n, (p, v) in mixers.items()})
     return 0 if ok else 130
@@ -2437,6 +2438,7 @@ def main(argv=None):
                     n_layer=(n_layer, "blocks"), n_embd=(128, "width"), block_size=(block_size, "window, T"),
                     batch_tokens=(batch_tokens, "tokens in a step"), lr=(4e-3, "rate"), workers=(1, "runs at a time"))
     command("quality", quality, **small(1200, 4, 512, 512), **objectives, **out("out/quality"), seeds=(3, "number of seeds"),
+            dtype=("auto", "auto (bfloat16 on a GPU) | bfloat16 | float32"),
             mixers=(None, f"comma-separated, of: {', '.join(MIXERS)} (default: all)"))
     command("switch", switch, **small(1200, 2, 1024, 1024) | dict(steps=(1200, "of dense training")), **out("out/switch"),
             adapt=(150, "steps of adaptation, N"), windows=(64, "validation windows"))
