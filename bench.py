@@ -1272,8 +1272,8 @@ def bench_attention(args):
                   + (f"faster than full from T = {wins}" if wins else "never faster than full here"))
     record(file, rows, device, args.results, **conditions(args, device), heads=args.n_head, head_width=args.head_dim, settings=SWEEP,
            what="one whole layer, projections included, batch 1")
-    plot(file, series, "tokens", "ms, forward + backward",
-         f"one layer, {args.n_head} heads of {args.head_dim}, {device_name(device)}", args.results, ylog=True)
+    plot(file, series, "tokens", "ms, forward + backward", f"one {'causal' if causal else 'bidirectional'} layer, {args.n_head} heads "
+         f"of {args.head_dim}, {device_name(device)}", args.results, ylog=True)
     points.unlink()                                                                    # done: the next call measures anew
 
 # ---------------------------------------------------------------------------------------------------------------------
