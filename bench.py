@@ -792,7 +792,7 @@ def topics(lm, corpora, rows=64):
 
         def count(m, args, y):
             chosen = m.route(args[0].flatten(0, 1))[1].flatten()                       # (B * T * k,)
-            loads.append(torch.zeros(m.E).scatter_(0, chosen, torch.ones(len(chosen))))
+            loads.append(torch.bincount(chosen, minlength=m.E).float())
         hooks = [m.register_forward_hook(count) for m in lm.moes()]
         with torch.no_grad():
             lm(x[:rows])

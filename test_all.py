@@ -3577,6 +3577,23 @@ def test_context_has_the_ratio_to_full(tmp_path):
     assert (tmp_path / "context_cpu.png").stat().st_size > 10_000
 
 
+def test_topics_by_hand():
+    """Loads 3 1 0 0 and 0 1 3 0 of four: a token's expert tells 0.75 bits about its corpus."""
+    class Router(nn.Module):
+        E = 4
+        forward = lambda self, x: x
+        route = lambda self, x: (None, x.long())
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.moe = Router()
+        moes = lambda self: [self.moe]
+        forward = lambda self, x: self.moe(x[..., None])
+    p, bits = bench.topics(Model(), {"a": torch.tensor([[0, 0, 0, 1]]), "b": torch.tensor([[1, 2, 2, 2]])})
+    assert (4 * p[:, 0]).tolist() == [[3, 1, 0, 0], [0, 1, 3, 0]] and bits == pytest.approx([0.75])
+
+
 def test_hybrids_joins_what_was_measured(tmp_path, capsys):
     """A mixture's time and cache are the mean over its layers; what was not run stays empty."""
     argv = ["hybrids", "--results", str(tmp_path)]
