@@ -3594,6 +3594,25 @@ def test_topics_by_hand():
     assert (4 * p[:, 0]).tolist() == [[3, 1, 0, 0], [0, 1, 3, 0]] and bits == pytest.approx([0.75])
 
 
+def test_moe_end_to_end(dataset, tmp_path, monkeypatch):
+    """Both runs start from skewed routers, k of 32 experts take all; a second call trains nothing."""
+    real, stops = train.train, []
+
+    def short(flags, log):
+        stops.append(flags["max_steps"])
+        return real({**flags, "dataset": str(dataset), "log_every": 1}, log=quiet)
+    monkeypatch.setattr(bench, "moe_speed", lambda *_: [])
+    monkeypatch.setattr(bench, "data_folder", lambda name: dataset)
+    monkeypatch.setattr(train, "train", short)
+    argv = f"moe --steps 3 --out {tmp_path / 'runs'} --results {tmp_path}".split()
+    assert bench.main(argv) == 0 and stops == [1, 3, 1, 3]
+    balanced, not_ = json.loads((tmp_path / "moe_cpu.json").read_text())["rows"]
+    assert balanced["first_load_ratio"] > 7 and not_["first_load_ratio"] > 7 and balanced["bias_range"] > 0 == not_["bias_range"]
+    assert balanced["bits_of_expert_about_corpus"] == [0.0, 0.0]                       # here both are the same text
+    assert all((tmp_path / f"moe_{name}.png").exists() for name in ("load", "topics"))
+    assert bench.main(argv) == 0 and stops == [1, 3, 1, 3, 3, 3]
+
+
 def test_hybrids_joins_what_was_measured(tmp_path, capsys):
     """A mixture's time and cache are the mean over its layers; what was not run stays empty."""
     argv = ["hybrids", "--results", str(tmp_path)]
