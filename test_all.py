@@ -3594,6 +3594,41 @@ def test_topics_by_hand():
     assert (4 * p[:, 0]).tolist() == [[3, 1, 0, 0], [0, 1, 3, 0]] and bits == pytest.approx([0.75])
 
 
+def test_train_speed_beside_a_peer(tmp_path, monkeypatch, capsys):
+    """bench.py train --vs: the same shapes, ratios from alternating runs; the children run in this process here."""
+    (tmp_path / "model.py").write_text("""
+import torch, types
+GPTConfig = types.SimpleNamespace
+class GPT(torch.nn.Linear):
+    def __init__(self, c):
+        super().__init__(c.vocab_size, c.vocab_size)
+    def configure_optimizers(self, decay, lr, betas, device):
+        return torch.optim.AdamW(self.parameters())
+    def forward(self, x, y):
+        z = self.weight[x]
+        return z, torch.nn.functional.cross_entropy(z.flatten(0, 1), y.flatten())
+""")
+
+    def child(command, **_):
+        code = bench.main(command[2:])
+        return types.SimpleNamespace(returncode=code, stdout=capsys.readouterr().out, stderr="")
+    monkeypatch.setattr(bench.subprocess, "run", child)
+    monkeypatch.setattr(torch.compiler, "set_stance", lambda *_: None)
+    monkeypatch.setitem(sys.modules, "model", sys.modules["model"])                    # put back afterwards, as is the path
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    ms = iter((1, 2, 8, 2, 2, 4, 1, 2, 8))                                             # AR, diffusion, peer; three rounds
+    clock = [t for run in ms for t in (0.0, run / 1e3)]
+    monkeypatch.setattr(bench.time, "process_time", lambda: clock.pop(0))
+    argv = f"""train --preset small --n_layer 1 --n_head 2 --n_embd 16 --block_size 8 --batch 2 --iters 1 --warmup 0 --device cpu
+               --compile off --vs {tmp_path} --results {tmp_path}""".split()
+    assert bench.main(argv) == 0
+    rows = {r["model"]: r for r in json.loads((tmp_path / "train_cpu.json").read_text())["rows"]}
+    assert [rows[k]["speed_vs_nanoGPT"] for k in ("ar", "mdm", "nanoGPT")] == [8, 4, 1]
+    assert rows["ar"]["params"] == LM(override(ModelConfig(), dict(n_layer=1, n_head=2, n_embd=16, block_size=8))).num_params()
+    assert rows["ar"]["tok_per_s"] == pytest.approx(2 * 8 / 1e-3) and rows["nanoGPT"]["params"] == 257 * 258 and rows["ar"]["mfu"] is None
+    assert bench.main([*argv[:-4], "--vs", str(tmp_path / "no")]) == 2 and "nanoGPT checkout" in capsys.readouterr().err
+
+
 def test_moe_end_to_end(dataset, tmp_path, monkeypatch):
     """Both runs start from skewed routers, k of 32 experts take all; a second call trains nothing."""
     real, stops = train.train, []
