@@ -1349,7 +1349,7 @@ def l2_norm(x):
 
 class Taps(torch.autograd.Function):
     """Depthwise convolution for CPUs: 256 tokens at a time, which stay in the cache, and tokens outermost in the result, as
-    all that follows wants them. conv1d turns x around: forward and backward of a layer then take twice as long.
+    all that follows wants them. conv1d turns x around; with it a layer takes 1.1 to 1.6 times as long.
     """
     @staticmethod
     def forward(ctx, x, weight):

@@ -253,7 +253,8 @@ class Combine(torch.autograd.Function):
     def backward(ctx, grad):
         y, weights, order, back = ctx.saved_tensors
         grad = grad.index_select(0, order // back.size(1))                             # (N k, C)
-        dw = torch.bmm(grad.unsqueeze(1), y.unsqueeze(2)).flatten()
+        # one number a row: compiled for a GPU the second is one kernel, on a CPU it is a copy of all rows
+        dw = torch.bmm(grad.unsqueeze(1), y.unsqueeze(2)).flatten() if y.device.type == "cpu" else (grad * y).sum(-1)
         return grad * weights.flatten()[order, None], dw[back], None, None
 
 
