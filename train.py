@@ -228,16 +228,18 @@ def eval_steps(flags, total, steps_per_epoch):
 def orthogonalise(G, steps=5):
     """Newton-Schulz iteration of Muon (Keller Jordan, 2024): pushes all singular values of G (..., m, n) towards 1.
 
-    The quintic's coefficients trade exactness (values end in about [0.7, 1.2]) for slope at zero. bf16 is enough.
+    The quintic's coefficients trade exactness (values end in about [0.7, 1.2]) for slope at zero. bf16 is enough, and faster
+    on a GPU; on a CPU float32 is.
     """
-    X = G.bfloat16()
+    X = G.to(torch.bfloat16 if G.is_cuda else torch.float32).reshape(-1, *G.shape[-2:])
     tall = X.size(-2) > X.size(-1)
     X = X.mT if tall else X
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         A = X @ X.mT
-        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
-    return X.mT if tall else X
+        A = torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315)
+        X = torch.baddbmm(X, A, X, beta=3.4445)                                        # 3.4445 X - 4.775 A X + 2.0315 A A X
+    return (X.mT if tall else X).reshape(G.shape)
 
 
 class Muon(torch.optim.Optimizer):
