@@ -249,6 +249,13 @@ def run_arms(jobs, workers):
     import threading
     if workers < 1:
         raise ValueError(f"--workers {workers} must be at least 1")
+
+    def done(flags):
+        """A process that finds nothing to do would take seconds to say so."""
+        evals = read_evals(flags["out"])
+        return evals and evals[-1]["step"] == flags.get("max_steps") == (state := train.load_checkpoint(flags["out"]))["step"] \
+            and not train.other_settings(state, {k: v for k, v in flags.items() if v is not None})
+    jobs = {name: flags for name, flags in jobs.items() if not done(flags)}
     waiting, running, ok, tic = list(jobs.items()), {}, True, time.time()
 
     def show(name, stream, last):
@@ -280,7 +287,7 @@ def run_arms(jobs, workers):
             if p.poll() is not None:
                 reader.join()
                 del running[name]
-                if p.returncode == 130:
+                if p.returncode in (130, -signal.SIGINT):                              # the second: while it was still importing
                     ok, waiting = False, []
                 elif p.returncode:
                     for other, *_ in running.values():
@@ -308,7 +315,8 @@ def plain(name):
 def read_log(out, kind):
     """The rows of one kind, train or eval, in the log of a run folder."""
     path = Path(out) / "metrics.jsonl"
-    return [r for r in map(json.loads, path.read_text().splitlines()) if r["kind"] == kind] if path.exists() else []
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [r for r in (json.loads(line) for line in lines if line.endswith("}\n")) if r["kind"] == kind]    # no half last line
 
 
 def read_evals(out):

@@ -3629,6 +3629,28 @@ class GPT(torch.nn.Linear):
     assert bench.main([*argv[:-4], "--vs", str(tmp_path / "no")]) == 2 and "nanoGPT checkout" in capsys.readouterr().err
 
 
+def test_finished_arms_start_no_process(dataset, tmp_path, monkeypatch):
+    job = dict(dataset=str(dataset), n_layer=1, n_head=2, n_embd=16, block_size=16, batch_tokens=32, max_steps=2, eval_every=0, eval_windows=2,
+               out=str(tmp_path / "run"))
+    started = []
+
+    class Process:
+        returncode, stdout = -signal.SIGINT, ["Traceback\n"]                          # Ctrl-C while it still imported torch
+        poll = lambda self: self.returncode
+
+        def __init__(self, command, **_):
+            started.append(command)
+    monkeypatch.setattr(bench.subprocess, "Popen", Process)
+    assert not bench.run_arms({"a": job}, 1) and len(started) == 1
+    train.train(job, log=quiet)
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as f:
+        f.write('{"kind": "ev')                                                        # killed while it wrote
+    assert bench.run_arms({"a": {**job, "lr": None}}, 1) and len(started) == 1
+    for other in (dict(max_steps=3), dict(lr=0.5)):                                    # more to do; train.py will refuse
+        bench.run_arms({"a": {**job, **other}}, 1)
+    assert len(started) == 3
+
+
 def test_moe_end_to_end(dataset, tmp_path, monkeypatch):
     """Both runs start from skewed routers, k of 32 experts take all; a second call trains nothing."""
     real, stops = train.train, []

@@ -387,6 +387,12 @@ def load_checkpoint(path):
         raise ValueError(f"{path} is truncated or not a checkpoint of train.py: use ckpt_best.pt or an older copy") from None
 
 
+def other_settings(state, given):
+    """The flags that make another run of a checkpoint's: ["--lr 0.1 (checkpoint: 0.2)", ...]."""
+    known = {**DEFAULTS, **state["flags"]}
+    return [f"--{k} {v} (checkpoint: {known[k]})" for k, v in given.items() if k not in FREE and v != known[k]]
+
+
 def set_stage(lm, flags, step):
     """DeepSeek-V3.2's stages of training, for layers with an indexer: returns that of the step, "dense", "warmup" or "sparse"."""
     dense = flags.get("dense_steps", 0)
@@ -451,8 +457,7 @@ def train(given, log=print):
     if target:
         state = load_checkpoint(target)
         known = {k: v for k, v in state["flags"].items() if k in DEFAULTS}
-        wrong = [f"--{k} {given[k]} (checkpoint: {known[k]})" for k in given if k not in FREE and given[k] != known.get(k, DEFAULTS[k])]
-        if wrong:
+        if wrong := other_settings(state, given):
             raise ValueError(f"cannot resume {target} with other settings: {', '.join(wrong)}")
         flags = {**flags, **known, **given}
         if not given.get("out"):
