@@ -1340,33 +1340,35 @@ def bench_context(args):
 def hybrids(args):
     """One table of full, linear and sparse layers and their mixtures, from the results of quality, recall, attention, context.
 
-    loss: nats per token; recall: share of right answers; ms: one token decoded with the longest cache measured; train: speed of
-    forward and backward at the longest length, 1 = full. A mixture's time and cache are the mean over its layers.
+    loss: nats per token; recall: share of right answers; decoding: one token with the longest cache measured; training: forward and
+    backward at the longest length; both and the cache against full. A mixture's time and cache are the mean over its layers.
     """
-    def rows_of(command, *key):
-        path = Path(args.results) / (f"{command}.json" if command == "recall" else f"{command}_{args.device}.json")
+    def rows_of(file, column, *key):
+        path = Path(args.results) / f"{file}.json"
         if not path.exists():
-            raise ValueError(f"{path} is missing: python bench.py {command} makes it")
-        rows = json.loads(path.read_text())["rows"]
-        longest = max(r.get("T", 0) for r in rows)
-        return {tuple(r.get(k) for k in key): r for r in rows if r.get("T") in (None, longest) or command == "recall"}, longest
-    quality, _ = rows_of("quality", "mixer", "objective")
-    recalls, T = rows_of("recall", "layers", "objective", "task", "pairs", "T")
-    speed, trained = rows_of("attention", "layer")
-    decoding, tokens = rows_of("context", "layer")
+            raise ValueError(f"{path} is missing: python bench.py {file.split('_')[0]} makes it")
+        return {tuple(r.get(k) for k in key): r for r in json.loads(path.read_text())["rows"] if r.get(column) is not None}
+    quality = rows_of(f"quality_{args.device}", "loss", "mixer", "objective")
+    recalls = rows_of("recall", "accuracy", "layers", "objective", "task", "pairs", "T")
+    speed = rows_of(f"attention_{args.device}", "both_ms", "layer", "T")
+    decoding = {(n, T): r for (n, T, batch), r in rows_of(f"context_{args.device}", "ms", "layer", "T", "batch").items() if batch == 1}
+    far, trained, tokens = (max(key[-1] for key in found if key[0] == "full") for found in (recalls, speed, decoding))
     rows = []
     for name, (pattern, _) in MIXERS.items():
         layers = [n for n, _ in parse_layers(pattern, 4 if "*" in pattern else 1)]
-        if name not in ATTENTION and "*" not in name or any((n,) not in found for n in layers for found in (speed, decoding)):
-            continue                                                                   # not measured, or no layer of its own
-        mean = lambda found, column: statistics.mean(found[n,][column] for n in layers)
+        measured = all((n, trained) in speed and (n, tokens) in decoding for n in layers)
+        if not measured or name not in ATTENTION and "*" not in name:                  # the latter: a setting of another row's layer
+            continue
         row = {"mixer": name}
         for o in ARMS:
-            row |= {f"{o} loss": quality.get((name, o), {}).get("loss"), f"{o} std": quality.get((name, o), {}).get("std")}
-            row |= {f"{o} 64 pairs": recalls.get((name, o, "pairs", 64, 512), {}).get("accuracy"),
-                    f"{o} needles in {T}": recalls.get((name, o, "needle", NEEDLES, T), {}).get("accuracy")}
-        rows.append(row | {f"ms at {tokens}": mean(decoding, "ms"), "cache bytes a token": mean(decoding, "cache_mib") * 2 ** 20 / tokens,
-                           f"train at {trained}": speed["full",]["both_ms"] / mean(speed, "both_ms")})
+            row |= {f"{o} loss": quality.get((name, o), {}).get("loss"), f"{o} std": quality.get((name, o), {}).get("std"),
+                    f"{o} 64 pairs": recalls.get((name, o, "pairs", 64, 512), {}).get("accuracy"),
+                    f"{o} needles in {far}": recalls.get((name, o, "needle", NEEDLES, far), {}).get("accuracy")}
+        ms, mib, both = (statistics.mean(found[n, T][column] for n in layers) for found, T, column in (
+            (decoding, tokens, "ms"), (decoding, tokens, "cache_mib"), (speed, trained, "both_ms")))
+        full = decoding["full", tokens]
+        rows.append(row | {f"ms at {tokens}": ms, "decoding": full["ms"] / ms, "cache bytes a token": mib * 2 ** 20 / tokens,
+                           "cache": mib / full["cache_mib"], f"train at {trained}": speed["full", trained]["both_ms"] / both})
     table(rows)
     record(args.name or f"hybrids_{args.device}", rows, folder=args.results, context=tokens, of=args.device)
 
@@ -1651,7 +1653,7 @@ def quality(args):
                 shape, dataset=str(folder), objective=objective, layers=pattern, set=["qk_norm=true", *set_flags(values)],
                 seed=seed, max_steps=steps[objective], batch_tokens=args.batch_tokens, optimizer="muon", lr=args.lr,
                 eval_every=0, eval_windows=64, log_every=100, save_every=200, dtype=args.dtype,
-                out=str(Path(args.out) / f"{plain(name)}-{objective}-{steps[objective]}-s{seed}{kind.replace('_', '-')}"))
+                out=str(Path(args.out) / f"{plain(name)}-{objective}-{steps[objective]}-s{seed}{kind}"))
     ok = run_arms({" ".join(map(str, key)): f for key, f in jobs.items()}, args.workers)
     last = {key: (read_evals(f["out"]) or [None])[-1] for key, f in jobs.items()}
     rows, finished = [], {key: e for key, e in last.items() if e and e["step"] == jobs[key]["max_steps"]}

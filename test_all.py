@@ -3678,7 +3678,8 @@ def test_hybrids_joins_what_was_measured(tmp_path, capsys):
     rows = dict(quality_cpu=[dict(mixer="gated_deltanet*3 full", objective="ar", loss=1.5, std=None)],
                 recall=[dict(layers="full", objective="mdm", task=t, T=T, pairs=n, accuracy=n / 100) for t, T, n in (("pairs", 512, 64), ("needle", 1024, 4))],
                 attention_cpu=[dict(layer=n, T=T, both_ms=10 * T * ms) for n, ms in layers.items() for T in (1, 2)],
-                context_cpu=[dict(layer=n, T=T, ms=T * ms, cache_mib=T * ms) for n, ms in layers.items() for T in (1, 4)])
+                context_cpu=[dict(layer=n, T=T, batch=B, ms=B * T * ms, cache_mib=T * ms) for n, ms in layers.items() for T in (1, 4) for B in (1, 64)])
+    rows["context_cpu"].append(dict(layer="full", T=8, batch=1, ms=None, cache_mib=64.0))              # out of memory
     for name, r in rows.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(dict(rows=r)))
     assert bench.main(argv) == 0
@@ -3688,6 +3689,7 @@ def test_hybrids_joins_what_was_measured(tmp_path, capsys):
     assert mixed["ar loss"] == 1.5 and mixed["mdm loss"] is full["ar loss"] is mixed["ar 64 pairs"] is None
     assert (full["mdm 64 pairs"], full["mdm needles in 1024"]) == (0.64, 0.04)
     assert mixed["ms at 4"] == 4 * 3.5 and mixed["cache bytes a token"] == 3.5 * 2 ** 20 and mixed["train at 2"] == pytest.approx(8 / 3.5)
+    assert mixed["decoding"] == pytest.approx(8 / 3.5) and mixed["cache"] == pytest.approx(3.5 / 8) and full["decoding"] == full["cache"] == 1
 
 
 def test_quality_compares_equals(dataset, tmp_path, monkeypatch):
