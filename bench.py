@@ -167,6 +167,18 @@ def resumable(path):
     return once
 
 
+def attempt(measure, label):
+    """measure(), or what went wrong as a row: on a GPU one kernel that refuses a shape must not cost the rows behind it."""
+    try:
+        return measure()
+    except RuntimeError as e:                                                          # out of memory is one
+        if not torch.cuda.is_available() or "CUDA error" in str(e):                    # after that nothing runs any more
+            raise
+        why = "out of memory" if isinstance(e, torch.OutOfMemoryError) else str(e).strip().splitlines()[0]
+        print(f"{label}: {why}", flush=True)
+        return {"failed": why}
+
+
 def table(rows, columns=None, skip=()):
     """Print rows (dictionaries) as a table readable by eye and as Markdown. columns: by default all that have a value."""
     columns = columns or [c for c in dict.fromkeys(c for r in rows for c, v in r.items() if v is not None) if c not in skip]
@@ -1240,7 +1252,7 @@ def bench_attention(args):
     device, cuda, dtype = setup(args)
     names, causal, C = sweep_layers(args.layers, KERNELS * cuda), not args.bidirectional, args.n_head * args.head_dim
     file = args.name or f"attention_{torch.device(device).type}" + "_bidirectional" * args.bidirectional
-    points, rows = Path(args.results) / f"{file}.points.jsonl", []
+    points, rows, failed = Path(args.results) / f"{file}.points.jsonl", [], []
     once = resumable(points)
     for T, name in itertools.product(args.lengths, dict.fromkeys(["full", *names])):
         def measure():
@@ -1248,15 +1260,11 @@ def bench_attention(args):
             run = torch.compile(layer, dynamic=False) if cuda else layer
             x = torch.randn(1, T, C, device=device, dtype=dtype, requires_grad=True)
             forward, both = passes_of(lambda x: run(x, causal=causal), x, parameters=list(layer.parameters()))
-            try:
-                with only(name.partition(" ")[2]):
-                    if cuda:
-                        both()
-                        torch.cuda.reset_peak_memory_stats()
-                    ms = [1e3 * seconds_of(f, device, args.repeat) for f in (forward, both)]
-            except torch.OutOfMemoryError:
-                print(f"{name} at T = {T}: out of memory")
-                return {}
+            with only(name.partition(" ")[2]):
+                if cuda:
+                    both()
+                    torch.cuda.reset_peak_memory_stats()
+                ms = [1e3 * seconds_of(f, device, args.repeat) for f in (forward, both)]
             dense = next((r for r in rows if (r["layer"], r["T"]) == ("full", T)), {"forward_ms": ms[0], "both_ms": ms[1]})
             print(f"T {T:6d} {name:<16} forward {ms[0]:9.1f} ms  forward+backward {ms[1]:9.1f} ms  "
                   f"({dense['both_ms'] / ms[1]:.2f}x full)", flush=True)
@@ -1265,8 +1273,9 @@ def bench_attention(args):
                         both_vs_full=dense["both_ms"] / ms[1], reads=layer.reads(T, causal),
                         cache_bytes_per_token=cache / T, cache_vs_mha=cache / (4 * C * T),
                         peak_mib=torch.cuda.max_memory_allocated() / 2 ** 20 if cuda else None)
-        row = once({"layer": name, "T": T}, measure)
-        rows += [row] if "both_ms" in row else []                                      # else it was out of memory
+        row = once({"layer": name, "T": T}, lambda: attempt(measure, f"{name} at T = {T}"))
+        rows += [] if "failed" in row else [row]
+        failed += [row] if "failed" in row else []
     table([r for r in rows if r["T"] == args.lengths[-1]])
     series = {}
     for name in names:
@@ -1278,7 +1287,8 @@ def bench_attention(args):
             slope = math.log(mine[-1]["both_ms"] / mine[-2]["both_ms"]) / math.log(mine[-1]["T"] / mine[-2]["T"])
             print(f"{name:<16} time ~ T^{slope:.2f} at the end; "
                   + (f"faster than full from T = {wins}" if wins else "never faster than full here"))
-    record(file, rows, device, args.results, **conditions(args, device), heads=args.n_head, head_width=args.head_dim, settings=SWEEP,
+    record(file, rows, device, args.results, **conditions(args, device), failed=failed,
+           heads=args.n_head, head_width=args.head_dim, settings=SWEEP,
            what="one whole layer, projections included, batch 1")
     plot(file, series, "tokens", "ms, forward + backward", f"one {'causal' if causal else 'bidirectional'} layer, {args.n_head} heads "
          f"of {args.head_dim}, {device_name(device)}", args.results, ylog=True)
@@ -1312,20 +1322,18 @@ def bench_context(args):
                 cache.used = T - 1                                                     # the same step again, in the last slot
                 cache.pos.fill_(T - 1)
                 f(x, cache=cache)
-            try:
-                with torch.no_grad():
-                    ms = 1e3 * seconds_of(step, device, args.repeat)
-            except torch.OutOfMemoryError:
-                ms = None
-            print(f"T {T:6d} {name:<16} batch {B:3d}: " + (f"{ms:8.3f} ms" if ms else "out of memory"), flush=True)
-            return dict(ms=ms, tok_per_s=B / ms * 1e3 if ms else None, reads=layer.reads(T),
-                        cache_mib=B * layer.cache_bytes(T, dtype) / 2 ** 20)
-        rows.append(once(dict(layer=name, T=T, batch=B), measure))
-    full = {(r["T"], r["batch"]): r["ms"] for r in rows if r["layer"] == "full" and r["ms"]}
+            with torch.no_grad():
+                ms = 1e3 * seconds_of(step, device, args.repeat)
+            print(f"T {T:6d} {name:<16} batch {B:3d}: {ms:8.3f} ms", flush=True)
+            return dict(ms=ms, tok_per_s=B / ms * 1e3, reads=layer.reads(T), cache_mib=B * layer.cache_bytes(T, dtype) / 2 ** 20)
+        rows.append(once(dict(layer=name, T=T, batch=B), lambda: attempt(measure, f"T {T:6d} {name:<16} batch {B:3d}")))
+    rows, failed = [r for r in rows if "failed" not in r], [r for r in rows if "failed" in r]
+    full = {(r["T"], r["batch"]): r["ms"] for r in rows if r["layer"] == "full"}
     for r in rows:
-        r["vs_full"] = full[r["T"], r["batch"]] / r["ms"] if r["ms"] and (r["T"], r["batch"]) in full else None
+        r["vs_full"] = full[r["T"], r["batch"]] / r["ms"] if (r["T"], r["batch"]) in full else None
     table(rows)
-    record(file, rows, device, args.results, **conditions(args, device), heads=args.n_head, head_width=args.head_dim, settings=SWEEP,
+    record(file, rows, device, args.results, **conditions(args, device), failed=failed,
+           heads=args.n_head, head_width=args.head_dim, settings=SWEEP,
            what="one layer, projections included")
     B = args.batches[0]
     series = {name: curve([r for r in rows if (r["layer"], r["batch"]) == (name, B)], "T", "tok_per_s", marker="o", ms=3,
@@ -1421,7 +1429,7 @@ def bench_sparse(args):
     device, cuda, dtype = setup(args)
     if not cuda and args.tokens > 65_536:
         raise ValueError("the published shape needs a GPU; in small: --tokens 4096 --lengths 4096 --n_head 8 --head_dim 64 --topk 8")
-    file, rows = args.name or f"sparse_{torch.device(device).type}", []
+    file, rows, failed = args.name or f"sparse_{torch.device(device).type}", [], []
     points = Path(args.results) / f"{file}.points.jsonl"
     once = resumable(points)
     for T in args.lengths:
@@ -1437,14 +1445,17 @@ def bench_sparse(args):
                     ms = [1e3 * seconds_of(g, device, args.repeat + 1) for g in passes_of(run, q, k, v)]
                 print(f"T {T:6d} {name:<34} forward {ms[0]:9.1f} ms  forward+backward {ms[1]:9.1f} ms", flush=True)
                 return dict(batch=B, forward_ms=ms[0], both_ms=ms[1], tiles_visited=density)
-            mine.append(once(dict(what=name, T=T), measure))
+            mine.append(once(dict(what=name, T=T), lambda: attempt(measure, f"T {T:6d} {name}")))
+        failed += [r for r in mine if "failed" in r]
+        mine = [r for r in mine if "failed" not in r]
         for label, start in (("flex", "dense flex"), ("sdpa", "SDPA")):
             dense = [r for r in mine if r["what"].startswith(start)]
             for r, key in itertools.product(mine if dense else (), ("forward", "both")):
                 r[f"{key}_vs_{label}"] = min(d[f"{key}_ms"] for d in dense) / r[f"{key}_ms"]
         rows += mine
     table(rows)
-    record(file, rows, device, args.results, **conditions(args, device), heads=args.n_head, kv_heads=args.n_kv_head,
+    record(file, rows, device, args.results, **conditions(args, device), failed=failed,
+           heads=args.n_head, kv_heads=args.n_kv_head,
            head_width=args.head_dim, block=args.block, picks=args.topk,
            columns="_vs_flex, _vs_sdpa: times faster than dense FlexAttention, than the best SDPA kernel")
     points.unlink()

@@ -4,6 +4,7 @@ By equivalence and by definition: enumeration, float64 oracles, cached against r
 """
 import bz2
 import collections
+import contextlib
 import functools
 import gzip
 import hashlib
@@ -4055,6 +4056,29 @@ def test_bench_context_and_sparse(tmp_path, monkeypatch):
     rows = json.loads((tmp_path / "results" / "context_cpu.json").read_text())["rows"]
     assert rows[0] == old | {"vs_full": 1.0} and len(rows) == 4 and not list((tmp_path / "results").glob("*.points.jsonl"))
     assert {r["what"] for r in json.loads((tmp_path / "results" / "sparse_cpu.json").read_text())["rows"]} >= {"SDPA default", "sparse with selection"}
+
+
+def test_a_kernel_that_refuses_costs_no_other_row(tmp_path, monkeypatch, capsys):
+    """On a GPU: it is told and recorded, and the measurements behind it go on. A broken GPU, and any error on a CPU, ends the run."""
+    def only(kernel):
+        if kernel == "default":
+            raise RuntimeError("No available kernel. Aborting execution.\nwarnings")
+        return contextlib.nullcontext()
+    monkeypatch.setattr(bench, "only", only)
+    argv = f"sparse --lengths 256 --tokens 256 --n_head 2 --head_dim 16 --n_kv_head 1 --topk 3 --repeat 1 --device cpu --results {tmp_path}".split()
+    with pytest.raises(RuntimeError, match="No available kernel"):
+        bench.main(argv)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert bench.main(argv) == 0
+    assert capsys.readouterr().out.startswith("T    256 SDPA default: No available kernel. Aborting execution.\n")
+    result = json.loads((tmp_path / "sparse_cpu.json").read_text())
+    assert [(r["what"], r["T"]) for r in result["failed"]] == [("SDPA default", 256)]
+    assert len(result["rows"]) == 3 and all(r["both_ms"] > 0 and "both_vs_sdpa" not in r for r in result["rows"])
+
+    def broken():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    with pytest.raises(RuntimeError, match="illegal"):
+        bench.attempt(broken, "")
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
