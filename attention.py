@@ -117,7 +117,7 @@ def softmax_attention(q, k, v, causal=True, window=None, sink=None, scale=None, 
     so that a head can attend to no token (gpt-oss). scale defaults to D ** -0.5.
     """
     T, S = q.size(-2), k.size(-2)
-    if window is not None and mask is None and sink is None and q.is_cuda and T == S > 2 * max(window, 128) and min(q.size(-1), v.size(-1)) >= 16:
+    if window is not None and mask is None and sink is None and flex_pays(q, v) and T == S > 2 * max(window, 128):
         return flex_window_attention(q, k, v, causal, window, scale)
     if window is not None and mask is None and S > 2 * max(window, 128):
         # A stretch of queries at a time against the keys around it: O(T window), and never a (T, S) mask.
@@ -151,6 +151,12 @@ def softmax_attention(q, k, v, causal=True, window=None, sink=None, scale=None, 
     scores = (scores * (scale or q.size(-1) ** -0.5)).masked_fill(~mask, -math.inf)
     null = sink.to(scores.dtype).view(1, -1, 1, 1).expand(q.size(0), -1, T, 1)
     return torch.cat([scores, null], dim=-1).softmax(dim=-1)[..., :-1].to(v.dtype) @ v[..., :Dv]
+
+
+def flex_pays(q, v):
+    """On CUDA, for the head widths that its kernel takes. It is compiled anew for every shape, some seconds each, and beyond
+    eight shapes torch gives up and runs it with all scores in memory: outside of a compiled graph for long inputs only."""
+    return q.is_cuda and q.size(-2) >= (128 if torch.compiler.is_compiling() else 1024) and min(q.size(-1), v.size(-1)) >= 16
 
 
 def flex_window_attention(q, k, v, causal, window, scale):
@@ -525,7 +531,7 @@ def block_sparse_attention(q, k, v, sel, block_size, causal=True, tile=1, limit=
         "dense"   a (T, S) mask: the definition, any device
         "gather"  copies the picked blocks of each tile side by side: shared picks, and decoding
         "flex"    FlexAttention, CUDA: skips the blocks that no query of a tile picked
-    None: flex on CUDA for 128 queries or more, gather if it reads at most half of S and not once per query, else dense.
+    None: flex on CUDA where flex_pays, gather if it reads at most half of S and not once per query, else dense.
     """
     (B, H, T, _), (Hkv, S) = q.shape, k.shape[1:3]
     shape = (B, Hkv, -(-T // tile), -(-S // block_size))
@@ -541,7 +547,7 @@ def block_sparse_attention(q, k, v, sel, block_size, causal=True, tile=1, limit=
     if path == "flex" and not tiles:
         raise ValueError(f"path 'flex' needs H / H_kv = {H // Hkv} to divide 128, and block_size {block_size} to divide "
                          "128 or be a multiple of it: use dense or gather")
-    if path is None and q.is_cuda and T >= 128 and tiles and 16 <= min(q.size(-1), v.size(-1)) and q.size(-1) <= 256:
+    if path is None and flex_pays(q, v) and tiles and q.size(-1) <= 256:
         path = "flex"                                                                  # wider heads (absorbed MLA) do not fit
     if path == "gather" or path is None and (tile >= 16 or T <= 16):
         if not torch.compiler.is_compiling() and (most is None or q.device.type == "cpu"):    # elsewhere the count is a wait

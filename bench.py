@@ -54,6 +54,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch._functorch import config as functorch_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import diffusion
@@ -372,9 +373,19 @@ SDPA = {"default": [],                                                          
         "flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]}
 
 
-def only(kernel):
-    """A context in which SDPA takes this kernel or fails."""
-    return sdpa_kernel(SDPA[kernel][:1]) if SDPA.get(kernel) else contextlib.nullcontext()
+@contextlib.contextmanager
+def sdpa(kernel, only=True):
+    """A context in which SDPA takes this kernel or fails; not only: takes it first. "default" and unknown names: no change.
+
+    Without torch's cache of compiled graphs, whose key does not say which kernel a graph was made for, so that the second
+    kernel asked for is silently the first again (pytorch #185449; torch 2.13 too).
+    """
+    if not SDPA.get(kernel):
+        yield
+        return
+    with sdpa_kernel(SDPA[kernel][:1] if only else SDPA[kernel], set_priority=not only), \
+            functorch_config.patch(enable_autograd_cache=False):
+        yield
 
 
 def clock_of(device):
@@ -685,7 +696,7 @@ def throughput(args):
             ticks.append(torch.cuda.Event(enable_timing=True))
             return ticks[-1].record()
         ticks.append(time.process_time())
-    with sdpa_kernel(SDPA[args.sdpa], set_priority=True) if args.sdpa != "default" else contextlib.nullcontext():
+    with sdpa(args.sdpa, only=False):
         for i in range(args.warmup + args.iters):
             if i == args.warmup and not args.peer:
                 torch.compiler.set_stance("fail_on_recompile")                         # after the warm-up there is none, or stop
@@ -1260,7 +1271,7 @@ def bench_attention(args):
             run = torch.compile(layer, dynamic=False) if cuda else layer
             x = torch.randn(1, T, C, device=device, dtype=dtype, requires_grad=True)
             forward, both = passes_of(lambda x: run(x, causal=causal), x, parameters=list(layer.parameters()))
-            with only(name.partition(" ")[2]):
+            with sdpa(name.partition(" ")[2]):
                 if cuda:
                     both()
                     torch.cuda.reset_peak_memory_stats()
@@ -1408,10 +1419,12 @@ def sparse_arms(q, k, v, block, topk):
         tiles = sel.unflatten(3, (-1, max(128 // block, 1))).any(4).unflatten(2, (-1, 128 * h // q.size(1))).any(3)
         return (tiles.sum() * 2 / tiles.numel()).item()
 
+    scores = torch.compile(compressed_scores, dynamic=False) if q.is_cuda else compressed_scores
+
     def selected(q, k, v):
         with torch.no_grad():
             ck = key_windows(k, torch.arange((T - 32) // 16 + 1, device=k.device).expand(B, -1), 32, 16).mean(dim=3)
-            score = lambda r: compressed_scores(q[:, :, r], ck, slots[:, r] + 1, T, block, 32, 16, "max")
+            score = lambda r: scores(q[:, :, r], ck, slots[:, r] + 1, T, block, 32, 16, "max")
             sel = select_blocks(score, slots, slots + 1, n, block, topk, **rules)
         return block_sparse_attention(q, k, v, sel, block)
     dense = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -1440,8 +1453,9 @@ def bench_sparse(args):
         for name, (f, density) in sparse_arms(q, k, v, args.block, args.topk).items():
             def measure():
                 torch._dynamo.reset()
-                run = torch.compile(f, dynamic=False) if cuda else f
-                with only(name.removeprefix("SDPA ")):                                 # the first call compiles
+                # selection runs slice by slice: one compiled slice, where a graph of them all takes minutes
+                run = torch.compile(f, dynamic=False) if cuda and density is not None else f
+                with sdpa(name.removeprefix("SDPA ")):                                 # the first call compiles
                     ms = [1e3 * seconds_of(g, device, args.repeat + 1) for g in passes_of(run, q, k, v)]
                 print(f"T {T:6d} {name:<34} forward {ms[0]:9.1f} ms  forward+backward {ms[1]:9.1f} ms", flush=True)
                 return dict(batch=B, forward_ms=ms[0], both_ms=ms[1], tiles_visited=density)

@@ -31,6 +31,8 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch._functorch import config as functorch_config
+from torch.nn.attention import SDPBackend
 
 import attention
 import bench
@@ -4064,7 +4066,7 @@ def test_a_kernel_that_refuses_costs_no_other_row(tmp_path, monkeypatch, capsys)
         if kernel == "default":
             raise RuntimeError("No available kernel. Aborting execution.\nwarnings")
         return contextlib.nullcontext()
-    monkeypatch.setattr(bench, "only", only)
+    monkeypatch.setattr(bench, "sdpa", only)
     argv = f"sparse --lengths 256 --tokens 256 --n_head 2 --head_dim 16 --n_kv_head 1 --topk 3 --repeat 1 --device cpu --results {tmp_path}".split()
     with pytest.raises(RuntimeError, match="No available kernel"):
         bench.main(argv)
@@ -4079,6 +4081,17 @@ def test_a_kernel_that_refuses_costs_no_other_row(tmp_path, monkeypatch, capsys)
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
     with pytest.raises(RuntimeError, match="illegal"):
         bench.attempt(broken, "")
+
+
+def test_a_compiled_kernel_is_the_one_asked_for(monkeypatch):
+    """torch's cache of compiled graphs forgets which SDPA kernel a graph was made for: then a time stands beside the wrong name."""
+    monkeypatch.setattr(bench, "SDPA", {"default": [], "math": [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]})
+    state = lambda: (functorch_config.enable_autograd_cache, torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.math_sdp_enabled())
+    before = state()
+    for kernel, only, expected in (("math", True, (False, False, True)), ("math", False, (False, True, True)), ("default", True, before), ("gqa", True, before)):
+        with bench.sdpa(kernel, only):
+            assert state() == expected
+        assert state() == before
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
@@ -4127,8 +4140,8 @@ def test_flex_on_cuda(block, dtype):
 def test_windows_on_cuda():
     """The flex path of a sliding window, forward and backward, against the mask."""
     torch.manual_seed(0)
-    inputs = [torch.randn(1, n, 700, 64, device="cuda", requires_grad=True) for n in (4, 2, 2)]
-    t = torch.arange(700, device="cuda")
+    inputs = [torch.randn(1, n, 1100, 64, device="cuda", requires_grad=True) for n in (4, 2, 2)]
+    t = torch.arange(1100, device="cuda")
     for causal, window in itertools.product((True, False), (100, 200)):
         same_gradients(lambda *a: softmax_attention(*a, causal, window), lambda *a: softmax_attention(*a, mask=visible(t, t, causal, window)), inputs, 2e-3)
 
@@ -4136,16 +4149,16 @@ def test_windows_on_cuda():
 @on_gpu
 @pytest.mark.parametrize("name", ATTENTION)
 def test_layers_on_cuda_equal_the_cpu(name):
-    """The same layer on both, float32: what it makes of the device shows as another number. T >= 128 takes the flex paths."""
+    """The same layer on both, float32: what it makes of the device shows as another number. 1,100 tokens take the flex paths."""
     layer, x = soft_layer(name, n_embd=64, sel_block=None if name == "dsa" else 16, sel_topk=4, sel_init=1, sel_local=1, dense_len=0, window=None),\
-        torch.randn(2, 300, 64)
+        torch.randn(2, 1100, 64)
     expected = [layer(x, causal=causal) for causal in (True, False)]
     layer.cuda()
     for causal, y in zip((True, False), expected):
         torch.testing.assert_close(layer(x.cuda(), causal=causal).cpu(), y, rtol=0, atol=1e-3)
-    cache = layer.init_cache(2, 300, "cuda")
+    cache = layer.init_cache(2, 1100, "cuda")
     with torch.no_grad():
-        y = torch.cat([layer(part, cache=cache) for part in x.cuda().split([290, 1, 1, 8], dim=1)], dim=1)
+        y = torch.cat([layer(part, cache=cache) for part in x.cuda().split([1090, 1, 1, 8], dim=1)], dim=1)
     torch.testing.assert_close(y.cpu(), expected[0], rtol=0, atol=1e-3)
 
 
