@@ -4163,6 +4163,19 @@ def test_layers_on_cuda_equal_the_cpu(name):
 
 
 @on_gpu
+@pytest.mark.parametrize("name", ("nsa", "msa"))
+def test_compiled_layers_on_cuda(name):
+    """In one graph, with gradients and without, as training and bench.py run them, where 700 tokens take the flex paths."""
+    layer = soft_layer(name, n_embd=64, sel_block=16, sel_topk=4, sel_init=1, sel_local=1, window=None).cuda()
+    x = torch.randn(1, 700, 64, device="cuda", requires_grad=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, dynamic=False, fullgraph=True)
+    same_gradients(compiled, layer, [x], 2e-3)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=1e-3)
+
+
+@on_gpu
 def test_grouped_experts_on_cuda():
     """bf16, its own kernel, an expert without tokens, against every expert for every token."""
     moe = make_moe(n_expert=16, n_expert_active=4, expert_inner=32, router_bias_step=0.0).cuda().bfloat16()
