@@ -1686,17 +1686,17 @@ def quality(args):
         mine = {key: e for key, e in finished.items() if key[:2] == (name, objective)}
         if mine:
             lm, _ = train.load_model(jobs[next(iter(mine))]["out"], "last")
-            losses = [e["loss"] for e in mine.values()]
+            losses = [e["loss"] for e in mine.values()]                                # by seed, from 1337
             rows.append(dict(mixer=name, objective=objective, measure="exact" if objective == "ar" else "bound",
                              loss=statistics.mean(losses), std=statistics.stdev(losses) if len(losses) > 1 else None,
-                             seeds=len(losses), se=next(iter(mine.values()))["se"] or None, params=lm.num_params(),
+                             seeds=len(losses), losses=losses, se=next(iter(mine.values()))["se"] or None, params=lm.num_params(),
                              reads=max(b.mixer.reads(T, objective == "ar") for b in lm.blocks),
                              below_bigram=bigram - statistics.mean(losses)))
     print(f"\n{len(finished)} of {len(jobs)} runs finished" + ("" if len(finished) == len(jobs) else ": the same command goes on"))
     if rows:
         print(f"validation loss, nats per token; a bigram model has {bigram:.3f}; reads: keys of the last query; std: over seeds; "
               "se: of the bound's masks")
-        table(rows)
+        table(rows, skip=["losses"])
         device = train.pick_device("auto")
         record(args.name or f"quality_{torch.device(device).type}{kind}", rows, device, args.results, bigram=bigram, T=T,
                dataset=args.dataset, steps=steps, batch_tokens=args.batch_tokens, lr=args.lr, optimizer="muon",
