@@ -1146,12 +1146,13 @@ def gpu(args):
     if not torch.cuda.is_available():
         raise ValueError("torch sees no CUDA device here: run this on a machine with an NVIDIA GPU")
     study, speed = "bench.py crossover --scale gpu --results {r}", "bench.py train --rounds 1 --batch 64 --results {r}"
+    peer = " --vs data/nanoGPT" * (HERE / "data" / "nanoGPT" / "model.py").exists()    # a checkout put there
     medium = f"{speed} --preset small --block_size 512 --vocab_size 4096 --iters 40"
     small = f"{medium} --n_layer 6 --n_head 6 --n_embd 384"
     wide, large = f"{speed} --preset gpt2 --n_head 6 --iters 20", "--n_head 16 --head_dim 128 --results {r}"
     queue = [   # file that the entry leaves, command
         ("gpu_tests.txt", "-m pytest test_all.py -q -m gpu"),
-        ("train_cuda.json", f"{speed} --preset gpt2 --iters 20"),
+        ("train_cuda.json", f"{speed} --preset gpt2 --iters 20{peer}"),
         ("train_cuda_width128.json", f"{wide} --name train_cuda_width128"),
         ("train_cuda_10M.json", f"{small} --name train_cuda_10M"),
         ("train_cuda_10M_graphs.json", f"{small} --compile graphs --name train_cuda_10M_graphs"),
