@@ -635,8 +635,8 @@ def flex_block_attention(q, k, v, sel, block, limit, scale):
 
     # CPU inductor 2.13 gives wrong results, silently, when mask_mod reads the direct output of a scatter in the same
     # graph: select_blocks ends in pointwise operations.
-    # Inductor for CUDA (2.11) fails where mask_mod reads what is not in memory yet; as_strided puts it there.
-    sel, limit = (a.contiguous().as_strided(a.shape, a.contiguous().stride()) for a in (sel, limit))
+    if q.is_cuda:                                          # where inductor (2.11) fails if mask_mod reads what is not in memory yet
+        sel, limit = (a.contiguous().as_strided(a.shape, a.contiguous().stride()) for a in (sel, limit))
 
     def mask_mod(b, h, r, s):
         return sel[b, h, r // G, s // block] & (s < limit[b, r // G])
