@@ -1628,15 +1628,13 @@ def functions(args):
 PICKS = dict(n_kv_head=1, sel_block=16, sel_topk=7)
 COMPRESSED = dict(PICKS, sel_local=2, cmp_block=16, cmp_stride=8, dense_len=0)
 MIXERS = {
-    "full": ("full", {}), "full window": ("full", dict(window=64)),
-    "mla": ("mla", {}), "mla q_lora": ("mla", dict(q_lora_rank=96)),                   # with low-rank queries comes their norm
+    "full": ("full", {}), "full window": ("full", dict(window=64)), "mla": ("mla", {}),
     "linear": ("linear", dict(linear_decay="head")), "deltanet": ("deltanet", {}),
     "gated_deltanet": ("gated_deltanet", {}), "kda": ("kda", {}),
     "gated_deltanet alternate": ("gated_deltanet(bidir=forward) gated_deltanet(bidir=backward)", {}),
     "gated_deltanet forward": ("gated_deltanet", dict(bidir="forward")),
     "nsa": ("nsa", dict(n_kv_head=1, window=16, sel_block=16, sel_topk=4, cmp_block=32, cmp_stride=16)),
-    "infllm": ("infllm", COMPRESSED), "msa": ("msa", PICKS),
-    "dsa": ("dsa", dict(sel_topk=112)), "dsa q_lora": ("dsa", dict(sel_topk=112, q_lora_rank=96)),
+    "infllm": ("infllm", COMPRESSED), "msa": ("msa", PICKS), "dsa": ("dsa", dict(sel_topk=112)),
     "gated_deltanet*3 full": ("gated_deltanet*3 full", {}), "kda*3 mla": ("kda*3 mla", {}),
     "gated_deltanet*3 msa": ("gated_deltanet*3 msa", PICKS), "kda*3 dsa": ("kda*3 dsa", dict(sel_topk=112)),
     "linear*3 infllm": ("linear*3 infllm", dict(COMPRESSED, linear_decay="head")),
