@@ -1308,10 +1308,12 @@ def test_linear_layer_in_bf16(name):
     assert out.dtype == torch.bfloat16 and cache.state.dtype == torch.float32 and lin_rel(out, y.double()) < 3e-2
 
 
+@pytest.mark.parametrize("compiled", (False, True))
 @pytest.mark.parametrize("T", [1, 2, 255, 256, 257, 600])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_short_convolution_in_stretches(T, symmetric):
-    """The CPU's own form against torch's conv1d, and its gradients, in lengths around its stretch of 256 tokens."""
+def test_short_convolution_in_stretches(T, symmetric, compiled, monkeypatch):
+    """The CPU's own form and the compiled one against torch's conv1d, and the gradients, in lengths around 256 tokens, the CPU's stretch."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiled)
     torch.manual_seed(0)
     x, w = torch.randn(2, T + 3, 5, dtype=torch.float64, requires_grad=True), torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     both, last = torch.cat([w, w[:, :-1].flip(1)], dim=1) if symmetric else w, 3 if symmetric else 0
