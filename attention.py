@@ -159,11 +159,18 @@ def flex_pays(q, v):
     return q.is_cuda and q.size(-2) >= (128 if torch.compiler.is_compiling() else 1024) and min(q.size(-1), v.size(-1)) >= 16
 
 
+def in_memory(a):
+    """a, put into memory by as_strided where a graph is compiled. Inductor fails for CUDA on a FlexAttention mask that it would
+    have to compute on the fly: results of pointwise operations in mask_mod (torch 2.11), numbers of tiles by arange (2.13)."""
+    a = a.contiguous()
+    return a.as_strided(a.shape, a.stride())
+
+
 def flex_window_attention(q, k, v, causal, window, scale):
     """A sliding window by FlexAttention: only the tiles of 128 x 128 that the band touches. T = S; mask_mod makes it exact."""
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
     T = q.size(2)
-    tile = torch.arange(-(-T // 128), device=q.device)
+    tile = in_memory(torch.arange(-(-T // 128), device=q.device))
     first = (tile * 128 - window + 1).clamp(min=0) // 128
     last = tile if causal else ((tile * 128 + 126 + window) // 128).clamp(max=len(tile) - 1)
     index = (first[:, None] + tile) % len(tile)                                        # all columns: flex transposes it
@@ -629,15 +636,14 @@ def flex_block_attention(q, k, v, sel, block, limit, scale):
     G = H // Hkv
     q = q.unflatten(1, (Hkv, G)).transpose(2, 3).flatten(2, 3)                         # (B, Hkv, T G, D)
     limit = limit.expand(B, T).contiguous()
+    if q.is_cuda:
+        sel, limit = in_memory(sel), in_memory(limit)
     tiles = F.pad(sel, (0, -sel.size(3) % (wide // block), 0, -T % (128 // G)))
     tiles = tiles.unflatten(3, (-1, wide // block)).any(4).unflatten(2, (-1, 128 // G)).any(3)  # (B, Hkv, rows, columns)
     index = tiles.int().sort(dim=-1, descending=True, stable=True).indices.int()       # all columns: flex transposes it
 
     # CPU inductor 2.13 gives wrong results, silently, when mask_mod reads the direct output of a scatter in the same
     # graph: select_blocks ends in pointwise operations.
-    if q.is_cuda:                                          # where inductor (2.11) fails if mask_mod reads what is not in memory yet
-        sel, limit = (a.contiguous().as_strided(a.shape, a.contiguous().stride()) for a in (sel, limit))
-
     def mask_mod(b, h, r, s):
         return sel[b, h, r // G, s // block] & (s < limit[b, r // G])
     mask = BlockMask.from_kv_blocks(tiles.sum(-1, dtype=torch.int32), index, BLOCK_SIZE=(128, wide), mask_mod=mask_mod,
