@@ -135,7 +135,7 @@ def record(name, rows, device="cpu", folder="results", **about):
     path = Path(folder) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({
-        "command": " ".join(["python", "bench.py", *sys.argv[1:]]), "device": device_name(device),
+        "command": shlex.join(["python", "bench.py", *sys.argv[1:]]), "device": device_name(device),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         **about, "rows": rows}, indent=1) + "\n")
     print(f"wrote {path}")
