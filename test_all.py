@@ -4169,7 +4169,8 @@ def test_layers_on_cuda_equal_the_cpu(name):
 @pytest.mark.parametrize("name", ("nsa", "msa"))
 def test_compiled_layers_on_cuda(name):
     """In one graph, with gradients and without, as training and bench.py run them, where 700 tokens take the flex paths."""
-    layer = soft_layer(name, n_embd=64, sel_block=16, sel_topk=4, sel_init=1, sel_local=1, window=None).cuda()
+    layer = soft_layer(name, n_embd=64, sel_block=16, sel_topk=4, sel_init=1, sel_local=1,
+                       window=100 if name == "nsa" else None).cuda()
     x = torch.randn(1, 700, 64, device="cuda", requires_grad=True)
     torch._dynamo.reset()
     compiled = torch.compile(layer, dynamic=False, fullgraph=True)
