@@ -161,9 +161,10 @@ def flex_pays(q, v):
 
 def in_memory(a):
     """a, put into memory by as_strided where a graph is compiled. Inductor fails for CUDA on a FlexAttention mask that it would
-    have to compute on the fly: results of pointwise operations in mask_mod (torch 2.11), numbers of tiles by arange (2.13)."""
+    have to compute on the fly: results of pointwise operations in mask_mod (torch 2.11), numbers of tiles by arange (2.13).
+    For the CPU it is the other way round: there it fails on such a view."""
     a = a.contiguous()
-    return a.as_strided(a.shape, a.stride())
+    return a.as_strided(a.shape, a.stride()) if a.is_cuda else a
 
 
 def flex_window_attention(q, k, v, causal, window, scale):
@@ -635,9 +636,7 @@ def flex_block_attention(q, k, v, sel, block, limit, scale):
     (B, H, T, _), (Hkv, S), wide = q.shape, k.shape[1:3], max(block, 128)
     G = H // Hkv
     q = q.unflatten(1, (Hkv, G)).transpose(2, 3).flatten(2, 3)                         # (B, Hkv, T G, D)
-    limit = limit.expand(B, T).contiguous()
-    if q.is_cuda:
-        sel, limit = in_memory(sel), in_memory(limit)
+    sel, limit = in_memory(sel), in_memory(limit.expand(B, T))
     tiles = F.pad(sel, (0, -sel.size(3) % (wide // block), 0, -T % (128 // G)))
     tiles = tiles.unflatten(3, (-1, wide // block)).any(4).unflatten(2, (-1, 128 // G)).any(3)  # (B, Hkv, rows, columns)
     index = tiles.int().sort(dim=-1, descending=True, stable=True).indices.int()       # all columns: flex transposes it

@@ -1142,11 +1142,14 @@ def bench_tools(args):
 # gpu: the queue
 
 def gpu(args):
-    """A queue of GPU measurements in order of value: skips what results/ holds, stops in time, goes on at the next call."""
+    """A queue of GPU measurements in order of value: skips what results/ holds, stops in time, goes on at the next call.
+
+    With a checkout of nanoGPT in data/nanoGPT training is timed beside it.
+    """
     if not torch.cuda.is_available():
         raise ValueError("torch sees no CUDA device here: run this on a machine with an NVIDIA GPU")
     study, speed = "bench.py crossover --scale gpu --results {r}", "bench.py train --rounds 1 --batch 64 --results {r}"
-    peer = " --vs data/nanoGPT" * (HERE / "data" / "nanoGPT" / "model.py").exists()    # a checkout put there
+    peer = " --vs data/nanoGPT" * (HERE / "data" / "nanoGPT" / "model.py").exists()
     medium = f"{speed} --preset small --block_size 512 --vocab_size 4096 --iters 40"
     small = f"{medium} --n_layer 6 --n_head 6 --n_embd 384"
     wide, large = f"{speed} --preset gpt2 --n_head 6 --iters 20", "--n_head 16 --head_dim 128 --results {r}"
@@ -1286,8 +1289,7 @@ def bench_attention(args):
                         cache_bytes_per_token=cache / T, cache_vs_mha=cache / (4 * C * T),
                         peak_mib=torch.cuda.max_memory_allocated() / 2 ** 20 if cuda else None)
         row = once({"layer": name, "T": T}, lambda: attempt(measure, f"{name} at T = {T}"))
-        rows += [] if "failed" in row else [row]
-        failed += [row] if "failed" in row else []
+        (failed if "failed" in row else rows).append(row)
     table([r for r in rows if r["T"] == args.lengths[-1]])
     series = {}
     for name in names:
@@ -1687,7 +1689,7 @@ def quality(args):
         mine = {key: e for key, e in finished.items() if key[:2] == (name, objective)}
         if mine:
             lm, _ = train.load_model(jobs[next(iter(mine))]["out"], "last")
-            losses = [e["loss"] for e in mine.values()]                                # by seed, from 1337
+            losses = [e["loss"] for e in mine.values()]                                # of the finished seeds, in order
             rows.append(dict(mixer=name, objective=objective, measure="exact" if objective == "ar" else "bound",
                              loss=statistics.mean(losses), std=statistics.stdev(losses) if len(losses) > 1 else None,
                              seeds=len(losses), losses=losses, se=next(iter(mine.values()))["se"] or None, params=lm.num_params(),
