@@ -2082,6 +2082,7 @@ def decode(args):
             S = models[role][1]["flags"]["diffusion_block"]
             y = diffusion.sample_block(f, x, f.mask_id, S, generator=gen, **setting, **how)
         else:
+            setting["fill_block"] = setting.pop("block_size", None)                    # the results' name for it
             y = diffusion.sample_mdm(f, x, f.mask_id, generator=gen, **setting, **how)
         return y, clock() - tic, f
 
@@ -2289,7 +2290,7 @@ def diffusion_nats(lm, context, ends, measure, n_mc, seed, block=None, batch_siz
     x, scored, keywords = x.to(device), (real & (t >= P)).to(device), {} if block or real.all() else {"valid": real.to(device)}
     if measure == "bound":
         nats, _ = diffusion.mdm_nll(lm, x, mask, n_mc, torch.Generator().manual_seed(seed), batch_size=batch_size,
-                                    block_size=block, scored=scored, per_row=True, group=torch.zeros(len(ends), dtype=torch.int64), **keywords)
+                                    noise_block=block, scored=scored, per_row=True, group=torch.zeros(len(ends), dtype=torch.int64), **keywords)
     elif block:
         nats = sample.block_chain(lm, x, block, "left", scored).cpu()
     else:

@@ -97,7 +97,7 @@ def mdm_mask(form, noise):
     return masked, weight
 
 
-def mdm_loss(f, x, mask_id, form="exact", noise=None, generator=None, block_size=None, reduction="mean"):
+def mdm_loss(f, x, mask_id, form="exact", noise=None, generator=None, noise_block=None, reduction="mean"):
     """Masked diffusion: an upper bound on -log p(x), nats per token, unbiased over `noise`. x (B, T) int64 without mask_id.
 
     The bound is the mean over all T! orders of the chain rule, E_n E_{mask of size n} [mean CE over the n masked tokens]
@@ -111,48 +111,48 @@ def mdm_loss(f, x, mask_id, form="exact", noise=None, generator=None, block_size
 
     noise: from `mdm_noise`, this batch's rows, on x's device; with it the loss is a pure function and compiles to one
     graph of static shapes (cross entropy runs on all T tokens: selecting the masked ones would make shapes dynamic).
-    block_size: see `block_diffusion_loss`.
+    noise_block: see `block_diffusion_loss`.
     """
     B, T = x.shape
-    S = T if block_size is None else block_size
+    S = T if noise_block is None else noise_block
     if T % S:
-        raise ValueError(f"block_size {S} does not divide the {T} tokens of a window: use a divisor of {T}")
+        raise ValueError(f"noise_block {S} does not divide the {T} tokens of a window: use a divisor of {T}")
     if noise is None:
         noise = [a.to(x.device) for a in mdm_noise(B * T // S, S, form, generator)]
     masked, weight = mdm_mask(form, noise)
-    nats = masked_nll(f, x, mask_id, masked.view(B, T), block_size) * (masked * weight[:, None]).view(B, T)
+    nats = masked_nll(f, x, mask_id, masked.view(B, T), noise_block) * (masked * weight[:, None]).view(B, T)
     return reduce_loss(nats, reduction)
 
 
-def masked_nll(f, x, mask_id, masked, block_size=None, **keywords):
+def masked_nll(f, x, mask_id, masked, noise_block=None, **keywords):
     """(B, T) nats of every token of x, predicted from x with `masked` (B, T) hidden; only masked places mean something.
     A place that holds mask_id itself is hidden from all, and its own value means nothing."""
     noisy, target = torch.where(masked, mask_id, x), x.clamp(max=mask_id - 1)
-    if block_size is None:
+    if noise_block is None:
         return token_nll(f(noisy, causal=False, **keywords), target)
     T = x.size(1)
-    logits = f(torch.cat([noisy, x], dim=1), causal=False, mask=two_stream_mask(T, block_size, x.device),
+    logits = f(torch.cat([noisy, x], dim=1), causal=False, mask=two_stream_mask(T, noise_block, x.device),
                pos=torch.arange(T, device=x.device).repeat(2), **keywords)
     return token_nll(logits[:, :T], target)                         # the second half only serves as keys
 
 
-def two_stream_mask(T, block_size, device=None):
+def two_stream_mask(T, noise_block, device=None):
     """(2T, 2T) bool, True = visible, for the input [noisy; clean] of BD3-LM (Arriola et al. 2503.09573, section 3.2):
     a noisy block sees itself and the clean blocks before it; a clean block sees clean blocks up to itself."""
-    block = torch.arange(T, device=device).div(block_size, rounding_mode="floor").repeat(2)
+    block = torch.arange(T, device=device).div(noise_block, rounding_mode="floor").repeat(2)
     clean = torch.arange(2 * T, device=device) >= T
     q, k = block[:, None], block[None, :]
     return torch.where(clean[None, :], k < q + clean[:, None].long(), (k == q) & ~clean[:, None])
 
 
-def block_diffusion_loss(f, x, mask_id, block_size, form="exact", noise=None, generator=None, reduction="mean"):
+def block_diffusion_loss(f, x, mask_id, noise_block, form="exact", noise=None, generator=None, reduction="mean"):
     """Block diffusion (BD3-LM, 2503.09573): AR over blocks, masked diffusion inside each; a bound, nats per token.
 
-    Every block has its own n (or t), stratified over all blocks of the batch: noise is mdm_noise(B*T//block_size,
-    block_size, form), blocks of a row side by side. All blocks are trained in one pass over 2T tokens, so f must take
-    the keywords `mask` (2T, 2T) and `pos` (2T,): layers `full` and `mla`. block_size 1 is the exact left-to-right chain
-    (no variance over masks), block_size T is mdm_loss. ValueError where block_size does not divide T."""
-    return mdm_loss(f, x, mask_id, form, noise, generator, block_size, reduction)
+    Every block has its own n (or t), stratified over all blocks of the batch: noise is mdm_noise(B*T//noise_block,
+    noise_block, form), blocks of a row side by side. All blocks are trained in one pass over 2T tokens, so f must take
+    the keywords `mask` (2T, 2T) and `pos` (2T,): layers `full` and `mla`. noise_block 1 is the exact left-to-right chain
+    (no variance over masks), noise_block T is mdm_loss. ValueError where noise_block does not divide T."""
+    return mdm_loss(f, x, mask_id, form, noise, generator, noise_block, reduction)
 
 
 def mixed_loss(f, x, bos_id, mask_id, ar_frac, form="exact", noise=None, generator=None, inputs=None, reduction="mean"):
@@ -177,7 +177,7 @@ def mixed_loss(f, x, bos_id, mask_id, ar_frac, form="exact", noise=None, generat
 # Likelihoods: no gradient; put the model into eval mode first.
 
 @torch.no_grad()
-def mdm_nll(f, x, mask_id, n_mc, generator=None, replicates=4, batch_size=32, block_size=None, scored=None,
+def mdm_nll(f, x, mask_id, n_mc, generator=None, replicates=4, batch_size=32, noise_block=None, scored=None,
             per_row=False, group=None, **keywords):
     """The diffusion bound of the windows x (W, T): (nats per token, its standard error over masks), two floats.
 
@@ -194,13 +194,13 @@ def mdm_nll(f, x, mask_id, n_mc, generator=None, replicates=4, batch_size=32, bl
     group (W,) int64: windows of one number, 0, 1, ..., share their masks as far as they are scored at the same places: the
     uniforms of each place, and the fraction that is masked. Then the difference of two endings of one context has little
     variance, and equal endings have equal values. Default: every window has its own.
-    block_size: the bound of a block-diffusion model. per_row=True: two (W,) float64 tensors instead.
+    noise_block: the bound of a block-diffusion model. per_row=True: two (W,) float64 tensors instead.
     keywords: (W, T) tensors passed on to f, e.g. valid.
     """
     W, T = x.shape
-    S, m = T if block_size is None else block_size, n_mc // replicates
+    S, m = T if noise_block is None else noise_block, n_mc // replicates
     if T % S:
-        raise ValueError(f"block_size {S} does not divide the {T} tokens of a window: use a divisor of {T}")
+        raise ValueError(f"noise_block {S} does not divide the {T} tokens of a window: use a divisor of {T}")
     if replicates < 4 or m * replicates != n_mc or n_mc < 1:
         raise ValueError(f"n_mc {n_mc} must be a multiple of the {replicates} replicates, and those at least 4")
     generator = torch.Generator().manual_seed(0) if generator is None else generator
@@ -223,7 +223,7 @@ def mdm_nll(f, x, mask_id, n_mc, generator=None, replicates=4, batch_size=32, bl
         masked, window = masked.view(m * W, T), torch.arange(W).repeat(m)
         for i in range(0, m * W, batch_size):
             w = window[i:i + batch_size]
-            nats = masked_nll(f, x[w.to(x.device)], mask_id, masked[i:i + batch_size].to(x.device), block_size,
+            nats = masked_nll(f, x[w.to(x.device)], mask_id, masked[i:i + batch_size].to(x.device), noise_block,
                               **{k: v[w.to(v.device)] for k, v in keywords.items()})
             rows[r].index_add_(0, w, (nats.double().cpu() * weight[i:i + batch_size]).sum(1) / m)
     tokens = can.view(W, T).sum(1)
@@ -409,15 +409,15 @@ def reveal(x, live, logits, left, order, threshold, how):
     x[pick] = tokens[pick[live]] if order == "confidence_sampled" else draw(logits[pick], **how)
 
 
-def check_diffusion(order, steps, threshold, block_size):
+def check_diffusion(order, steps, threshold, fill_block):
     if order not in ORDERS:
         raise ValueError(f"order is {order!r}: expected one of {', '.join(ORDERS)}")
     if steps is not None and steps < 1:
         raise ValueError(f"steps is {steps}: it must be at least 1, or None for one token a step")
     if steps is not None and threshold is not None:
         raise ValueError("steps and threshold exclude each other: a threshold decides itself how many steps it takes")
-    if block_size is not None and block_size < 1:
-        raise ValueError(f"block_size is {block_size}: it must be at least 1")
+    if fill_block is not None and fill_block < 1:
+        raise ValueError(f"fill_block is {fill_block}: it must be at least 1")
     if threshold is not None and not 0 < threshold <= 1:
         raise ValueError(f"threshold is {threshold}: it is a probability in (0, 1]")
     if threshold is not None and order not in ("max_prob", "confidence_sampled"):
@@ -425,7 +425,7 @@ def check_diffusion(order, steps, threshold, block_size):
 
 
 @torch.no_grad()
-def sample_mdm(f, x, mask_id, steps=None, threshold=None, order="max_prob", block_size=None, temperature=1.0, top_k=None,
+def sample_mdm(f, x, mask_id, steps=None, threshold=None, order="max_prob", fill_block=None, temperature=1.0, top_k=None,
                top_p=None, eot_id=None, valid=None, generator=None, callback=None, cache=False, refresh=None):
     """Fill the places of a canvas x (B, T) that hold mask_id with a masked-diffusion model. Returns a new (B, T).
 
@@ -433,7 +433,7 @@ def sample_mdm(f, x, mask_id, steps=None, threshold=None, order="max_prob", bloc
     threshold   instead of steps: each pass reveals every place whose max probability reaches it, at least one a row
     order       which places first: max_prob, margin (best minus second), entropy; random, left do not look;
                 confidence_sampled: see `reveal`
-    block_size  semi-autoregressive (LLaDA): a row's blocks of so many places, counted from its first hole, are filled
+    fill_block  semi-autoregressive (LLaDA): a row's blocks of so many places, counted from its first hole, are filled
                 one after the other, in ceil(steps / its number of blocks) passes each
     eot_id      a generated end of text ends its row: generated places behind it become eot_id
     valid       (B, T) bool, False = padding behind shorter rows (`canvas`)
@@ -444,14 +444,14 @@ def sample_mdm(f, x, mask_id, steps=None, threshold=None, order="max_prob", bloc
                 slots named by pos: layer `full` without window, `mla`.
     """
     check_sampling(temperature, top_k, top_p)
-    check_diffusion(order, steps, threshold, block_size)
-    if cache and block_size is None:
-        raise ValueError("the dual cache works by blocks: give block_size, for example 32")
+    check_diffusion(order, steps, threshold, fill_block)
+    if cache and fill_block is None:
+        raise ValueError("the dual cache works by blocks: give fill_block, for example 32")
     if refresh is not None and refresh < 1:
         raise ValueError(f"refresh is {refresh}: it is a number of steps in a block, at least 1")
     x, hole = x.clone(), x == mask_id if valid is None else (x == mask_id) & valid
     B, T = x.shape
-    t, S = torch.arange(T, device=x.device), min(block_size or T, T)
+    t, S = torch.arange(T, device=x.device), min(fill_block or T, T)
     extra = {} if valid is None or bool(valid.all()) else {"valid": valid}
     first = torch.where(hole, t, T).amin(1)                         # (B,)
     last = (T if valid is None else valid.sum(1)) - torch.full_like(first, S)       # (B,) the last window of a row
@@ -482,11 +482,11 @@ def sample_mdm(f, x, mask_id, steps=None, threshold=None, order="max_prob", bloc
 
 
 @torch.no_grad()
-def sample_block(f, x, mask_id, block_size, steps=None, threshold=None, order="max_prob", temperature=1.0, top_k=None,
+def sample_block(f, x, mask_id, fill_block, steps=None, threshold=None, order="max_prob", temperature=1.0, top_k=None,
                  top_p=None, eot_id=None, valid=None, generator=None, callback=None, on_block=None, cache=True):
     """Fill a canvas x (B, T) block by block with a block-diffusion model. Returns a new (B, T).
 
-    Blocks are [0, block_size), [block_size, 2 block_size), ... as in training, for all rows alike: a row whose prompt
+    Blocks are [0, fill_block), [fill_block, 2 fill_block), ... as in training, for all rows alike: a row whose prompt
     is longer has its tokens of the block given, so rows with prompts of any lengths (`canvas`) go in step. The cache is
     exact: a noisy block reads it with commit=False as often as needed, one pass commits it when it is clean.
     cache=False recomputes the prefix under a block-causal mask (f takes `mask`): slow, for the tests. Every layer with a
@@ -499,9 +499,9 @@ def sample_block(f, x, mask_id, block_size, steps=None, threshold=None, order="m
     of the block, which is then filled again. The cache holds complete blocks only, so nothing has to be undone.
     """
     check_sampling(temperature, top_k, top_p)
-    check_diffusion(order, steps, threshold, block_size)
+    check_diffusion(order, steps, threshold, fill_block)
     B, T = x.shape
-    S, end = block_size, torch.full((B, 1), T, device=x.device) if valid is None else valid.sum(1, keepdim=True)
+    S, end = fill_block, torch.full((B, 1), T, device=x.device) if valid is None else valid.sum(1, keepdim=True)
     x = F.pad(x, (0, -T % S))                                       # (B, T') whole blocks
     t = torch.arange(x.size(1), device=x.device)
     behind = (t >= end) & (t < end + -end % S)                      # a block that a row ends in is filled whole, then cut

@@ -180,8 +180,10 @@ def sampler(args, lm, flags, infill):
     if args.refresh is not None and not args.cache:
         raise ValueError(f"--refresh {args.refresh} needs --cache")
     if args.cache:
+        if args.block_size is None:
+            raise ValueError("--cache works by blocks: give --block_size, for example 32")
         check_dual_cache(lm.config)
-    return "mdm", lambda x, **how: diffusion.sample_mdm(lm, x, lm.mask_id, **how_many, block_size=args.block_size, cache=args.cache,
+    return "mdm", lambda x, **how: diffusion.sample_mdm(lm, x, lm.mask_id, **how_many, fill_block=args.block_size, cache=args.cache,
                                                         refresh=args.refresh, **how)
 
 
@@ -255,7 +257,7 @@ def panel(lm, flags, x, n_mc=64):
         rows += [(f"diffusion, exact chain ({order})", mean(lambda w: diffusion.chain_nll(lm, w, mask, order)), 0.0)
                  for order in ("left", "confidence")]
     if objective == "block":
-        rows.append((f"block diffusion ({S}), bound", *diffusion.mdm_nll(lm, x, mask, n_mc, block_size=S)))
+        rows.append((f"block diffusion ({S}), bound", *diffusion.mdm_nll(lm, x, mask, n_mc, noise_block=S)))
         rows += [(f"block diffusion ({S}), exact chain ({order})", mean(lambda w: block_chain(lm, w, S, order)), 0.0)
                  for order in ("left", "confidence")]
     return rows

@@ -2117,7 +2117,7 @@ def test_oracle_sampler_chi_square(order):
     elif order == "block":
         y = diffusion.sample_block(f, x, 3, 2, generator=g, cache=False)
     elif order == "blocks":
-        y = diffusion.sample_mdm(f, x, 3, block_size=2, generator=g)
+        y = diffusion.sample_mdm(f, x, 3, fill_block=2, generator=g)
     else:
         y = diffusion.sample_mdm(f, x, 3, order=order, generator=g)
     chi2 = ((f.counts(y) - N * f.p) ** 2 / (N * f.p)).sum().item()
@@ -2189,13 +2189,13 @@ def test_sampler_steps_threshold_and_given_tokens():
     x, _ = diffusion.canvas([[1, 2, 3], [4, 13, 13, 5]], 12, 13)            # a prompt, and one with places to infill
     given = x != 13
     for kind, expect in (({}, 14), ({"steps": 5}, 5), ({"steps": 100}, 14), ({"threshold": 1.0}, 14), ({"threshold": 1e-9}, 1),
-                         ({"steps": 4, "block_size": 6}, 5)):       # 2 and 3 blocks: 2 steps each
+                         ({"steps": 4, "fill_block": 6}, 5)):       # 2 and 3 blocks: 2 steps each
         seen, f.passes = [], []
         y = diffusion.sample_mdm(f, x, 13, generator=torch.Generator().manual_seed(0),
                          callback=lambda step, x: seen.append((x == 13).sum().item()), **kind)
         assert torch.equal(y[given], x[given]) and (y < 13).all()
         assert len(f.passes) == len(seen) and seen[-1] == 0 and all(a > b for a, b in zip(seen, seen[1:]))
-        assert len(seen) == expect or "block_size" in kind and len(seen) <= 6, (kind, len(seen))
+        assert len(seen) == expect or "fill_block" in kind and len(seen) <= 6, (kind, len(seen))
     assert torch.equal(x != 13, given)                              # the caller's canvas is not touched
     block = (torch.arange(16) - torch.tensor([[3], [1]])) // 4      # counted from each row's first hole
 
@@ -2204,7 +2204,7 @@ def test_sampler_steps_threshold_and_given_tokens():
             open_ = block[row][y[row] == 13]
             for k in open_.unique()[1:]:
                 assert ((y == 13) | given)[row][block[row] == k].all()
-    diffusion.sample_mdm(f, x, 13, block_size=4, order="random", callback=in_order, generator=torch.Generator().manual_seed(0))
+    diffusion.sample_mdm(f, x, 13, fill_block=4, order="random", callback=in_order, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("sampler", ["ar", "mdm", "mdm blocks", "block"])
@@ -2213,7 +2213,7 @@ def test_nothing_is_generated_after_end_of_text(sampler):
     x, valid = diffusion.canvas([[12, 2, 3], [4]] * 20, 20, 13)             # id 12 ends a text; one in the prompt ends nothing
     kw = dict(generator=torch.Generator().manual_seed(0), valid=valid)
     run = {"ar": lambda **e: diffusion.sample_ar(lm, x, 13, **kw, **e), "mdm": lambda **e: diffusion.sample_mdm(lm, x, 13, **kw, **e),
-           "mdm blocks": lambda **e: diffusion.sample_mdm(lm, x, 13, block_size=4, steps=10, **kw, **e),
+           "mdm blocks": lambda **e: diffusion.sample_mdm(lm, x, 13, fill_block=4, steps=10, **kw, **e),
            "block": lambda **e: diffusion.sample_block(lm, x, 13, 4, **kw, **e)}[sampler]
     y = run(eot_id=12)
     new = (x == 13) & valid
@@ -2247,7 +2247,7 @@ def test_block_diffusion_equals_its_definition(layers):
         if S == 1:                                                  # no variance: it is the chain itself
             other = diffusion.block_diffusion_loss(lm, x, 13, 1, noise=diffusion.mdm_noise(B * T, 1))
             assert loss.item() == pytest.approx(torch.cat(alone, dim=1).mean().item(), rel=1e-6) and torch.equal(loss, other)
-            nll, se = diffusion.mdm_nll(lm, x, 13, 4, block_size=1)
+            nll, se = diffusion.mdm_nll(lm, x, 13, 4, noise_block=1)
             assert nll == pytest.approx(loss.item(), rel=1e-6) and se < 1e-9
 
 
@@ -2262,10 +2262,10 @@ def test_cached_sampling_equals_recomputed(temperature):
         a, b = (go(lambda **kw: diffusion.sample_block(lm, x, 13, 4, steps=3, **kw), cache=c) for c in (True, False))
         assert torch.equal(a, b) and torch.equal(a[x != 13], x[x != 13])
         # dual cache: refreshed at every step it is no approximation
-        a, b = (go(lambda **kw: diffusion.sample_mdm(lm, x, 13, block_size=4, steps=7, **kw), cache=c, refresh=1) for c in (True, False))
+        a, b = (go(lambda **kw: diffusion.sample_mdm(lm, x, 13, fill_block=4, steps=7, **kw), cache=c, refresh=1) for c in (True, False))
         assert torch.equal(a, b)
     f = diff_count(lm)
-    diffusion.sample_mdm(f, x, 13, block_size=4, cache=True, valid=valid)
+    diffusion.sample_mdm(f, x, 13, fill_block=4, cache=True, valid=valid)
     assert set(f.passes) == {4, x.size(1)} and f.passes.count(4) > 4            # one full pass a block, then 4 tokens
 
 
@@ -2290,8 +2290,8 @@ def test_batch_invariance(sampler, monkeypatch):
     monkeypatch.setattr(diffusion, "draw", lambda logits, *a, **kw: seen.append(logits) or draw(logits, *a, **kw))
     run = {"ar": lambda x, v: diffusion.sample_ar(lm, x, 13, 0, valid=v),
            "mdm": lambda x, v: diffusion.sample_mdm(lm, x, 13, steps=6, temperature=0, valid=v),
-           "mdm blocks": lambda x, v: diffusion.sample_mdm(lm, x, 13, steps=6, block_size=4, temperature=0, valid=v),
-           "dual": lambda x, v: diffusion.sample_mdm(lm, x, 13, steps=6, block_size=4, temperature=0, valid=v, cache=True),
+           "mdm blocks": lambda x, v: diffusion.sample_mdm(lm, x, 13, steps=6, fill_block=4, temperature=0, valid=v),
+           "dual": lambda x, v: diffusion.sample_mdm(lm, x, 13, steps=6, fill_block=4, temperature=0, valid=v, cache=True),
            "block": lambda x, v: diffusion.sample_block(lm, x, 13, 4, steps=2, temperature=0, valid=v)}[sampler]
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11, 1, 2], [3, 13, 5, 13]]
     together = run(*diffusion.canvas(prompts, 10, 13))
@@ -2334,15 +2334,15 @@ def test_diffusion_bad_input():
             (lambda: diffusion.sample_mdm(f, x, 3, order="best"), "order"),
             (lambda: diffusion.sample_mdm(f, x, 3, temperature=-1), "temperature"),
             (lambda: diffusion.sample_mdm(f, x, 3, temperature=math.nan), "temperature"),
-            (lambda: diffusion.sample_mdm(f, x, 3, cache=True, block_size=2, refresh=0), "refresh"),
-            (lambda: diffusion.sample_mdm(f, x, 3, cache=True), "block_size"),
-            (lambda: diffusion.sample_mdm(f, x, 3, cache=True, block_size=2), "init_cache"),
+            (lambda: diffusion.sample_mdm(f, x, 3, cache=True, fill_block=2, refresh=0), "refresh"),
+            (lambda: diffusion.sample_mdm(f, x, 3, cache=True), "fill_block"),
+            (lambda: diffusion.sample_mdm(f, x, 3, cache=True, fill_block=2), "init_cache"),
             (lambda: diffusion.sample_ar(f, x, 3, top_p=0), "top_p"),
             (lambda: diffusion.sample_ar(f, x, 3, top_k=0), "top_k"),
-            (lambda: diffusion.sample_block(f, x, 3, 0), "block_size"),
+            (lambda: diffusion.sample_block(f, x, 3, 0), "fill_block"),
             (lambda: diffusion.mdm_loss(f, x, 3, "uniform"), "form"),
             (lambda: diffusion.chain_nll(f, x, 3, "right"), "order"),
-            (lambda: diffusion.block_diffusion_loss(f, x, 3, 3), "block_size"),
+            (lambda: diffusion.block_diffusion_loss(f, x, 3, 3), "noise_block"),
             (lambda: diffusion.mdm_nll(f, x, 3, 2), "n_mc"),
             (lambda: diffusion.mixed_loss(f, x, 3, 3, 0.1), "ar_frac")):
         with pytest.raises(ValueError, match=word):
@@ -3134,7 +3134,7 @@ def test_block_chain_is_a_distribution():
                 nll = sample.block_chain(lm, x, S, order)
                 assert torch.exp(-6 * nll).sum().item() == pytest.approx(1, abs=1e-9)
             assert torch.allclose(nll, diffusion.chain_nll(lm, x, 2, order))
-        assert sample.block_chain(lm, x, 1, "left").mean().item() == pytest.approx(diffusion.mdm_nll(lm, x, 2, 4, block_size=1)[0], abs=1e-9)
+        assert sample.block_chain(lm, x, 1, "left").mean().item() == pytest.approx(diffusion.mdm_nll(lm, x, 2, 4, noise_block=1)[0], abs=1e-9)
 
 
 def test_dual_cache_needs_layers_that_rewrite():

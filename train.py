@@ -318,7 +318,7 @@ def evaluate(lm, windows, objective, rows=64, seed=0, n_mc=4, diffusion_block=No
     if objective != "ar":
         gen = torch.Generator().manual_seed(seed)
         out["mdm_loss"], out["se"] = diffusion.mdm_nll(lm, windows.to(device), lm.mask_id, n_mc, gen, batch_size=rows,
-                                                       block_size=diffusion_block if objective == "block" else None)
+                                                       noise_block=diffusion_block if objective == "block" else None)
     out["loss"] = min(out[k] for k in ("ar_loss", "mdm_loss") if k in out)
     if objective != "mixed":
         out = {"loss": out["loss"], "se": out["se"]}
@@ -354,7 +354,7 @@ def probe(lm, items, objective, rows=64, n_mc=8, seed=0, diffusion_block=None):
     else:
         nats, _ = diffusion.mdm_nll(lm, x, lm.mask_id, n_mc, torch.Generator().manual_seed(seed), batch_size=rows, per_row=True,
                                     scored=(torch.arange(T) >= T - K).expand(len(x), -1), group=torch.arange(N).repeat_interleave(4),
-                                    block_size=diffusion_block if objective == "block" else None)
+                                    noise_block=diffusion_block if objective == "block" else None)
         nats = nats * K
     lm.train(was_training)
     true, wrong = nats.view(N, 4).split([1, 3], dim=1)
@@ -591,7 +591,7 @@ def train(given, log=print):
     def mdm_part(x, n, u):
         aux = {}
         return diffusion.mdm_loss(lambda idx, **k: lm(idx, aux=aux, **k), x, mask, noise=(n, u),
-                                  block_size=block if block < T else None), aux
+                                  noise_block=block if block < T else None), aux
 
     if compiled:
         ar_part, mdm_part = (torch.compile(f, dynamic=False, fullgraph=True) for f in (ar_part, mdm_part))
