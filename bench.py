@@ -109,7 +109,7 @@ def of_scale(scales, args):
 
 def data_folder(name):
     """The folder of a data set, from its name or path as in train.py. The texts that every machine has are made where missing."""
-    folder = Path(name) if os.sep in name else Path("data") / name
+    folder = prepare.dataset_folder(name)
     if name in ("docs", "docs-byte", "pysrc", "pysrc-byte") and not (folder / "meta.json").exists():
         prepare.prepare(name.split("-")[0], name=name, tokenizer="byte" if name.endswith("byte") else "bpe:4096")
     return folder

@@ -11,9 +11,9 @@ one, `done` in [0, 1] is the part of the source read so far. So no file has to f
 On disk, token ids are raw uint16 (uint32 for vocabularies above 65,536) and each document ends in <|endoftext|>, as in
 nanoGPT. In every tokenizer the id of <|endoftext|> is the last one, n_vocab - 1.
 """
-import argparse, base64, bz2, collections, concurrent.futures, difflib, gzip, hashlib, heapq, importlib.metadata
-import importlib.util, inspect, io, itertools, json, lzma, os, re, shutil, sys, sysconfig, tempfile, time, types
-import urllib.request, warnings, zipfile
+import argparse, base64, bz2, collections, concurrent.futures, contextlib, difflib, fractions, gzip
+import hashlib, heapq, importlib.metadata, importlib.util, inspect, io, itertools, json, lzma, os, re, shlex, shutil
+import signal, sys, sysconfig, tempfile, time, types, urllib.request, warnings, zipfile
 from pathlib import Path
 
 import numpy as np
@@ -46,22 +46,93 @@ USUAL = {**dict.fromkeys(SHARDS, "gpt2"), "arithmetic": "byte"}         # their 
 HEADERS = {20240520: "uint16", 20240801: "uint32"}      # llm.c, modded-nanogpt: 256 int32; [0] this number, [2] tokens
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line, for all scripts
+
+UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
+NANOGPT = {     # nanoGPT's names of our flags
+    "batch_size": "batch_tokens", "decay_lr": "schedule", "eval_interval": "eval_every", "eval_iters": "eval_windows",
+    "gradient_accumulation_steps": "batch_tokens", "init_from": "resume", "learning_rate": "lr",
+    "log_interval": "log_every", "lr_decay_iters": "max_steps", "max_iters": "max_steps", "out_dir": "out",
+    "start": "prompt", "warmup_iters": "warmup"}
+
+
+def number(text, kind):
+    """A number as a person types it, "0.5", "1e6", "30M" or "1_000_000", as `kind`: int or float. ValueError for all else:
+    nan and inf, digits that are not ASCII, what is too large for 64 bits, a fraction where an int is expected."""
+    form = re.fullmatch(r"([-+]?[\d_]{0,30}\.?\d{0,30}(?:[eE][-+]?\d{1,3})?)([kKMBG]?)", text, re.A)
+    try:
+        exact = fractions.Fraction(form[1].replace("_", "")) * UNITS[form[2]]
+        value = kind(exact)
+        if kind is int and (value != exact or abs(value) >= 1 << 63):
+            raise ValueError
+    except (ValueError, TypeError, OverflowError):
+        expected = "a whole number such as 1000, 30M or 1e6" if kind is int else "a finite number such as 0.5 or 1e-3"
+        raise ValueError(f"{text[:40]!r}: expected {expected}") from None
+    return value
+
+
+def count(n, noun):
+    """count(1, "document") -> "1 document"; 1,200 documents, 2 passes."""
+    return f"{n:,} {noun}" + ("" if n == 1 else "es" if noun[-1] == "s" else "s")
+
+
+def console():
+    """First line of every main(): what is printed appears at once, in a file too, and a character that the terminal does
+    not know is escaped. From here on Ctrl-C is a KeyboardInterrupt again: while the imports run, the scripts let it end
+    the process, for that prints no traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextlib.contextmanager
+def whole_file(path, mode="wb"):
+    """Opens a file that gets its name when it is complete: with whole_file(path) as f: f.write(...). If anything fails, the
+    half is removed and what had the name before stays. ValueError, which names the file, where it cannot be written."""
+    part = Path(f"{path}.part")
+    try:
+        with open(part, mode, encoding=None if "b" in mode else "utf-8") as f:
+            yield f
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:        # torch's writer raises the latter
+        raise ValueError(f"cannot write {path}: {getattr(e, 'strerror', None) or str(e).splitlines()[0]}") from e
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
 class Help(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):         # "(default: None)" tells nobody anything
         return action.help if action.default in (None, []) else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that shows defaults, takes no abbreviations, and answers an unknown flag with the nearest known one."""
+    """argparse that shows defaults, takes no abbreviations, reads numbers by `number`, and answers an unknown flag with the
+    one that was probably meant."""
     def __init__(self, *args, **kwargs):
         kwargs.setdefault("formatter_class", Help)
         super().__init__(*args, allow_abbrev=False, **kwargs)
+        for kind in (int, float):
+            self.register("type", kind, lambda text, kind=kind: self.number(text, kind))
+
+    @staticmethod
+    def number(text, kind):
+        try:
+            return number(text, kind)
+        except ValueError as e:                 # argparse passes on the text of this error alone, behind the flag's name
+            raise argparse.ArgumentTypeError(str(e)) from None
 
     def parse_known_args(self, args=None, namespace=None):
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
-            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, 1, 0.5)
-            self.error(f"unknown argument {unknown[0]}; " + (f"did you mean {near[0]}?" if near else "see --help"))
+            name, known = unknown[0].split("=")[0], self._option_string_actions
+            near = ["--" + NANOGPT.get(name.lstrip("-"), ""), *(flag for flag in known if flag.startswith(name)),
+                    *difflib.get_close_matches(name, known, 1, 0.8)]
+            near = next((flag for flag in near if flag in known), None)
+            self.error(f"unknown argument {unknown[0]}; " + (f"did you mean {near}?" if near else "see --help"))
         return namespace, unknown
 
     def error(self, message):
@@ -603,6 +674,17 @@ def load_bin(path):
     return np.memmap(path, dtype, "r", offset)
 
 
+def dataset_folder(name):
+    """The folder of a dataset: data/NAME, or `name` itself where it is a path."""
+    path = re.search(r"[/\\]", str(name)) or (Path(name) / "meta.json").is_file()
+    return Path(name) if path else Path("data") / name
+
+
+def run_files(folder):
+    """What a run keeps of its dataset: the paths of meta.json and, unless it is plain bytes, of the tokenizer."""
+    return [path for path in (Path(folder) / "meta.json", Path(folder) / "tokenizer.tiktoken") if path.is_file()]
+
+
 def load_dataset(folder):
     """(train, val, meta) of a dataset folder: two memmaps of ids, and the contents of meta.json."""
     folder = Path(folder)
@@ -635,6 +717,7 @@ def main(argv=None):
     p.add_argument("--seed", type=int, default=0, help="seed of --corrupt and of arithmetic")
     p.add_argument("--max_tokens", type=int, help="length of the training part; 100M for fineweb unless given")
     p.add_argument("--out_dir", default="data", help="where datasets live")
+    console()
     args, start = vars(p.parse_args(argv)), time.time()
     try:
         folder = prepare(args.pop("dataset"), **args)

@@ -31,11 +31,11 @@ DIFFUSION = ("steps", "threshold", "order", "block_size", "cache", "refresh")   
 def parse_prompt(text, tokenizer, mask_id):
     """Token ids of a prompt; [MASK] or [MASK:n] stands for 1 or n tokens to fill in."""
     ids = []
-    for i, part in enumerate(re.split(r"\[MASK(?::(\d+))?\]", text)):
-        if i % 2 and part != "0":
+    for i, part in enumerate(re.split(r"\[MASK(?::([0-9]{1,6}))?\]", text)):
+        if i % 2 and int(part or 1):
             ids += [mask_id] * int(part or 1)
         elif i % 2 or "[MASK" in part:
-            raise ValueError("places to fill are written [MASK], or [MASK:n] for n of at least 1: the prompt has "
+            raise ValueError("--prompt: places to fill are written [MASK], or [MASK:n] for n of 1 to 999999, and it has "
                              + ("[MASK:0]" if i % 2 else f"'{part[part.index('[MASK'):][:20]}'"))
         else:
             ids += tokenizer.encode(part)
@@ -317,12 +317,13 @@ def main(argv=None):
         parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
         parser.add_argument("--watch", action="store_true", help="show every step in the terminal")
         parser.add_argument("--pause", type=float, default=0.03, help="seconds between the steps shown (default: 0.03)")
+    prepare.console()
     try:
         args = parser.parse_args(argv)
         if not scoring and args.num_samples < 1:
             raise ValueError(f"--num_samples {args.num_samples} must be at least 1")
         lm, state = train.load_model(args.run, args.which, train.pick_device(args.device))
-        train.set_threads(max(0, args.threads), lm)
+        train.set_threads(args.threads, lm)
         folder = args.run if os.path.isdir(args.run) else os.path.dirname(args.run)
         (score if scoring else generate)(args, lm, prepare.load_tokenizer(folder), {**train.DEFAULTS, **state["flags"]})
     except KeyboardInterrupt:

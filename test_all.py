@@ -3010,10 +3010,10 @@ def test_damaged_datasets(tmp_path):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--toknizer", "byte"], "mean --tokenizer"), (["--tok=byte"], "mean --tokenizer"),
+    (["--toknizer", "byte"], "mean --tokenizer"), (["--tok=byte"], "mean --tokenizer"), (["--learning_rate=1"], "see --help"),
     (["--dataset", "dox"], "docs"), (["--tokenizer", "gpt5"], "gpt2"),
     (["--tokenizer", "bpe:12"], "bpe:N"), (["--corrupt", "1.5"], "1.5"), (["--val_fraction", "0"], "val_fraction"),
-    (["--val_fraction", "x"], "float"), (["--val", "a.txt"], "--text"), (["--text", "no.txt"], "no.txt"),
+    (["--val_fraction", "x"], "--val_fraction: 'x': expected a finite number"), (["--val", "a.txt"], "--text"), (["--text", "no.txt"], "no.txt"),
     (["--max_tokens", "0"], "max_tokens"), (["--name", "a/b"], "out_dir"),
     (["--dataset", "fineweb10B", "--tokenizer", "byte"], "gpt2"), (["--dataset", "fineweb10B", "--tokenizer", "bpe:4096"], "gpt2"),
     (["--dataset", "shakespeare", "--text", __file__], "not allowed with"), (["--seed", "-1"], "--seed -1"),
@@ -3027,6 +3027,36 @@ def test_bad_input(tmp_path, monkeypatch, capsys, flags, message):
         status = e.code
     err = capsys.readouterr().err
     assert status == 2 and message in err and err.count("\n") == 1 and err.startswith("prepare.py: ")
+
+
+NUMBERS = [("1e6", int, 10**6), ("30M", int, 30 * 10**6), ("2.5k", int, 2500), ("1_000_000", int, 10**6), ("-3", int, -3), ("007", int, 7),
+           ("9223372036854775807", int, 2**63 - 1), ("0.1", float, 0.1), ("1e-3", float, 0.001), (".5", float, 0.5), ("1B", float, 1e9)]
+NO_NUMBERS = ["nan", "-nan", "inf", "1e400", "1e999", "１２", "٣", "½", "", "-", ".", "e5", "10**3", "0x10", "1,2", " 5", "None", "−1", "9" * 5000]
+
+
+def test_numbers(capsys):
+    for text, kind, value in NUMBERS:
+        assert prepare.number(text, kind) == value and type(prepare.number(text, kind)) is kind
+    for text, kind in [*itertools.product(NO_NUMBERS, (int, float)), ("1.5", int), ("1e-3", int), ("9223372036854775808", int)]:
+        with pytest.raises(ValueError, match="whole number" if kind is int else "finite number"):
+            prepare.number(text, kind)
+        for main, flag in ((prepare.main, "seed"), (sample.main, "num_samples"), (train.main, "max_steps")) if kind is int else ((train.main, "lr"),):
+            with pytest.raises(SystemExit) as e:
+                main([*["out/none"] * (main is sample.main), f"--{flag}={text}"])
+            error = capsys.readouterr().err
+            assert e.value.code == 2 and f"--{flag}" in error and error.count("\n") == 1 and len(error) < 200
+
+
+def test_dataset_and_run_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert prep_make(tmp_path, "--tokenizer", "bpe:300", "--name", "b") == 0 == prep_make(tmp_path, "--tokenizer", "byte", "--name", "s")
+    (tmp_path / "data" / "b" / ".env").write_text("secret")
+    assert [f.name for f in prepare.run_files("data/b")] == ["meta.json", "tokenizer.tiktoken"]
+    assert [f.name for f in prepare.run_files(tmp_path / "data" / "s")] == ["meta.json"]
+    (tmp_path / "docs").mkdir()                 # any folder of that name is no dataset
+    monkeypatch.chdir(tmp_path / "data")
+    for name, folder in (("docs", "data/docs"), ("s", "s"), ("data/s", "data/s"), ("../s", "../s"), ("x\\s", "x\\s")):
+        assert prepare.dataset_folder(name) == Path(folder)
 
 
 def test_help(capsys):
@@ -3152,7 +3182,7 @@ def test_sample_refuses(runs, capsys, tmp_path, monkeypatch):
                           ("mdm --threshold 0.9 --order left", "max_prob"), ("mdm --cache", "block_size"), ("mdm --block_size 0", "at least 1"),
                           ("mdm --refresh 2", "needs --cache"), ("mdm --block_size 4 --cache --refresh 0", "at least 1"),
                           ("ar --steps 0", "autoregressive"), ("mixed --steps 0", "at least 1"), ("block --block_size 0", "blocks of 4"),
-                          ("mdm --temperature nan", "temperature"), ("mdm --device cudaa", "auto, cuda"), ("mdm --prompt a[MASK:-2]", "[MASK:n]"),
+                          ("mdm --device cudaa", "auto, cuda"), ("mdm --prompt a[MASK:-2]", "[MASK:n]"),
                           ("mdm --prompt a[MASK:0]b", "[MASK:0]"), ("block --block_size 8", "blocks of 4"), ("block --cache", "blocks of 4"), ("mdm --temperature -1", "temperature")):
         run, *rest = argv.split()
         assert sample.main([str(runs / run), *rest]) == 2, argv

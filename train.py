@@ -417,6 +417,8 @@ def load_model(path, which="best", device="cpu"):
 
 def set_threads(asked, lm):
     """Sets and returns the number of CPU threads; asked 0: 1 below 5M parameters, where more of them slow a step down, else all."""
+    if not 0 <= asked <= 1024:                  # torch starts as many as it is told, and dies of it
+        raise ValueError(f"--threads {asked}: expected 0 to 1024")
     threads = asked or (1 if lm.num_params() < 5_000_000 else os.cpu_count())
     torch.set_num_threads(threads)
     return threads
@@ -484,7 +486,7 @@ def train(given, log=print):
         raise ValueError("--compile on needs a C++ compiler for the CPU, such as g++: install one, or use --compile off")
 
     # ---- data
-    folder = Path(flags["dataset"]) if os.sep in flags["dataset"] else Path("data") / flags["dataset"]
+    folder = prepare.dataset_folder(flags["dataset"])
     if flags["dataset"] == "docs" and not (folder / "meta.json").exists() and rank == 0:
         log("preparing the default data (once)")
         prepare.prepare("docs")
