@@ -24,11 +24,89 @@ B batch, T tokens, C = n_embd, H heads, G = n_head // n_kv_head, D head width. T
 import contextlib
 import functools
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+
+@dataclass
+class LayerConfig:
+    """Every setting that a layer reads, with its default. Which ones: `ATTENTION[name].settings`."""
+    n_embd: int = 128               # C
+    n_head: int = 4
+    bias: bool = False              # in the linear maps
+    norm_eps: float = 1e-6
+    # positions
+    position: str = "rotary"        # rotary | learned (by the model) | none
+    rope_base: float = 10_000.0
+    rotary_fraction: float = 1.0    # share of each head's channels that is rotated
+    # layer `full`
+    n_kv_head: int | None = None    # None: n_head
+    head_dim: int | None = None     # None: n_embd // n_head
+    qk_norm: bool = False
+    attn_gate: bool = False
+    window: int | None = None       # sliding window, the token itself counted
+    sink: bool = False
+    # layers `linear`, `deltanet`, `gated_deltanet`, `kda`: None takes n_head, n_head, n_embd / heads, the key width
+    linear_n_head: int | None = None    # query and key heads
+    linear_n_v_head: int | None = None  # value heads, a multiple: each q, k head serves several
+    linear_key_dim: int | None = None
+    linear_value_dim: int | None = None
+    linear_decay: str | None = None     # linear: None | fixed (RetNet) | head (Mamba-2) | channel (GLA)
+    decay_gate: str = "auto"            # softplus | lower (a lower bound g_min); auto: the published one
+    g_min: float = -5.0
+    neg_eigval: bool = False            # beta in (0, 2): a write may flip what the state held (OLMo-Hybrid)
+    conv_size: int = 4                  # short convolution before q, k and v
+    out_gate: str | None = "auto"       # None | silu | sigmoid
+    out_gate_rank: int | None = None    # 0: full rank; None: the published one
+    bidir: str = "sum"                  # bidirectional: sum of both scans | forward | backward
+    # layers `mla` and `dsa`: None takes DeepSeek-V3's ratio to the head width D
+    q_lora_rank: int | None = None      # None: full-rank queries
+    kv_lora_rank: int | None = None     # None: 4 D
+    qk_nope_head_dim: int | None = None     # None: D
+    qk_rope_head_dim: int | None = None     # None: D / 2
+    v_head_dim: int | None = None       # None: D
+    # sparse layers: None takes the published number, which the layer's docstring names
+    sel_block: int | None = None    # keys per block (nsa, infllm, msa)
+    sel_topk: int | None = None     # blocks read by a query, the forced ones among them (dsa: tokens)
+    sel_init: int | None = None     # forced: the first blocks
+    sel_local: int | None = None    # forced: the blocks up to the query's own
+    sel_tile: int | None = None     # neighbouring queries that share their picks when not causal; None: sel_block
+    cmp_block: int = 32             # nsa, infllm: tokens in a compression window
+    cmp_stride: int = 16            # and between two windows
+    dense_len: int = 8192           # infllm: a query that sees no more tokens reads all of them
+    sel_per_head: bool = False      # infllm: each head picks for itself (MoBA)
+    index_n_head: int | None = None     # dsa: None: n_head / 2
+    index_head_dim: int | None = None   # dsa, msa: None: the head width
+
+
+CHOICES = dict(position=("rotary", "learned", "none"), linear_decay=(None, "fixed", "head", "channel"),
+               decay_gate=("auto", "softplus", "lower"), out_gate=("auto", None, "silu", "sigmoid"),
+               bidir=("sum", "forward", "backward"))
+
+
+def check_choices(values):
+    for field, choices in CHOICES.items():
+        if not {values.get(field, choices[0]), str(values.get(field)).lower()} & set(choices):      # position=none: None
+            raise ValueError(f"{field}={values[field]} is no choice: one of {', '.join(map(str, choices)).lower()}")
+
+
+def check_settings(name, values):
+    """Refuse settings {field: value} that layer `name` does not read, and values that a field does not know.
+
+    Fields of no layer are not looked at, and a layer class without `settings` may read all.
+    """
+    read = getattr(ATTENTION[name], "settings", LayerConfig.__dataclass_fields__)
+    for field, value in values.items():
+        if field in LayerConfig.__dataclass_fields__ and field not in read:
+            raise ValueError(f"layer '{name}' does not read {field}: {field}={value} would change nothing. It reads {', '.join(read)}")
+    check_choices(values)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Shared helpers
@@ -313,18 +391,23 @@ class Full(nn.Module):
     window, with a ring cache of that size. sink: a learned null logit per head (gpt-oss). rotary_fraction: share of the
     head's channels that are rotated (Qwen3-Next: 0.25).
     """
+    family = "softmax"
+    settings = ("n_embd", "n_head", "n_kv_head", "head_dim", "bias", "norm_eps", "position", "rope_base", "rotary_fraction",
+                "qk_norm", "attn_gate", "window", "sink")
+
     def __init__(self, config):
         super().__init__()
+        check_choices({field: getattr(config, field) for field in self.settings})
         C, self.H = config.n_embd, config.n_head
         self.Hkv = self.H if config.n_kv_head is None else config.n_kv_head
         if self.Hkv < 1 or self.H % self.Hkv:
             raise ValueError(f"n_head {self.H} must be a multiple of n_kv_head {self.Hkv}, which is at least 1")
         self.D = head_width(config)
-        if config.window is not None and config.window < 1:
-            raise ValueError(f"window {config.window} must be at least 1: it counts the token itself")
+        self.window = config.window if "window" in self.settings else None
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window {self.window} must be at least 1: it counts the token itself")
         if not 0 <= config.rotary_fraction <= 1:
             raise ValueError(f"rotary_fraction {config.rotary_fraction} must lie between 0 and 1")
-        self.window = config.window
         self.rope_dim = int(self.D * config.rotary_fraction) if config.position == "rotary" else 0
         if self.rope_dim % 2:
             raise ValueError(f"head width {self.D} x rotary_fraction {config.rotary_fraction} rotates {self.rope_dim} "
@@ -335,7 +418,7 @@ class Full(nn.Module):
         self.gate_proj = nn.Linear(C, self.H * self.D, bias=False) if config.attn_gate else None
         self.q_norm = nn.RMSNorm(self.D, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(self.D, eps=config.norm_eps) if config.qk_norm else None
-        self.sink = nn.Parameter(torch.zeros(self.H)) if config.sink else None
+        self.sink = nn.Parameter(torch.zeros(self.H)) if "sink" in self.settings and config.sink else None
 
     def project(self, x, pos):
         """(B, T, C) -> q (B, H, T, D), k and v (B, Hkv, T, D), normalised and rotated."""
@@ -421,12 +504,14 @@ class MLA(nn.Module):
     Widths left None take DeepSeek-V3's ratios to the head width D: kv_lora_rank 4 D, qk_nope_head_dim D,
     qk_rope_head_dim D / 2, v_head_dim D. q_lora_rank None: full-rank queries (V2-Lite; V3 has 12 D).
     """
+    family = "softmax"
+    settings = ("n_embd", "n_head", "head_dim", "bias", "norm_eps", "position", "rope_base", "q_lora_rank", "kv_lora_rank",
+                "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+
     def __init__(self, config):
         super().__init__()
+        check_choices({field: getattr(config, field) for field in self.settings})
         C, self.H = config.n_embd, config.n_head
-        if config.sink or config.window is not None:
-            raise ValueError(f"layer '{type(self).__name__.lower()}' has no sink and no window: leave sink=False and "
-                             "window=None, or set them for the layers that have them, as in full(window=128)")
         given = all(getattr(config, n) is not None for n in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
         D = 0 if given else head_width(config)
         width = dict(kv_lora_rank=4 * D, qk_nope_head_dim=D, qk_rope_head_dim=D // 4 * 2, v_head_dim=D, q_lora_rank=C)
@@ -796,11 +881,12 @@ def total(reads, T, causal):
 
 class BlockSparse(Full):
     """What nsa, infllm and msa share: the projections of `full`, the choice of blocks, caches cut at blocks."""
+    family = "sparse"
+    settings = tuple(f for f in Full.settings if f not in ("window", "sink")) + (
+        "sel_block", "sel_topk", "sel_init", "sel_local", "sel_tile")
 
-    def settings(self, name, config, block, topk, init, local, compress=True):
+    def configure(self, config, block, topk, init, local, compress=True):
         """Read the sel_ and cmp_ fields; the numbers given are the published ones, for fields that are None."""
-        if config.sink or (config.window is not None and name != "nsa"):
-            raise ValueError(f"layer '{name}' has no sink and no window of its own: leave sink=False and window=None")
         for key, value in dict(block=block, topk=topk, init=init, local=local, tile=None).items():
             given = getattr(config, f"sel_{key}")
             setattr(self, key, value if given is None else given)
@@ -870,9 +956,11 @@ class NSA(BlockSparse):
     Published: sel_block 64, sel_topk 16, sel_init 1, sel_local 2, cmp 32/16, window 512. The paper has a K/V for each
     branch; like all public code we share one, and compress keys after their rotation (as fla does).
     """
+    settings = BlockSparse.settings + ("window", "cmp_block", "cmp_stride")
+
     def __init__(self, config):
         super().__init__(config)
-        self.settings("nsa", config, block=64, topk=16, init=1, local=2)
+        self.configure(config, block=64, topk=16, init=1, local=2)
         self.window = 512 if config.window is None else config.window
         self.window_pos = nn.Parameter(torch.zeros(2, self.size, self.D))              # place in the window: keys, values
         self.k_compress, self.v_compress = (nn.Sequential(nn.Linear(self.size * self.D, self.D, bias=False), nn.GELU(),
@@ -917,9 +1005,11 @@ class InfLLM(BlockSparse):
     MoBA (arXiv 2502.13189) is the setting cmp_block = cmp_stride = sel_block, sel_init=0, sel_local=1, dense_len=0 and
     sel_per_head=True: each head chooses for itself (the paper: blocks of 512, sel_topk=3).
     """
+    settings = BlockSparse.settings + ("cmp_block", "cmp_stride", "dense_len", "sel_per_head")
+
     def __init__(self, config):
         super().__init__(config)
-        self.settings("infllm", config, block=64, topk=64, init=1, local=33)
+        self.configure(config, block=64, topk=64, init=1, local=33)
         at_least("dense_len", config.dense_len, 0)
         self.dense_len, self.per_head = config.dense_len, config.sel_per_head
         self.most = max(self.most, -(-self.dense_len // self.block))
@@ -960,9 +1050,11 @@ class MSA(BlockSparse):
     index learns from aux["indexer_kl"] alone, from the group's mean attention to what it chose; layer.stage as in DSA.
     Published: sel_block 128, sel_topk 16, sel_local 1, index_head_dim 128 (None: the head width), qk_norm=True.
     """
+    settings = BlockSparse.settings + ("index_head_dim",)
+
     def __init__(self, config):
         super().__init__(config)
-        self.settings("msa", config, block=128, topk=16, init=0, local=1, compress=False)
+        self.configure(config, block=128, topk=16, init=0, local=1, compress=False)
         self.Di = self.D if config.index_head_dim is None else config.index_head_dim
         at_least("index_head_dim", self.Di, max(self.rope_dim, 1))
         self.index_q_proj = nn.Linear(config.n_embd, self.Hkv * self.Di, bias=False)
@@ -1022,6 +1114,9 @@ class DSA(MLA):
     channels come first and are half-split here, while MLA's are interleaved. Only decoding is faster than MLA: no two
     queries pick the same tokens, so training masks, as DeepSeek's own short prefill does.
     """
+    family = "sparse"
+    settings = MLA.settings + ("sel_topk", "index_n_head", "index_head_dim")
+
     def __init__(self, config):
         super().__init__(config)
         self.topk = 2048 if config.sel_topk is None else config.sel_topk
@@ -1431,11 +1526,15 @@ class FixedState(nn.Module):
     Initialised here for good: A_log, dt_bias, conv_weight, o_norm (no weight decay on them); the nn.Linear are the
     model's business. Cached calls are for inference. The state is float32 whatever the dtype of the cache.
     """
+    family = "linear"
+    settings = ("n_embd", "n_head", "norm_eps", "linear_n_head", "linear_n_v_head", "linear_key_dim", "linear_value_dim",
+                "conv_size", "out_gate", "out_gate_rank", "bidir")
     name = delta = decay = gate = out_gate = None                                      # set by each layer below
     low_rank_gate = False
 
     def __init__(self, config):
         super().__init__()
+        check_choices({field: getattr(config, field) for field in self.settings})
         for field, low in (("linear_n_head", 1), ("linear_n_v_head", 1), ("linear_key_dim", 1), ("linear_value_dim", 1),
                            ("conv_size", 1), ("out_gate_rank", 0)):
             if getattr(config, field) is not None:
@@ -1448,18 +1547,11 @@ class FixedState(nn.Module):
             raise ValueError(f"n_embd {C} must be a multiple of {self.H} heads, or give linear_key_dim")
         self.K = config.linear_key_dim or C // self.H
         self.V = config.linear_value_dim or self.K
-        if self.name == "linear":
-            self.decay = config.linear_decay
-        self.gate = self.gate if config.decay_gate == "auto" else config.decay_gate
+        read = lambda field, default: getattr(config, field) if field in self.settings else default
+        self.decay = read("linear_decay", self.decay)
+        self.gate = self.gate if read("decay_gate", "auto") == "auto" else config.decay_gate
         self.out_gate = self.out_gate if config.out_gate == "auto" else config.out_gate
-        self.bidir, self.g_min, self.beta_max = config.bidir, config.g_min, 2.0 if config.neg_eigval else 1.0
-        gates = ("softplus", "lower") if self.decay in ("head", "channel") else (None, "softplus", "lower")
-        for field, value, legal in (("linear_decay", self.decay, (None, "fixed", "head", "channel")),
-                                    ("decay_gate", self.gate, gates),
-                                    ("out_gate", self.out_gate, (None, "silu", "sigmoid")),
-                                    ("bidir", self.bidir, ("sum", "forward", "backward"))):
-            if value not in legal:
-                raise ValueError(f"{field} '{value}' is unknown: one of {', '.join(str(a).lower() for a in legal)}")
+        self.bidir, self.g_min, self.beta_max = config.bidir, read("g_min", None), 2.0 if read("neg_eigval", False) else 1.0
         if self.gate == "lower" and not -5 <= self.g_min <= 0:
             raise ValueError(f"g_min {self.g_min} must lie in [-5, 0]; decay_gate=softplus has no bound")
         self.sizes = [self.H * self.K, self.H * self.K, self.Hv * self.V]              # q, k, v
@@ -1577,22 +1669,26 @@ class Linear(FixedState):
     """Linear attention, S += k v^T, with linear_decay None; fixed (RetNet, Lightning); head (Mamba-2: it writes dt v);
     channel (GLA: its g = logsigmoid(-f) / 16 is the softplus form with A = 1/16)."""
     name, delta, gate, out_gate = "linear", False, "softplus", "silu"
+    settings = FixedState.settings + ("linear_decay", "decay_gate", "g_min")
 
 
 class DeltaNet(FixedState):
     """DeltaNet (arXiv 2406.06484): a write replaces what the state held for its key. No decay, no output gate."""
     name, delta = "deltanet", True
+    settings = FixedState.settings + ("neg_eigval",)
 
 
 class GatedDeltaNet(FixedState):
     """Gated DeltaNet (arXiv 2412.06464): one decay a head. Qwen3-Next, Qwen3.5, OLMo-Hybrid."""
     name, delta, decay, gate, out_gate = "gated_deltanet", True, "head", "softplus", "silu"
+    settings = FixedState.settings + ("decay_gate", "g_min", "neg_eigval")
 
 
 class KDA(FixedState):
     """Kimi Delta Attention (arXiv 2510.26692): a decay per channel, low-rank gates. GLM-5.3-Flash; Kimi Linear has
     decay_gate=softplus, without a bound on the decay."""
     name, delta, decay, gate, out_gate, low_rank_gate = "kda", True, "channel", "lower", "sigmoid", True
+    settings = FixedState.settings + ("decay_gate", "g_min", "neg_eigval")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Registry

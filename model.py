@@ -17,24 +17,21 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from attention import ATTENTION, Cache, itemsize, top_k
+from attention import ATTENTION, Cache, LayerConfig, check_settings, itemsize, top_k
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(LayerConfig):
+    """Settings of the whole model, and those of its layers, which attention.LayerConfig lists: n_head, window, sel_topk ..."""
     # shape
     vocab_size: int = 257           # V, with <|endoftext|> as its last id
     block_size: int = 128           # window of training, T
     layers: str = "full"            # pattern: "gated_deltanet*3 full", "full(window=128) full", see parse_layers
     n_layer: int = 4
-    n_head: int = 4
-    n_embd: int = 128               # C
     # MLP and norm
     mlp: str = "swiglu"             # swiglu | swiglu_clamped (gpt-oss) | relu2 | gelu
     n_inner: int | None = None      # hidden width of the MLP; None: 8/3 C for swiglu (rounded up to 32), 4 C otherwise
     norm: str = "rms"               # rms | layer
-    norm_eps: float = 1e-6
-    bias: bool = False              # in the linear layers (and LayerNorm)
     dropout: float = 0.0            # on the embedding and on what each block adds
     tied: bool = True               # the head shares the embedding's weights
     logit_softcap: float | None = None  # logits = cap * tanh(logits / cap) (Gemma 2)
@@ -49,48 +46,6 @@ class ModelConfig:
     router_aux: float = 1e-3        # softmax: coefficient of the balance loss
     n_expert_group: int = 1         # sigmoid: experts come in groups, and a token may choose only from the
     n_expert_group_active: int = 1  # best few of them (DeepSeek-V3: 8 and 4)
-    # positions
-    position: str = "rotary"        # rotary | learned | none
-    rope_base: float = 10_000.0
-    rotary_fraction: float = 1.0    # share of each head's channels that is rotated
-    # layer `full`
-    n_kv_head: int | None = None    # None: n_head
-    head_dim: int | None = None     # None: n_embd // n_head
-    qk_norm: bool = False
-    attn_gate: bool = False
-    window: int | None = None       # sliding window, the token itself counted
-    sink: bool = False
-    # layers `linear`, `deltanet`, `gated_deltanet`, `kda`: None takes n_head, n_head, n_embd / heads, the key width
-    linear_n_head: int | None = None    # query and key heads
-    linear_n_v_head: int | None = None  # value heads, a multiple: each q, k head serves several
-    linear_key_dim: int | None = None
-    linear_value_dim: int | None = None
-    linear_decay: str | None = None     # linear: None | fixed (RetNet) | head (Mamba-2) | channel (GLA)
-    decay_gate: str = "auto"            # softplus | lower (a lower bound g_min); auto: the published one
-    g_min: float = -5.0
-    neg_eigval: bool = False            # beta in (0, 2): a write may flip what the state held (OLMo-Hybrid)
-    conv_size: int = 4                  # short convolution before q, k and v
-    out_gate: str | None = "auto"       # None | silu | sigmoid
-    out_gate_rank: int | None = None    # 0: full rank; None: the published one
-    bidir: str = "sum"                  # bidirectional: sum of both scans | forward | backward
-    # layers `mla` and `dsa`: None takes DeepSeek-V3's ratio to the head width D
-    q_lora_rank: int | None = None      # None: full-rank queries
-    kv_lora_rank: int | None = None     # None: 4 D
-    qk_nope_head_dim: int | None = None     # None: D
-    qk_rope_head_dim: int | None = None     # None: D / 2
-    v_head_dim: int | None = None       # None: D
-    # sparse layers: None takes the published number, which the layer's docstring names
-    sel_block: int | None = None    # keys per block (nsa, infllm, msa)
-    sel_topk: int | None = None     # blocks read by a query, the forced ones among them (dsa: tokens)
-    sel_init: int | None = None     # forced: the first blocks
-    sel_local: int | None = None    # forced: the blocks up to the query's own
-    sel_tile: int | None = None     # neighbouring queries that share their picks when not causal; None: sel_block
-    cmp_block: int = 32             # nsa, infllm: tokens in a compression window
-    cmp_stride: int = 16            # and between two windows
-    dense_len: int = 8192           # infllm: a query that sees no more tokens reads all of them
-    sel_per_head: bool = False      # infllm: each head picks for itself (MoBA)
-    index_n_head: int | None = None     # dsa: None: n_head / 2
-    index_head_dim: int | None = None   # dsa, msa: None: the head width
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -116,6 +71,7 @@ def parse_value(text):
 
 
 WHOLE = ("vocab_size", "block_size", "layers", "n_layer", "n_embd", "tied", "logit_softcap")   # fields that all layers share
+AROUND = ("bias", "norm_eps")                                       # read by the norms and the MLP around a layer too
 
 
 def parse_layers(pattern, n_layer):
@@ -145,6 +101,7 @@ def parse_layers(pattern, n_layer):
                     if not eq or key.strip() in WHOLE:
                         raise ValueError(f"layer pattern '{pattern}': '{pair.strip()}' is not a setting of one layer, as in full(window=128)")
                     values[key.strip()] = parse_value(value)
+                check_settings(name, {k: v for k, v in values.items() if k not in AROUND})
                 group, i = [(name, values)], i + 1
             if i < len(tokens) and tokens[i][0] == "*":
                 if not tokens[i][1:].strip():
@@ -168,6 +125,9 @@ def override(config, values):
         if key not in known:
             raise ValueError(f"unknown model setting '{key}'{nearest(key, known)}")
         kind = known[key]
+        if kind is str and value is None:                                              # position=none
+            values = {**values, key: "none"}
+            continue
         real = float in (kind, *typing.get_args(kind))                                 # takes whole numbers too
         if not isinstance(value, kind | int if real else kind) or isinstance(value, bool) != (kind is bool):
             raise ValueError(f"model setting {key}={value}: expected {getattr(kind, '__name__', kind)}")
@@ -561,4 +521,14 @@ def from_preset(name, **given):
         if "linear_n_v_head" in values:                                                # value heads stay a multiple
             values["linear_n_v_head"] = values["linear_n_head"] * (PRESETS[name]["linear_n_v_head"] // PRESETS[name]["linear_n_head"])
         values["n_head"] = heads
-    return override(ModelConfig(), {**values, **given})
+    config = override(ModelConfig(), {**values, **given})
+    tell_unread(config, given)
+    return config
+
+
+def tell_unread(config, given):
+    """Warn of settings {field: value} that no layer of the pattern reads. No error: one may try several patterns with them."""
+    used = [ATTENTION[name] for name, _ in parse_layers(config.layers, config.n_layer)]
+    for field in given.keys() & LayerConfig.__dataclass_fields__.keys() - {"n_head", "n_embd", "position", *AROUND}:
+        if not any(field in getattr(layer, "settings", (field,)) for layer in used):
+            warnings.warn(f"no layer of '{config.layers}' reads {field}: {field}={given[field]} changes nothing")

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import threading
 import types
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -40,7 +41,7 @@ import diffusion
 import prepare
 import sample
 import train
-from attention import (ATTENTION, block_sparse_attention, compressed_scores, delta_rule, delta_rule_recurrent, flex_window_attention,
+from attention import (ATTENTION, LayerConfig, block_sparse_attention, compressed_scores, delta_rule, delta_rule_recurrent, flex_window_attention,
                        index_block_scores, indexer_kl, inverse_of_one_minus, lightning_scores, linear_attention,
                        linear_attention_recurrent, select_blocks, softmax_attention, top_k, visible, window_attention, windows)
 from model import LM, PRESETS, ModelConfig, MoE, activate, from_preset, override, parse_layers
@@ -156,6 +157,57 @@ CASES = {
     "full partial rotary": ("full", dict(rotary_fraction=0.25, head_dim=16)),
     "full all": ("full", dict(n_kv_head=1, window=7, sink=True, attn_gate=True, qk_norm=True, rotary_fraction=0.5)),
 }
+
+
+# settings in which a layer must differ from its cases, each for itself
+OTHERS = dict(n_embd=64, n_head=2, bias=True, norm_eps=0.1, position="none", rope_base=10.0, rotary_fraction=0.5, n_kv_head=1, head_dim=12, qk_norm=True,
+              attn_gate=True, window=2, sink=True, linear_n_head=1, linear_n_v_head=8, linear_key_dim=4, linear_value_dim=4, linear_decay="channel",
+              decay_gate="softplus", g_min=-1.0, neg_eigval=True, conv_size=2, out_gate=None, out_gate_rank=3, bidir="forward", q_lora_rank=8,
+              kv_lora_rank=12, qk_nope_head_dim=4, qk_rope_head_dim=6, v_head_dim=4, sel_block=16, sel_topk=6, sel_init=2, sel_local=3, sel_tile=2,
+              cmp_block=16, cmp_stride=2, dense_len=30, sel_per_head=True, index_n_head=1, index_head_dim=12)
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_settings_are_what_a_layer_reads(name):
+    """A config with these fields alone is enough for all that a layer does, and each of them changes something."""
+    def behaviour(values):
+        torch.manual_seed(0)
+        layer = ATTENTION[name](types.SimpleNamespace(**values))
+        with torch.no_grad():
+            for p in layer.parameters():
+                p.normal_()
+            x, cache = torch.randn(1, 60, values["n_embd"]), layer.init_cache(1, 60)
+            layer(x[:, :7], cache=cache, causal=False, commit=False)
+            out = layer(x, cache=cache), layer(x, causal=False, aux={})
+        costs = [f(n, causal) for f in (layer.flops, layer.reads) for n in (60, 10_000) for causal in (True, False)]
+        return [a.tolist() for a in out], [p.shape for p in layer.parameters()], costs, layer.cache_bytes(60, torch.float32)
+    on = dict(qk_norm=True, cmp_stride=8, cmp_block=8, linear_decay="head", decay_gate="lower", out_gate="silu", sel_block=8, sel_topk=5, sel_local=1)
+    effective = set()
+    for given in ({}, on, *(given for kind, given in CASES.values() if kind == name)):
+        base = {field: getattr(tiny(**given), field) for field in ATTENTION[name].settings}
+        as_it_is = behaviour(base)
+        for field in base:
+            with contextlib.suppress(ValueError):                                      # two settings that exclude each other
+                effective |= {field} if behaviour({**base, field: OTHERS[field]}) != as_it_is else set()
+    assert effective == set(ATTENTION[name].settings)
+
+
+def test_settings_belong_to_layers():
+    """No field of LayerConfig that nobody reads; in a pattern one that its layer does not read is refused, model-wide it is told."""
+    assert set().union(*(layer.settings for layer in ATTENTION.values())) == set(LayerConfig.__dataclass_fields__)
+    assert {layer.family for layer in ATTENTION.values()} == {"softmax", "linear", "sparse"}
+    for name, layer in ATTENTION.items():
+        for field in OTHERS.keys() - set(layer.settings) - {"bias", "norm_eps"}:
+            with pytest.raises(ValueError, match=f"layer '{name}' does not read {field}"):
+                parse_layers(f"{name}({field}={OTHERS[field]})", 2)
+    for pattern, message in (("full(position=rotery)", "one of rotary, learned, none"), ("kda(bidir=both)", "one of sum"), ("nsa(sink=true)", "'nsa'")):
+        with pytest.raises(ValueError, match=message):
+            parse_layers(pattern, 2)
+    assert LM(tiny(layers="full full(position=none)")).blocks[1].mixer.rope_dim == 0
+    with pytest.warns(UserWarning, match="no layer of 'kda' reads window: window=5 changes nothing"):
+        from_preset("small", layers="kda", window=5)
+    with warnings.catch_warnings(action="error"):
+        from_preset("small", layers="kda*3 full", window=5, position="none", bias=True)
 
 
 def make_layer(case, seed=0, **more):
@@ -832,11 +884,11 @@ def test_published_costs():
 
 @pytest.mark.parametrize("name, bad, message", [
     ("nsa", dict(cmp_stride=5), "cmp_stride 5 must divide"), ("nsa", dict(sel_topk=2), "sel_topk 2 must be at least sel_init"),
-    ("nsa", dict(sink=True), "nsa"), ("infllm", dict(window=9), "infllm"), ("infllm", dict(sel_topk=0), "sel_topk"),
+    ("infllm", dict(sel_topk=0), "sel_topk"),
     ("msa", dict(sel_block=0), "sel_block 0"), ("msa", dict(index_head_dim=2), "index_head_dim 2"), ("msa", dict(sel_tile=0), "sel_tile"),
     ("dsa", dict(sel_topk=0), "sel_topk 0"), ("dsa", dict(index_n_head=0), "index_n_head"), ("mla", dict(kv_lora_rank=0), "kv_lora_rank"),
     ("mla", dict(qk_rope_head_dim=3), "qk_rope_head_dim 3 must be even"), ("mla", dict(n_head=5), "n_head"),
-    ("mla", dict(window=5), "'mla' has no sink and no window"), ("dsa", dict(sink=True), "'dsa' has no sink and no window")])
+    *((name, dict(position="rotery"), "position=rotery is no choice: one of rotary") for name in ("full", "mla", "dsa", "nsa"))])
 def test_sparse_refuses(name, bad, message):
     with pytest.raises(ValueError, match=message):
         ATTENTION[name](tiny(**bad))
