@@ -29,17 +29,22 @@ pictures of the README come from there. A command that was interrupted goes on w
 """
 import argparse
 import bz2
+import collections
 import contextlib
 import copy
+import dataclasses
 import functools
 import gzip
 import hashlib
+import inspect
+import io
 import itertools
 import json
 import lzma
 import math
 import os
 import platform
+import re
 import resource
 import shlex
 import shutil
@@ -68,6 +73,513 @@ from model import LM, MLP, PRESETS, ModelConfig, MoE, from_preset, nearest, over
 HERE = Path(__file__).resolve().parent
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The runner
+#
+# An experiment is a generator. It yields
+#   key, measure   one point: key is a dictionary that names it, measure() returns the dictionary of its numbers
+#                  (or is that dictionary). The row key | measure() goes into the table and the JSON file;
+#   {name: flags}  a grid of train.py runs: they are trained side by side, each from its checkpoint if it has one,
+#                  and the yield returns {name: rows of its evaluations}.
+# What it returns (a dictionary, or nothing) stands in the JSON file beside the rows.
+# The keyword arguments are the flags of the command, "    flag: text" in the docstring is their help.
+
+@dataclasses.dataclass
+class Experiment:
+    run: collections.abc.Callable
+    named: tuple = ()           # flags whose values the name of the file carries, unless they are off: attention_cpu
+    against: tuple = ()         # (key, its reference, columns): attention's "layer", "full", ("forward_ms", "both_ms")
+    show: collections.abc.Callable = lambda result: result["rows"]      # -> the rows of the table
+    picture: collections.abc.Callable | None = None                     # (matplotlib.pyplot, result) -> figure
+    gpu: dict = dataclasses.field(default_factory=dict)                 # defaults of --scale gpu
+    partial: bool = False       # a table of what is there when its runs are interrupted
+
+
+EXPERIMENTS = {}
+HELP = {
+    "name": "name of the files in --results", "results": "folder for numbers and pictures",
+    "out": "folder of the runs", "device": "auto | cuda | cpu", "threads": "CPU threads", "repeat": "timed calls",
+    "seed": "the first seed", "seeds": "number of seeds", "workers": "runs at a time",
+    "scale": "auto (gpu where there is one) | cpu | gpu", "dataset": "a name under data/ or a folder",
+    "n_layer": "blocks", "n_head": "heads", "n_kv_head": "key/value heads", "n_embd": "width",
+    "head_dim": "width of a head", "block_size": "tokens in a window", "batch_tokens": "tokens in a step",
+    "lr": "peak rate", "objectives": "ar, mdm or both",
+}
+
+
+COMMON = {"results": ("out", str), "name": (None, str)}                                  # flags of every experiment
+
+
+def experiment(**about):
+    """Makes a generator function a command of its name."""
+    def register(function):
+        EXPERIMENTS[function.__name__.rstrip("_")] = Experiment(function, **about)
+        return function
+    return register
+
+
+def parameters(run):
+    """{flag: (default, type)} of an experiment; without a default it is a list of positional arguments."""
+    out = {}
+    for p in inspect.signature(run).parameters.values():
+        kind = type(p.default) if p.annotation is p.empty else p.annotation
+        out[p.name] = p.default, kind
+    return out
+
+
+def add_flags(parser, about):
+    """The flags of an experiment; what was not typed stays out of the parser's answer."""
+    told = dict(re.findall(r"^    (\w+): (.*)$", about.run.__doc__, re.M))
+    for name, (default, kind) in {**parameters(about.run), **COMMON}.items():
+        text = told.get(name, HELP.get(name, "")).replace("%", "%%")
+        if default is inspect.Parameter.empty:
+            parser.add_argument(name, nargs="+", metavar=name.rstrip("s").upper(), help=text)
+            continue
+        how = dict(default=argparse.SUPPRESS, help=text)
+        if kind is bool:
+            how["action"] = "store_true"
+        elif kind is list:
+            how["action"] = "append"
+        else:
+            shown = ",".join(map(str, default)) if kind is tuple else default
+            how |= dict(type=items_like(default) if kind is tuple else kind, metavar=name.upper())
+            how["help"] += f" (default: {shown})" * (default is not None)
+        parser.add_argument(f"--{name}", **how)
+
+
+def items_like(default):
+    """A type of flags: '64,256' -> (64, 256), of the type of the default's items."""
+    kind = type(default[0])
+    read = str if kind is str else lambda item: prepare.Parser.number(item, kind)
+    return lambda text: tuple(read(item) for item in re.split(r",(?![^(]*\))", text))     # no comma of layer(a=1, b=2)
+
+
+def choose(flag, names, known):
+    """The names, each of which must be known."""
+    for name in names:
+        if name not in known:
+            raise ValueError(f"--{flag} {name} is unknown{nearest(name, known)}: expected some of {', '.join(known)}")
+    return names
+
+
+def settle(about, typed):
+    """All flags: the typed ones, else the scale's, else the defaults, with auto made definite."""
+    known = COMMON | parameters(about.run)
+    flags = {name: default for name, (default, _) in known.items()} | typed
+    if "scale" in flags:
+        if flags["scale"] not in ("auto", "cpu", "gpu"):
+            raise ValueError(f"--scale {flags['scale']} is unknown: auto, cpu or gpu")
+        if flags["scale"] == "auto":
+            flags["scale"] = "gpu" if torch.cuda.is_available() else "cpu"
+        if flags["scale"] == "gpu":
+            flags |= {k: v for k, v in about.gpu.items() if k not in typed}
+    for name, (default, kind) in known.items():                                        # numbers that count something
+        values = flags[name] if kind is tuple else [flags[name]]
+        for value in values if default != 0 and name != "seed" else ():
+            if type(value) is int and value < 1:
+                raise ValueError(f"--{name} {value} must be at least 1")
+    if "device" in flags:
+        flags["device"] = train.pick_device(flags["device"])
+    threads = flags.get("threads", 0)
+    if not 0 <= threads <= 1024:
+        raise ValueError(f"--threads {threads}: expected 1 to 1024")
+    if threads:
+        torch.set_num_threads(threads)
+    return flags
+
+
+def file_name(command, about, flags):
+    """attention_cpu_bidirectional: the command and what makes its file another one."""
+    parts = [command]
+    for name in about.named:
+        value = flags[name]
+        if value not in (False, "auto"):
+            parts.append(name if value is True else str(value).split(":")[0])
+    return flags["name"] or "_".join(parts)
+
+
+class Points:
+    """Rows measured so far, in a file of one JSON object a line that is there until the experiment is complete."""
+    def __init__(self, path, settings):
+        self.path, self.settings, self.rows = path, settings, []
+        for n, line in enumerate(path.read_text().splitlines() if path.exists() else (), 1):
+            try:
+                self.rows.append(dict(json.loads(line)))
+            except ValueError:
+                raise ValueError(f"{path} line {n} is damaged: delete the line, or the file to begin anew") from None
+
+    def find(self, key):
+        """The row that was measured under this key with the same settings."""
+        wanted = json.loads(json.dumps([key, self.settings]))
+        return next((r["row"] for r in self.rows if [r["key"], r["settings"]] == wanted), None)
+
+    def add(self, key, row):
+        self.rows.append(dict(key=key, settings=self.settings, row=row))
+        write(self.path, "".join(json.dumps(r) + "\n" for r in self.rows))
+
+
+def write(path, content):
+    """A file that is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with prepare.whole_file(path, "wb" if isinstance(content, bytes) else "w") as file:
+        file.write(content)
+
+
+def attempt(measure, label):
+    """measure(), or what went wrong: on a GPU one kernel that refuses a shape must not cost the rows behind it."""
+    try:
+        return measure()
+    except RuntimeError as e:                                                          # out of memory is one
+        if not torch.cuda.is_available() or "CUDA error" in str(e):                    # after that nothing runs any more
+            raise
+        why = "out of memory" if isinstance(e, torch.OutOfMemoryError) else str(e).strip().splitlines()[0]
+        print(f"{label}: {why}", flush=True)
+        return {"failed": why}
+
+
+def perform(command, typed):
+    """Runs an experiment: measures what is missing, prints the table, writes FILE.json and FILE.png."""
+    about = EXPERIMENTS[command]
+    flags = settle(about, typed)
+    path = Path(flags["results"]) / f"{file_name(command, about, flags)}.json"
+    given = {k: flags[k] for k in parameters(about.run)}
+    shape = {k: v for k, v in given.items() if not isinstance(v, tuple | list) and k not in ("out", "workers")}
+    points = Points(path.with_suffix(".points.jsonl"), shape)
+    rows, cut, fresh, tic = [], False, 0, time.time()
+    total = None if "workers" in given else sum(1 for _ in about.run(**given))         # counts; nothing is measured
+    generator, answer = about.run(**given), None
+    while True:
+        try:
+            item = generator.send(answer)
+        except StopIteration as end:
+            more = end.value or {}
+            break
+        if isinstance(item, dict):
+            complete = run_arms(item, flags["workers"])
+            answer = {name: evaluations(f["out"]) for name, f in item.items()}
+            cut |= not complete
+            if cut and not about.partial:
+                raise KeyboardInterrupt
+            continue
+        key, measure = item
+        label = " ".join(map(str, key.values()))
+        row = points.find(key) if callable(measure) else key | measure
+        if row is None:
+            torch.manual_seed(flags.get("seed", 1337))
+            row = key | attempt(measure, label)
+            points.add(key, row)
+            fresh += 1
+            left = (time.time() - tic) / fresh * (total - len(rows) - 1) if total else 0
+            print(f"{label}: {numbers_of(row, key)}" + (f" | {train.clock(left)} left" if left else ""), flush=True)
+        rows.append(row)
+    failed = [r for r in rows if "failed" in r and isinstance(r["failed"], str)]
+    rows = compared([r for r in rows if r not in failed], *about.against)
+    seeds = [flags.get("seed", 1337) + i for i in range(flags.get("seeds", 1))]
+    result = dict(experiment=command, command=shlex.join(["python", "bench.py", *sys.argv[1:]]),
+                  date=time.strftime("%Y-%m-%d"), device=device_name(flags.get("device") or train.pick_device("auto")),
+                  versions={"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+                  seed=seeds[0], seeds=seeds, cut=cut, flags=given)
+    result = json.loads(json.dumps(result | more | dict(failed=failed, rows=rows)))
+    write(path, json.dumps(result, indent=1) + "\n")
+    print("\n" + markdown(about.show(result)) + f"\nwrote {path}")
+    draw(about, result, path)
+    points.path.unlink(missing_ok=True)                                                # the next call measures anew
+    if cut:
+        raise KeyboardInterrupt
+
+
+def compared(rows, name=None, reference=None, columns=()):
+    """Adds how many times faster a row is than the reference with the same other keys: columns of milliseconds."""
+    other = lambda r: {k: v for k, v in r.items() if k in ("T", "batch", "block")}
+    for r, column in itertools.product(rows, columns):
+        base = next((b for b in rows if b[name] == reference and other(b) == other(r)), {})
+        label = f"{column.removesuffix('ms')}vs_{reference}"
+        r[label] = base[column] / r[column] if base.get(column) and r[column] else None
+    return rows
+
+
+def numbers_of(row, key):
+    """The numbers of a row in a line."""
+    return ", ".join(f"{k} {show(v)}" for k, v in row.items() if k not in key and isinstance(v, int | float))
+
+
+def show(value):
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
+
+
+def markdown(rows):
+    """A table readable by eye and as Markdown, of all columns that have a value and hold no list."""
+    columns = dict.fromkeys(c for r in rows for c, v in r.items() if v is not None and not isinstance(v, list | dict))
+    cells = [list(columns)] + [[show(r.get(c)) for c in columns] for r in rows]
+    width = [max(map(len, column)) for column in zip(*cells)]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, width)) + " |" for row in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in width) + "|", *lines[1:]])
+
+
+def evaluations(out):
+    """The evaluations in the log of a run folder, in order."""
+    path = Path(out) / "metrics.jsonl"
+    return read_evals(out)
+
+
+def file_part(name):
+    """The name of an arm or a mixer as a part of a file's name."""
+    return re.sub(r"[^\w.-]+", "_", name.replace("*", "x"))
+
+
+def device_name(device):
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name()
+    cpu = platform.processor()
+    if os.path.exists("/proc/cpuinfo"):
+        names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+        cpu = names[0] if names else cpu
+    return f"{cpu or 'CPU'}, {os.cpu_count()} cores"
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures: functions of (matplotlib.pyplot, result) -> figure, all drawn from the JSON file alone
+
+def draw(about, result, path):
+    """FILE.png beside FILE.json, where matplotlib is there."""
+    if about.picture is None:
+        return
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        return print("no picture: matplotlib is missing (pip install matplotlib)")
+    image, figure = io.BytesIO(), about.picture(plt, result)
+    figure.tight_layout()
+    figure.savefig(image, format="png", dpi=110)
+    plt.close(figure)
+    write(path.with_suffix(".png"), image.getvalue())
+    print(f"wrote {path.with_suffix('.png')}")
+
+
+def log_ticks(axis, values):
+    """A logarithmic axis with its ticks at the values that were measured."""
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_ticks(sorted(set(values)), [f"{v:,g}" for v in sorted(set(values))])
+    axis.set_ticks([], minor=True)
+
+
+def label_ends(ax, labels):
+    """Names lines where they end, moved apart where they would overlap. labels: [(x, y, text, colour)], y logarithmic."""
+    low, high = ax.get_ylim()
+    at, step = -math.inf, math.log(high / low) / 24
+    for x, y, text, colour in sorted(labels, key=lambda label: label[1]):
+        at = max(math.log(y), at + step)
+        ax.annotate(text, (x, y), (x * 1.06, math.exp(at)), color=colour, fontsize=9, va="center")
+
+
+def lines(x, y, line, xlabel, ylabel, title):
+    """A picture: a labelled line for each value of `line`, both axes logarithmic."""
+    def picture(plt, result):
+        figure, ax = plt.subplots(figsize=(8, 5.5))
+        colours, labels, xs = itertools.cycle(plt.get_cmap("tab20").colors), [], set()
+        for name in dict.fromkeys(r[line] for r in result["rows"]):
+            mine = [(r[x], r[y]) for r in result["rows"] if r[line] == name and r[y]]
+            colour = "black" if name == "full" else next(colours)
+            ax.plot(*zip(*mine), marker="o", ms=3, lw=2.5 if name == "full" else 1.3, color=colour)
+            labels.append((*mine[-1], name, colour))
+            xs |= {a for a, _ in mine}
+        ax.set_yscale("log")
+        log_ticks(ax.xaxis, xs)
+        label_ends(ax, labels)
+        ax.yaxis.set_major_formatter(lambda v, _: f"{v:,g}")
+        ax.set_xlim(right=max(xs) * (max(xs) / min(xs)) ** 0.25)
+        ax.set(xlabel=xlabel, ylabel=ylabel)
+        ax.set_title(title.format(**result["flags"]) + f"\n{result['device']}", fontsize=10)
+        ax.grid(alpha=0.25)
+        return figure
+    return picture
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Timing
+
+def time_passes(f, inputs, device, repeat, parameters=(), kernel="default"):
+    """Milliseconds of f(*inputs), forward alone and forward + backward: the smallest of `repeat` calls behind one that
+    warms up and compiles; and on a GPU the largest memory. kernel: SDPA's, for `sdpa`."""
+    inputs, cuda = [a.detach().requires_grad_() for a in inputs], device.startswith("cuda")
+
+    def forward():
+        with torch.no_grad():
+            f(*inputs)
+
+    def both():
+        for a in (*inputs, *parameters):
+            a.grad = None
+        (f(*inputs) * 1.1).sum().backward()                                            # 1.1: else the gradient is an expanded 1
+    parameters = list(parameters)
+    with sdpa(kernel):
+        both()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        forward_ms, both_ms = (1e3 * seconds_of(g, device, repeat) for g in (forward, both))
+    peak = torch.cuda.max_memory_allocated() / 2 ** 20 if cuda else None
+    return dict(forward_ms=forward_ms, both_ms=both_ms, peak_mib=peak)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers: every list comes from ATTENTION; a sparse layer gets settings with which a query reads few keys
+
+MIXTURES = ("gated_deltanet*3 full", "kda*3 mla", "gated_deltanet*3 msa", "kda*3 dsa", "linear*3 infllm")
+OPTIONS = {"full gqa": "full(n_kv_head=1)", "full window": "full(window=HALF)", "linear": "linear(linear_decay=head)",
+           "gated_deltanet alternate": "gated_deltanet(bidir=forward) gated_deltanet(bidir=backward)",
+           "gated_deltanet forward": "gated_deltanet(bidir=forward)"}
+
+
+def traits(name):                                                                      # until attention.py says it
+    if hasattr(ATTENTION[name], "family"):
+        return ATTENTION[name]
+    import types
+    more = dict(nsa=("sel_block", "window", "cmp_block", "cmp_stride"), infllm=("sel_block", "cmp_block", "cmp_stride", "dense_len"),
+                msa=("sel_block",), dsa=())
+    return types.SimpleNamespace(family="sparse" if name in more else "", settings=(
+        "sel_topk", *more.get(name, ()), *["n_kv_head"] * (name != "dsa")))
+
+
+def few_keys(name, keys, block):
+    """{field: value}: with these settings a query of the layer reads at most `keys` keys; {} for a layer that is not sparse."""
+    layer, picks = traits(name), keys // block - 1
+    if layer.family != "sparse":
+        return {}
+    given = dict(n_kv_head=1, window=block, sel_block=block, sel_topk=picks, cmp_block=block, cmp_stride=block // 2, dense_len=0)
+    if "sel_block" not in layer.settings:                                              # it picks single tokens
+        given["sel_topk"] = picks * block
+    if "window" in layer.settings:                                                     # that and the means count too
+        given |= dict(sel_topk=picks - 3, cmp_block=2 * block, cmp_stride=block)
+    given = {k: v for k, v in given.items() if k in layer.settings}
+    return given | dict(sel_local=2) if "dense_len" in given else given
+
+
+def pattern_of(name, keys=128, block=16):
+    """'gated_deltanet*3 msa' -> a layer pattern whose sparse layers read few keys. OPTIONS have names of their own."""
+    def with_settings(match):
+        values = ", ".join(f"{k}={v}" for k, v in few_keys(match[0], keys, block).items())
+        return match[0] + f"({values})" * bool(values)
+    pattern = OPTIONS.get(name, name).replace("HALF", str(keys // 2))
+    return re.sub(rf"\b({'|'.join(ATTENTION)})\b(?!\()", with_settings, pattern)
+
+
+def make_layer(name, T, n_head, head_dim, device, dtype, keys=1024, block=64):
+    config = ModelConfig(n_embd=n_head * head_dim, n_head=n_head, n_layer=1, block_size=T)
+    torch._dynamo.reset()                                                              # else from the 9th shape on it runs eagerly
+    (layer, values), = parse_layers(pattern_of(name, keys, block), 1)
+    return ATTENTION[layer](override(config, values)).to(device, dtype)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# attention: time and memory of a layer against length
+
+SWEEP = ("full", "full gqa", "full window", *(name for name in ATTENTION if name != "full"))
+
+
+@experiment(named=("device", "bidirectional"), against=("layer", "full", ("forward_ms", "both_ms")),
+            show=lambda result: [r for r in result["rows"] if r["T"] == max(r["T"] for r in result["rows"])],
+            picture=lines("T", "both_ms", "layer", "tokens", "ms, forward + backward", "one layer, {n_head} heads of {head_dim}"))
+def attention(lengths=(512, 1024, 2048, 4096, 8192), layers=SWEEP, n_head=4, head_dim=64, repeat=3, bidirectional=False,
+              device="auto", threads=1):
+    """Every layer: forward and forward + backward against length, ratio to `full`, keys read, cache.
+
+    lengths: tokens
+    layers: names, comma-separated; `full cudnn` and `full flash` are SDPA's kernels of that name, on a GPU
+    bidirectional: as a diffusion model uses it
+    """
+    cuda, width = device.startswith("cuda"), n_head * head_dim
+    dtype = torch.bfloat16 if cuda else torch.float32
+    kernels = ("full cudnn", "full flash")
+    choose("layers", layers, (*SWEEP, *kernels))
+    for T, name in itertools.product(lengths, dict.fromkeys(["full", *layers, *kernels * (cuda and layers == SWEEP)])):
+        def measure():
+            layer = make_layer("full" if name in kernels else name, T, n_head, head_dim, device, dtype)
+            run = torch.compile(layer, dynamic=False) if cuda else layer
+            x = torch.randn(1, T, width, device=device, dtype=dtype, requires_grad=True)
+            row = time_passes(lambda x: run(x, causal=not bidirectional), [x], device, repeat,
+                              layer.parameters(), name.partition(" ")[2])
+            cache = layer.cache_bytes(T, torch.bfloat16)
+            return row | dict(reads=layer.reads(T, not bidirectional), cache_bytes_per_token=cache / T,
+                              cache_vs_mha=cache / (4 * width * T))
+        yield dict(layer=name, T=T), measure
+
+# ---------------------------------------------------------------------------------------------------------------------
+# quality: the same small model with every mixer
+
+def bigram_loss(train_data, val_windows, V):
+    """Nats per token of a bigram model with add-one smoothing, the first token of a window from the unigram."""
+    pairs = np.bincount(np.asarray(train_data[:-1], np.int64) * V + train_data[1:], minlength=V * V).reshape(V, V) + 1.0
+    uni = np.log(pairs.sum(axis=1) / pairs.sum())
+    bi = np.log(pairs / pairs.sum(axis=1, keepdims=True))
+    x = val_windows.numpy()
+    return -(uni[x[:, 0]].sum() + bi[x[:, :-1], x[:, 1:]].sum()) / x.size
+
+
+def same_size(pattern, base):
+    """n_inner with which a model of this layer pattern has as many parameters as one of `full`, to steps of 8."""
+    size = lambda layers, n: LM(override(ModelConfig(**base), dict(layers=layers, n_inner=n))).num_params()
+    with torch.device("meta"):
+        goal = LM(ModelConfig(**base, layers="full")).num_params()
+        small, large = (size(pattern, n) for n in (32, 64))
+    return max(8, round((goal - small) / (large - small) * 4) * 8 + 32)
+
+
+def joined(result):
+    """A row for each mixer: keys read, loss +- standard deviation (seeds) as AR and as diffusion."""
+    rows = {}
+    for r in result["rows"]:
+        row = rows.setdefault(r["mixer"], dict(mixer=f"`{r['mixer']}`"))
+        row[f"{r['objective']} reads"] = r["reads"]
+        spread = f" +- {r['std']:.3f}" if r["std"] else ""
+        row[{"ar": "AR", "mdm": "masked diffusion (a bound)"}[r["objective"]]] = f"{r['loss']:.3f}{spread} ({r['seeds']})"
+    return sorted(rows.values(), key=lambda row: row.get("AR", "9"))
+
+
+@experiment(named=("device", "dtype"), show=joined, partial=True)
+def quality(mixers=(*ATTENTION, "full window", "gated_deltanet alternate", "gated_deltanet forward", *MIXTURES),
+            objectives=("ar", "mdm"), seeds=3, seed=1337, dataset="docs-byte", steps=1200, n_layer=4, n_embd=128,
+            block_size=512, batch_tokens=512, lr=4e-3, workers=1, out="out/quality", device="auto", dtype="auto"):
+    """The same small model with every mixer, AR and diffusion: validation loss, keys read, equal parameters.
+
+    mixers: layers, the names in the default, or any layer patterns, comma-separated
+    steps: of training: of each AR run, three times as many for diffusion
+    dtype: auto (bfloat16 on a GPU) | bfloat16 | float32
+    """
+    choose("objectives", objectives, ("ar", "mdm"))
+    folder, T = data_folder(dataset), block_size
+    train_data, val_data, _ = prepare.load_dataset(folder)
+    V = prepare.load_tokenizer(folder).n_vocab
+    bigram = bigram_loss(train_data, train.fixed_windows(val_data, T, 64), V)
+    shape = dict(n_layer=n_layer, n_head=4, n_embd=n_embd, block_size=T)
+    jobs, patterns, steps_of = {}, {}, {"ar": steps, "mdm": 3 * steps}                 # diffusion learns slowly
+    for name in mixers:
+        pattern = patterns[name] = pattern_of(name, T // 4, 16)
+        n_inner = same_size(pattern, dict(shape, vocab_size=V, qk_norm=True))
+        for o, s in itertools.product(objectives, range(seed, seed + seeds)):
+            if o == "mdm" or "bidir" not in pattern:                                   # causal they are all the same
+                run = f"{file_part(name)}-{o}-{steps_of[o]}-s{s}" + f"-{dtype}" * (dtype != "auto")
+                jobs[f"{name} {o} {s}"] = dict(
+                    shape, dataset=str(folder), objective=o, layers=pattern, set=["qk_norm=true", f"n_inner={n_inner}"],
+                    seed=s, max_steps=steps_of[o], batch_tokens=batch_tokens, optimizer="muon", lr=lr, eval_every=0,
+                    eval_windows=64, log_every=100, save_every=200, device=device, dtype=dtype, out=f"{out}/{run}")
+    jobs = dict(sorted(jobs.items(), key=lambda job: job[1]["seed"]))                  # a table of all after the first seed
+    evals = yield jobs
+    for o, name in itertools.product(objectives, mixers):
+        runs = [f"{name} {o} {s}" for s in range(seed, seed + seeds)]
+        last = [evals[r][-1] for r in runs if evals.get(r) and evals[r][-1]["step"] == steps_of[o]]
+        if last:
+            lm, _ = train.load_model(jobs[runs[0]]["out"], "last")
+            losses = [e["loss"] for e in last]
+            yield dict(mixer=name, objective=o), dict(
+                measure="exact" if o == "ar" else "bound", loss=statistics.mean(losses),
+                std=statistics.stdev(losses) if len(losses) > 1 else None, seeds=len(losses), losses=losses,
+                se=last[0]["se"] or None, params=lm.num_params(), below_bigram=bigram - statistics.mean(losses),
+                reads=max(b.mixer.reads(T, o == "ar") for b in lm.blocks))
+    return dict(bigram=bigram, T=T, steps=steps_of, patterns=patterns)
+
+# =====================================================================================================================
+# To be ported to the runner above
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Shared: flags and data
 
 def numbers(text):
@@ -78,7 +590,7 @@ def numbers(text):
         raise argparse.ArgumentTypeError(f"'{text}': expected whole numbers, comma-separated, such as 64,256") from None
 
 
-def choose(flag, text, known):
+def chosen(flag, text, known):
     """The comma-separated names of a flag, each of which must be known; without a text all that are known."""
     names = text.split(",") if text else list(known)
     for name in names:
@@ -122,14 +634,6 @@ def validation(name, T, count):
 # ---------------------------------------------------------------------------------------------------------------------
 # Shared: results, tables, pictures
 
-def device_name(device):
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name()
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "") \
-        if os.path.exists("/proc/cpuinfo") else platform.processor()
-    return f"{cpu or 'CPU'}, {os.cpu_count()} cores"
-
-
 def record(name, rows, device="cpu", folder="results", **about):
     """Write results/NAME.json: what was run, on what, and the rows (a list of flat dictionaries). Returns its path."""
     path = Path(folder) / f"{name}.json"
@@ -166,18 +670,6 @@ def resumable(path):
                 file.write(json.dumps(row) + "\n")
         return row
     return once
-
-
-def attempt(measure, label):
-    """measure(), or what went wrong as a row: on a GPU one kernel that refuses a shape must not cost the rows behind it."""
-    try:
-        return measure()
-    except RuntimeError as e:                                                          # out of memory is one
-        if not torch.cuda.is_available() or "CUDA error" in str(e):                    # after that nothing runs any more
-            raise
-        why = "out of memory" if isinstance(e, torch.OutOfMemoryError) else str(e).strip().splitlines()[0]
-        print(f"{label}: {why}", flush=True)
-        return {"failed": why}
 
 
 def table(rows, columns=None, skip=()):
@@ -499,7 +991,7 @@ def crossover(args):
     if args.seeds < 1:
         raise ValueError(f"--seeds {args.seeds} must be at least 1")
     scale, s, root, common = study(args, "crossover")
-    wanted = choose("arms", args.arms, {**ARMS, **TUNED}) if args.arms or args.tuned else list(ARMS)
+    wanted = chosen("arms", args.arms, {**ARMS, **TUNED}) if args.arms or args.tuned else list(ARMS)
     if not {"ar", "mdm"} <= set(wanted):
         raise ValueError(f"--arms {args.arms} must hold ar and mdm")
     arms = {a: {**ARMS, **TUNED}[a] for a in wanted}
@@ -734,13 +1226,13 @@ def bench_train(args):
     """Ours and, with --vs, nanoGPT, alternating in own processes: tokens/s, ms, memory, MFU, and the ratio."""
     if args.child:
         return throughput(args)
-    choose("preset", args.preset, PRESETS)
+    chosen("preset", args.preset, PRESETS)
     base = [sys.executable, str(HERE / "bench.py"), "train", "--child"]
     for k in ("preset", "n_layer", "n_head", "n_embd", "block_size", "vocab_size", "batch", "iters", "warmup", "device", "compile",
               "dtype", "threads", "optimizer", "sdpa"):
         if getattr(args, k) is not None:
             base += [f"--{k}", str(getattr(args, k))]
-    kinds = {o: base + ["--objective", o] for o in choose("objectives", args.objectives, ARMS)}
+    kinds = {o: base + ["--objective", o] for o in chosen("objectives", args.objectives, ARMS)}
     if args.vs:
         if not (Path(args.vs) / "model.py").exists():
             raise ValueError(f"--vs {args.vs} holds no model.py: name the folder of a nanoGPT checkout")
@@ -1003,8 +1495,8 @@ def token_error(nats, N):
     """
     L = nats.size(1)
     k, t = torch.arange(L, dtype=torch.float64), torch.arange(1, N + 1, dtype=torch.float64)[:, None] / N
-    choose = math.lgamma(L) - torch.lgamma(k + 1) - torch.lgamma(L - k)
-    w = (choose + torch.xlogy(k, t) + torch.xlogy(L - 1 - k, 1 - t)).exp().mean(0)
+    chosen = math.lgamma(L) - torch.lgamma(k + 1) - torch.lgamma(L - k)
+    w = (chosen + torch.xlogy(k, t) + torch.xlogy(L - 1 - k, 1 - t)).exp().mean(0)
     rows = nats @ w
     return rows.mean().exp().item(), (rows.mean().exp() * rows.std() / len(rows) ** 0.5).item()
 
@@ -1253,60 +1745,13 @@ KERNELS = ("full cudnn", "full flash")                                          
 
 def sweep_layers(text, kernels=()):
     """The layers of a --layers flag, by default those of SWEEP; the others of ATTENTION come with their usual settings."""
-    return choose("layers", text, [*SWEEP, *kernels, *(n for n in ATTENTION if n not in SWEEP)]) if text else [*SWEEP, *kernels]
+    return chosen("layers", text, [*SWEEP, *kernels, *(n for n in ATTENTION if n not in SWEEP)]) if text else [*SWEEP, *kernels]
 
 
 def one_layer(args, name, T, device, dtype):
     config = ModelConfig(n_embd=args.n_head * args.head_dim, n_head=args.n_head, n_layer=1, block_size=T)
     torch._dynamo.reset()                                                              # else from the 9th shape on it runs eagerly
     return ATTENTION[name.split()[0]](override(config, SWEEP.get(name, {}))).to(device, dtype)
-
-
-def bench_attention(args):
-    """Every layer: forward and forward+backward against length, ratio to `full` in the same run, keys read, cache."""
-    device, cuda, dtype = setup(args)
-    names, causal, C = sweep_layers(args.layers, KERNELS * cuda), not args.bidirectional, args.n_head * args.head_dim
-    file = args.name or f"attention_{torch.device(device).type}" + "_bidirectional" * args.bidirectional
-    points, rows, failed = Path(args.results) / f"{file}.points.jsonl", [], []
-    once = resumable(points)
-    for T, name in itertools.product(args.lengths, dict.fromkeys(["full", *names])):
-        def measure():
-            layer = one_layer(args, name, T, device, dtype)
-            run = torch.compile(layer, dynamic=False) if cuda else layer
-            x = torch.randn(1, T, C, device=device, dtype=dtype, requires_grad=True)
-            forward, both = passes_of(lambda x: run(x, causal=causal), x, parameters=list(layer.parameters()))
-            with sdpa(name.partition(" ")[2]):
-                if cuda:
-                    both()
-                    torch.cuda.reset_peak_memory_stats()
-                ms = [1e3 * seconds_of(f, device, args.repeat) for f in (forward, both)]
-            dense = next((r for r in rows if (r["layer"], r["T"]) == ("full", T)), {"forward_ms": ms[0], "both_ms": ms[1]})
-            print(f"T {T:6d} {name:<16} forward {ms[0]:9.1f} ms  forward+backward {ms[1]:9.1f} ms  "
-                  f"({dense['both_ms'] / ms[1]:.2f}x full)", flush=True)
-            cache = layer.cache_bytes(T, torch.bfloat16)
-            return dict(forward_ms=ms[0], both_ms=ms[1], forward_vs_full=dense["forward_ms"] / ms[0],
-                        both_vs_full=dense["both_ms"] / ms[1], reads=layer.reads(T, causal),
-                        cache_bytes_per_token=cache / T, cache_vs_mha=cache / (4 * C * T),
-                        peak_mib=torch.cuda.max_memory_allocated() / 2 ** 20 if cuda else None)
-        row = once({"layer": name, "T": T}, lambda: attempt(measure, f"{name} at T = {T}"))
-        (failed if "failed" in row else rows).append(row)
-    table([r for r in rows if r["T"] == args.lengths[-1]])
-    series = {}
-    for name in names:
-        mine = [r for r in rows if r["layer"] == name]
-        wins = next((r["T"] for i, r in enumerate(mine) if all(m["both_vs_full"] > 1 for m in mine[i:])), None)
-        series[name + (f" (wins from {wins:,})" if wins else "")] = curve(mine, "T", "both_ms", marker="o", ms=3,
-                                                                          lw=2.5 if name == "full" else 1.2)
-        if len(mine) > 1:                                                              # the exponent of time in T, at its end
-            slope = math.log(mine[-1]["both_ms"] / mine[-2]["both_ms"]) / math.log(mine[-1]["T"] / mine[-2]["T"])
-            print(f"{name:<16} time ~ T^{slope:.2f} at the end; "
-                  + (f"faster than full from T = {wins}" if wins else "never faster than full here"))
-    record(file, rows, device, args.results, **conditions(args, device), failed=failed,
-           heads=args.n_head, head_width=args.head_dim, settings=SWEEP,
-           what="one whole layer, projections included, batch 1")
-    plot(file, series, "tokens", "ms, forward + backward", f"one {'causal' if causal else 'bidirectional'} layer, {args.n_head} heads "
-         f"of {args.head_dim}, {device_name(device)}", args.results, ylog=True)
-    points.unlink()                                                                    # done: the next call measures anew
 
 # ---------------------------------------------------------------------------------------------------------------------
 # context: one decode step against the length of the cache
@@ -1643,69 +2088,6 @@ MIXERS = {
 }
 ONE_WAY = ("gated_deltanet alternate", "gated_deltanet forward")                       # the same as gated_deltanet when causal
 
-
-def bigram_loss(train_data, val_windows, V):
-    """Nats per token of a bigram model with add-one smoothing, the first token of a window from the unigram."""
-    pairs = np.bincount(np.asarray(train_data[:-1], np.int64) * V + train_data[1:], minlength=V * V).reshape(V, V) + 1.0
-    uni = np.log(pairs.sum(axis=1) / pairs.sum())
-    bi = np.log(pairs / pairs.sum(axis=1, keepdims=True))
-    x = val_windows.numpy()
-    return -(uni[x[:, 0]].sum() + bi[x[:, :-1], x[:, 1:]].sum()) / x.size
-
-
-def same_size(names, base):
-    """{mixer: (pattern, settings)} with n_inner such that each has as many parameters as the first layer type, `full`."""
-    size = lambda pattern, **values: LM(override(ModelConfig(**base, layers=pattern), values)).num_params()
-    target, out = size("full"), {}
-    for name in names:
-        pattern, values = MIXERS[name]
-        small, large = (size(pattern, n_inner=n, **values) for n in (32, 64))
-        out[name] = pattern, dict(values, n_inner=max(8, round((target - small) / (large - small) * 4) * 8 + 32))
-    return out
-
-
-def quality(args):
-    """The same small model with every mixer, AR and diffusion: validation loss, tokens read, parameters matched."""
-    folder, objectives = data_folder(args.dataset), choose("objectives", args.objectives, ARMS)
-    train_data, val_data, _ = prepare.load_dataset(folder)
-    V, T = prepare.load_tokenizer(folder).n_vocab, args.block_size
-    bigram = bigram_loss(train_data, train.fixed_windows(val_data, T, 64), V)
-    shape = dict(n_layer=args.n_layer, n_head=4, n_embd=args.n_embd, block_size=T)
-    mixers = same_size(choose("mixers", args.mixers, MIXERS), dict(shape, vocab_size=V, qk_norm=True))
-    jobs, steps = {}, {o: args.steps * (1 if o == "ar" else 3) for o in objectives}    # diffusion learns slowly
-    kind = "" if args.dtype == "auto" else f"_{args.dtype}"
-    for seed, objective, name in itertools.product(range(1337, 1337 + args.seeds), objectives, mixers):
-        if objective != "ar" or name not in ONE_WAY:
-            pattern, values = mixers[name]
-            jobs[name, objective, seed] = dict(
-                shape, dataset=str(folder), objective=objective, layers=pattern, set=["qk_norm=true", *set_flags(values)],
-                seed=seed, max_steps=steps[objective], batch_tokens=args.batch_tokens, optimizer="muon", lr=args.lr,
-                eval_every=0, eval_windows=64, log_every=100, save_every=200, dtype=args.dtype,
-                out=str(Path(args.out) / f"{plain(name)}-{objective}-{steps[objective]}-s{seed}{kind}"))
-    ok = run_arms({" ".join(map(str, key)): f for key, f in jobs.items()}, args.workers)
-    last = {key: (read_evals(f["out"]) or [None])[-1] for key, f in jobs.items()}
-    rows, finished = [], {key: e for key, e in last.items() if e and e["step"] == jobs[key]["max_steps"]}
-    for objective, name in itertools.product(objectives, mixers):
-        mine = {key: e for key, e in finished.items() if key[:2] == (name, objective)}
-        if mine:
-            lm, _ = train.load_model(jobs[next(iter(mine))]["out"], "last")
-            losses = [e["loss"] for e in mine.values()]                                # of the finished seeds, in order
-            rows.append(dict(mixer=name, objective=objective, measure="exact" if objective == "ar" else "bound",
-                             loss=statistics.mean(losses), std=statistics.stdev(losses) if len(losses) > 1 else None,
-                             seeds=len(losses), losses=losses, se=next(iter(mine.values()))["se"] or None, params=lm.num_params(),
-                             reads=max(b.mixer.reads(T, objective == "ar") for b in lm.blocks),
-                             below_bigram=bigram - statistics.mean(losses)))
-    print(f"\n{len(finished)} of {len(jobs)} runs finished" + ("" if len(finished) == len(jobs) else ": the same command goes on"))
-    if rows:
-        print(f"validation loss, nats per token; a bigram model has {bigram:.3f}; reads: keys of the last query; std: over seeds; "
-              "se: of the bound's masks")
-        table(rows, skip=["losses"])
-        device = train.pick_device("auto")
-        record(args.name or f"quality_{torch.device(device).type}{kind}", rows, device, args.results, bigram=bigram, T=T,
-               dataset=args.dataset, steps=steps, batch_tokens=args.batch_tokens, lr=args.lr, optimizer="muon",
-               settings={n: dict(v, layers=p, qk_norm=True) for n, (p, v) in mixers.items()})
-    return 0 if ok else 130
-
 # ---------------------------------------------------------------------------------------------------------------------
 # switch: a dense checkpoint run sparse
 
@@ -1870,7 +2252,7 @@ def recall_picture(name, rows, folder):
 def recall(args):
     """Associative recall and a needle in generated text: accuracy of every layer against pairs and length, AR and diffusion."""
     device, *_ = setup(args)
-    names, objectives = choose("layers", args.layers, ARENA), choose("objectives", args.objectives, ARMS)
+    names, objectives = chosen("layers", args.layers, ARENA), chosen("objectives", args.objectives, ARMS)
     lengths = ",".join(map(str, args.lengths))
     if any(T % 8 or T < 16 for T in args.lengths):
         raise ValueError(f"--lengths {lengths}: expected multiples of 8, at least 16, such as 256,1024")
@@ -2046,7 +2428,7 @@ def arithmetic(folder, device, N=64):
 
 def decode(args):
     """Tokens/s against quality of every sampler on trained models, by batch size; steps needed on arithmetic."""
-    kinds, batches = choose("objective", args.objective, ARMS), args.batches
+    kinds, batches = chosen("objective", args.objective, ARMS), args.batches
     if min(batches) < 1:
         raise ValueError(f"--batches {','.join(map(str, batches))}: expected sizes of at least 1, such as 1,8,64")
     folders = decode_runs(args, ["judge"] + ["ar"] * ("ar" in kinds) + ["mdm", "block", "sums"] * ("mdm" in kinds))
@@ -2360,7 +2742,7 @@ def summary(items, results):
 
 def choices(args):
     """Multiple choice by likelihood, AR and diffusion: accuracy, and the gap between wrong and right answers."""
-    asked = choose("measures", args.measures, dict.fromkeys(itertools.chain(*MEASURES.values())))
+    asked = chosen("measures", args.measures, dict.fromkeys(itertools.chain(*MEASURES.values())))
     if args.n_mc < 4 or args.n_mc % 4 or args.limit is not None and args.limit < 1:
         raise ValueError(f"--n_mc {args.n_mc} must be a multiple of 4, and --limit {args.limit} at least 1")
     if args.which not in ("best", "last"):
@@ -2476,9 +2858,6 @@ def main(argv=None):
         return dict(dataset=("docs-byte", "text"), steps=(steps, "of training: of each AR run, three times as many for diffusion"),
                     n_layer=(n_layer, "blocks"), n_embd=(128, "width"), block_size=(block_size, "window, T"),
                     batch_tokens=(batch_tokens, "tokens in a step"), lr=(4e-3, "rate"), workers=(1, "runs at a time"))
-    command("quality", quality, **small(1200, 4, 512, 512), **objectives, **out("out/quality"), seeds=(3, "number of seeds"),
-            dtype=("auto", "auto (bfloat16 on a GPU) | bfloat16 | float32"),
-            mixers=(None, f"comma-separated, of: {', '.join(MIXERS)} (default: all)"))
     command("switch", switch, **small(1200, 2, 1024, 1024) | dict(steps=(1200, "of dense training")), **out("out/switch"),
             adapt=(150, "steps of adaptation, N"), windows=(64, "validation windows"))
     command("recall", recall, **machine, **objectives, **out("out/recall", points), steps=(600, "of training, each"),
@@ -2493,8 +2872,6 @@ def main(argv=None):
             sdpa=("default", "attention kernel on a GPU: default (torch's choice) | cudnn | flash"),
             vs=(None, "folder of a nanoGPT checkout to run beside"), child=(False, argparse.SUPPRESS),
             objective=("ar", argparse.SUPPRESS), peer=(None, argparse.SUPPRESS))
-    command("attention", bench_attention, **machine, **layers, **heads, **repeat(3),
-            lengths=("512,1024,2048,4096,8192", "tokens", numbers), bidirectional=(False, "as a diffusion model uses it"))
     command("functions", functions, **machine, **heads, **repeat(5), lengths=("1024,4096", "tokens, linear side", numbers),
             sparse_length=(8192, "tokens, block-sparse"), blocks=("128,256", "keys in a block and queries in a tile", numbers),
             density=(0.12, "share of the blocks that a query picks"), long=("16384,32768,65536", "lengths for the slope", numbers))
@@ -2530,8 +2907,14 @@ def main(argv=None):
                         "probe: true ends of passages of the run's own validation data among three others")
     command("tools", bench_tools, **machine, **out("out/tools"), workers=(1, "runs at a time"), problems=(500, "held-out ones to solve"),
             steps=(1000, "of training for AR, three times as many for block diffusion"))
+    for name, about in EXPERIMENTS.items():
+        text = re.sub(r"^    \w+: .*\n", "", about.run.__doc__, flags=re.M)
+        add_flags(commands.add_parser(name, help=text.partition("\n")[0], description=text), about)
     try:
         args = parser.parse_args(argv)
+        if args.command in EXPERIMENTS:
+            typed = vars(args)
+            return perform(typed.pop("command"), typed) or 0
         if getattr(args, "threads", 1) < (args.command != "choices"):
             raise ValueError(f"--threads {args.threads}: expected a number of CPU threads, at least 1")
         return args.run(args) or 0

@@ -3290,6 +3290,61 @@ def test_crossover_end_to_end(dataset, tmp_path, capsys):
     assert all(0 <= r["probe_accuracy"] <= 1 and "probe_gap" in r for row in rows[:2] for r in row["evals"]), "the probe runs along"
 
 
+SIZES = "--n_head 2 --head_dim 16 --repeat 1 --device cpu"
+RUNS = "--n_layer 1 --n_embd 16 --block_size 128 --batch_tokens 128 --device cpu"
+TOYS = {    # experiment: (its flags, rows of the JSON file, is there a picture?)
+    "attention": (f"--lengths 64,96 --layers full,msa,linear {SIZES}", 6, True),
+    "quality": (f"--dataset DATASET --mixers full,msa --steps 2 --seeds 2 {RUNS}", 4, False),
+}
+
+
+@pytest.fixture
+def arms_here(monkeypatch):
+    """Training runs of experiments in this process: a list of their run folders, as they are trained."""
+    trained = []
+
+    def run_arms(jobs, workers):
+        for job in jobs.values():
+            if trained == ["stop"]:
+                trained.clear()
+                return False
+            trained.append(job["out"])
+            train.train({**{k: v for k, v in job.items() if v is not None}, "resume": "auto"}, log=quiet)
+        return True
+    monkeypatch.setattr(bench, "run_arms", run_arms)
+    return trained
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_every_experiment_runs_stops_and_goes_on(name, dataset, tmp_path, arms_here, monkeypatch, capsys):
+    """Interrupted at its second point, or before its runs; the same command measures the rest, once; JSON and PNG are whole."""
+    flags, count, picture = TOYS[name]
+    flags = flags.replace("DATASET", dataset).split() + ["--results", str(tmp_path)]
+    if "out" in bench.parameters(bench.EXPERIMENTS[name].run):
+        flags += ["--out", str(tmp_path / "runs")]
+    attempt, measured = bench.attempt, []
+
+    def stops(measure, label):
+        measured.append(label)
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        return attempt(measure, label)
+    monkeypatch.setattr(bench, "attempt", stops)
+    arms_here.append("stop")
+    for _ in range(2):
+        code = bench.main([name, *flags])
+        out, err = capsys.readouterr()
+        if code == 0:
+            break
+        assert code == 130 and "goes on from here" in out, err
+    file, = tmp_path.glob("*.json")
+    result = json.loads(file.read_text())
+    assert code == 0 and len(result["rows"]) == count and not list(tmp_path.glob("*.points.jsonl"))
+    assert len(measured) == len(set(measured)) + (len(measured) > 1), "the interrupted point alone is measured again"
+    assert {"command", "date", "device", "versions", "seed", "seeds", "cut", "flags"} <= set(result) and not result["cut"]
+    assert file.with_suffix(".png").exists() == picture and all(f"| {c} " in out for c in list(result["rows"][0])[:1])
+
+
 def test_judged_is_its_definition():
     torch.manual_seed(0)
     lm, x = LM(tiny(vocab_size=7)).eval(), torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 6, 6, 6, 6]])
@@ -3779,34 +3834,32 @@ def test_hybrids_joins_what_was_measured(tmp_path, capsys):
     assert mixed["decoding"] == pytest.approx(8 / 3.5) and mixed["cache"] == pytest.approx(3.5 / 8) and full["decoding"] == full["cache"] == 1
 
 
-def test_quality_compares_equals(dataset, tmp_path, monkeypatch):
-    """Parameters within 3%, a sparse layer's query reads at most a quarter; an unfinished study shows what is finished."""
+def test_quality_compares_equals():
+    """Parameters within 3%, a sparse layer's query reads at most a quarter."""
     base = dict(n_layer=4, n_head=4, n_embd=128, block_size=512, vocab_size=257, qk_norm=True)
-    sizes = {}
-    for name, (pattern, values) in bench.same_size(bench.MIXERS, base).items():
-        lm = LM(override(ModelConfig(**base, layers=pattern), values))
-        sizes[name] = lm.num_params()
+    full = LM(ModelConfig(**base)).num_params()
+    for name in bench.parameters(bench.EXPERIMENTS["quality"].run)["mixers"][0]:
+        pattern = bench.pattern_of(name)
+        lm = LM(ModelConfig(**base, layers=pattern, n_inner=bench.same_size(pattern, base)))
+        assert lm.num_params() == pytest.approx(full, rel=0.03), name
         for block in lm.blocks:
             if type(block.mixer).__name__ in ("NSA", "InfLLM", "MSA", "DSA"):
                 assert all(block.mixer.reads(512, causal) <= 128 for causal in (True, False)), name
-    assert max(sizes.values()) <= 1.03 * sizes["full"] and min(sizes.values()) >= 0.97 * sizes["full"]
-    calls = []
 
-    def run_arms(jobs, workers):                                                       # interrupted before the last run
-        for job in list(jobs.values())[:-1]:
-            calls.append(train.train({**job, "resume": "auto"}, log=quiet))
-        return False
-    monkeypatch.setattr(bench, "run_arms", run_arms)
-    argv = f"""quality --dataset {dataset} --mixers full,msa --steps 2 --seeds 2 --n_layer 1 --n_embd 32 --block_size 128 --batch_tokens 128
-               --out {tmp_path / 'runs'} --results {tmp_path}""".split()
+
+def test_quality_shows_what_is_finished(dataset, tmp_path, arms_here, monkeypatch):
+    """Interrupted before the last run: a table of the others, means over their seeds."""
+    run_arms = bench.run_arms
+    monkeypatch.setattr(bench, "run_arms", lambda jobs, n: run_arms(dict(list(jobs.items())[:-1]), n) and False)
+    argv = f"quality {TOYS['quality'][0]} --out {tmp_path}/runs --results {tmp_path}".replace("DATASET", dataset).split()
     assert bench.main(argv) == 130
-    rows = {(r["mixer"], r["objective"]): r for r in json.loads((tmp_path / "quality_cpu.json").read_text())["rows"]}
-    assert [rows[k]["seeds"] for k in (("full", "ar"), ("full", "mdm"), ("msa", "ar"), ("msa", "mdm"))] == [2, 2, 2, 1]
-    assert rows["full", "ar"]["losses"] == [calls[i]["evals"][-1]["loss"] for i in (0, 4)]
-    assert rows["full", "ar"]["loss"] == pytest.approx(sum(rows["full", "ar"]["losses"]) / 2)
-    assert bench.main([*argv, "--objectives", "ar", "--dtype", "bfloat16"]) == 130         # runs and a table of their own
-    rows = {r["mixer"]: r for r in json.loads((tmp_path / "quality_cpu_bfloat16.json").read_text())["rows"]}
-    assert len(calls) == 10 and rows["full"]["loss"] == pytest.approx((calls[7]["evals"][-1]["loss"] + calls[9]["evals"][-1]["loss"]) / 2)
+    result = json.loads((tmp_path / "quality_cpu.json").read_text())
+    rows = {(r["mixer"], r["objective"]): r for r in result["rows"]}
+    assert result["cut"] and [rows[m, o]["seeds"] for o in ("ar", "mdm") for m in ("full", "msa")] == [2, 2, 2, 1]
+    losses = [bench.evaluations(out)[-1]["loss"] for out in arms_here if "full-ar" in out]
+    assert rows["full", "ar"]["losses"] == losses and rows["full", "ar"]["loss"] == pytest.approx(sum(losses) / 2)
+    assert bench.main([*argv, "--objectives", "ar", "--dtype", "bfloat16"]) == 130, "runs and a table of their own"
+    assert (tmp_path / "quality_cpu_bfloat16.json").exists() and "bfloat16" in arms_here[-1]
 
 
 def test_switch_end_to_end(dataset, tmp_path, monkeypatch):
@@ -4115,9 +4168,10 @@ def test_arithmetic_and_tools_end_to_end(tmp_path, monkeypatch, runs, capsys):
 
 def test_gpu_queue(tmp_path, monkeypatch, capsys):
     """Without a GPU: every command of the queue is one that bench.py understands, and leaves the file that the queue looks for."""
-    for name in ("crossover", "bench_train", "decode", "bench_context", "bench_sparse", "bench_attention", "bench_moe"):
+    for name in ("crossover", "bench_train", "decode", "bench_context", "bench_sparse", "bench_moe"):
         monkeypatch.setattr(bench, name, lambda args, name=name: (tmp_path / f"{args.name or default[name]}.json").write_text("{}") and 0)
-    default = dict(bench_train="train_cuda", decode="decode_gpu", bench_context="context_cuda", bench_sparse="sparse_cuda", bench_attention="attention_cuda",
+    monkeypatch.setattr(bench, "perform", lambda command, typed: (tmp_path / f"{typed.get('name', command + '_cuda')}.json").write_text("{}") and 0)
+    default = dict(bench_train="train_cuda", decode="decode_gpu", bench_context="context_cuda", bench_sparse="sparse_cuda",
                    bench_moe="moe_cuda")
 
     def popen(command, **_):
