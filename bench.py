@@ -430,19 +430,9 @@ OPTIONS = {"full gqa": "full(n_kv_head=1)", "full window": "full(window=HALF)", 
            "gated_deltanet forward": "gated_deltanet(bidir=forward)"}
 
 
-def traits(name):                                                                      # until attention.py says it
-    if hasattr(ATTENTION[name], "family"):
-        return ATTENTION[name]
-    import types
-    more = dict(nsa=("sel_block", "window", "cmp_block", "cmp_stride"), infllm=("sel_block", "cmp_block", "cmp_stride", "dense_len"),
-                msa=("sel_block",), dsa=())
-    return types.SimpleNamespace(family="sparse" if name in more else "", settings=(
-        "sel_topk", *more.get(name, ()), *["n_kv_head"] * (name != "dsa")))
-
-
 def few_keys(name, keys, block):
     """{field: value}: with these settings a query of the layer reads at most `keys` keys; {} for a layer that is not sparse."""
-    layer, picks = traits(name), keys // block - 1
+    layer, picks = ATTENTION[name], keys // block - 1
     if layer.family != "sparse":
         return {}
     given = dict(n_kv_head=1, window=block, sel_block=block, sel_topk=picks, cmp_block=block, cmp_stride=block // 2, dense_len=0)
