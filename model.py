@@ -8,6 +8,8 @@ also the BOS of AR. The logits are cut to V, so neither is ever predicted. Copy 
 """
 import dataclasses
 import difflib
+import math
+import os
 import re
 import typing
 import warnings
@@ -17,7 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from attention import ATTENTION, Cache, LayerConfig, check_settings, itemsize, top_k
+from attention import ATTENTION, CHOICES, Cache, LayerConfig, check_settings, itemsize, no_autocast, top_k
 
 
 @dataclass
@@ -47,9 +49,48 @@ class ModelConfig(LayerConfig):
     n_expert_group: int = 1         # sigmoid: experts come in groups, and a token may choose only from the
     n_expert_group_active: int = 1  # best few of them (DeepSeek-V3: 8 and 4)
 
+    def __post_init__(self):
+        self.position = self.position or "none"                     # parse_value makes None of none
+        for field in dataclasses.fields(self):
+            check_setting(field, getattr(self, field.name))
+
+
+# What a field may hold, ends included: numbers from the first to the second, or one of these words. A whole number that
+# is not named here lies between 1 and 65,536.
+RANGES = {
+    "vocab_size": (1, 2 ** 24), "block_size": (1, 2 ** 24), "n_layer": (1, 10_000), "n_inner": (1, 2 ** 18),
+    "n_expert": (0, 2 ** 16), "shared_inner": (0, 2 ** 18), "window": (1, 2 ** 31), "dense_len": (0, 2 ** 31),
+    "sel_topk": (1, 2 ** 24), "sel_init": (0, 2 ** 16), "sel_local": (0, 2 ** 16), "out_gate_rank": (0, 2 ** 16),
+    "norm_eps": (1e-12, 0.1), "dropout": (0, 0.99), "logit_softcap": (1e-3, 10 ** 6), "router_scale": (1e-3, 1000),
+    "router_bias_step": (0, 1), "router_aux": (0, 1000), "rope_base": (1, 10 ** 12), "rotary_fraction": (0, 1), "g_min": (-5, -1e-3),
+    "mlp": ("swiglu", "swiglu_clamped", "relu2", "gelu"), "norm": ("rms", "layer"), "router": ("sigmoid", "softmax"),
+    **CHOICES,
+}
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", type(None): "none"}
+
+
+def check_setting(field, value):
+    """ValueError where a field of ModelConfig holds another type than its own, or a value outside of its range."""
+    kinds, limits = typing.get_args(field.type) or (field.type,), RANGES.get(field.name, (1, 2 ** 16))
+    real = float in kinds                                                              # takes whole numbers too
+    right = isinstance(value, (*kinds, int) if real else kinds) and isinstance(value, bool) == (bool in kinds)
+    expected = " or ".join(KINDS[kind] for kind in kinds)
+    if str in kinds and field.name in RANGES:
+        words = [str(word).lower() for word in limits]
+        right, expected = value in limits, ", ".join(words) + nearest(str(value), words)
+    elif real or int in kinds:
+        right = right and (value is None or limits[0] <= value <= limits[1])           # nan is in no range
+        expected = expected.replace("number", f"number from {limits[0]:,} to {limits[1]:,}", 1)
+    need(right, f"model setting {field.name} {value!s:.60}: expected {expected}")
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Layer patterns
+
+def need(ok, message):
+    if not ok:
+        raise ValueError(message)
+
 
 def nearest(word, known):
     """' (did you mean X?)' or nothing: the tail of an error about a name."""
@@ -57,82 +98,80 @@ def nearest(word, known):
     return f" (did you mean '{match[0]}'?)" if match else ""
 
 
+NUMBER = re.compile(r"[+-]?(\d[\d_]*\.?\d*|\.\d+)(e[+-]?\d+)?([kmb]?)", re.ASCII)
+
+
 def parse_value(text):
-    """'8' -> 8, '1e-3' -> 0.001, 'true' -> True, 'none' -> None, anything else stays text."""
-    low = text.strip().lower()
+    """'8' -> 8, '1e-3' -> 0.001, '1e6', '1M' and '1_000_000' -> 1000000, 'true' -> True, 'none' -> None; all else stays text."""
+    text = text.strip()
+    low = text.lower()
     if low in ("none", "true", "false"):
         return {"none": None, "true": True, "false": False}[low]
-    for kind in (int, float):
-        try:
-            return kind(low)
-        except ValueError:
-            pass
-    return text.strip()
+    match = NUMBER.fullmatch(low) if len(low) < 40 else None
+    if not match:
+        return text
+    value = float(low.rstrip("kmb")) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}[match[3]]
+    return int(value) if value.is_integer() and abs(value) < 2 ** 53 else value
 
 
 WHOLE = ("vocab_size", "block_size", "layers", "n_layer", "n_embd", "tied", "logit_softcap")   # fields that all layers share
 AROUND = ("bias", "norm_eps")                                       # read by the norms and the MLP around a layer too
+LONGEST = RANGES["n_layer"][1]
 
 
 def parse_layers(pattern, n_layer):
     """Expand a layer pattern to n_layer entries (name, {field: value}).
 
     Grammar: item ::= name | name(key=value, ...) | (items), each with an optional *count; items are separated by blanks.
-    A pattern shorter than the model is repeated, a longer one is cut: "gated_deltanet*3 full" at depth 48 is Qwen3-Next.
-    Raises ValueError for an unknown layer, a field of the whole model, and what is no pattern.
+    A pattern shorter than the model is repeated: "gated_deltanet*3 full" at depth 48 is Qwen3-Next. A longer one is cut,
+    and a warning says what is left out. ValueError: an unknown layer, a field of the whole model, what is no pattern.
     """
-    if pattern.count("(") != pattern.count(")"):
-        raise ValueError(f"layer pattern '{pattern}' has unbalanced parentheses")
-    tokens = re.findall(r"\w+\([^()]*\)|\w+|\*\s*\d+|[()]|\S", pattern)
-
-    def items(i, depth):
-        out = []
-        while i < len(tokens) and tokens[i] != ")":
-            if tokens[i] == "(":
-                group, i = items(i + 1, depth + 1)
-            else:
-                name, _, args = tokens[i].partition("(")
-                if name not in ATTENTION:
-                    raise ValueError(f"unknown layer '{name}' in the pattern '{pattern}'{nearest(name, ATTENTION)}: "
-                                     f"known are {', '.join(ATTENTION)}")
-                values = {}
-                for pair in filter(str.strip, args.rstrip(")").split(",")):
-                    key, eq, value = pair.partition("=")
-                    if not eq or key.strip() in WHOLE:
-                        raise ValueError(f"layer pattern '{pattern}': '{pair.strip()}' is not a setting of one layer, as in full(window=128)")
-                    values[key.strip()] = parse_value(value)
-                check_settings(name, {k: v for k, v in values.items() if k not in AROUND})
-                group, i = [(name, values)], i + 1
-            if i < len(tokens) and tokens[i][0] == "*":
-                if not tokens[i][1:].strip():
-                    raise ValueError(f"layer pattern '{pattern}': * needs a count after it, as in full*3")
-                group, i = group * int(tokens[i][1:]), i + 1
-            out += group
-        if (i < len(tokens)) != (depth > 0):
-            raise ValueError(f"layer pattern '{pattern}' has unbalanced parentheses")
-        return out, i + 1
-
-    out, _ = items(0, 0)
-    if not out:
-        raise ValueError(f"layer pattern '{pattern}' names no layer: one of {', '.join(ATTENTION)}")
+    about = f"layer pattern '{pattern if len(pattern) < 100 else pattern[:97] + '...'}'"
+    need(pattern.count("(") == pattern.count(")"), f"{about} has unbalanced parentheses")
+    groups, last = [[]], None                          # open parentheses, and the item that a *count would repeat
+    for token in re.findall(r"\w+\([^()]*\)|\w+|\*\s*[0-9]*|[()]|\S", pattern):
+        if token == "(":
+            groups.append([])
+            last = None
+        elif token == ")":
+            need(len(groups) > 1, f"{about} has unbalanced parentheses")
+            last = groups.pop()
+            groups[-1] += last
+        elif token[0] == "*":
+            count = token[1:].strip()
+            need(last is not None and count.strip("0"), f"{about}: * needs an item before it and a count after it, as in full*3")
+            need(len(count) < 6 and len(last) * int(count) <= LONGEST, f"{about} makes more than {LONGEST:,} layers")
+            groups[-1] += last * (int(count) - 1)
+            last = None
+        else:
+            last = [parse_layer(token, about)]
+            groups[-1] += last
+    out = groups[0]
+    need(out, f"{about} names no layer: one of {', '.join(ATTENTION)}")
+    if len(out) > n_layer:
+        lost = ", ".join(dict.fromkeys(name for name, _ in out[n_layer:]))
+        warnings.warn(f"{about} has {len(out)} layers, the model {n_layer}: the last {len(out) - n_layer} are left out ({lost})")
     return [out[i % len(out)] for i in range(n_layer)]
 
 
+def parse_layer(text, about):
+    """'full(window=128)' -> ("full", {"window": 128})."""
+    name, _, args = text.partition("(")
+    need(name in ATTENTION, f"unknown layer '{name:.40}' in the {about}{nearest(name, ATTENTION)}: known are {', '.join(ATTENTION)}")
+    values = {}
+    for pair in filter(str.strip, args.rstrip(")").split(",")):
+        key, eq, value = (part.strip() for part in pair.partition("="))
+        need(eq and key not in WHOLE and key not in values, f"{about}: '{pair.strip()}' is not a setting of one layer, as in full(window=128)")
+        values[key] = parse_value(value)
+    check_settings(name, {key: value for key, value in values.items() if key not in AROUND})
+    return name, values
+
+
 def override(config, values):
-    """A copy of config with some fields set from values. ValueError: an unknown name, another type than the field's, a negative size."""
-    known = {f.name: f.type for f in dataclasses.fields(config)}
-    for key, value in values.items():
-        if key not in known:
-            raise ValueError(f"unknown model setting '{key}'{nearest(key, known)}")
-        kind = known[key]
-        if kind is str and value is None:                                              # position=none
-            values = {**values, key: "none"}
-            continue
-        real = float in (kind, *typing.get_args(kind))                                 # takes whole numbers too
-        if not isinstance(value, kind | int if real else kind) or isinstance(value, bool) != (kind is bool):
-            raise ValueError(f"model setting {key}={value}: expected {getattr(kind, '__name__', kind)}")
-        if isinstance(value, int) and value < 0 and not real:
-            raise ValueError(f"model setting {key}={value} must not be negative")
+    """A copy of config with some fields set from values. ValueError: an unknown name, and what `check_setting` refuses."""
+    known = [field.name for field in dataclasses.fields(config)]
+    for key in values:
+        need(key in known, f"unknown model setting '{key:.40}'{nearest(key, known)}")
     return dataclasses.replace(config, **values)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -141,17 +180,13 @@ def override(config, values):
 def make_norm(config):
     if config.norm == "layer":
         return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
-    if config.norm == "rms":
-        return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
-    raise ValueError(f"norm '{config.norm}' is unknown: rms or layer")
+    return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
 
 
 GATED = ("swiglu", "swiglu_clamped")
 
 
 def inner_width(config):
-    if config.mlp not in (*GATED, "relu2", "gelu"):
-        raise ValueError(f"mlp '{config.mlp}' is unknown: {', '.join(GATED)}, relu2 or gelu")
     return config.n_inner or (-(-8 * config.n_embd // 96) * 32 if config.mlp in GATED else 4 * config.n_embd)
 
 
@@ -174,7 +209,7 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(C, inner * (1 + (self.kind in GATED)), bias=config.bias)  # gate and up in one
         self.down_proj = nn.Linear(inner, C, bias=config.bias)
 
-    def forward(self, x, aux=None):
+    def forward(self, x, aux=None, valid=None):
         return self.down_proj(activate(self.up_proj(x), self.kind))
 
 
@@ -225,7 +260,9 @@ class MoE(nn.Module):
     largest of s + bias are chosen, weighted by s without the bias, renormalised and scaled. The bias has no gradient:
     `balance` moves it towards equal load once a step. softmax (Qwen3-Next): p = softmax(router x), the k largest,
     renormalised; the shared expert behind a sigmoid gate; a balance loss E sum_e f_e P_e goes into aux (Switch,
-    2101.03961), f the share of choices that fell on e (times k, as transformers counts) and P the mean of p.
+    2101.03961), f_e the choices of e per token and P_e the mean of p_e. f is that of the last whole batch, over all its
+    micro-batches and processes (2501.11873), as `balance` found it: so the loss is a mean over tokens, however a batch is
+    cut. Both routers balance only where `balance` is called once per optimizer step.
 
     Two ways to compute, equal by a test: every expert for every token, weighted by zero where not chosen (any device and
     dtype, E/k times the work), and grouped_mm on tokens sorted by expert. No token is dropped, no host sync.
@@ -233,32 +270,29 @@ class MoE(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, E, k = config.n_embd, config.n_expert, config.n_expert_active
-        if not 1 <= k <= E:
-            raise ValueError(f"n_expert_active {k} must lie between 1 and n_expert {E}")
+        need(k <= E, f"n_expert_active {k} must not exceed n_expert {E}")
         G, self.groups = config.n_expert_group, config.n_expert_group_active
-        if G < 1 or E % G or not 1 <= self.groups <= G or k > E // G * self.groups:
-            raise ValueError(f"n_expert {E} in n_expert_group {G} groups with n_expert_group_active {self.groups}: the groups must be "
-                             f"equal, and the active ones hold at least the n_expert_active {k} experts")
-        if config.router not in ("sigmoid", "softmax"):
-            raise ValueError(f"router '{config.router}' is unknown: sigmoid or softmax")
-        width = inner_width(config)                                                    # also refuses an unknown mlp
-        f = config.expert_inner or max(8, width // k // 8 * 8)                         # grouped_mm wants multiples of 16 bytes
+        need(E % G == 0 and self.groups <= G and k <= E // G * self.groups,
+             f"n_expert {E} in n_expert_group {G} groups with n_expert_group_active {self.groups}: the groups must be equal, "
+             f"and the active ones hold at least the n_expert_active {k} experts")
+        f = config.expert_inner or max(8, inner_width(config) // k // 8 * 8)           # grouped_mm wants multiples of 16 bytes
         self.E, self.k, self.G, self.kind, self.sigmoid = E, k, G, config.mlp, config.router == "sigmoid"
         self.scale, self.bias_step, self.aux_weight = config.router_scale, config.router_bias_step, config.router_aux
         self.router = nn.Linear(C, E, bias=config.bias)
-        self.expert_up = nn.Parameter(torch.empty(E, C, f * (1 + (self.kind in GATED))))
-        self.expert_down = nn.Parameter(torch.empty(E, f, C))
+        self.expert_up = nn.Parameter(torch.randn(E, C, f * (1 + (self.kind in GATED))) * 0.02)
+        self.expert_down = nn.Parameter(torch.randn(E, f, C) * 0.02)
         self.expert_up_bias = nn.Parameter(torch.zeros(E, self.expert_up.size(2))) if config.bias else None
         self.expert_down_bias = nn.Parameter(torch.zeros(E, C)) if config.bias else None
         self.shared = MLP(config, config.shared_inner) if config.shared_inner else None
         self.shared_gate = nn.Linear(C, 1, bias=False) if config.shared_inner and not self.sigmoid else None
         self.register_buffer("bias", torch.zeros(E))
         self.register_buffer("count", torch.zeros(E), persistent=False)                # choices since the last balance()
+        self.register_buffer("share", None if self.sigmoid else torch.full((E,), k / E))   # f of the last whole batch
 
     def route(self, x):
         """x (N, C) -> weights (N, k), experts (N, k) int64, probabilities (N, E): float32, or float64 where x is."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x):
             bias = None if self.router.bias is None else self.router.bias.to(dtype)
             logits = F.linear(x.to(dtype), self.router.weight.to(dtype), bias)
         p = logits.sigmoid() if self.sigmoid else logits.softmax(dim=-1)
@@ -273,17 +307,20 @@ class MoE(nn.Module):
         weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         return weights * self.scale if self.sigmoid else weights, experts, p
 
-    def forward(self, x, aux=None):
-        B, T, C = x.shape
-        x = x.reshape(B * T, C)
+    def forward(self, x, aux=None, valid=None):
+        """valid (B, T) bool: what is False is padding and counts neither as load nor in the balance loss."""
+        shape = x.shape
+        x = x.reshape(-1, shape[-1])
         weights, experts, p = self.route(x)
-        one = torch.ones(experts.numel(), dtype=torch.int32, device=x.device)
-        count = torch.zeros(self.E, dtype=torch.int32, device=x.device).scatter_add_(0, experts.flatten(), one)
+        count = self.choices(experts)
+        real = torch.ones_like(p[:, 0]) if valid is None else valid.reshape(-1).to(p.dtype)
         if self.training:
-            self.count += count
+            self.count += count if valid is None else self.choices(experts, valid.reshape(-1, 1))
         if aux is not None and not self.sigmoid:
-            aux["balance"] = aux.get("balance", 0.0) + self.aux_weight * self.E * (count / len(x) * p.mean(dim=0)).sum()
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+            mean = real @ p / real.sum().clamp(min=1)                                  # (E,) P
+            aux["balance"] = aux.get("balance", 0.0) + self.aux_weight * self.E * (self.share * mean).sum()
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else x.dtype
         xs, up, down = x.to(dtype), self.expert_up.to(dtype), self.expert_down.to(dtype)
         # grouped_mm: on CUDA bf16 only; compiled in float32 it fails (torch 2.13); rows must be multiples of 16 bytes
         fits = dtype == torch.bfloat16 or dtype == torch.float32 and x.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -293,7 +330,12 @@ class MoE(nn.Module):
         if self.shared is not None:
             gate = 1.0 if self.shared_gate is None else torch.sigmoid(self.shared_gate(x))
             y = y + gate * self.shared(x)
-        return y.view(B, T, C)
+        return y.view(shape)
+
+    def choices(self, experts, real=None):
+        """How often each expert was chosen, (E,) int32: experts (N, k), real (N, 1) bool, the tokens that count."""
+        one = torch.ones_like(experts, dtype=torch.int32) if real is None else real.expand_as(experts).int()
+        return torch.zeros(self.E, dtype=torch.int32, device=one.device).scatter_add_(0, experts.flatten(), one.flatten())
 
     def every(self, x, up, down, weights, experts, count=None):
         """The definition: sum over all experts of weight x expert(x), weight 0 where not chosen."""
@@ -319,14 +361,16 @@ class MoE(nn.Module):
 
     @torch.no_grad()
     def balance(self, move=True):
-        """Once per optimizer step: one step of the bias towards equal load. Returns the step's counts (E,) and clears them.
+        """Once per optimizer step: one step of the bias towards equal load, or the share that the balance loss reads.
 
-        With several processes sum `count` over them first.
+        Returns the counts (E,) of this step and clears them. With several processes sum `count` over them first.
         """
         count = self.count.clone()
-        if self.sigmoid and move:
+        if move and self.sigmoid:
             delta = self.bias_step * torch.sign(count.mean() - count)
             self.bias += delta - delta.mean()
+        elif move:
+            self.share.copy_(self.k * count / count.sum().clamp(min=1))
         self.count.zero_()
         return count
 
@@ -338,27 +382,23 @@ class Block(nn.Module):
         self.norm2, self.mlp = make_norm(config), (MoE if config.n_expert else MLP)(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, aux=None, **layer_keywords):
-        x = x + self.dropout(self.mixer(self.norm1(x), aux=aux, **layer_keywords))
-        return x + self.dropout(self.mlp(self.norm2(x), aux))
+    def forward(self, x, aux=None, valid=None, **layer_keywords):
+        x = x + self.dropout(self.mixer(self.norm1(x), aux=aux, valid=valid, **layer_keywords))
+        return x + self.dropout(self.mlp(self.norm2(x), aux, valid))
 
 
 class LM(nn.Module):
     """idx (B, T) int64 -> logits (B, T, V). The keywords are those of the layers: see attention.py."""
     def __init__(self, config):
         super().__init__()
-        for field in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
-            if getattr(config, field) < 1:
-                raise ValueError(f"{field} {getattr(config, field)} must be at least 1")
-        if config.position not in ("rotary", "learned", "none"):
-            raise ValueError(f"position '{config.position}' is unknown: rotary, learned or none")
+        layers = parse_layers(config.layers, config.n_layer)
+        need_memory(config, layers)
         self.config, self.V, self.mask_id = config, config.vocab_size, config.vocab_size
         rows, C = -(-(self.V + 1) // 64) * 64, config.n_embd
         self.embed = nn.Embedding(rows, C)
         self.embed_pos = nn.Embedding(config.block_size, C) if config.position == "learned" else None
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(name, override(config, values))
-                                    for name, values in parse_layers(config.layers, config.n_layer))
+        self.blocks = nn.ModuleList(Block(name, override(config, values)) for name, values in layers)
         self.norm = make_norm(config)
         self.head = nn.Linear(C, rows, bias=False)
         if config.tied:
@@ -368,6 +408,8 @@ class LM(nn.Module):
 
     def forward(self, idx, causal=True, cache=None, commit=True, pos=None, valid=None, mask=None, aux=None):
         B, T = idx.shape
+        if B * T == 0:                                                                 # nothing in, nothing out
+            return self.logits(self.embed(idx))
         own_pos, start = pos, 0             # None lets the layers take their fast path; the values are the same
         if cache is not None:
             pos = cache.positions(T, pos)
@@ -435,6 +477,22 @@ class LM(nn.Module):
         T = T or self.config.block_size
         mixers = sum(b.mixer.flops(T, causal) for b in self.blocks) / T
         return 6 * (self.active_params(embedding=False) + self.V * self.config.n_embd) + 3 * mixers
+
+
+def need_memory(config, layers):
+    """ValueError before memory is allocated: where the parameters, in float32, are more than the machine's memory."""
+    if torch.get_default_device().type != "cpu" or not hasattr(os, "sysconf"):         # meta, or Windows
+        return
+    count, sizes = 2 * config.vocab_size * config.n_embd, {}
+    with torch.device("meta"):
+        for name, values in layers:
+            if (key := repr((name, values))) not in sizes:
+                sizes[key] = sum(p.numel() for p in Block(name, override(config, values)).parameters())
+            count += sizes[key]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    need(4 * count < memory, f"the model has {count:,} parameters, {count / 2 ** 28:,.0f} GiB, and this machine {memory / 2 ** 30:,.0f} GiB of "
+         f"memory: lower n_embd {config.n_embd}, n_layer {config.n_layer}, vocab_size {config.vocab_size}"
+         + f", n_expert {config.n_expert}" * bool(config.n_expert) + " or the widths of heads and MLP")
 
 
 OWN_INIT = ("sink", "window_pos", "A_log", "dt_bias", "conv_weight")
@@ -506,8 +564,12 @@ HEADS = ("n_kv_head", "linear_n_head", "linear_n_v_head")                       
 
 
 def from_preset(name, **given):
-    """A preset as ModelConfig, with some fields given. Another n_embd makes a small twin: heads, head widths and inner
-    widths that are not given keep the preset's ratios (widths in steps of 8), experts and layer pattern stay."""
+    """A preset as ModelConfig, with some fields given. Another n_embd makes a small twin, whatever is not given scaled:
+
+    heads, head widths and inner widths keep the preset's ratios (widths in steps of 8). Experts become fewer by
+    r^1.5, where r is the ratio of the widths, and the active ones in proportion, at least 2: kept, Qwen3-Next's 512 would
+    be 100M parameters in 4 layers of width 256. block_size becomes a power of two. The layer pattern stays.
+    """
     values = dict(PRESETS[name])
     if "n_embd" in given and "n_embd" in values:
         r = given["n_embd"] / values["n_embd"]
@@ -520,6 +582,12 @@ def from_preset(name, **given):
                     values[f] = max(1, round(values[f] * factor / step)) * step
         if "linear_n_v_head" in values:                                                # value heads stay a multiple
             values["linear_n_v_head"] = values["linear_n_head"] * (PRESETS[name]["linear_n_v_head"] // PRESETS[name]["linear_n_head"])
+        if r < 1:
+            values["block_size"] = max(128, 2 ** int(math.log2(values["block_size"] * r)))
+        if r < 1 and "n_expert" in values and "n_expert" not in given:
+            step = max(8, 2 * values.get("n_expert_group", 1))                         # groups of two at least
+            values["n_expert"] = max(1, round(values["n_expert"] * r ** 1.5 / step)) * step
+            values["n_expert_active"] = max(2, values["n_expert_active"] * values["n_expert"] // PRESETS[name]["n_expert"])
         values["n_head"] = heads
     config = override(ModelConfig(), {**values, **given})
     tell_unread(config, given)

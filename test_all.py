@@ -44,7 +44,7 @@ import train
 from attention import (ATTENTION, LayerConfig, block_sparse_attention, compressed_scores, delta_rule, delta_rule_recurrent, flex_window_attention,
                        index_block_scores, indexer_kl, inverse_of_one_minus, lightning_scores, linear_attention,
                        linear_attention_recurrent, select_blocks, softmax_attention, top_k, visible, window_attention, windows)
-from model import LM, PRESETS, ModelConfig, MoE, activate, from_preset, override, parse_layers
+from model import LM, PRESETS, ModelConfig, MoE, activate, from_preset, override, parse_layers, parse_value
 
 torch.set_num_threads(1)
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")                            # for the bit-exact resume on a GPU
@@ -396,9 +396,9 @@ def test_cache_bound_after_padding_and_compiled_steps():
 
 
 @pytest.mark.parametrize("bad, message", [(dict(n_kv_head=3), "n_kv_head"), (dict(n_head=5), "n_head"), (dict(window=0), "window"),
-                                          (dict(rotary_fraction=0.4), "rotary"), (dict(rotary_fraction=2.0), "rotary_fraction 2.0 must lie"),
+                                          (dict(rotary_fraction=0.4), "rotary"), (dict(rotary_fraction=2.0), "rotary_fraction 2.0"),
                                           (dict(n_kv_head=0), "n_kv_head 0"),
-                                          (dict(head_dim=0), "head_dim 0 must be at least 1")])
+                                          (dict(head_dim=0), "head_dim 0")])
 def test_full_refuses(bad, message):
     with pytest.raises(ValueError, match=message):
         ATTENTION["full"](tiny(**bad))
@@ -888,7 +888,7 @@ def test_published_costs():
     ("msa", dict(sel_block=0), "sel_block 0"), ("msa", dict(index_head_dim=2), "index_head_dim 2"), ("msa", dict(sel_tile=0), "sel_tile"),
     ("dsa", dict(sel_topk=0), "sel_topk 0"), ("dsa", dict(index_n_head=0), "index_n_head"), ("mla", dict(kv_lora_rank=0), "kv_lora_rank"),
     ("mla", dict(qk_rope_head_dim=3), "qk_rope_head_dim 3 must be even"), ("mla", dict(n_head=5), "n_head"),
-    *((name, dict(position="rotery"), "position=rotery is no choice: one of rotary") for name in ("full", "mla", "dsa", "nsa"))])
+    *((name, dict(position="rotery"), "position rotery: expected rotary") for name in ("full", "mla", "dsa", "nsa"))])
 def test_sparse_refuses(name, bad, message):
     with pytest.raises(ValueError, match=message):
         ATTENTION[name](tiny(**bad))
@@ -1510,24 +1510,62 @@ def test_parity_with_transformers_layers(model):
 # model.py
 
 def test_layer_patterns():
-    names = lambda pattern, n: [name for name, _ in parse_layers(pattern, n)]
-    assert parse_layers("full(window=4, sink=true)*2 full", 4) == [("full", dict(window=4, sink=True))] * 2 + \
-        [("full", {})] + [("full", dict(window=4, sink=True))]
-    assert names("(full*3 full)*6 full*2", 3) == ["full"] * 3
-    for bad, message in (("ful", "did you mean 'full'"), ("(full", "unbalanced"), ("full)", "unbalanced"), ("full*", "count"), ("", "no layer"),
-                         ("full(window=8", "unbalanced"), ("full(window)", "'window' is not a setting"), ("full(n_embd=64)", "not a setting")):
-        with pytest.raises(ValueError, match=re.escape(message)):
-            parse_layers(bad, 2)
-    with pytest.raises(ValueError, match="did you mean 'window'"):
-        LM(tiny(layers="full(windw=3)"))
+    window = ("full", dict(window=4, sink=True))
+    assert parse_layers("full(window=4, sink=true)*2 full", 4) == [window, window, ("full", {}), window]
+    assert parse_layers("(full mla*2)*2", 7) == [(name, {}) for name in "full mla mla full mla mla full".split()]
+    with pytest.warns(UserWarning, match=re.escape("4 layers, the model 2: the last 2 are left out (mla, kda)")):
+        assert parse_layers("full*2 mla kda", 2) == [("full", {})] * 2
 
 
-def test_settings_have_types():
-    assert tiny(dropout=0, rope_base=10, window=None, linear_decay="head", g_min=-1).g_min == -1
-    for bad in (dict(n_expert="abc"), dict(n_expert=8.5), dict(n_expert=True), dict(qk_norm="maybe"), dict(qk_norm=1), dict(dropout="x"),
-                dict(mlp=3), dict(n_inner=-8), dict(n_expert=None)):
-        with pytest.raises(ValueError, match="model setting " + next(iter(bad))):
-            tiny(**bad)
+@pytest.mark.parametrize("pattern, message", [
+    ("ful", "did you mean 'full'"), ("(full", "unbalanced"), ("full)", "unbalanced"), (")full(", "unbalanced"), ("full(window=8", "unbalanced"),
+    ("(" * 3000 + "full" + ")" * 3000 + ")", "unbalanced"), ("", "no layer"), ("()", "no layer"), ("full*", "count"), ("*3", "count"),
+    ("full*3*2", "count"), ("full*0", "count"), ("full*\u0663", "count"), ("full*999999999", "more than 10,000"),
+    ("(full*5000)*3", "more than 10,000"), ("full*" + "9" * 5000, "more than 10,000"), ("full(window)", "'window' is not a setting"),
+    ("full(n_embd=64)", "not a setting"), ("full(window=8, window=9)", "not a setting"), ("full(windw=3)", "did you mean 'window'"),
+    ("full(window=\u0663)", "window \u0663: expected a whole number")])
+def test_bad_layer_patterns(pattern, message):
+    """A sentence, never another error, and short however long the pattern is."""
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        LM(tiny(layers=pattern))
+    assert len(str(error.value)) < 400
+
+
+def test_values_are_numbers_where_they_look_like_it():
+    for text, value in (("8", 8), ("1e-3", 0.001), ("1e6", 10 ** 6), ("1_000", 1000), ("30M", 30_000_000), ("2.5k", 2500), (".5", 0.5), ("true", True),
+                        ("None", None), ("nan", "nan"), ("\u0663", "\u0663"), ("sigmoid", "sigmoid"), ("9" * 5000, "9" * 5000)):
+        assert parse_value(text) == value and type(parse_value(text)) is type(value)
+
+
+def test_settings_have_types_and_ranges():
+    assert tiny(dropout=0, rope_base=10, window=None, linear_decay="head", g_min=-1, dense_len=0).g_min == -1
+    for key, *bad in (("n_expert", "abc", 8.5, True, None, -1), ("qk_norm", "maybe", 1), ("dropout", "x", -0.1, 1.0, math.nan), ("mlp", 3, "swigloo"),
+                      ("n_inner", -8, 0, math.inf), ("logit_softcap", 0, -1.0), ("norm_eps", 0, -1e-6, math.nan), ("router_scale", 0), ("router_aux", -1),
+                      ("rope_base", 0, math.inf, 10 ** 400), ("rotary_fraction", -0.1, 1.1), ("dense_len", -1), ("n_layer", 0, 10 ** 7),
+                      ("n_embd", 0, 10 ** 6), ("n_head", 10 ** 12), ("n_expert_active", 0), ("norm", "rm"), ("router", None), ("position", "rotery")):
+        for value in bad:
+            with pytest.raises(ValueError, match=f"model setting {key} .*expected"):
+                tiny(**{key: value})
+
+
+def test_models_larger_than_the_memory_are_refused():
+    huge = tiny(n_embd=2 ** 16, n_inner=2 ** 18, n_layer=10_000)
+    with pytest.raises(ValueError, match="n_embd 65536, n_layer 10000"):
+        LM(huge)
+    state = torch.get_rng_state()
+    with torch.device("meta"):
+        assert LM(override(huge, dict(n_layer=2))).num_params() > 1e11
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (0, 5), (0, 0)])
+@pytest.mark.parametrize("name", ATTENTION)
+def test_nothing_in_nothing_out(name, shape):
+    lm, idx = LM(tiny(layers=name, n_expert=2)), torch.zeros(shape, dtype=torch.int64)
+    cache = lm.init_cache(shape[0], 4)
+    for keywords in (dict(causal=True), dict(causal=False), dict(cache=cache)):
+        assert lm(idx, **keywords).shape == (*shape, 11)
+    lm(idx).sum().backward()
 
 
 def test_gpt2_sizes_and_flops():
@@ -1653,13 +1691,38 @@ def test_moe_router_is_its_definition():
 
 
 def test_moe_balance_loss_is_its_definition():
-    """E sum_e f_e P_e, f_e: choices of e per token, P_e: mean probability of e; summed over layers."""
+    """E sum_e f_e P_e, f_e: choices of e per token of the last batch, P_e: mean probability of e; summed over layers. A mean
+    over tokens, so that equal micro-batches average to the loss of the whole, and padding counts nowhere."""
     moe, x, aux = make_moe(**MOES["softmax"], router_aux=0.5), torch.randn(2, 10, 32), {"balance": 1.0}
+    moe(x[:1])                                                                         # two micro-batches of one step
+    moe(x[1:])
+    moe.balance()
     moe(x, aux)
     p = (x.view(-1, 32) @ moe.router.weight.T).softmax(1)
     chosen = [set(row.argsort(descending=True)[:2].tolist()) for row in p]
     expected = 1.0 + 0.5 * 8 * sum(sum(e in c for c in chosen) / 20 * p[:, e].mean() for e in range(8))
     torch.testing.assert_close(aux["balance"], expected)
+    parts = [{}, {}]
+    for row, part in zip(x.split(1), parts):
+        moe(row, part)
+    torch.testing.assert_close((parts[0]["balance"] + parts[1]["balance"]) / 2, aux["balance"] - 1)
+    moe.balance()
+    padded, valid, results = torch.cat([x, torch.randn(2, 5, 32)], 1), torch.arange(15).expand(2, 15) < 10, []
+    for args in ((x, part := {}), (padded, part := {}, valid)):
+        y = moe(*args)
+        results.append((y[:, :10], args[1]["balance"], moe.balance()))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b)
+
+
+def test_moe_built_alone():
+    """It initialises itself, as the whole model would, and runs on the meta device."""
+    for router in ("sigmoid", "softmax"):
+        config = tiny(n_embd=128, n_expert=8, router=router, shared_inner=16)
+        for name, p in MoE(config).named_parameters():
+            assert 0.01 < p.std() < 0.2, name                                          # torch.empty held 4e28
+        with torch.device("meta"):
+            assert MoE(config)(torch.empty(2, 5, 128)).shape == (2, 5, 128)
 
 
 def test_moe_in_float64_is_exact():
@@ -1728,7 +1791,7 @@ def test_moe_active_parameters():
 @pytest.mark.parametrize("bad", [dict(n_expert_active=9), dict(n_expert_group=3), dict(n_expert_group=4, n_expert_group_active=5),
                                  dict(n_expert_group=0), dict(router="top"), dict(mlp="swigloo")])
 def test_moe_refuses(bad):
-    with pytest.raises(ValueError, match="n_expert|router|mlp 'swigloo'"):
+    with pytest.raises(ValueError, match="n_expert|router|mlp swigloo"):
         make_moe(**bad)
 
 
@@ -1760,6 +1823,14 @@ def test_moe_parity_with_transformers(peer):
         x = torch.randn(2, 7, 32)
         y = theirs(x)
         torch.testing.assert_close(ours(x), y[0] if isinstance(y, tuple) else y, rtol=0, atol=1e-5)
+        if peer == "qwen":                                                             # and the same balance loss
+            loss, valid, aux = sys.modules[type(theirs).__module__].load_balancing_loss_func, torch.tensor([[1] * 7, [1] * 4 + [0] * 3]), {}
+            ours.balance()
+            ours(x, valid=valid.bool())
+            ours.balance()
+            ours(x, aux, valid.bool())
+            expected = loss((ours.router(x.flatten(0, 1)),), num_experts=8, top_k=2, attention_mask=valid)
+            torch.testing.assert_close(aux["balance"], 1e-3 * expected)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # model.py: presets
@@ -1882,7 +1953,7 @@ def test_presets_are_the_published_models(preset):
         p.copy_(mean + 0.3 * torch.randn(p.shape) if p.ndim == 1 or "A_log" in name else torch.randn(p.shape) * max(p.size(-1), 4) ** -0.5)
     lm = LM(from_preset(preset, vocab_size=100, block_size=128, n_embd=32, n_head=4, **sizes)).eval()
     missing, unknown = lm.load_state_dict(hf_weights(theirs, lm), strict=False)
-    assert not unknown and all(n.endswith("mlp.bias") for n in missing), (missing, unknown)
+    assert not unknown and all(n.endswith(("mlp.bias", "mlp.share")) for n in missing), (missing, unknown)
     with torch.no_grad():
         x = torch.randint(100, (2, 100))
         y, expected = lm(x), theirs(x, use_cache=False).logits
@@ -1893,9 +1964,13 @@ def test_presets_are_the_published_models(preset):
 
 @pytest.mark.parametrize("name", [n for n in PRESETS if n != "small"])
 def test_preset_twins_train_and_decode(name):
-    """Four layers of width 64 in the preset's ratios: cached equals parallel, and every parameter gets a gradient."""
+    """Four layers in the preset's ratios: a laptop holds width 256; at 64 cached equals parallel, and every parameter gets a gradient."""
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")                                                # the pattern is cut
+        laptop = LM(from_preset(name, n_layer=4, n_embd=256, vocab_size=257))
+    assert laptop.num_params() < 13e6 and 1024 % laptop.config.block_size == 0
     torch.manual_seed(0)
-    lm = LM(from_preset(name, n_layer=4, n_embd=64, vocab_size=11, block_size=64, **({"n_expert": 16} if "n_expert" in PRESETS[name] else {})))
+    lm = LM(from_preset(name, n_layer=4, n_embd=64, vocab_size=11))
     x = torch.randint(11, (2, 24))
     aux = {}
     (diffusion.ar_loss(lambda idx, **k: lm(idx, aux=aux, **k), x, 11) + sum(aux.values())).backward()
@@ -2491,6 +2566,7 @@ def test_evaluation_and_logging_do_not_disturb_training(dataset, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [dict(objective="ar", input_mask=0.1, token_noise=0.05), dict(objective="mdm"), dict(objective="mixed", ar_frac=0.25),
+                                  dict(set=["n_expert=4", "router=softmax", "router_aux=0.5"]),
                                   dict(objective="block", diffusion_block=8, set=["n_expert=4"])], ids=str)
 def test_accumulation_changes_nothing(dataset, tmp_path, kind):
     """4 windows at once == 4 x 1: the noise belongs to the global batch, and the loss is normalised by its tokens."""
@@ -2500,26 +2576,27 @@ def test_accumulation_changes_nothing(dataset, tmp_path, kind):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
-def two_processes(rank, dataset, out, init):
+def two_processes(rank, dataset, out, init, router):
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{init}", rank=rank, world_size=2)
-    go(dataset, out, objective="mixed", max_steps=3, threads=1, set=["n_expert=4"])
+    go(dataset, out, objective="mixed", max_steps=3, threads=1, set=["n_expert=4", *router])
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs fork")
-def test_two_processes_equal_one(dataset, tmp_path):
+@pytest.mark.parametrize("router", [[], ["router=softmax", "router_aux=0.5"]], ids=["sigmoid", "softmax"])
+def test_two_processes_equal_one(dataset, tmp_path, router):
     """Weights, and the experts' biases, which follow the choices of all processes."""
-    one = go(dataset, tmp_path / "one", objective="mixed", max_steps=3, set=["n_expert=4"])
+    one = go(dataset, tmp_path / "one", objective="mixed", max_steps=3, set=["n_expert=4", *router])
     context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=two_processes, args=(r, dataset, tmp_path / "two", tmp_path / "init")) for r in range(2)]
+    ranks = [context.Process(target=two_processes, args=(r, dataset, tmp_path / "two", tmp_path / "init", router)) for r in range(2)]
     for p in ranks:
         p.start()
     for p in ranks:
         p.join(60)
         assert p.exitcode == 0
     two, _ = train.load_model(tmp_path / "two", "last")
-    assert one["lm"].moes()[0].bias.abs().max() > 0
+    assert router or one["lm"].moes()[0].bias.abs().max() > 0
     for name, a in one["lm"].state_dict().items():
         torch.testing.assert_close(a, two.state_dict()[name], rtol=0, atol=1e-6)
     np.testing.assert_allclose(history(tmp_path / "one"), history(tmp_path / "two"), rtol=1e-5)
@@ -2675,9 +2752,9 @@ BAD = {
     "--epochs -1": "above 0", "--batch_tokens 70": "multiple of block_size", "--set windw=3": "did you mean 'window'", "--set window": "key=value",
     "--layers ful": "did you mean 'full'", "--resume {tmp}/no.pt": "no checkpoint", "--eval_epochs often": "neither a list", "--out {out}": "already holds a run",
     "--out {out} --resume auto --n_embd 32": "checkpoint: 16", "--resume {cut}": "truncated", "--device cuda:9": "CUDA", "--out {file}/x": "cannot write",
-    "--device gpu": "cuda:0, mps or cpu", "--set n_expert=abc": "expected int", "--set vocab_size=500": "tokenizer's, 257", "--seed -1": "--seed -1",
+    "--device gpu": "cuda:0, mps or cpu", "--set n_expert=abc": "whole number", "--set vocab_size=500": "tokenizer's, 257", "--seed -1": "--seed -1",
     "--epochs inf": "finite", "--eval_epochs 0": "neither a list", "--objective mixed --ar_frac 0": "one of each kind", "--layers full(window=3": "unbalanced",
-    "--objective mdm --input_mask 0.1": "no AR rows", "--set n_expert=4 n_expert_active=5": "between 1 and n_expert",
+    "--objective mdm --input_mask 0.1": "no AR rows", "--set n_expert=4 n_expert_active=5": "exceed n_expert 4",
     "--preset gpt2 --set position=rotary": "fixes position=learned",
     "--dropout 2": "between 0 and 1", "--indexer_warmup 3": "indexer", "--objective block --diffusion_block 5": "must divide",
 }
