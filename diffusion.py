@@ -223,7 +223,7 @@ def mdm_nll(f, x, mask_id, n_mc, generator=None, replicates=4, batch_size=32, no
         masked, window = masked.view(m * W, T), torch.arange(W).repeat(m)
         for i in range(0, m * W, batch_size):
             w = window[i:i + batch_size]
-            nats = masked_nll(f, x[w.to(x.device)], mask_id, masked[i:i + batch_size].to(x.device), noise_block,
+            nats = masked_nll(f, x[w.to(x.device)].long(), mask_id, masked[i:i + batch_size].to(x.device), noise_block,
                               **{k: v[w.to(v.device)] for k, v in keywords.items()})
             rows[r].index_add_(0, w, (nats.double().cpu() * weight[i:i + batch_size]).sum(1) / m)
     tokens = can.view(W, T).sum(1)

@@ -89,13 +89,18 @@ def console():
 
 
 @contextlib.contextmanager
-def whole_file(path, mode="wb"):
-    """Opens a file that gets its name when it is complete: with whole_file(path) as f: f.write(...). If anything fails, the
-    half is removed and what had the name before stays. ValueError, which names the file, where it cannot be written."""
+def whole_file(path, mode="wb", keep=None):
+    """Opens a file that gets its name when it is complete: with whole_file(path) as f: f.write(...). If anything fails,
+    the half is removed and what had the name before stays. keep: what had the name before gets this one.
+    ValueError, which names the file, where it cannot be written."""
     part = Path(f"{path}.part")
     try:
         with open(part, mode, encoding=None if "b" in mode else "utf-8") as f:
             yield f
+            f.flush()
+            os.fsync(f.fileno())
+        if keep:
+            os.replace(path, keep)
         os.replace(part, path)
     except (OSError, RuntimeError) as e:        # torch's writer raises the latter
         raise ValueError(f"cannot write {path}: {getattr(e, 'strerror', None) or str(e).splitlines()[0]}") from e
