@@ -24,6 +24,7 @@ import threading
 import types
 import warnings
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -2493,31 +2494,46 @@ def quiet(*_, **__):
     pass
 
 
+TOY_RUN = dict(n_layer=1, n_head=2, n_embd=16, block_size=16, batch_tokens=64, unique_tokens=320, max_steps=12,
+               eval_every=6, eval_windows=8, save_every=100, log_every=1, warmup=2, lr=3e-3)
+
+
 def go(dataset, out, log=quiet, **flags):
-    """A run of a very small model, five steps an epoch; the keywords are train.py's flags."""
-    flags = {**dict(dataset=dataset, out=str(out), n_layer=1, n_head=2, n_embd=16, block_size=16, batch_tokens=64, unique_tokens=320, max_steps=12,
-                    eval_every=6, eval_windows=8, save_every=100, log_every=1, warmup=2, lr=3e-3), **flags}
-    return train.train(flags, log=log)
+    """A run of a very small model, five steps per epoch; the keywords are train.py's flags."""
+    return train.train({**TOY_RUN, **dict(dataset=dataset, out=str(out)), **flags}, log=log)
 
 
-def go_until(step, dataset, out, **flags):
-    """The same, stopped by SIGTERM during the given step: the run saves at its end and names the command to go on."""
-    lines = []
+def go_until(step, dataset, out, number=signal.SIGTERM, **flags):
+    """The same, stopped by a signal during the given step: the run saves at its end and names the command to go on."""
+    lines, batch = [], train.Batch.gradient
 
-    def log(line):
-        lines.append(line)
-        if line.startswith(f"step {step - 1}/"):
-            os.kill(os.getpid(), signal.SIGTERM)
-    result = go(dataset, out, log, **flags)
+    def gradient(self, at, stage):
+        if at == step - 1:
+            os.kill(os.getpid(), number)
+        return batch(self, at, stage)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Batch, "gradient", gradient)
+        result = go(dataset, out, lines.append, **flags)
     assert result["stopped"] and result["step"] == step and f"--resume auto --out {out}" in lines[-1]
 
 
 def history(out, kind="train", keys=("step", "loss")):
-    return [tuple(r[k] for k in keys) for r in map(json.loads, (Path(out) / "metrics.jsonl").read_text().splitlines()) if r["kind"] == kind]
+    return [tuple(r[k] for k in keys) for r in train.read_log(out) if r["kind"] == kind]
 
 
-def same_weights(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a["lm"].state_dict().values(), b["lm"].state_dict().values()))
+def rows_of(out):
+    """The whole log but for its clocks."""
+    rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if k not in ("seconds", "tok_per_s", "eval_seconds")} for r in rows]
+
+
+def same_run(a, b):
+    """Two finished run folders hold the same log, weights, optimizer states and best, bit for bit."""
+    assert rows_of(a) == rows_of(b)
+    for which in ("last", "best"):
+        x, y = (train.load_checkpoint(Path(f) / f"ckpt_{which}.pt") for f in (a, b))
+        for key in ("model", "optimizers", "step", "best"):
+            assert train.digest(x[key]) == train.digest(y[key]), (which, key)
 
 
 @pytest.mark.parametrize("U, T, per_step", [(320, 16, 4), (333, 16, 7), (64, 64, 2)])
@@ -2533,36 +2549,46 @@ def test_loader_sees_every_token_once_an_epoch(U, T, per_step):
     assert torch.equal(again.read(again.starts(5 * loader.n, loader.n)).flatten(), windows[5]), "a pure function of (seed, epoch)"
 
 
-@pytest.mark.parametrize("kind", [dict(objective="ar"), dict(objective="mdm", optimizer="muon"), dict(objective="mixed"),
-                                  dict(objective="block", diffusion_block=4, set=["n_expert=4"])], ids=str)
+def test_tokens_stay_memory_mapped(tmp_path):
+    """Neither the loader nor an evaluation on all windows copies the file."""
+    np.arange(4000, dtype=np.uint16).tofile(tmp_path / "ids.bin")
+    data = np.memmap(tmp_path / "ids.bin", np.uint16, "r")
+    assert train.Windows(data, 4000, 16, seed=0).data is data
+    assert np.shares_memory(train.fixed_windows(data, 16, 0).numpy(), data) and len(train.fixed_windows(data, 16, 0)) == 250
+    assert train.fixed_windows(data, 16, 5)[:, 0].tolist() == [0, 992, 1984, 2992, 3984]
+
+
+@pytest.mark.parametrize("kind", [
+    dict(objective="ar", log_every=5, save_every=4), dict(objective="mdm", optimizer="muon"), dict(objective="mixed", log_every=3),
+    dict(objective="block", diffusion_block=4, set=["n_expert=4"], log_every=5),
+    dict(set=["n_expert=4", "router=softmax"], layers="gated_deltanet", log_every=4)], ids=str)
 def test_resume_is_bit_exact(dataset, tmp_path, kind):
-    """Stopped mid-epoch (7) and at an epoch boundary (10), with dropout: every later loss is the same number."""
+    """Stopped mid-epoch (7) and at an epoch boundary (10), with dropout: every later row, weight and moment is the same."""
     kind = dict(dropout=0.1, **kind)
-    whole = go(dataset, tmp_path / "whole", **kind)
+    go(dataset, tmp_path / "whole", **kind)
     for cut in (7, 10):
         go_until(cut, dataset, tmp_path / f"cut{cut}", **kind)
-        resumed = go(dataset, tmp_path / f"cut{cut}", resume="auto", **kind)
-        for what in ("train", "eval"):
-            assert history(tmp_path / f"cut{cut}", what) == history(tmp_path / "whole", what)
-        assert same_weights(whole, resumed)
+        go(dataset, tmp_path / f"cut{cut}", resume="auto", **kind)
+        same_run(tmp_path / f"cut{cut}", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("lost", ("rng", "optimizers"))
-def test_resume_without_a_part_of_the_state_differs(dataset, tmp_path, lost):
+@pytest.mark.parametrize("lost, value", [("optimizers", None), ("meter", {"rows": [], "loads": []}), ("step", 6)])
+def test_resume_without_a_part_of_the_state_differs(dataset, tmp_path, lost, value):
     """The negative control of the test above."""
-    go(dataset, tmp_path / "whole", dropout=0.1)
-    go_until(7, dataset, tmp_path / "cut", dropout=0.1)
+    go(dataset, tmp_path / "whole", log_every=5)
+    go_until(7, dataset, tmp_path / "cut", log_every=5)
     state = train.load_checkpoint(tmp_path / "cut")
-    state["rng" if lost == "rng" else "optimizers"] = torch.Generator().manual_seed(5).get_state() if lost == "rng" else []
-    torch.save(state, tmp_path / "cut" / "ckpt_last.pt")
-    go(dataset, tmp_path / "cut", resume="auto", dropout=0.1)
-    assert history(tmp_path / "cut") != history(tmp_path / "whole")
+    if lost == "optimizers":
+        value = [{**o, "state": {}} for o in state[lost]]
+    train.save_atomic({**state, lost: value}, tmp_path / "cut" / "ckpt_last.pt")
+    go(dataset, tmp_path / "cut", resume="auto", log_every=5)
+    assert rows_of(tmp_path / "cut") != rows_of(tmp_path / "whole")
 
 
 def test_evaluation_and_logging_do_not_disturb_training(dataset, tmp_path):
     runs = [go(dataset, tmp_path / str(i), objective="mdm", dropout=0.1, **kind)
             for i, kind in enumerate((dict(eval_every=1), dict(eval_every=0, log_every=5, save_every=2)))]
-    assert same_weights(*runs)
+    assert train.digest(runs[0]["lm"].state_dict()) == train.digest(runs[1]["lm"].state_dict())
 
 
 @pytest.mark.parametrize("kind", [dict(objective="ar", input_mask=0.1, token_noise=0.05), dict(objective="mdm"), dict(objective="mixed", ar_frac=0.25),
@@ -2573,33 +2599,52 @@ def test_accumulation_changes_nothing(dataset, tmp_path, kind):
     whole, parts = (go(dataset, tmp_path / str(m), micro_batch=m, max_steps=4, **kind) for m in (4, 1))
     np.testing.assert_allclose(history(tmp_path / "4"), history(tmp_path / "1"), rtol=1e-5)
     for a, b in zip(whole["lm"].parameters(), parts["lm"].parameters()):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def two_processes(rank, dataset, out, init, router):
+def one_of_two(rank, dataset, out, init, flags):
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{init}", rank=rank, world_size=2)
-    go(dataset, out, objective="mixed", max_steps=3, threads=1, set=["n_expert=4", *router])
+    go(dataset, out, threads=1, **flags)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs fork")
-@pytest.mark.parametrize("router", [[], ["router=softmax", "router_aux=0.5"]], ids=["sigmoid", "softmax"])
-def test_two_processes_equal_one(dataset, tmp_path, router):
-    """Weights, and the experts' biases, which follow the choices of all processes."""
-    one = go(dataset, tmp_path / "one", objective="mixed", max_steps=3, set=["n_expert=4", *router])
+def two_processes(dataset, out, flags):
     context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=two_processes, args=(r, dataset, tmp_path / "two", tmp_path / "init", router)) for r in range(2)]
+    ranks = [context.Process(target=one_of_two, args=(r, dataset, out, f"{out}.init", flags)) for r in range(2)]
     for p in ranks:
         p.start()
     for p in ranks:
         p.join(60)
         assert p.exitcode == 0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs fork")
+@pytest.mark.parametrize("kind", [
+    dict(), dict(objective="mixed", set=["n_expert=4"]), dict(objective="mdm", optimizer="muon"),
+    dict(objective="block", diffusion_block=4), dict(objective="mixed", batch_tokens=32),
+    dict(set=["n_expert=4", "router=softmax", "router_aux=0.5"]), dict(fsdp="on"), dict(fsdp="on", set=["n_expert=4"], objective="mdm"),
+    dict(fsdp="on", optimizer="muon")], ids=str)
+def test_two_processes_equal_one(dataset, tmp_path, kind):
+    """Weights and the experts' biases after 20 steps, also where a process has rows of one objective only, and sharded;
+    and the checkpoint of two goes on as one."""
+    kind = dict(max_steps=20, lr=1e-3, **kind)
+    one = go(dataset, tmp_path / "one", **{**kind, "fsdp": "off"})
+    two_processes(dataset, tmp_path / "two", kind)
     two, _ = train.load_model(tmp_path / "two", "last")
-    assert router or one["lm"].moes()[0].bias.abs().max() > 0
     for name, a in one["lm"].state_dict().items():
-        torch.testing.assert_close(a, two.state_dict()[name], rtol=0, atol=1e-6)
+        torch.testing.assert_close(a, two.state_dict()[name], rtol=1e-5, atol=1e-6, msg=name)
     np.testing.assert_allclose(history(tmp_path / "one"), history(tmp_path / "two"), rtol=1e-5)
+    more = {**kind, "max_steps": 22, "fsdp": "off", "resume": "auto"}
+    a, b = (go(dataset, tmp_path / out, **more)["evals"][-1]["loss"] for out in ("one", "two"))
+    assert a == pytest.approx(b, rel=1e-5)
+
+
+def test_no_lost_process(dataset, tmp_path):
+    """With dropout, another cut of the batch would be another run."""
+    go(dataset, tmp_path / "run", max_steps=3, dropout=0.1)
+    with pytest.raises(ValueError, match="--micro_batch"):
+        go(dataset, tmp_path / "run", resume="auto", micro_batch=2, dropout=0.1)
 
 
 @pytest.mark.parametrize("router", ("sigmoid", "softmax"))
@@ -2612,7 +2657,7 @@ def test_indexer_stages(dataset, tmp_path, router):
         weights.append(go(dataset, tmp_path / "run", resume="auto", max_steps=n, **kind)["lm"].state_dict())
         stages.append(train.load_model(tmp_path / "run", "last")[0].blocks[0].mixer.stage)
     assert stages == ["dense", "dense", "warmup", "sparse"]
-    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    rows = train.read_log(tmp_path / "run")
     assert [r["step"] for r in rows if "indexer_kl" in r] == [r["step"] for r in rows if r["kind"] == "train" and r["step"] > 2]
     for before, after, moved in zip(weights, weights[1:], ({False}, {True}, {False, True})):
         changed = {"index" in k for k in after if not torch.equal(before[k], after[k])}
@@ -2647,16 +2692,16 @@ def test_biases_of_experts_are_vectors():
 
 
 def test_orthogonalise():
-    G = torch.randn(3, 20, 12)
-    s = torch.linalg.svdvals(train.orthogonalise(G).float())
+    s = torch.linalg.svdvals(train.orthogonalise(torch.randn(3, 20, 12)).float())
     assert s.min() > 0.5 and s.max() < 1.35
 
 
 def test_schedules():
-    flags = {**train.DEFAULTS, "lr": 1.0, "warmup": 10, "min_lr": 0.1}
+    flags = {**train.DEFAULTS, "lr": 1.0, "warmup": 10}
     at = lambda kind, step: train.learning_rate(step, 100, {**flags, "schedule": kind})
-    assert at("wsd", 0) == 0.1 and at("wsd", 50) == 1.0 and at("wsd", 90) == pytest.approx(0.55) and at("wsd", 100) == pytest.approx(0.1)
-    assert at("cosine", 10) == 1.0 and at("cosine", 100) == pytest.approx(0.1) and at("constant", 99) == 1.0
+    assert at("wsd", 0) == 0.1 and at("wsd", 50) == 1.0 and at("wsd", 90) == pytest.approx(0.5) and at("wsd", 100) == 0
+    assert at("cosine", 10) == 1.0 and at("cosine", 55) == pytest.approx(0.5) and at("cosine", 100) == pytest.approx(0)
+    assert at("constant", 99) == 1.0
 
 
 def test_eval_steps():
@@ -2670,60 +2715,229 @@ def test_evaluate_is_deterministic_and_independent_of_batch(objective):
     torch.manual_seed(0)
     lm, windows = LM(tiny(dropout=0.5)), torch.randint(11, (12, 20))
     a, b = (train.evaluate(lm, windows, objective, rows=r) for r in (12, 5))
-    assert lm.training and a["loss"] == pytest.approx(b["loss"], abs=1e-5) and a["loss"] == pytest.approx(math.log(11), abs=0.1)
+    assert lm.training and a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["loss"] == pytest.approx(math.log(11), abs=0.1)
 
 
 def test_log_lines_and_metrics_say_the_same(dataset, tmp_path):
+    """A line is the mean since the last one; the first step has a line of its own, and the time left is known after two."""
     lines = []
-    go(dataset, tmp_path / "run", lines.append, objective="mdm")
+    (Path(dataset) / ".env").write_text("SECRET=1")
+    go(dataset, tmp_path / "run", lines.append, objective="mdm", log_every=5)
+    go(dataset, tmp_path / "each", objective="mdm")
     seen = [(int(m[1]), float(m[2])) for m in (re.match(r"step (\d+)/\d+ \| epoch [\d.]+ \| loss ([\d.]+) \|", line) for line in lines) if m]
     np.testing.assert_allclose(seen, history(tmp_path / "run"), atol=1e-4)
-    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    each = [loss for _, loss in history(tmp_path / "each")]
+    means = [np.mean(each[i:j]) for i, j in ((0, 1), (1, 5), (5, 10), (10, 12))]
+    assert history(tmp_path / "run") == [(s, pytest.approx(m, rel=1e-9)) for s, m in zip((1, 5, 10, 12), means)]
+    assert any("ms per step, about" in line for line in lines)
+    row = train.read_log(tmp_path / "run")[-1]
     assert row["kind"] == "eval" and row["tokens"] == 12 * 64 and row["epoch"] == pytest.approx(12 * 64 / 320) and row["se"] > 0
     assert row["bpb"] == pytest.approx(row["loss"] / math.log(2), rel=0.01)            # bytes: one per token, but for end-of-text
-    assert {f.name for f in (tmp_path / "run").iterdir()} >= {"config.json", "meta.json", "metrics.jsonl", "ckpt_last.pt", "ckpt_best.pt"}
+    assert {f.name for f in (tmp_path / "run").iterdir()} == {
+        "config.json", "meta.json", "metrics.jsonl", "ckpt_last.pt", "ckpt_prev.pt", "ckpt_best.pt", "loss.png", "lock"}
 
 
-def test_nan_stops_the_run_and_keeps_the_checkpoint(dataset, tmp_path):
-    with pytest.raises(ValueError, match=r"at step \d+.*last good checkpoint is .*ckpt_last.pt \(step 6\)"):
-        poisoned(dataset, tmp_path / "run")
-    lm, state = train.load_model(tmp_path / "run", "last")
-    assert state["step"] == 6 and all(p.isfinite().all() for p in lm.parameters())
+# what turns bad, when, and what is said
+BAD_NUMBERS = {"loss": "the loss became nan at step 9", "gradient": "the gradient became nan at step 9",
+               "weights": "the norm of the weights became inf at step 9", "evaluation": "loss of the evaluation became nan at step 9"}
 
 
-def poisoned(dataset, out):
-    """A run whose loss turns NaN in step 9."""
-    loss, calls = diffusion.ar_loss, []
+@pytest.mark.parametrize("kind", BAD_NUMBERS)
+def test_nothing_bad_is_saved(dataset, tmp_path, monkeypatch, kind):
+    loss, gradient, evaluate = diffusion.ar_loss, train.Batch.gradient, train.evaluate
+    now = []
 
-    def ar_loss(f, *args, **kwargs):
-        calls.append(torch.is_grad_enabled())
-        return loss(f, *args, **kwargs) * (math.nan if sum(calls) == 9 else 1)
-    diffusion.ar_loss = ar_loss
-    try:
-        go(dataset, out)
-    finally:
-        diffusion.ar_loss = loss
+    def bad_gradient(self, step, stage):
+        now.append(step + 1)
+        losses = gradient(self, step, stage)
+        if step == 8 and kind in ("gradient", "weights"):
+            p = next(self.lm.parameters())
+            (p.grad if kind == "gradient" else p.data)[0, 0] = math.nan if kind == "gradient" else 1e30
+        return losses
+
+    def bad_loss(*args, **kwargs):
+        return loss(*args, **kwargs) * (math.nan if kind == "loss" and torch.is_grad_enabled() and now[-1:] == [9] else 1)
+
+    def bad_evaluation(*args, **kwargs):
+        return evaluate(*args, **kwargs) | ({"loss": math.nan} if kind == "evaluation" and now[-1] == 9 else {})
+    monkeypatch.setattr(train.Batch, "gradient", bad_gradient)
+    monkeypatch.setattr(diffusion, "ar_loss", bad_loss)
+    monkeypatch.setattr(train, "evaluate", bad_evaluation)
+    with pytest.raises(ValueError, match=BAD_NUMBERS[kind] + r".*last good checkpoint is .*ckpt_last.pt \(step 6\)"):
+        go(dataset, tmp_path / "run", eval_every=3, save_every=9)
+    state = train.load_checkpoint(tmp_path / "run")
+    assert state["step"] == 6 and all(p.isfinite().all() for p in state["model"].values())
+    assert max(r["step"] for r in train.read_log(tmp_path / "run")) < 9 + (kind == "evaluation")
 
 
-def test_half_written_checkpoint_never_gets_the_final_name(dataset, tmp_path, monkeypatch):
+def test_every_flipped_bit_of_a_checkpoint_is_seen(dataset, tmp_path):
+    go(dataset, tmp_path / "run", max_steps=2)
+    path, rng = tmp_path / "run/ckpt_last.pt", random.Random(0)
+    raw, good = path.read_bytes(), train.digest(train.load_checkpoint(tmp_path / "run"))
+    refused = 0
+    for _ in range(150):
+        i = rng.randrange(len(raw))
+        path.write_bytes(raw[:i] + bytes([raw[i] ^ 1 << rng.randrange(8)]) + raw[i + 1:])
+        try:
+            assert train.digest(train.load_checkpoint(path)) == good                  # padding and names that nobody reads
+        except ValueError as e:
+            assert str(path) in str(e)
+            refused += 1
+    assert refused > 75
+    path.write_bytes(raw)
+    state = train.load_checkpoint(path)
+    torch.save({**state, "version": 1}, path)
+    with pytest.raises(ValueError, match="another version"):
+        train.load_checkpoint(path)
+
+
+@pytest.mark.parametrize("damage", ("truncated", "missing", "all"))
+def test_resume_auto_falls_back(dataset, tmp_path, damage):
+    """To the checkpoint before, and to the beginning where none is left; the run ends as if nothing had been."""
+    go(dataset, tmp_path / "whole", eval_every=4)
+    go_until(10, dataset, tmp_path / "run", eval_every=4)
+    lines, last = [], tmp_path / "run/ckpt_last.pt"
+    for path in (tmp_path / "run").glob("ckpt_*.pt") if damage == "all" else [last]:
+        path.write_bytes(path.read_bytes()[:-500])
+    if damage == "missing":
+        last.unlink()
+    go(dataset, tmp_path / "run", lines.append, resume="auto", eval_every=4)
+    same_run(tmp_path / "run", tmp_path / "whole")
+    said = {"truncated": f"{last} is truncated", "missing": "(step 8)", "all": "beginning again"}[damage]
+    assert said in "\n".join(lines)
+    assert len(list((tmp_path / "run").glob("*.damaged"))) == (3 if damage == "all" else 0)
+
+
+def test_best_is_the_least_of_the_log_after_a_kill(dataset, tmp_path, monkeypatch):
+    """Killed between the last checkpoint and the best: a worse model does not take its place."""
+    losses = {3: 4.0, 6: 3.0, 9: 5.0, 12: 4.5}
+    evaluate, save, at = train.evaluate, train.save_atomic, []
+
+    def scripted(lm, *args, **kwargs):
+        at.append(train_step[0])
+        return evaluate(lm, *args, **kwargs) | {"loss": losses[train_step[0]]}
+    train_step, gradient = [0], train.Batch.gradient
+    monkeypatch.setattr(train.Batch, "gradient", lambda self, step, stage: (train_step.__setitem__(0, step + 1), gradient(self, step, stage))[1])
+    monkeypatch.setattr(train, "evaluate", scripted)
+
+    def killed(state, path, keep=None):
+        if path.name == "ckpt_best.pt" and state["step"] == 6:
+            raise KeyboardInterrupt
+        save(state, path, keep)
+    monkeypatch.setattr(train, "save_atomic", killed)
+    with pytest.raises(KeyboardInterrupt):
+        go(dataset, tmp_path / "run", eval_every=3)
+    assert train.load_checkpoint(tmp_path / "run/ckpt_best.pt")["step"] == 3
+    monkeypatch.setattr(train, "save_atomic", save)
+    result = go(dataset, tmp_path / "run", resume="auto", eval_every=3)
+    best = train.load_checkpoint(tmp_path / "run/ckpt_best.pt")
+    assert (best["step"], best["best"], result["best"]) == (6, 3.0, 3.0) and [r["step"] for r in result["evals"]] == [3, 6, 9, 12]
+
+
+LOG_DAMAGE = {"torn": lambda t: t[:-30], "emptied": lambda t: "", "doubled": lambda t: t * 2, "gone": lambda t: None,
+              "row lost": lambda t: t[t.index("\n") + 1:], "garbage": lambda t: t[:50] + "\ufffd\x00" + t[50:],
+              "NaN": lambda t: t.replace('"loss": 5', '"loss": NaN, "x": 5', 1)}
+
+
+@pytest.mark.parametrize("damage", LOG_DAMAGE)
+def test_a_damaged_log_is_told_and_repaired(dataset, tmp_path, damage):
+    go(dataset, tmp_path / "whole")
+    go_until(8, dataset, tmp_path / "run")
+    path, lines = tmp_path / "run/metrics.jsonl", []
+    text = LOG_DAMAGE[damage](path.read_text())
+    path.unlink() if text is None else path.write_text(text)
+    go(dataset, tmp_path / "run", lines.append, resume="auto")
+    assert rows_of(tmp_path / "run") == rows_of(tmp_path / "whole")
+    assert damage == "gone" or any(str(path) in line for line in lines)
+    assert damage not in ("torn", "garbage") or any("damaged in line" in line for line in lines)
+
+
+def test_readers_of_a_log_name_damaged_lines(tmp_path):
+    row = '{"kind": "train", "step": %d, "loss": 1.0}\n'
+    (tmp_path / "metrics.jsonl").write_text(row % 2 + "nonsense\n" + row % 1 + row % 2 + '{"kind": "tr')
+    told = []
+    assert [r["step"] for r in train.read_log(tmp_path, told.append)] == [1, 2]
+    assert "metrics.jsonl: line 2, 5 damaged" in told[0] and train.read_log(tmp_path / "no") == []
+
+
+def test_one_trainer_per_folder(dataset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    go(dataset, "run", max_steps=2)
+    with train.lock(Path("run")), pytest.raises(ValueError, match="another process is training in run"):
+        go(dataset, "run", resume="auto", max_steps=4)
+    with pytest.raises(ValueError, match="already holds a run"):
+        go(dataset, "run")
+    with ThreadPoolExecutor(4) as pool:                                                # started at the same moment
+        outs = list(pool.map(lambda _: train.Run({**train.DEFAULTS, "dataset": dataset}, None, None, 0, quiet).folder, range(4)))
+    assert len(set(outs)) == 4
+
+
+def test_resume_in_another_folder_leaves_both_whole(dataset, tmp_path):
+    go(dataset, tmp_path / "whole", max_steps=12)
+    go(dataset, tmp_path / "a", max_steps=12, eval_every=4)
+    go_until(7, dataset, tmp_path / "b")
+    before = {f.name: f.read_bytes() for f in (tmp_path / "b").iterdir()}
+    with pytest.raises(ValueError, match="already holds a run"):
+        go(dataset, tmp_path / "a", resume=str(tmp_path / "b"))
+    go(dataset, tmp_path / "c", resume=str(tmp_path / "b"))
+    same_run(tmp_path / "c", tmp_path / "whole")
+    assert before == {f.name: f.read_bytes() for f in (tmp_path / "b").iterdir()}
+
+
+def test_resume_auto_finds_the_newest_run_of_its_name(dataset, tmp_path, monkeypatch):
+    """Without --out; a finished run has nothing to do, and beyond the planned length the rate rises again."""
+    monkeypatch.chdir(tmp_path)
+    flags, lines = {k: v for k, v in TOY_RUN.items() if k != "max_steps"} | dict(dataset=dataset), []
+    with pytest.raises(ValueError, match="finds no run out/toy-ar-1x16"):
+        train.train({**flags, "resume": "auto"}, quiet)
+    assert [train.train({**flags, "max_steps": 2}, quiet)["out"] for _ in range(2)] == ["out/toy-ar-1x16", "out/toy-ar-1x16-2"]
+    done = train.train({"dataset": dataset, "resume": "auto", "n_layer": 1, "n_embd": 16}, lines.append)
+    assert done["out"] == "out/toy-ar-1x16-2" and done["finished"] and any("nothing to do" in line for line in lines)
+    more = train.train({**flags, "resume": "auto", "max_steps": 9}, lines.append)
+    assert more["step"] == 9 and more["out"] == done["out"] and any("the learning rate rises again" in line for line in lines)
+
+
+def test_init_from_takes_the_weights_alone(dataset, tmp_path):
+    """Continue as diffusion, with another rate and length; it resumes as itself."""
+    first = go(dataset, tmp_path / "ar", max_steps=6)
+    kind = dict(init_from=str(tmp_path / "ar"), objective="mdm", lr=1e-3, dropout=0.1)
+    zero = go(dataset, tmp_path / "zero", max_steps=1, **{**kind, "lr": 1e-30})
+    assert all(torch.allclose(a, b) for a, b in zip(first["lm"].parameters(), zero["lm"].parameters()))
+    go(dataset, tmp_path / "whole", **kind)
+    go_until(7, dataset, tmp_path / "cut", **kind)
+    go(dataset, tmp_path / "cut", resume="auto", **kind)
+    same_run(tmp_path / "cut", tmp_path / "whole")
+    with pytest.raises(ValueError, match="do not fit"):
+        go(dataset, tmp_path / "wide", **{**kind, "n_embd": 32})
+
+
+@pytest.mark.parametrize("error", (OSError(28, "No space left on device"), RuntimeError("[enforce fail] PytorchStreamWriter failed")))
+def test_half_written_checkpoint_never_gets_the_final_name(dataset, tmp_path, monkeypatch, error):
     go(dataset, tmp_path / "run")
-    before = (tmp_path / "run" / "ckpt_last.pt").read_bytes()
+    before = {f.name: f.read_bytes() for f in (tmp_path / "run").glob("ckpt*")}
 
     def full_disk(state, f):
         f.write(b"half")
-        raise OSError(28, "No space left on device")
+        raise error
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(ValueError, match="No space left"):
+    with pytest.raises(ValueError, match="cannot write .*ckpt_last.pt: (No space left|.enforce fail)"):
         go(dataset, tmp_path / "run", resume="auto", max_steps=20)
-    assert (tmp_path / "run" / "ckpt_last.pt").read_bytes() == before
+    assert {f.name: f.read_bytes() for f in (tmp_path / "run").glob("ckpt*")} == before
 
 
-def test_half_a_log_line_does_not_stop_a_resume(dataset, tmp_path):
-    go(dataset, tmp_path / "run", max_steps=6)
-    with (tmp_path / "run" / "metrics.jsonl").open("a") as f:
-        f.write('{"kind": "train", "st')                                               # killed while it wrote
-    go(dataset, tmp_path / "run", resume="auto", max_steps=8)
-    assert [s for s, _ in history(tmp_path / "run")] == [1, 2, 3, 4, 5, 6, 7, 8]
+@pytest.mark.parametrize("number", ("SIGINT", "SIGHUP"))
+def test_signals_save(dataset, tmp_path, number):
+    go_until(5, dataset, tmp_path / "run", getattr(signal, number))
+    assert train.load_checkpoint(tmp_path / "run")["step"] == 5
+
+
+def test_evaluation_out_of_memory_keeps_the_training(dataset, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(train, "evaluate", full)
+    with pytest.raises(ValueError, match="out of memory.*--micro_batch"):
+        go(dataset, tmp_path / "run")
+    assert train.load_checkpoint(tmp_path / "run")["step"] == 6
 
 
 def test_ctrl_c_before_training_is_one_line(monkeypatch, capsys):
@@ -2735,8 +2949,9 @@ def test_ctrl_c_before_training_is_one_line(monkeypatch, capsys):
         assert script.main([]) == 130 and len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_set_can_be_given_twice():
-    assert train.parse_flags("--set qk_norm=true --n_layer 2 --set n_expert=4 window=8".split())["set"] == ["qk_norm=true", "n_expert=4", "window=8"]
+def test_flags_of_a_line():
+    given = train.parse_flags("--set qk_norm=true --n_layer 2 --set n_expert=4 window=8 --unique_tokens 30k --fsdp".split())
+    assert given == dict(set=["qk_norm=true", "n_expert=4", "window=8"], n_layer=2, unique_tokens=30_000, fsdp="on")
 
 
 def test_compile_needs_a_compiler(dataset, tmp_path, monkeypatch):
@@ -2748,15 +2963,18 @@ def test_compile_needs_a_compiler(dataset, tmp_path, monkeypatch):
 
 BAD = {
     "--max_step 3": "--max_steps", "--objective arr": "did you mean 'ar'", "--dataset {tmp}/nothing": "nothing", "--unique_tokens 99999999": "more than",
-    "--block_size 4096": "smaller --block_size", "--block_size 512": "smaller --block_size", "--n_head 3": "multiple of n_head", "--n_kv_head 4 --n_head 6 --n_embd 24": "n_kv_head",
+    "--block_size 4096": "smaller --block_size", "--block_size 512": "smaller --block_size", "--n_head 3": "multiple of n_head", "--set n_kv_head=4 --n_head 6 --n_embd 24": "n_kv_head",
     "--epochs -1": "above 0", "--batch_tokens 70": "multiple of block_size", "--set windw=3": "did you mean 'window'", "--set window": "key=value",
     "--layers ful": "did you mean 'full'", "--resume {tmp}/no.pt": "no checkpoint", "--eval_epochs often": "neither a list", "--out {out}": "already holds a run",
     "--out {out} --resume auto --n_embd 32": "checkpoint: 16", "--resume {cut}": "truncated", "--device cuda:9": "CUDA", "--out {file}/x": "cannot write",
-    "--device gpu": "cuda:0, mps or cpu", "--set n_expert=abc": "whole number", "--set vocab_size=500": "tokenizer's, 257", "--seed -1": "--seed -1",
+    "--device gpu": "cuda:0, mps or cpu", "--set n_expert=abc": "n_expert=abc", "--set vocab_size=500": "tokenizer's, 257", "--seed -1": "--seed -1",
     "--epochs inf": "finite", "--eval_epochs 0": "neither a list", "--objective mixed --ar_frac 0": "one of each kind", "--layers full(window=3": "unbalanced",
-    "--objective mdm --input_mask 0.1": "no AR rows", "--set n_expert=4 n_expert_active=5": "exceed n_expert 4",
-    "--preset gpt2 --set position=rotary": "fixes position=learned",
+    "--objective mdm --input_mask 0.1": "no AR rows", "--set n_expert=4 n_expert_active=5": "between 1 and n_expert",
+    "--preset gpt2 --set position=rotary": "fixes position=learned", "--lr nan": "--lr", "--max_steps 1e400": "--max_steps", "--beta2 1": "below 1",
     "--dropout 2": "between 0 and 1", "--indexer_warmup 3": "indexer", "--objective block --diffusion_block 5": "must divide",
+    "--learning_rate 1": "did you mean --lr", "--batch_size 12": "did you mean --batch_tokens", "--wandb_log 1": "see --help", "--fsdp": "torchrun",
+    "--init_from {tmp}/no": "no checkpoint", "--out {out} --resume auto --lr 1": "--init_from", "--eval_epochs geometric:99999999999": "neither a list",
+    "--threads 100000": "--threads", "--lr 1e30 --warmup 0": "the norm of the weights became",
 }
 
 
@@ -2766,17 +2984,16 @@ def test_bad_input_is_one_line_and_status_2(dataset, tmp_path, capsys, line):
         go(dataset, tmp_path / "out", max_steps=1)
     (tmp_path / "cut.pt").write_bytes(b"PK\x03\x04 not the whole file")
     (tmp_path / "file").write_text("")
-    line = line.format(tmp=tmp_path, out=tmp_path / "out", cut=tmp_path / "cut.pt", file=tmp_path / "file")
+    names = dict(tmp=tmp_path, out=tmp_path / "out", cut=tmp_path / "cut.pt", file=tmp_path / "file")
     base = f"--dataset {dataset} --out {tmp_path / 'new'} --unique_tokens 320 --n_layer 1 --n_head 2 --n_embd 16 --block_size 16 --batch_tokens 64 --max_steps 1"
     if "--resume" in line:
         base = f"--dataset {dataset}"
     try:
-        status = train.main((base + " " + line).split())
+        status = train.main((base + " " + line.format(**names)).split())
     except SystemExit as e:                                                            # argparse's own way out
         status = e.code
     error = capsys.readouterr().err
-    expected = next(v for k, v in BAD.items() if k.format(tmp=tmp_path, out=tmp_path / "out", cut=tmp_path / "cut.pt", file=tmp_path / "file") == line)
-    assert status == 2 and expected in error and len(error.strip().splitlines()) == 1 and "Traceback" not in error
+    assert status == 2 and BAD[line] in error and len(error.strip().splitlines()) == 1 and "Traceback" not in error
 
 
 def test_help_lists_at_most_45_flags(capsys):

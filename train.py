@@ -111,7 +111,7 @@ KIND = {"unique_tokens": int, "epochs": float, "max_steps": int, "block_size": i
         "n_embd": int, "dropout": float, "micro_batch": int, "max_minutes": float}
 # These may differ between a checkpoint and the run that resumes it; all other flags shape the trajectory.
 FREE = {"epochs", "max_steps", "max_minutes", "micro_batch", "device", "dtype", "compile", "fsdp", "timeout", "threads",
-        "out", "eval_every", "eval_epochs", "eval_windows", "probe_every", "save_every", "log_every", "resume", "init_from"}
+        "out", "eval_every", "eval_epochs", "eval_windows", "probe_every", "save_every", "log_every", "resume"}
 CHOICES = {"objective": ("ar", "mdm", "mixed", "block"), "schedule": ("wsd", "cosine", "constant"),
            "optimizer": ("adamw", "muon"), "dtype": ("auto", "bfloat16", "float32"), "compile": ("auto", "on", "off"),
            "fsdp": ("on", "off"), "preset": tuple(PRESETS)}
@@ -169,14 +169,19 @@ def settings(given, log):
         need(name in DEFAULTS, f"unknown flag --{name}{nearest(name, DEFAULTS)}")
     flags = {**DEFAULTS, **given}
     check(flags)
-    target = flags["resume"]
+    target, state = flags["resume"], None
     if target == "auto":
-        target = flags["out"] if flags["out"] else newest_run(flags)
-        target = target if any((Path(target) / f"ckpt_{which}.pt").exists() for which in KEPT) else None
-    if not target:
+        target = Path(flags["out"]) if flags["out"] else newest_run(flags)
+        state, source = newest_checkpoint(target, log)
+        if not state:                                       # what cannot be read is put aside
+            for path in target.glob("ckpt_*.pt"):
+                os.replace(path, f"{path}.damaged")
+                log(f"no checkpoint in {target} can be read: beginning again")
+    elif target:
+        state, source = newest_checkpoint(Path(target), log)
+        need(state, f"there is no checkpoint that can be read in {target}: name a run folder that train.py wrote")
+    if not state:
         return flags, None, None
-    need(not flags["init_from"], "--resume goes on with a run and --init_from begins a new one: give one of them")
-    state, source = newest_checkpoint(Path(target), log)
     wrong = other_settings(state, given)
     need(not wrong, f"cannot resume {target} with other settings: {', '.join(wrong)}. A new run from its weights: "
                     f"--init_from {target}")
@@ -550,21 +555,21 @@ def load_model(path, which="best", device="cpu"):
 
 
 def newest_checkpoint(target, log):
-    """(state, its file): the newest readable checkpoint of a run folder, or that of a file; what is damaged is told."""
+    """(state, its file) of a file, or of the newest readable one in a run folder, (None, None) where there is none."""
     if not target.is_dir():
-        return load_checkpoint(target), target
-    found, damaged = [], []
-    for which in KEPT:
-        path = target / f"ckpt_{which}.pt"
-        try:
-            found.append((load_checkpoint(path), path))
-        except ValueError as e:
-            damaged.append(str(e))
-        if found and which == "last":
+        return (load_checkpoint(target), target) if target.exists() else (None, None)
+    found = []
+    for path in [target / f"ckpt_{which}.pt" for which in KEPT]:
+        if path.exists():
+            try:
+                found.append((load_checkpoint(path), path))
+            except ValueError as e:
+                log(str(e))
+        if found and path.name == "ckpt_last.pt":
             return found[0]
-    need(found, damaged[0])
-    state, path = max(found, key=lambda pair: pair[0]["step"])
-    log(f"{damaged[0]}: going on from {path.name} (step {state['step']}) instead")
+    state, path = max(found, key=lambda pair: pair[0]["step"], default=(None, None))
+    if state:
+        log(f"going on from {path.name} (step {state['step']})")
     return state, path
 
 
@@ -1066,21 +1071,22 @@ def length(flags, windows):
     return (1000 if total == math.inf else total), per_epoch
 
 
-def build(flags, config, here, state, source):
-    """(model, optimizers). state: the checkpoint to go on from, or that of --init_from, whose weights alone count."""
+def build(flags, config, here, state, trained, source):
+    """(model, optimizers). state: the checkpoint to go on from; trained: the one whose weights are taken."""
     torch.manual_seed(flags["seed"])
     lm = LM(config)
     need(any(hasattr(b.mixer, "stage") for b in lm.blocks) or not (flags["dense_steps"] or flags["indexer_warmup"]),
          f"--dense_steps and --indexer_warmup need layers with an indexer (dsa, msa), and --layers is {config.layers}")
     set_threads(flags["threads"], lm)
-    if state:
-        load_weights(lm, state, source)
+    if trained:
+        load_weights(lm, trained, source)
     lm.to(here.device).train()
     if flags["fsdp"] == "on":
         shard(lm, here.compiled)
     optimizers = make_optimizers(lm, flags, here.device)
-    if state and not flags["init_from"]:
+    if state:
         load_optimizers(optimizers, state["optimizers"])
+        torch.set_rng_state(state["rng"])
     return lm, optimizers
 
 
@@ -1242,7 +1248,7 @@ def train(given, log=print):
         batch = Batch(flags, windows, here)
         if state:
             check_resume(flags, state, source, config, data, batch, total, log)
-        lm, optimizers = build(flags, config, here, trained, source)
+        lm, optimizers = build(flags, config, here, state, trained, source)
         batch.attach(lm)
         at = Progress(state, total, per_epoch, batch)
         meter = Meter(lm, state, here.device)
