@@ -837,15 +837,13 @@ def set_threads(asked, lm):
 
 
 def shard(lm, compiled):
-    """Fully sharded data parallelism (FSDP2), block by block: gathered for a pass, gradients added up over processes."""
+    """Fully sharded data parallelism (FSDP2), block by block: gathered for a pass, gradients averaged over processes."""
     from torch.distributed.fsdp import fully_shard
     for block in lm.blocks:
         if compiled:
             block.compile(dynamic=False)
         fully_shard(block)
     fully_shard(lm)
-    for module in (*lm.blocks, lm):
-        module.set_gradient_divide_factor(1.0)              # a sum: each process already divides by the whole batch
 
 
 def whole(tree):
@@ -960,7 +958,7 @@ class Batch:
                 loss, aux = self.passes[kind](*map(self.to_device, (x[r], *more)))
             share = len(rows) / B
             learn = aux["indexer_kl"] if stage == "warmup" and "indexer_kl" in aux else loss + sum(aux.values())
-            (learn * share).backward()
+            (learn * share * (here.world if flags["fsdp"] == "on" else 1)).backward()     # it averages, and this is a sum
             losses[kind] += loss.detach() * share
             if "indexer_kl" in aux:
                 losses["indexer_kl"] += aux["indexer_kl"].detach() * share
