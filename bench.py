@@ -538,7 +538,7 @@ def quality(mixers=(*ATTENTION, "full window", "gated_deltanet alternate", "gate
     folder, T = data_folder(dataset), block_size
     train_data, val_data, _ = prepare.load_dataset(folder)
     V = prepare.load_tokenizer(folder).n_vocab
-    bigram = bigram_loss(train_data, train.fixed_windows(val_data, T, 64), V)
+    bigram = bigram_loss(train_data, train.fixed_windows(val_data, T, 64).long(), V)
     shape = dict(n_layer=n_layer, n_head=4, n_embd=n_embd, block_size=T)
     jobs, patterns, steps_of = {}, {}, {"ar": steps, "mdm": 3 * steps}                 # diffusion learns slowly
     for name in mixers:
@@ -619,7 +619,7 @@ def data_folder(name):
 
 def validation(name, T, count):
     """(N, T) ids: `count` windows of a data set's validation text."""
-    return train.fixed_windows(prepare.load_dataset(data_folder(name))[1], T, count)
+    return train.fixed_windows(prepare.load_dataset(data_folder(name))[1], T, count).long()
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Shared: results, tables, pictures
@@ -1334,12 +1334,11 @@ def bench_moe(args):
                      set=["n_expert=32", "n_expert_active=4", "expert_inner=64", f"router_bias_step={step}"])
         if not (out / "ckpt_last.pt").exists():
             train.train({**flags, "max_steps": 1, "log_every": 1}, log=lambda *_: None)
-            (out / "metrics.jsonl").unlink()                                           # the run starts now, from a skewed router
             skew_routers(out, windows["docs-byte"][:16])
         result = train.train({**flags, "resume": "auto"}, log=lambda line: print(f"[{label}] {line}"))
         if result["stopped"]:
             raise KeyboardInterrupt
-        log = read_log(out, "train")
+        log = [r for r in read_log(out, "train") if r["step"] > 1]                     # from a skewed router on
         worst = [max(r["load_ratio"]) for r in log]
         series[label] = ([r["step"] for r in log], worst, {})
         p, information = topics(result["lm"].eval().cpu(), windows)

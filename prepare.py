@@ -103,7 +103,7 @@ def whole_file(path, mode="wb", keep=None):
             os.replace(path, keep)
         os.replace(part, path)
     except (OSError, RuntimeError) as e:        # torch's writer raises the latter
-        raise ValueError(f"cannot write {path}: {getattr(e, 'strerror', None) or str(e).splitlines()[0]}") from e
+        raise ValueError(f"cannot write {path}: {getattr(e, 'strerror', None) or 'the disk or a limit is full'}") from e
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)

@@ -664,6 +664,8 @@ class Run:
                 self.folder = self.folder.with_name(f"{name}-{number}")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.held = lock(self.folder)
+        for part in self.folder.glob("*.part"):             # what a kill has left
+            part.unlink()
         here = state is not None and source.parent.resolve() == self.folder.resolve()
         holds = any((self.folder / f"ckpt_{which}.pt").exists() for which in KEPT)
         need(here or not holds, f"{self.folder} already holds a run: go on with it by --resume auto, or choose another --out")
