@@ -433,7 +433,7 @@ def evaluate(lm, windows, objective, rows=64, seed=0, n_mc=4, diffusion_block=No
         gen = torch.Generator().manual_seed(seed)
         block = diffusion_block if objective == "block" else None
         out["mdm_loss"], out["se"] = diffusion.mdm_nll(lm, windows, lm.mask_id, n_mc, gen, batch_size=rows,
-                                                       noise_block=block)
+                                                       noise_block=block, device=device)
     out["loss"] = min(out[k] for k in ("ar_loss", "mdm_loss") if k in out)
     if objective != "mixed":
         out = {"loss": out["loss"], "se": out["se"]}
