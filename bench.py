@@ -87,14 +87,15 @@ HERE = Path(__file__).resolve().parent
 class Experiment:
     run: collections.abc.Callable
     named: tuple = ()           # flags whose values the name of the file carries, unless they are off: attention_cpu
-    against: tuple = ()         # (key, its reference, columns): attention's "layer", "full", ("forward_ms", "both_ms")
-    show: collections.abc.Callable = lambda result: result["rows"]      # -> the rows of the table
+    finish: collections.abc.Callable = lambda rows: rows                # adds what follows from all rows
+    show: collections.abc.Callable = lambda result: result["rows"]      # -> the rows of the table, or a text
     picture: collections.abc.Callable | None = None                     # (matplotlib.pyplot, result) -> figure
     gpu: dict = dataclasses.field(default_factory=dict)                 # defaults of --scale gpu
     partial: bool = False       # a table of what is there when its runs are interrupted
 
 
 EXPERIMENTS = {}
+SHARED = {}                     # {"few": {flag: (default, type)}} of the experiments that end in **few
 HELP = {
     "name": "name of the files in --results", "results": "folder for numbers and pictures",
     "out": "folder of the runs", "device": "auto | cuda | cpu", "threads": "CPU threads", "repeat": "timed calls",
@@ -102,7 +103,9 @@ HELP = {
     "scale": "auto (gpu where there is one) | cpu | gpu", "dataset": "a name under data/ or a folder",
     "n_layer": "blocks", "n_head": "heads", "n_kv_head": "key/value heads", "n_embd": "width",
     "head_dim": "width of a head", "block_size": "tokens in a window", "batch_tokens": "tokens in a step",
-    "lr": "peak rate", "objectives": "ar, mdm or both",
+    "lr": "peak rate", "unique_tokens": "the first so many tokens of the text", "epochs": "passes over them",
+    "minutes": "of training, at most, for each arm", "evals": "evaluations, geometric in epochs",
+    "objectives": "ar, mdm or both",
 }
 
 
@@ -121,6 +124,9 @@ def parameters(run):
     """{flag: (default, type)} of an experiment; without a default it is a list of positional arguments."""
     out = {}
     for p in inspect.signature(run).parameters.values():
+        if p.kind is p.VAR_KEYWORD:
+            out |= SHARED[p.name]
+            continue
         kind = type(p.default) if p.annotation is p.empty else p.annotation
         out[p.name] = p.default, kind
     return out
@@ -138,7 +144,7 @@ def add_flags(parser, about):
         if kind is bool:
             how["action"] = "store_true"
         elif kind is list:
-            how["action"] = "append"
+            how |= dict(action="extend", nargs="+")
         else:
             shown = ",".join(map(str, default)) if kind is tuple else default
             how |= dict(type=items_like(default) if kind is tuple else kind, metavar=name.upper())
@@ -272,7 +278,7 @@ def perform(command, typed):
             print(f"{label}: {numbers_of(row, key)}" + (f" | {train.clock(left)} left" if left else ""), flush=True)
         rows.append(row)
     failed = [r for r in rows if "failed" in r and isinstance(r["failed"], str)]
-    rows = compared([r for r in rows if r not in failed], *about.against)
+    rows = about.finish([r for r in rows if r not in failed])
     seeds = [flags.get("seed", 1337) + i for i in range(flags.get("seeds", 1))]
     result = dict(experiment=command, command=shlex.join(["python", "bench.py", *sys.argv[1:]]),
                   date=time.strftime("%Y-%m-%d"), device=device_name(flags.get("device") or train.pick_device("auto")),
@@ -280,14 +286,22 @@ def perform(command, typed):
                   seed=seeds[0], seeds=seeds, cut=cut, flags=given)
     result = json.loads(json.dumps(result | more | dict(failed=failed, rows=rows)))
     write(path, json.dumps(result, indent=1) + "\n")
-    print("\n" + markdown(about.show(result)) + f"\nwrote {path}")
+    print("\n" + page(about, result) + f"\nwrote {path}")
     draw(about, result, path)
+    if result["cut"]:
+        print("time was up, or a run was interrupted: the same command goes on from here")
     points.path.unlink(missing_ok=True)                                                # the next call measures anew
     if cut:
         raise KeyboardInterrupt
 
 
-def compared(rows, name=None, reference=None, columns=()):
+def page(about, result):
+    """The table of an experiment as Markdown."""
+    shown = about.show(result)
+    return shown if isinstance(shown, str) else markdown(shown)
+
+
+def compared(rows, name, reference, columns):
     """Adds how many times faster a row is than the reference with the same other keys: columns of milliseconds."""
     other = lambda r: {k: v for k, v in r.items() if k in ("T", "batch", "block")}
     for r, column in itertools.product(rows, columns):
@@ -319,8 +333,7 @@ def markdown(rows):
 
 def evaluations(out):
     """The evaluations in the log of a run folder, in order."""
-    path = Path(out) / "metrics.jsonl"
-    return read_evals(out)
+    return [r for r in train.read_log(out) if r["kind"] == "eval"]
 
 
 def file_part(name):
@@ -397,6 +410,72 @@ def lines(x, y, line, xlabel, ylabel, title):
     return picture
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Data and training runs
+
+def data_folder(name):
+    """The folder of a data set, from its name or path as in train.py. The texts that every machine has are made where missing."""
+    folder = prepare.dataset_folder(name)
+    if name in ("docs", "docs-byte", "pysrc", "pysrc-byte") and not (folder / "meta.json").exists():
+        prepare.prepare(name.split("-")[0], name=name, tokenizer="byte" if name.endswith("byte") else "bpe:4096")
+    return folder
+
+
+def run_arms(jobs, workers):
+    """Run train.py once per job {name: flags}, `workers` at a time, each from its checkpoint if it has one.
+
+    Own processes, so that two arms use two cores. Lines of their logs are shown behind the arm's name. Returns False
+    when a run was interrupted; raises ValueError when one failed.
+    """
+    import threading
+    if workers < 1:
+        raise ValueError(f"--workers {workers} must be at least 1")
+
+    def done(flags):
+        """A process that finds nothing to do would take seconds to say so."""
+        evals = evaluations(flags["out"])
+        return evals and evals[-1]["step"] == flags.get("max_steps") == (state := train.load_checkpoint(flags["out"]))["step"] \
+            and not train.other_settings(state, {k: v for k, v in flags.items() if v is not None})
+    jobs = {name: flags for name, flags in jobs.items() if not done(flags)}
+    waiting, running, ok, tic = list(jobs.items()), {}, True, time.time()
+
+    def show(name, stream, last):
+        for line in stream:
+            last[:] = [line.rstrip()]
+            if line.startswith(("step", "eval", "resumed", "time is up", "interrupted")):
+                print(f"[{name}] {last[0]}", flush=True)
+
+    while waiting or running:
+        while waiting and len(running) < workers:
+            name, flags = waiting.pop(0)
+            args = [a for k, v in flags.items() if v is not None for a in (f"--{k}", *(v if isinstance(v, list) else [str(v)]))]
+            p = subprocess.Popen([sys.executable, str(HERE / "train.py"), *args, "--resume", "auto"], text=True,
+                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+            last = []
+            reader = threading.Thread(target=show, args=(name, p.stdout, last), daemon=True)
+            reader.start()
+            running[name] = (p, reader, last)
+            if len(jobs) > workers:
+                started = len(jobs) - len(waiting)
+                left = (time.time() - tic) / max(started - workers, 1) * (len(waiting) + workers)
+                left = f", about {train.clock(left)} left" if started > workers else ""
+                print(f"[{name}] run {started} of {len(jobs)}{left}", flush=True)
+        try:
+            time.sleep(0.2)
+        except KeyboardInterrupt:                                                      # the arms got it too: they save
+            waiting, ok = [], False
+        for name, (p, reader, last) in list(running.items()):
+            if p.poll() is not None:
+                reader.join()
+                del running[name]
+                if p.returncode in (130, -signal.SIGINT):                              # the second: while it was still importing
+                    ok, waiting = False, []
+                elif p.returncode:
+                    for other, *_ in running.values():
+                        other.terminate()
+                    raise ValueError(f"arm '{name}' failed: {last[0] if last else 'no output'}")
+    return ok
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Timing
 
 def time_passes(f, inputs, device, repeat, parameters=(), kernel="default"):
@@ -460,12 +539,401 @@ def make_layer(name, T, n_head, head_dim, device, dtype, keys=1024, block=64):
     return ATTENTION[layer](override(config, values)).to(device, dtype)
 
 # ---------------------------------------------------------------------------------------------------------------------
+# crossover: AR against masked diffusion on few unique tokens
+
+# Byte tokens: a small vocabulary, so that the few parameters are in the trunk and not in the embedding.
+SHARED["few"] = dict(
+    scale=("auto", str), dataset=("docs-byte", str), unique_tokens=(30_000, int), epochs=(160.0, float),
+    minutes=(4.5, float), evals=(12, int), n_layer=(3, int), n_head=(4, int), n_embd=(96, int), block_size=(64, int),
+    batch_tokens=(2048, int), lr=(2e-3, float), workers=(2, int), out=(None, str))
+FEW_GPU = dict(dataset="docs", unique_tokens=1_000_000, epochs=300.0, minutes=None, n_layer=6, n_head=6, n_embd=384,
+               block_size=512, batch_tokens=32_768, lr=1e-3, workers=1)
+OBJECTIVES = {"ar": dict(objective="ar"), "mdm": dict(objective="mdm")}
+TUNED = {**{f"ar wd {w}": dict(objective="ar", weight_decay=w) for w in (0.4, 0.8, 1.6)},
+         "ar dropout 0.1": dict(objective="ar", dropout=0.1),
+         "ar input mask 0.1": dict(objective="ar", input_mask=0.1), "mixed": dict(objective="mixed")}
+MEASURED = {"ar": "exact", "mdm": "bound", "block": "bound", "mixed": "smaller of exact and bound"}
+AXES = {"epoch": "epochs over the same tokens", "step": "steps", "tokens": "tokens trained on", "flops": "FLOPs",
+        "seconds": "seconds of training"}
+
+
+def crossing(diff, mdm, level=None):
+    """Where the diffusion bound passes below `diff`: the AR losses at the same steps, or one number (`level`).
+
+    A crossing counts when the gap exceeds 2 standard errors of the bound at two successive evaluations; its place is
+    where the gap changes sign, interpolated in log epochs. Returns {"epoch", "step", "tokens", "flops"} or None.
+    """
+    if level is None:                                                                  # only steps at which both were evaluated
+        at = {a["step"]: a["loss"] for a in diff}
+        mdm = [d for d in mdm if d["step"] in at]
+    gap = [(at[d["step"]] if level is None else level) - d["loss"] for d in mdm]
+    sure = [g > 2 * d["se"] for g, d in zip(gap, mdm)]
+    i = next((i for i in range(len(sure) - 1) if sure[i] and sure[i + 1]), None)
+    if i is None:
+        return None
+    while i > 0 and gap[i - 1] > 0:                                                    # the change of sign may lie before
+        i -= 1
+    if i == 0:
+        return {"before": True, **{k: mdm[0][k] for k in ("epoch", "step", "tokens", "flops")}}
+    w = gap[i - 1] / (gap[i - 1] - gap[i])                                             # 0: at i - 1, 1: at i
+    epoch = math.exp((1 - w) * math.log(mdm[i - 1]["epoch"]) + w * math.log(mdm[i]["epoch"]))
+    scale = epoch / mdm[i]["epoch"]
+    return {"epoch": epoch, **{k: round(mdm[i][k] * scale) for k in ("step", "tokens", "flops")}}
+
+
+def tell(c, until):
+    if c is None:
+        return f"none up to epoch {until:.0f}"
+    where = f"epoch {c['epoch']:.1f} (step {c['step']:,}, {c['tokens'] / 1e6:.2f}M tokens, {c['flops']:.2e} FLOPs)"
+    return "at or before " * bool(c.get("before")) + where
+
+
+def study(name, few):
+    """(folder of the runs, the flags that all runs of an experiment with few unique tokens have)."""
+    data = data_folder(few["dataset"])
+    root = Path(few["out"] or f"out/{name}-{few['scale']}")
+    same = ("dataset", "unique_tokens", "epochs", "n_layer", "n_head", "n_embd", "block_size", "batch_tokens", "lr")
+    flags = {k: few[k] for k in same} | dict(max_minutes=few["minutes"], eval_epochs=f"geometric:{few['evals']}",
+                                             log_every=100, save_every=500)
+    print(f"{few['unique_tokens']:,} unique tokens of {few['dataset']}, {few['epochs']:g} epochs an arm"
+          + (f", at most {few['minutes']:g} minutes of training each" if few["minutes"] else ""))
+    return root / f"{data.name}-U{few['unique_tokens']}-{few['n_layer']}x{few['n_embd']}", flags
+
+
+def lowest(evals):
+    return min(evals, key=lambda e: e["loss"])
+
+
+def outcome(evals):
+    """Columns of a run."""
+    if not evals:
+        raise ValueError("an arm ended before its first evaluation: give it more time with --minutes")
+    best, last = lowest(evals), evals[-1]
+    return dict(best=best["loss"], best_epoch=best["epoch"], last=last["loss"], epochs=last["epoch"],
+                minutes=last["seconds"] / 60, evals=evals)
+
+
+def own_arms(texts):
+    """--arm "name: flags of train.py" -> {name: its flags}."""
+    arms = {}
+    for text in texts:
+        name, colon, flags = text.partition(":")
+        if not colon or not name.strip():
+            raise ValueError(f"--arm '{text}': expected 'name: flags of train.py', such as 'dropout: --dropout 0.3'")
+        arms[name.strip()] = train.parse_flags(shlex.split(flags))
+    return arms
+
+
+def mean_curve(runs, x, y):
+    """(xs, mean, lowest, highest): y of several runs' evaluations, at the steps that all of them have."""
+    runs = [{e["step"]: e for e in evals if e.get(y) is not None} for evals in runs]
+    steps = sorted(set.intersection(*map(set, runs)))
+    values = np.array([[run[s][y] for s in steps] for run in runs])
+    xs = [statistics.mean(run[s][x] for run in runs) for s in steps]
+    return (xs, values.mean(0), values.min(0), values.max(0)) if steps else ([],) * 4
+
+
+def draw_curves(ax, runs, x, y, **style):
+    """A line for each name, a band from the lowest to the highest seed. runs: {name: [evaluations of each seed]}."""
+    for i, (name, seeds) in enumerate(runs.items()):
+        xs, mean, low, high = mean_curve(seeds, x, y)
+        colour = {"ar": "tab:red", "mdm": "tab:blue"}.get(name, f"C{(i + 4) % 10}")
+        label = name + (f", mean of {len(seeds)} seeds" if len(seeds) > 1 else "")
+        ax.plot(xs, mean, **dict(dict(marker="o", ms=3, color=colour, label=label), **style))
+        if len(seeds) > 1 and "label" not in style:
+            ax.fill_between(xs, low, high, color=colour, alpha=0.2, lw=0)
+    ax.grid(alpha=0.25)
+
+
+def crossover_picture(plt, result):
+    """Losses of all arms and, below, whether they tell true ends of passages from others; x is the axis of --x."""
+    rows, x = result["rows"], result["flags"].get("x", "epoch")
+    arms = dict.fromkeys(r["arm"] for r in rows if r["arm"] != "crossing")
+    runs = {a: [r["evals"] for r in rows if r["arm"] == a] for a in arms}
+    probes = {k: v for k, v in dict(probe_accuracy="true end found", probe_gap="gap, nats").items()
+              if all(k in seed[0] for seeds in runs.values() for seed in seeds)}
+    figure, axes = plt.subplots(1 + len(probes), 1, figsize=(8, 5 + 2 * len(probes)), sharex=True, squeeze=False,
+                                height_ratios=[5] + [2] * len(probes))
+    top, *below = axes[:, 0]
+    draw_curves(top, runs, x, "loss")
+    draw_curves(top, {a: runs[a] for a in OBJECTIVES}, x, "train_loss", marker="", lw=0.8, alpha=0.7, label=None)
+    best = min(r["best"] for r in rows if r["arm"] == "ar")
+    top.axhline(best, color="0.45", lw=1, ls="--", label=f"AR's best, {best:.3f}")
+    for kind, ls in (("curve", ":"), ("honest", "-.")):
+        where = [r[kind][x] for r in rows if r["arm"] == "crossing" and r[kind] and x in r[kind]]
+        for i, value in enumerate(where):
+            label = f"{kind} crossing, {AXES[x].split()[0]} {value:,.4g}"
+            top.axvline(value, color="0.45", lw=1, ls=ls, label=None if i else label)
+    for ax, (key, label) in zip(below, probes.items()):
+        draw_curves(ax, runs, x, key)
+        ax.set_ylabel(label)
+        if key == "probe_accuracy":
+            ax.axhline(0.25, color="0.45", lw=1, ls="--")
+            ax.annotate("chance", (0.01, 0.25), xycoords=("axes fraction", "data"), va="bottom", fontsize=9)
+    first = max(seed[0]["loss"] for a in OBJECTIVES for seed in runs[a])
+    flags = result["flags"]
+    top.set_title(f"{flags['unique_tokens']:,} unique tokens of {flags['dataset']}, {flags['n_layer']} layers of "
+                  f"{flags['n_embd']}; thin: on the training text", fontsize=10)
+    top.set(xscale="log", ylabel="nats per token (mdm: a bound)", ylim=(None, first * 1.05))
+    axes[-1, 0].set_xlabel(AXES[x])
+    axes[-1, 0].xaxis.set_major_formatter(lambda v, _: f"{v:g}")
+    top.legend(fontsize=9)
+    return figure
+
+
+def crossings(result):
+    """The table of the arms, and where the curves cross."""
+    shown = ("arm", *["seed"] * (len(result["seeds"]) > 1), "measure", "lr", "best", "best_epoch", "last", "epochs", "se", "probe_accuracy", "probe_gap")
+    arms = [r for r in result["rows"] if r["arm"] != "crossing"]
+    text = markdown([{k: r.get(k) for k in shown} for r in arms]) + "\n"
+    kinds = {"curve": "curve crossing (diffusion below AR at the same epoch)",
+             "honest": "honest crossing (diffusion below the best AR ever reached)",
+             "honest_tuned": "honest crossing against the best regularised AR"}
+    found = [r for r in result["rows"] if r["arm"] == "crossing"]
+    for kind, told in kinds.items():
+        for r in (r for r in found if kind in r):
+            until = next(a["epochs"] for a in arms if a["arm"] == "mdm" and a["seed"] == r["seed"])
+            text += f"\n{told}, seed {r['seed']}: {tell(r[kind], until)}  "
+    return text
+
+
+@experiment(named=("scale",), show=crossings, picture=crossover_picture, gpu=FEW_GPU)
+def crossover(arms=("ar", "mdm"), arm: list = (), tuned=False, seeds=1, seed=1337, schedule="constant", lr_sweep=False,
+              x="epoch", **few):
+    """AR against masked diffusion on the same few unique tokens, for many epochs: where do the validation losses cross?
+
+    The curve crossing is where diffusion passes below AR at the same epoch, the honest one where it passes below the
+    best loss that AR ever reached.
+
+    arms: ar,mdm and any of: ar wd 0.4, ar wd 0.8, ar wd 1.6, ar dropout 0.1, ar input mask 0.1, mixed
+    arm: one of your own, any flags of train.py: "name: --layers 'gated_deltanet*3 full' --dropout 0.3"; may be repeated
+    tuned: all of these arms
+    schedule: constant | wsd | cosine: with the last two AR's best epoch gets an annealed run of its own
+    lr_sweep: try 1/2, 1 and 2 times the rate with the first seed, and keep each arm's best
+    x: the picture's axis: epoch | step | tokens | flops | seconds
+    """
+    choose("x", [x], AXES)
+    known = OBJECTIVES | TUNED
+    names = choose("arms", [*arms, *(TUNED if tuned else ())], known)
+    if not {"ar", "mdm"} <= set(names):
+        raise ValueError(f"--arms {','.join(arms)} must hold ar and mdm")
+    arms = {name: known[name] for name in names} | own_arms(arm)
+    root, common = study("crossover", few)
+    label = lambda a, s: f"{a} s{s}" if seeds > 1 else a
+
+    def flags(a, s, rate, epochs=None):
+        out = root / f"{file_part(a)}-s{s}-lr{rate:g}" / (f"annealed-{epochs}" if epochs else "")
+        given = {**common, "schedule": schedule, "eval_windows": 256, "probe_every": 1, "seed": s, "lr": rate, **arms[a]}
+        return given | dict(out=str(out), epochs=epochs or given["epochs"])
+    rates = dict.fromkeys(arms, few["lr"])
+    if lr_sweep:
+        tried = [few["lr"] * factor for factor in (0.5, 1, 2)]
+        evals = yield {f"{a} lr {rate:g}": flags(a, seed, rate) for a in arms for rate in tried}
+        rates = {a: min(tried, key=lambda rate: outcome(evals[f"{a} lr {rate:g}"])["best"]) for a in arms}
+    all_runs = list(itertools.product(range(seed, seed + seeds), arms))
+    evals = yield {label(a, s): flags(a, s, rates[a]) for s, a in all_runs}
+    done = {(a, s): outcome(evals[label(a, s)]) for s, a in all_runs}
+    floor = {run: row["best"] for run, row in done.items()}
+    if schedule != "constant":                                                         # AR stopped at its best epoch, annealed
+        short = {(a, s): max(1, round(row["best_epoch"])) for (a, s), row in done.items()
+                 if arms[a].get("objective", "ar") != "mdm" and row["best"] < row["last"]}
+        evals = yield {f"{label(a, s)} annealed": flags(a, s, rates[a], n) for (a, s), n in short.items()}
+        for a, s in short:
+            floor[a, s] = min(floor[a, s], outcome(evals[f"{label(a, s)} annealed"])["best"])
+    for s in range(seed, seed + seeds):
+        for a in arms:
+            row, objective = done[a, s], arms[a].get("objective", "ar")
+            best, last = lowest(row["evals"]), row["evals"][-1]
+            yield dict(arm=a, seed=s), dict(
+                lr=rates[a], measure=MEASURED[objective], train=last["train_loss"], se=best["se"], bpb=best["bpb"],
+                probe_accuracy=last.get("probe_accuracy"), probe_gap=last.get("probe_gap"), **row) | dict(best=floor[a, s])
+        mdm = done["mdm", s]["evals"]
+        found = dict(curve=crossing(done["ar", s]["evals"], mdm), honest=crossing(None, mdm, floor["ar", s]))
+        pure = [floor[a, s] for a in arms if arms[a].get("objective", "ar") == "ar"]
+        if len(pure) > 1:
+            found["honest_tuned"] = crossing(None, mdm, min(pure))
+        yield dict(arm="crossing", seed=s), found
+    for a in OBJECTIVES:
+        text = Path(flags(a, seed, rates[a])["out"]) / "samples.txt"
+        if text.exists():
+            print(f"\n--- a sample of {a}\n{text.read_text(encoding='utf-8').strip()}")
+    return dict(cut=any(row["epochs"] < few["epochs"] - 1 for row in done.values()))
+
+# ---------------------------------------------------------------------------------------------------------------------
+# compare: any training runs
+
+def compare_picture(plt, result):
+    figure, ax = plt.subplots(figsize=(8, 5.5))
+    flags = result["flags"]
+    draw_curves(ax, {r["run"]: [r["evals"]] for r in result["rows"]}, flags["x"], flags["y"])
+    ax.set(xlabel=AXES[flags["x"]], ylabel=f"{flags['y']}, validation", xscale="log")
+    ax.legend(fontsize=9)
+    return figure
+
+
+@experiment(picture=compare_picture)
+def compare(runs, x="epoch", y="loss"):
+    """Any training runs in one table and one picture, from their metrics.jsonl.
+
+    x: epoch | step | tokens | flops | seconds
+    y: any number of an evaluation: loss, train_loss, bpb, probe_accuracy
+    """
+    choose("x", [x], AXES)
+    for run in runs:
+        evals = evaluations(run)
+        if not evals or evals[-1].get(y) is None:
+            raise ValueError(f"{run} holds no evaluation with '{y}': expected the folder of a training run")
+        yield dict(run=run), outcome(evals)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sparsity: total against active parameters as an axis of the crossover
+
+def match_experts(base, match, ratio=8, k=2):
+    """(dense, mixture): ModelConfigs on one trunk with the same active, or the same total, parameters (within 3%).
+
+    The mixture is the same for both: as many active parameters as the dense model of `base` and `ratio` times as many in
+    all, by the width and the number of its experts, k active (1B dense, 8B with 1B active). match active compares it with
+    that dense model, match total with one whose MLP is wide enough to have all of them (8B dense).
+    """
+    def solve(goal, field, low, high, count="num_params", **given):                    # counts are linear in each of the fields
+        size = lambda n: getattr(LM(ModelConfig(**base, **given, **{field: n})), count)()
+        with torch.device("meta"):
+            a, b = size(low), size(high)
+        return low + max(0, round((goal - a) / (b - a) * (high - low) / low)) * low    # in multiples of low
+
+    choose("match", [match], ("active", "total"))
+    if not 1 < ratio < math.inf:
+        raise ValueError(f"--ratio {ratio:g} must be above 1: the mixture's parameters in all, to its active ones")
+    with torch.device("meta"):
+        goal = LM(ModelConfig(**base)).num_params()
+    experts, width = 4 * k, None
+    for _ in range(3):                                                                 # the router grows with the experts
+        width = solve(goal, "expert_inner", 8, 64, "active_params", n_expert=experts, n_expert_active=k)
+        experts = solve(ratio * goal, "n_expert", k, 8 * k, expert_inner=width, n_expert_active=k)
+    mixture = dict(n_expert=experts, n_expert_active=k, expert_inner=width)
+    with torch.device("meta"):
+        lm = LM(ModelConfig(**base, **mixture))
+        total = lm.num_params()
+    if abs(lm.active_params() / goal - 1) > 0.03:                                      # grouped_mm wants widths in steps of 8
+        raise ValueError(f"experts of {width} give {lm.active_params():,} active parameters, not {goal:,} within 3%: "
+                         "take a larger --n_embd")
+    dense = {} if match == "active" else dict(n_inner=solve(total, "n_inner", 8, 256))
+    return dense, mixture
+
+
+def sparsity_picture(plt, result):
+    figure, ax = plt.subplots(figsize=(8, 5.5))
+    for r in result["rows"]:
+        label = f"{r['objective']} {r['model']}: {r['total'] / 1e6:.3g}M, {r['active'] / 1e6:.3g}M active"
+        ls = "-" if r["model"] == "dense" else "--"
+        draw_curves(ax, {r["objective"]: [r["evals"]]}, "epoch", "loss", label=label, ls=ls)
+    ax.set(xlabel=AXES["epoch"], ylabel="nats per token (mdm: a bound)", xscale="log")
+    ax.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
+    ax.set_title(f"dense against experts, equal {result['flags']['match']} parameters, "
+                 f"{result['flags']['unique_tokens']:,} unique tokens", fontsize=10)
+    ax.legend(fontsize=9)
+    return figure
+
+
+def sparsity_table(result):
+    rows = [{k: v for k, v in r.items() if k not in ("minutes", "flops")} for r in result["rows"]]
+    text = markdown(rows) + "\n"
+    for ar, mdm in (rows[:2], rows[2:]):
+        curve, honest = crossing(ar["evals"], mdm["evals"]), crossing(None, mdm["evals"], ar["best"])
+        text += f"\n{ar['model']}: curve crossing {tell(curve, mdm['epochs'])}; honest {tell(honest, mdm['epochs'])}  "
+    return text
+
+
+@experiment(named=("scale", "match"), show=sparsity_table, picture=sparsity_picture, gpu=FEW_GPU)
+def sparsity(match="active", ratio=8.0, **few):
+    """Dense against mixture of experts with the same active or total parameters, AR and diffusion, few unique tokens.
+
+    match: what the dense model has as many of as the mixture: active | total parameters
+    ratio: total to active parameters of the mixture
+    """
+    root, common = study("sparsity", few)
+    base = {k: few[k] for k in ("n_layer", "n_head", "n_embd", "block_size")}
+    base["vocab_size"] = prepare.load_tokenizer(data_folder(few["dataset"])).n_vocab
+    dense, mixture = match_experts(base, match, ratio)
+    jobs = {}
+    for (kind, values), objective in itertools.product({"dense": dense, "mixture": mixture}.items(), OBJECTIVES):
+        run = "_".join([objective, kind, *(f"{k}{v}" for k, v in values.items())])     # both matches share the mixture's runs
+        jobs[f"{objective} {kind}"] = common | dict(
+            objective=objective, set=[f"{k}={v}" for k, v in values.items()] or None, schedule="constant",
+            out=str(root / run))
+    evals = yield jobs
+    for name, job in jobs.items():
+        objective, kind = name.split()
+        row = outcome(evals[name])
+        lm, _ = train.load_model(job["out"], "last")
+        yield dict(model=kind, objective=objective), dict(
+            measure=MEASURED[objective], total=lm.num_params(), active=lm.active_params(),
+            se=lowest(row["evals"])["se"] or None, flops=row["evals"][-1]["flops"], **row)
+    return dict(dense=dense, mixture=mixture)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# presets: sizes of the published models
+
+PUBLISHED = {"gpt2": "124M", "llama": "8.03B", "llada": "8B", "qwen3-next": "80B-A3B", "kimi-linear": "48B-A3B",
+             "deepseek-v3": "671B-A37B", "gpt-oss": "20.9B-A3.6B"}
+
+
+def published_costs():
+    """Published figures beside ours: bytes per token of a cache in bf16 (DeepSeek-AI, 2505.09343 table 1), and how many
+    times fewer keys NSA reads than dense attention (2502.11089 table 4: compressed + selected + window)."""
+    mla = {k: v for k, v in PRESETS["deepseek-v3"].items() if k not in ("layers", "n_layer")}
+    gqa8 = dict(n_kv_head=8, head_dim=128)
+    caches = (("DeepSeek-V3", "mla", mla, 61, 70_272),
+              ("Qwen2.5-72B", "full", dict(n_embd=8192, n_head=64, **gqa8), 80, 327_680),
+              ("Llama-3.1-405B", "full", dict(n_embd=16384, n_head=128, **gqa8), 126, 516_096))
+    rows = []
+    with torch.device("meta"):
+        for name, kind, values, layers, published in caches:
+            layer = ATTENTION[kind](override(ModelConfig(), values))
+            rows.append(dict(model=name, what="cache, bytes per token", published=published,
+                             ours=layers * layer.cache_bytes(1, torch.bfloat16)))
+        nsa = ATTENTION["nsa"](override(ModelConfig(), dict(n_embd=2560, n_head=64, n_kv_head=4, head_dim=128)))
+    for T, ratio in ((8192, 4.0), (16384, 6.4), (32768, 9.1), (65536, 11.6)):
+        rows.append(dict(model="NSA 27B", what=f"keys read, dense / sparse at {T // 1024}k", published=ratio,
+                         ours=round(T / nsa.reads(T), 1)))
+    return rows
+
+
+def preset_table(result):
+    billions = lambda n: f"{n / 1e9:.2f}B"
+    rows = [dict(preset=r["preset"], published=r["published"], total=billions(r["total"]), active=billions(r["active"]),
+                 mixers=r["mixers"], **{"cache bytes per token": round(r["cache_bytes_per_token_64k"]),
+                                        "against multi-head": f"{r['vs_mha']:+.0%}"}) for r in result["rows"]]
+    return (markdown(rows) + "\n\nFrom the papers, and from `cache_bytes` and `reads` at the published settings:\n\n"
+            + markdown(result["published_costs"]))
+
+
+@experiment(show=preset_table)
+def presets():
+    """Sizes and caches of the published models as configured here, counted on the meta device."""
+    T = 65536
+    for name, published in PUBLISHED.items():
+        with torch.device("meta"):
+            lm = LM(from_preset(name))
+        c, cache = lm.config, lm.cache_bytes(T, torch.bfloat16) / T
+        D = c.head_dim or c.n_embd // c.n_head
+        if c.qk_nope_head_dim:                                                         # MLA: the heads it stands for
+            D = (c.qk_nope_head_dim + c.v_head_dim) // 2
+        mha = 2 * 2 * c.n_layer * c.n_head * D
+        yield dict(preset=name), dict(
+            published=published, total=lm.num_params(), active=lm.active_params(),
+            active_no_embedding=lm.active_params(False),
+            mixers=" ".join(dict.fromkeys(type(b.mixer).__name__ for b in lm.blocks)),
+            cache_bytes_per_token_64k=cache, vs_mha=cache / mha - 1, vs_gqa8=cache / (mha * 8 / c.n_head) - 1)
+    return dict(published_costs=published_costs(), context=T, cache_dtype="bfloat16")
+
+# ---------------------------------------------------------------------------------------------------------------------
 # attention: time and memory of a layer against length
 
 SWEEP = ("full", "full gqa", "full window", *(name for name in ATTENTION if name != "full"))
 
 
-@experiment(named=("device", "bidirectional"), against=("layer", "full", ("forward_ms", "both_ms")),
+@experiment(named=("device", "bidirectional"), finish=lambda rows: compared(rows, "layer", "full", ("forward_ms", "both_ms")),
             show=lambda result: [r for r in result["rows"] if r["T"] == max(r["T"] for r in result["rows"])],
             picture=lines("T", "both_ms", "layer", "tokens", "ms, forward + backward", "one layer, {n_head} heads of {head_dim}"))
 def attention(lengths=(512, 1024, 2048, 4096, 8192), layers=SWEEP, n_head=4, head_dim=64, repeat=3, bidirectional=False,
@@ -609,14 +1077,6 @@ def of_scale(scales, args):
     return scale, s | {k: v for k in s if (v := getattr(args, k, None)) is not None}
 
 
-def data_folder(name):
-    """The folder of a data set, from its name or path as in train.py. The texts that every machine has are made where missing."""
-    folder = prepare.dataset_folder(name)
-    if name in ("docs", "docs-byte", "pysrc", "pysrc-byte") and not (folder / "meta.json").exists():
-        prepare.prepare(name.split("-")[0], name=name, tokenizer="byte" if name.endswith("byte") else "bpe:4096")
-    return folder
-
-
 def validation(name, T, count):
     """(N, T) ids: `count` windows of a data set's validation text."""
     return train.fixed_windows(prepare.load_dataset(data_folder(name))[1], T, count).long()
@@ -735,62 +1195,6 @@ def plot(name, series, xlabel, ylabel, title="", folder="results", xlog=True, yl
 # ---------------------------------------------------------------------------------------------------------------------
 # Shared: training runs
 
-def run_arms(jobs, workers):
-    """Run train.py once per job {name: flags}, `workers` at a time, each from its checkpoint if it has one.
-
-    Own processes, so that two arms use two cores. Lines of their logs are shown behind the arm's name. Returns False
-    when a run was interrupted; raises ValueError when one failed.
-    """
-    import threading
-    if workers < 1:
-        raise ValueError(f"--workers {workers} must be at least 1")
-
-    def done(flags):
-        """A process that finds nothing to do would take seconds to say so."""
-        evals = read_evals(flags["out"])
-        return evals and evals[-1]["step"] == flags.get("max_steps") == (state := train.load_checkpoint(flags["out"]))["step"] \
-            and not train.other_settings(state, {k: v for k, v in flags.items() if v is not None})
-    jobs = {name: flags for name, flags in jobs.items() if not done(flags)}
-    waiting, running, ok, tic = list(jobs.items()), {}, True, time.time()
-
-    def show(name, stream, last):
-        for line in stream:
-            last[:] = [line.rstrip()]
-            if line.startswith(("step", "eval", "resumed", "time is up", "interrupted")):
-                print(f"[{name}] {last[0]}", flush=True)
-
-    while waiting or running:
-        while waiting and len(running) < workers:
-            name, flags = waiting.pop(0)
-            args = [a for k, v in flags.items() if v is not None for a in (f"--{k}", *(v if isinstance(v, list) else [str(v)]))]
-            p = subprocess.Popen([sys.executable, str(HERE / "train.py"), *args, "--resume", "auto"], text=True,
-                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONUNBUFFERED": "1"})
-            last = []
-            reader = threading.Thread(target=show, args=(name, p.stdout, last), daemon=True)
-            reader.start()
-            running[name] = (p, reader, last)
-            if len(jobs) > workers:
-                started = len(jobs) - len(waiting)
-                left = (time.time() - tic) / max(started - workers, 1) * (len(waiting) + workers)
-                left = f", about {train.clock(left)} left" if started > workers else ""
-                print(f"[{name}] run {started} of {len(jobs)}{left}", flush=True)
-        try:
-            time.sleep(0.2)
-        except KeyboardInterrupt:                                                      # the arms got it too: they save
-            waiting, ok = [], False
-        for name, (p, reader, last) in list(running.items()):
-            if p.poll() is not None:
-                reader.join()
-                del running[name]
-                if p.returncode in (130, -signal.SIGINT):                              # the second: while it was still importing
-                    ok, waiting = False, []
-                elif p.returncode:
-                    for other, *_ in running.values():
-                        other.terminate()
-                    raise ValueError(f"arm '{name}' failed: {last[0] if last else 'no output'}")
-    return ok
-
-
 def train_all(jobs, workers):
     """run_arms for the commands that need every run: KeyboardInterrupt, which main() answers, when one was interrupted."""
     if not run_arms(jobs, workers):
@@ -812,14 +1216,6 @@ def read_log(out, kind):
     path = Path(out) / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [r for r in (json.loads(line) for line in lines if line.endswith("}\n")) if r["kind"] == kind]    # no half last line
-
-
-def read_evals(out):
-    return read_log(out, "eval")
-
-
-def best_of(evals):
-    return min(evals, key=lambda r: r["loss"])
 
 
 def fit(lm, loss_at, steps, flags, path, label):
@@ -903,239 +1299,6 @@ def passes_of(f, *inputs, parameters=()):
 def conditions(args, device):
     """What a file of timings says about them."""
     return dict(threads=args.threads, clock="wall" if torch.device(device).type == "cuda" else "process CPU time")
-
-# ---------------------------------------------------------------------------------------------------------------------
-# crossover
-
-SCALES = {
-    # byte tokens: a small vocabulary, so that the few parameters are in the trunk and not in the embedding
-    "cpu": dict(dataset="docs-byte", unique_tokens=30_000, epochs=160, minutes=4.5, n_layer=3, n_head=4, n_embd=96, block_size=64,
-                batch_tokens=2048, lr=2e-3, log_every=100, workers=2),
-    "gpu": dict(dataset="docs", unique_tokens=1_000_000, epochs=300, minutes=None, n_layer=6, n_head=6, n_embd=384, block_size=512,
-                batch_tokens=32_768, lr=1e-3, log_every=100, workers=1),
-}
-ARMS = {"ar": dict(objective="ar"), "mdm": dict(objective="mdm")}
-TUNED = {**{f"ar wd {w}": dict(objective="ar", weight_decay=w) for w in (0.4, 0.8, 1.6)},
-         "ar dropout 0.1": dict(objective="ar", dropout=0.1), "ar input mask 0.1": dict(objective="ar", input_mask=0.1),
-         "mixed": dict(objective="mixed")}
-COLOUR = {"ar": "tab:red", "mdm": "tab:blue", "mixed": "tab:green"}
-
-
-def crossing(diff, mdm, level=None):
-    """Where the diffusion bound passes below `diff`: the AR losses at the same steps, or one number (`level`).
-
-    A crossing counts when the gap exceeds 2 standard errors of the bound at two successive evaluations; its place is
-    where the gap changes sign, interpolated in log epochs. Returns {"epoch", "step", "tokens", "flops"} or None.
-    """
-    if level is None:                                                                  # only steps at which both were evaluated
-        at = {a["step"]: a["loss"] for a in diff}
-        mdm = [d for d in mdm if d["step"] in at]
-    gap = [(at[d["step"]] if level is None else level) - d["loss"] for d in mdm]
-    sure = [g > 2 * d["se"] for g, d in zip(gap, mdm)]
-    i = next((i for i in range(len(sure) - 1) if sure[i] and sure[i + 1]), None)
-    if i is None:
-        return None
-    while i > 0 and gap[i - 1] > 0:                                                    # the change of sign may lie before
-        i -= 1
-    if i == 0:
-        return {"before": True, **{k: mdm[0][k] for k in ("epoch", "step", "tokens", "flops")}}
-    w = gap[i - 1] / (gap[i - 1] - gap[i])                                             # 0: at i - 1, 1: at i
-    epoch = math.exp((1 - w) * math.log(mdm[i - 1]["epoch"]) + w * math.log(mdm[i]["epoch"]))
-    scale = epoch / mdm[i]["epoch"]
-    return {"epoch": epoch, **{k: round(mdm[i][k] * scale) for k in ("step", "tokens", "flops")}}
-
-
-def tell(c, until):
-    if c is None:
-        return f"none up to epoch {until:.0f}"
-    where = f"epoch {c['epoch']:.1f} (step {c['step']:,}, {c['tokens'] / 1e6:.2f}M tokens, {c['flops']:.2e} FLOPs)"
-    return "at or before " * bool(c.get("before")) + where
-
-
-def study(args, name):
-    """What crossover and sparsity share: (scale, its settings, folder of the runs, flags that all runs have)."""
-    scale, s = of_scale(SCALES, args)
-    if scale == "gpu" and args.dataset is None and (Path("data") / "classics" / "meta.json").exists():
-        s["dataset"] = "classics"                                                      # the standard corpus, if prepared
-    folder = data_folder(s["dataset"])
-    root = Path(args.out or f"out/{name}-{scale}") / f"{folder.name}-U{s['unique_tokens']}-{s['n_layer']}x{s['n_embd']}"
-    flags = {k: v for k, v in s.items() if k not in ("minutes", "workers")} | dict(
-        max_minutes=s["minutes"], eval_epochs=f"geometric:{args.evals}", save_every=500)
-    print(f"scale {scale}: {s['unique_tokens']:,} unique tokens of {s['dataset']}, {s['epochs']:g} epochs an arm"
-          + (f", at most {s['minutes']:g} minutes of training each" if s["minutes"] else ""))
-    return scale, s, root, flags
-
-
-def outcome(evals):
-    """Columns of a run of `study`."""
-    best, last = best_of(evals), evals[-1]
-    return dict(best=best["loss"], best_epoch=best["epoch"], last=last["loss"], epochs=last["epoch"],
-                minutes=last["seconds"] / 60, evals=evals)
-
-
-def crossover(args):
-    """AR against masked diffusion on the same few unique tokens, for many epochs: where do the validation losses cross?
-
-    The curve crossing is where diffusion passes below AR at the same epoch, the honest one where it passes below the best
-    loss that AR ever reached."""
-    if args.seeds < 1:
-        raise ValueError(f"--seeds {args.seeds} must be at least 1")
-    scale, s, root, common = study(args, "crossover")
-    wanted = chosen("arms", args.arms, {**ARMS, **TUNED}) if args.arms or args.tuned else list(ARMS)
-    if not {"ar", "mdm"} <= set(wanted):
-        raise ValueError(f"--arms {args.arms} must hold ar and mdm")
-    arms = {a: {**ARMS, **TUNED}[a] for a in wanted}
-
-    def flags(arm, seed, lr, epochs=s["epochs"]):
-        out = root / f"{arm.replace(' ', '_')}-s{seed}-lr{lr:g}" / ("" if epochs == s["epochs"] else f"annealed-{epochs}")
-        return {**common, **arms[arm], "schedule": args.schedule, "eval_windows": 256, "probe_every": 1, "seed": seed, "lr": lr,
-                "epochs": epochs, "out": str(out)}
-
-    # the rate: on the first seed, the best of {1/2, 1, 2} times the scale's, by each arm's best validation loss
-    seeds, lrs = range(1337, 1337 + args.seeds), {a: s["lr"] for a in arms}
-    if args.lr_sweep:
-        sweep = {(a, f): flags(a, seeds[0], s["lr"] * f) for a in arms for f in (0.5, 1, 2)}
-        train_all({f"{a} lr x{f}": v for (a, f), v in sweep.items()}, s["workers"])
-        for a in arms:
-            lrs[a] = s["lr"] * min((0.5, 1, 2), key=lambda f: best_of(read_evals(sweep[a, f]["out"]))["loss"])
-    runs = {(a, seed): flags(a, seed, lrs[a]) for seed in seeds for a in arms}
-    train_all({a if args.seeds == 1 else f"{a} s{seed}": f for (a, seed), f in runs.items()}, s["workers"])
-    evals = {key: read_evals(f["out"]) for key, f in runs.items()}
-    if any(not e for e in evals.values()):
-        raise ValueError(f"an arm ended before its first evaluation: give it more time with --minutes (now {s['minutes']})")
-
-    # where the schedule anneals, AR stopped at its best epoch gets an annealed run of that length
-    short = {}
-    if args.schedule != "constant":
-        best = {k: best_of(e) for k, e in evals.items() if k[0] != "mdm"}
-        short = {k: flags(*k, lrs[k[0]], max(1, round(b["epoch"]))) for k, b in best.items() if b is not evals[k][-1]}
-        train_all({f"{a} s{seed} annealed": f for (a, seed), f in short.items()}, s["workers"])
-    rows = []
-    for seed in seeds:
-        mdm = evals["mdm", seed]
-        floor = {a: best_of(evals[a, seed] + (read_evals(short[a, seed]["out"]) if (a, seed) in short else []))["loss"]
-                 for a in arms if a != "mdm"}
-        pure = {a: v for a, v in floor.items() if a != "mixed"}
-        for a in arms:
-            best, last = best_of(evals[a, seed]), evals[a, seed][-1]
-            measure = {"ar": "exact", "mdm": "bound", "mixed": "smaller of exact and bound"}[arms[a]["objective"]]
-            rows.append(dict(arm=a, seed=seed, lr=lrs[a], measure=measure, train=last["train_loss"], se=best["se"],
-                             bpb=best["bpb"], **{k: last.get(k) for k in ("probe_accuracy", "probe_gap")}, **outcome(evals[a, seed])))
-            rows[-1]["best"] = floor.get(a, best["loss"])
-        found = dict(curve=crossing(evals["ar", seed], mdm), honest=crossing(None, mdm, floor["ar"]))
-        until = mdm[-1]["epoch"]
-        if until < s["epochs"]:
-            print("\ntime was up before the last epoch: the same command goes on from here")
-        print(f"\nseed {seed}, validation loss in nats per token (diffusion: an upper bound)")
-        table(rows[-len(arms):], ["arm", "measure", "lr", "best", "best_epoch", "last", "epochs", "se", "bpb", "probe_accuracy",
-                                  "probe_gap", "minutes"])
-        print(f"curve crossing  (diffusion below AR at the same epoch):       {tell(found['curve'], until)}")
-        print(f"honest crossing (diffusion below the best AR ever reached):   {tell(found['honest'], until)}")
-        if len(pure) > 1:
-            tuned = min(pure, key=pure.get)
-            found["honest_tuned"] = crossing(None, mdm, pure[tuned])
-            print(f"honest crossing against the best regularised AR ({tuned}): {tell(found['honest_tuned'], until)}")
-        rows.append(dict(arm="crossing", seed=seed, **found))
-
-    for kind in ("curve", "honest") if args.seeds > 1 else ():
-        epochs = [r[kind]["epoch"] for r in rows if r["arm"] == "crossing" and r[kind]]
-        print(f"{kind} crossing over {args.seeds} seeds: {len(epochs)} times"
-              + (f", epochs {min(epochs):.1f} to {max(epochs):.1f}" if epochs else ""))
-
-    name = args.name or f"crossover_{scale}"
-    record(name, rows, train.pick_device("auto"), args.results, settings=s, seeds=list(seeds), schedule=args.schedule)
-    crossover_picture(name, {r["arm"]: r for r in rows[:len(arms) + 1]}, args.results,
-                      f"{s['unique_tokens']:,} unique tokens of {s['dataset']}, {s['n_layer']}x{s['n_embd']}")
-    for a in ARMS:
-        text = Path(runs[a, seeds[0]]["out"]) / "samples.txt"
-        if text.exists():
-            print(f"\n--- a sample of {a} after {evals[a, seeds[0]][-1]['epoch']:.0f} epochs")
-            print(text.read_text(encoding="utf-8").strip())
-
-
-def crossover_picture(name, rows, folder, title):
-    """Curves of one seed, {arm: row}; below them the probe, which runs of an older version do not have."""
-    series, arms = {}, {a: r["evals"] for a, r in rows.items() if a != "crossing"}
-    dots = {a: dict(marker="o", ms=3, color=COLOUR.get(a)) for a in arms}
-    for a, evals in arms.items():
-        series[f"{a}: validation" + " (bound)" * (a == "mdm")] = curve(evals, "epoch", "loss", **dots[a])
-        if a in ARMS:
-            series[f"{a}: training text"] = curve(evals, "epoch", "train_loss", lw=0.8, color=COLOUR[a], alpha=0.6)
-    lines = [("y", rows["ar"]["best"], f"AR's best, {rows['ar']['best']:.3f}")]
-    lines += [("x", c["epoch"], f"{kind} crossing, epoch {c['epoch']:.1f}")
-              for kind in ("curve", "honest") if (c := rows["crossing"][kind])]
-    below = [(label, {a: curve(evals, "epoch", key, **dots[a]) for a, evals in arms.items()})
-             for key, label in (("probe_accuracy", "true end found"), ("probe_gap", "gap, nats"))
-             if all(any(key in r for r in evals) for evals in arms.values())]
-    top = max(arms[a][0]["loss"] for a in ARMS)
-    plot(name, series, "epochs over the same tokens", "nats per token", title, folder, lines=lines, below=below,
-         ylim=(None, top * 1.05))
-
-# ---------------------------------------------------------------------------------------------------------------------
-# sparsity: total against active parameters as an axis of the crossover
-
-def match_experts(base, match, ratio=8, k=2):
-    """(dense, mixture): ModelConfigs on one trunk with the same active, or the same total, parameters (within 3%).
-
-    The mixture is the same for both: as many active parameters as the dense model of `base` and `ratio` times as many in all,
-    by the width and the number of its experts, k active (1B dense, 8B with 1B active). match active compares it with that
-    dense model, match total with one whose MLP is wide enough to have all of them (8B dense).
-    """
-    def solve(goal, field, low, high, count="num_params", **given):                    # counts are linear in each of the fields
-        size = lambda n: getattr(LM(ModelConfig(**base, **given, **{field: n})), count)()
-        with torch.device("meta"):
-            a, b = size(low), size(high)
-        return low + max(0, round((goal - a) / (b - a) * (high - low) / low)) * low    # in multiples of low
-
-    if match not in ("active", "total"):
-        raise ValueError(f"--match {match} is unknown: active or total")
-    if not 1 < ratio < math.inf:
-        raise ValueError(f"--ratio {ratio:g} must be above 1: the mixture has that many times as many parameters in all as active ones")
-    with torch.device("meta"):
-        goal = LM(ModelConfig(**base)).num_params()
-    experts, width = 4 * k, None
-    for _ in range(3):                                                                 # the router grows with the experts
-        width = solve(goal, "expert_inner", 8, 64, "active_params", n_expert=experts, n_expert_active=k)
-        experts = solve(ratio * goal, "n_expert", k, 8 * k, expert_inner=width, n_expert_active=k)
-    mixture = dict(n_expert=experts, n_expert_active=k, expert_inner=width)
-    with torch.device("meta"):
-        lm = LM(ModelConfig(**base, **mixture))
-        total = lm.num_params()
-    if abs(lm.active_params() / goal - 1) > 0.03:                                      # grouped_mm wants widths in steps of 8
-        raise ValueError(f"experts of {width} give {lm.active_params():,} active parameters, not {goal:,} within 3%: "
-                         "take a larger --n_embd")
-    dense = {} if match == "active" else dict(n_inner=solve(total, "n_inner", 8, 256))
-    return dense, mixture
-
-
-def sparsity(args):
-    """Dense against mixture of experts with the same active or the same total parameters, AR and diffusion, few unique tokens."""
-    scale, s, root, common = study(args, "sparsity")
-    base = {k: s[k] for k in ("n_layer", "n_head", "n_embd", "block_size")}
-    base["vocab_size"] = prepare.load_tokenizer(data_folder(s["dataset"])).n_vocab
-    dense, mixture = match_experts(base, args.match, args.ratio)
-    jobs, rows, series = {}, [], {}
-    for (kind, values), (objective, arm) in itertools.product({"dense": dense, "mixture": mixture}.items(), ARMS.items()):
-        name = "_".join([objective, kind, *(f"{k}{v}" for k, v in values.items())])    # both matches share the mixture's runs
-        jobs[f"{objective} {kind}"] = {**common, **arm, "set": set_flags(values) or None, "schedule": "constant",
-                                       "out": str(root / name)}
-    train_all(jobs, s["workers"])
-    for name, job in jobs.items():
-        evals, (lm, _), (objective, kind) = read_evals(job["out"]), train.load_model(job["out"], "last"), name.split()
-        rows.append(dict(model=kind, objective=objective, measure="exact" if objective == "ar" else "bound", total=lm.num_params(),
-                         active=lm.active_params(), se=best_of(evals)["se"] or None, flops=evals[-1]["flops"], **outcome(evals)))
-        series[f"{name}: {lm.num_params() / 1e6:.3g}M, {lm.active_params() / 1e6:.3g}M active"] = curve(
-            evals, "epoch", "loss", marker="o", ms=3, color=COLOUR[objective], ls="-" if kind == "dense" else "--")
-    table(rows, skip=["evals"])
-    for ar, mdm in (rows[:2], rows[2:]):
-        curves, until = mdm["evals"], mdm["epochs"]
-        print(f"{ar['model']}: curve crossing {tell(crossing(ar['evals'], curves), until)}; "
-              f"honest crossing {tell(crossing(None, curves, ar['best']), until)}")
-    name = args.name or f"sparsity_{scale}_{args.match}"
-    record(name, rows, train.pick_device("auto"), args.results, settings=s, match=args.match, ratio=args.ratio, dense=dense,
-           mixture=mixture, seed=1337)
-    plot(name, series, "epochs over the same tokens", "nats per token (diffusion: a bound)",
-         f"dense against experts, equal {args.match} parameters, {s['unique_tokens']:,} unique tokens", args.results)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # train: speed and memory
@@ -1222,7 +1385,7 @@ def bench_train(args):
               "dtype", "threads", "optimizer", "sdpa"):
         if getattr(args, k) is not None:
             base += [f"--{k}", str(getattr(args, k))]
-    kinds = {o: base + ["--objective", o] for o in chosen("objectives", args.objectives, ARMS)}
+    kinds = {o: base + ["--objective", o] for o in chosen("objectives", args.objectives, OBJECTIVES)}
     if args.vs:
         if not (Path(args.vs) / "model.py").exists():
             raise ValueError(f"--vs {args.vs} holds no model.py: name the folder of a nanoGPT checkout")
@@ -1673,53 +1836,6 @@ def gpu(args):
     print("\nnot measured yet: " + (", ".join(missing) or "nothing"))
 
 # ---------------------------------------------------------------------------------------------------------------------
-# presets: sizes of the published models
-
-PUBLISHED = {"gpt2": "124M", "llama": "8.03B", "llada": "8B", "qwen3-next": "80B-A3B", "kimi-linear": "48B-A3B",
-             "deepseek-v3": "671B-A37B", "gpt-oss": "20.9B-A3.6B"}
-
-
-def published_costs():
-    """Published figures beside ours: cache bytes a token in bf16 (DeepSeek-AI, 2505.09343 table 1), and how many times
-    fewer keys NSA reads than dense attention (2502.11089 table 4: compressed + selected + window)."""
-    mla = {k: v for k, v in PRESETS["deepseek-v3"].items() if k not in ("layers", "n_layer")}
-    gqa8 = dict(n_kv_head=8, head_dim=128)
-    caches = (("DeepSeek-V3", "mla", mla, 61, 70_272), ("Qwen2.5-72B", "full", dict(n_embd=8192, n_head=64, **gqa8), 80, 327_680),
-              ("Llama-3.1-405B", "full", dict(n_embd=16384, n_head=128, **gqa8), 126, 516_096))
-    with torch.device("meta"):
-        rows = [dict(model=name, what="cache, bytes/token", layer=kind, published=published,
-                     ours=layers * ATTENTION[kind](override(ModelConfig(), values)).cache_bytes(1, torch.bfloat16))
-                for name, kind, values, layers, published in caches]
-        nsa = ATTENTION["nsa"](override(ModelConfig(), dict(n_embd=2560, n_head=64, n_kv_head=4, head_dim=128)))
-    return rows + [dict(model="NSA 27B", what=f"keys read, dense / sparse at {T // 1024}k", layer="nsa", published=ratio,
-                        ours=round(T / nsa.reads(T), 1)) for T, ratio in ((8192, 4.0), (16384, 6.4), (32768, 9.1), (65536, 11.6))]
-
-
-def presets(args):
-    """Sizes and caches of the published models as configured here, counted on the meta device."""
-    rows, T = [], 65536
-    for name, published in PUBLISHED.items():
-        with torch.device("meta"):
-            lm = LM(from_preset(name))
-        c, cache = lm.config, lm.cache_bytes(T, torch.bfloat16) / T
-        D = c.head_dim or c.n_embd // c.n_head
-        if c.qk_nope_head_dim:                                                         # MLA: the heads it stands for
-            D = (c.qk_nope_head_dim + c.v_head_dim) // 2
-        mha = 2 * 2 * c.n_layer * c.n_head * D
-        mixers = " ".join(dict.fromkeys(type(b.mixer).__name__ for b in lm.blocks))
-        rows.append(dict(preset=name, published=published, total=lm.num_params(), active=lm.active_params(),
-                         active_no_embedding=lm.active_params(False), mixers=mixers,
-                         cache_bytes_per_token_64k=cache, vs_mha=cache / mha - 1, vs_gqa8=cache / (mha * 8 / c.n_head) - 1))
-    show = dict(cache_bytes_per_token_64k=round, **dict.fromkeys(("vs_mha", "vs_gqa8"), lambda v: f"{v:+.0%}"),
-                **dict.fromkeys(("total", "active", "active_no_embedding"), lambda v: f"{v / 1e9:.3f}B"))
-    table([{k: show.get(k, str)(v) for k, v in r.items()} for r in rows])
-    costs = published_costs()
-    print("\nfrom the papers, and from layer.cache_bytes and layer.reads at the published settings")
-    table(costs)
-    record(args.name or "presets", rows, folder=args.results, published_costs=costs, context=T, cache_dtype="bfloat16",
-           columns="vs_mha, vs_gqa8: cache against the same depth and head width with n_head, with 8 key/value heads")
-
-# ---------------------------------------------------------------------------------------------------------------------
 # attention: time and memory against length
 
 # layer -> settings of the sweep: a query of a sparse layer reads at most an eighth of a context of 8,192
@@ -1816,7 +1932,7 @@ def hybrids(args):
         if not measured or name not in ATTENTION and "*" not in name:                  # the latter: a setting of another row's layer
             continue
         row = {"mixer": name}
-        for o in ARMS:
+        for o in OBJECTIVES:
             row |= {f"{o} loss": quality.get((name, o), {}).get("loss"), f"{o} std": quality.get((name, o), {}).get("std"),
                     f"{o} 64 pairs": recalls.get((name, o, "pairs", 64, 512), {}).get("accuracy"),
                     f"{o} needles in {far}": recalls.get((name, o, "needle", NEEDLES, far), {}).get("accuracy")}
@@ -2241,7 +2357,7 @@ def recall_picture(name, rows, folder):
 def recall(args):
     """Associative recall and a needle in generated text: accuracy of every layer against pairs and length, AR and diffusion."""
     device, *_ = setup(args)
-    names, objectives = chosen("layers", args.layers, ARENA), chosen("objectives", args.objectives, ARMS)
+    names, objectives = chosen("layers", args.layers, ARENA), chosen("objectives", args.objectives, OBJECTIVES)
     lengths = ",".join(map(str, args.lengths))
     if any(T % 8 or T < 16 for T in args.lengths):
         raise ValueError(f"--lengths {lengths}: expected multiples of 8, at least 16, such as 256,1024")
@@ -2417,7 +2533,7 @@ def arithmetic(folder, device, N=64):
 
 def decode(args):
     """Tokens/s against quality of every sampler on trained models, by batch size; steps needed on arithmetic."""
-    kinds, batches = chosen("objective", args.objective, ARMS), args.batches
+    kinds, batches = chosen("objective", args.objective, OBJECTIVES), args.batches
     if min(batches) < 1:
         raise ValueError(f"--batches {','.join(map(str, batches))}: expected sizes of at least 1, such as 1,8,64")
     folders = decode_runs(args, ["judge"] + ["ar"] * ("ar" in kinds) + ["mdm", "block", "sums"] * ("mdm" in kinds))
@@ -2436,7 +2552,7 @@ def decode(args):
     canvas = data.clone()
     canvas[:, P:] = judge.mask_id
     loss, se, entropy = judged(judge, data, P)
-    about = {role: dict(params=lm.num_params(), steps=s["step"], loss=(read_evals(folders[role]) or [{}])[-1].get("loss"))
+    about = {role: dict(params=lm.num_params(), steps=s["step"], loss=(evaluations(folders[role]) or [{}])[-1].get("loss"))
              for role, (lm, s) in models.items()}
     for role, a in about.items():
         loss_text = "unknown" if a["loss"] is None else f"{a['loss']:.4f}"               # a checkpoint without its log
@@ -2832,17 +2948,6 @@ def main(argv=None):
              for k, text in dict(n_layer="blocks", n_head="heads", n_embd="width", block_size="tokens in a window").items()}
     points = "models and of the points measured so far"
 
-    few = dict(scale=("auto", "auto (gpu where there is one) | cpu | gpu"), **shape, **scaled(str, dataset="a name under data/ or a folder"),
-               **scaled(int, unique_tokens="the first so many tokens of its text", batch_tokens="tokens in a step"), evals=(12, "evaluations, geometric in epochs"),
-               **scaled(float, epochs="passes over them", lr="peak rate", minutes="of training, at most, per arm"))
-    command("crossover", crossover, **few, **out(None, "runs (default: out/crossover-SCALE)"), seeds=(1, "number of seeds"),
-            schedule=("constant", "constant | wsd | cosine: with the last two AR's best epoch gets an annealed run of its own"),
-            tuned=(False, "add the regularised AR arms and the mixed arm"), lr_sweep=(False, "try 1/2, 1 and 2 times the rate"),
-            arms=(None, f"the arms, comma-separated: ar,mdm and any of: {', '.join(TUNED)}"))
-    command("sparsity", sparsity, **few, **out(None, "runs (default: out/sparsity-SCALE)"), **scaled(int, workers="runs at a time"),
-            match=("active", "what the dense model has as many of as the mixture: active | total parameters"),
-            ratio=(8.0, "total to active parameters of the mixture"))
-
     def small(steps, n_layer, block_size, batch_tokens):
         return dict(dataset=("docs-byte", "text"), steps=(steps, "of training: of each AR run, three times as many for diffusion"),
                     n_layer=(n_layer, "blocks"), n_embd=(128, "width"), block_size=(block_size, "window, T"),
@@ -2871,7 +2976,6 @@ def main(argv=None):
             tokens=(262_144, "of a batch"), n_head=(32, "query heads"), n_kv_head=(2, "key/value heads"),
             head_dim=(128, "width of a head"), block=(64, "keys in a block"), topk=(64, "blocks that a query reads"))
     command("moe", bench_moe, **machine, **repeat(12), steps=(2000, "of the balance run"), **out("out/moe", "two runs"))
-    command("presets", presets)
     command("gpu", gpu, minutes=(9.0, "for all of it"))
 
     command("theory", theory, **threads, **out("out/theory", points), lengths=("24,96", "of sequences, multiples of 3", numbers),

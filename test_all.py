@@ -3589,33 +3589,25 @@ def test_crossing():
     assert bench.crossing(None, mdm, level=3.2)["epoch"] == pytest.approx(2 ** (1 + 0.3 / 0.5))
 
 
-@pytest.mark.parametrize("line", ["crossover --seeds 0", "sparsity --ratio 1", "sparsity --workers 0", "moe --steps 1", "moe --repeat 0", "moe --threads 0",
+@pytest.mark.parametrize("line", ["crossover --seeds 0", "crossover --x days", "crossover --arm own", "sparsity --ratio 1", "sparsity --workers 0", "moe --steps 1", "moe --repeat 0", "moe --threads 0",
                                   "moe --device gpu", "crossover --arms ar", "crossover --arms arr", "crossover --scale tpu", "sparsity --match both",
                                   "train --preset gpt3"])
 def test_bench_refuses(line, dataset, tmp_path, capsys):
     small = "--unique_tokens 320 --n_layer 1 --n_head 2 --n_embd 32 --block_size 16 --batch_tokens 64"
-    few = f" --scale cpu --dataset {dataset} {small} --out {tmp_path}/runs" if "moe" not in line and "train" not in line else ""
+    few = f" --scale cpu --dataset {dataset} {small} --out {tmp_path}/runs" if line.split()[0] in ("crossover", "sparsity") else ""
     assert bench.main((line.replace(" ", few + " ", 1) + f" --results {tmp_path}").split()) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1 and line.split()[1] in error
 
 
-def test_crossover_end_to_end(dataset, tmp_path, capsys):
-    """The main job in small: both arms, table, picture, numbers; run again it finds everything done."""
-    argv = f"""crossover --scale cpu --dataset {dataset} --unique_tokens 320 --epochs 4 --n_layer 1 --n_head 2 --n_embd 16 --block_size 16
-               --batch_tokens 64 --evals 3 --out {tmp_path / 'runs'} --results {tmp_path / 'results'}""".split()
-    assert bench.main(argv) == 0
-    out = capsys.readouterr().out
-    assert "curve crossing" in out and "honest crossing" in out and "a sample of mdm" in out
-    rows = json.loads((tmp_path / "results" / "crossover_cpu.json").read_text())["rows"]
-    assert [r["arm"] for r in rows] == ["ar", "mdm", "crossing"] and len(rows[0]["evals"]) == 3
-    assert (tmp_path / "results" / "crossover_cpu.png").stat().st_size > 10_000
-    assert all(0 <= r["probe_accuracy"] <= 1 and "probe_gap" in r for row in rows[:2] for r in row["evals"]), "the probe runs along"
-
-
 SIZES = "--n_head 2 --head_dim 16 --repeat 1 --device cpu"
+FEW = """--scale cpu --dataset DATASET --unique_tokens 320 --epochs 4 --n_layer 1 --n_head 2 --n_embd 32 --block_size 16
+         --batch_tokens 64 --evals 3"""
 RUNS = "--n_layer 1 --n_embd 16 --block_size 128 --batch_tokens 128 --device cpu"
 TOYS = {    # experiment: (its flags, rows of the JSON file, is there a picture?)
+    "crossover": (f"--seeds 2 --schedule wsd {FEW}", 6, True),
+    "sparsity": (f"--match total {FEW}", 4, True),
+    "presets": ("", 7, False),
     "attention": (f"--lengths 64,96 --layers full,msa,linear {SIZES}", 6, True),
     "quality": (f"--dataset DATASET --mixers full,msa --steps 2 --seeds 2 {RUNS}", 4, False),
 }
@@ -3666,6 +3658,24 @@ def test_every_experiment_runs_stops_and_goes_on(name, dataset, tmp_path, arms_h
     assert len(measured) == len(set(measured)) + (len(measured) > 1), "the interrupted point alone is measured again"
     assert {"command", "date", "device", "versions", "seed", "seeds", "cut", "flags"} <= set(result) and not result["cut"]
     assert file.with_suffix(".png").exists() == picture and all(f"| {c} " in out for c in list(result["rows"][0])[:1])
+
+
+def test_crossover_is_what_its_runs_say(dataset, tmp_path, arms_here, capsys):
+    """Own arms with any flags of train.py, rates and annealed runs on the way; compare reads the same logs."""
+    argv = f"crossover --lr_sweep --schedule cosine {FEW} --out {tmp_path}/runs --results {tmp_path}".replace("DATASET", dataset).split()
+    assert bench.main([*argv, "--arm", "own: --layers linear --dropout 0.1", "--x", "tokens"]) == 0
+    out = capsys.readouterr().out
+    assert "curve crossing" in out and "honest crossing" in out
+    rows = {r["arm"]: r for r in json.loads((tmp_path / "crossover_cpu.json").read_text())["rows"]}
+    assert list(rows) == ["ar", "mdm", "own", "crossing"] and "honest_tuned" in rows["crossing"]
+    assert all(0 <= e["probe_accuracy"] <= 1 and "probe_gap" in e for a in ("ar", "mdm", "own") for e in rows[a]["evals"])
+    sweep = {lr: min(e["loss"] for e in bench.evaluations(next(tmp_path.glob(f"runs/*/own-s1337-lr{lr:g}")))) for lr in (1e-3, 2e-3, 4e-3)}
+    assert rows["own"]["lr"] == min(sweep, key=sweep.get) and rows["own"]["best"] <= min(sweep.values())
+    run, = tmp_path.glob(f"runs/*/own-s1337-lr{rows['own']['lr']:g}")
+    assert train.load_model(run, "last")[0].config.layers == "linear"
+    assert bench.main(["compare", str(run), "--x", "seconds", "--results", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "compare.json").read_text())["rows"][0]["evals"] == rows["own"]["evals"]
+    assert bench.main(["compare", str(tmp_path)]) == 2 and "no evaluation" in capsys.readouterr().err
 
 
 def test_judged_is_its_definition():
@@ -4277,20 +4287,10 @@ def test_matched_models_have_equal_parameters(base, match):
     assert count(mixture) / count(dense) == pytest.approx(1, abs=0.03)
     assert mixture.num_params() / mixture.active_params() == pytest.approx(8, rel=0.06)
     assert mixture.active_params() == pytest.approx(LM(ModelConfig(**base)).num_params(), rel=0.03), "one mixture for both matches"
-    with pytest.raises(ValueError, match="active or total"):
+    with pytest.raises(ValueError, match="--match both"):
         bench.match_experts(base, "both")
     with pytest.raises(ValueError, match="larger --n_embd"):
         bench.match_experts(dict(n_layer=8, n_head=2, n_embd=16, vocab_size=60), match)
-
-
-def test_sparsity_end_to_end(dataset, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "run_arms", lambda jobs, workers: [train.train({k: v for k, v in job.items() if v is not None}, log=quiet) for job in jobs.values()])
-    argv = f"""sparsity --match total --scale cpu --dataset {dataset} --unique_tokens 320 --epochs 4 --n_layer 1 --n_head 2 --n_embd 32 --block_size 16
-               --batch_tokens 64 --evals 3 --out {tmp_path / 'runs'} --results {tmp_path / 'results'}""".split()
-    assert bench.main(argv) == 0 and "honest crossing" in capsys.readouterr().out
-    rows = json.loads((tmp_path / "results" / "sparsity_cpu_total.json").read_text())["rows"]
-    assert [(r["model"], r["objective"]) for r in rows] == [("dense", "ar"), ("dense", "mdm"), ("mixture", "ar"), ("mixture", "mdm")]
-    assert rows[2]["total"] == pytest.approx(rows[0]["total"], rel=0.03) and rows[2]["active"] < rows[0]["active"] / 4
 
 # ---------------------------------------------------------------------------------------------------------------------
 # recall
@@ -4491,7 +4491,7 @@ def test_arithmetic_and_tools_end_to_end(tmp_path, monkeypatch, runs, capsys):
 
 def test_gpu_queue(tmp_path, monkeypatch, capsys):
     """Without a GPU: every command of the queue is one that bench.py understands, and leaves the file that the queue looks for."""
-    for name in ("crossover", "bench_train", "decode", "bench_context", "bench_sparse", "bench_moe"):
+    for name in ("bench_train", "decode", "bench_context", "bench_sparse", "bench_moe"):
         monkeypatch.setattr(bench, name, lambda args, name=name: (tmp_path / f"{args.name or default[name]}.json").write_text("{}") and 0)
     monkeypatch.setattr(bench, "perform", lambda command, typed: (tmp_path / f"{typed.get('name', command + '_cuda')}.json").write_text("{}") and 0)
     default = dict(bench_train="train_cuda", decode="decode_gpu", bench_context="context_cuda", bench_sparse="sparse_cuda",
