@@ -378,6 +378,12 @@ def log_ticks(axis, values):
     axis.set_ticks([], minor=True)
 
 
+def plain_log(axis):
+    """1 10 100 on a logarithmic axis, where matplotlib writes powers of ten."""
+    axis.set_major_formatter(lambda v, _: f"{v:,g}")
+    axis.set_minor_formatter(lambda v, _: "")
+
+
 def label_ends(ax, labels):
     """Names lines where they end, moved apart where they would overlap. labels: [(x, y, text, colour)], y logarithmic."""
     low, high = ax.get_ylim()
@@ -662,7 +668,7 @@ def crossover_picture(plt, result):
     for kind, ls in (("curve", ":"), ("honest", "-.")):
         where = [r[kind][x] for r in rows if r["arm"] == "crossing" and r[kind] and x in r[kind]]
         for i, value in enumerate(where):
-            label = f"{kind} crossing, {AXES[x].split()[0]} {value:,.4g}"
+            label = f"{kind} crossing, {x} {value:,.4g}"
             top.axvline(value, color="0.45", lw=1, ls=ls, label=None if i else label)
     for ax, (key, label) in zip(below, probes.items()):
         draw_curves(ax, runs, x, key)
@@ -676,7 +682,7 @@ def crossover_picture(plt, result):
                   f"{flags['n_embd']}; thin: on the training text", fontsize=10)
     top.set(xscale="log", ylabel="nats per token (mdm: a bound)", ylim=(None, first * 1.05))
     axes[-1, 0].set_xlabel(AXES[x])
-    axes[-1, 0].xaxis.set_major_formatter(lambda v, _: f"{v:g}")
+    plain_log(axes[-1, 0].xaxis)
     top.legend(fontsize=9)
     return figure
 
@@ -828,7 +834,7 @@ def sparsity_picture(plt, result):
         ls = "-" if r["model"] == "dense" else "--"
         draw_curves(ax, {r["objective"]: [r["evals"]]}, "epoch", "loss", label=label, ls=ls)
     ax.set(xlabel=AXES["epoch"], ylabel="nats per token (mdm: a bound)", xscale="log")
-    ax.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
+    plain_log(ax.xaxis)
     ax.set_title(f"dense against experts, equal {result['flags']['match']} parameters, "
                  f"{result['flags']['unique_tokens']:,} unique tokens", fontsize=10)
     ax.legend(fontsize=9)
