@@ -3,8 +3,17 @@
     lm = LM(ModelConfig(vocab_size=257, n_layer=6, n_head=6, n_embd=384))
     logits = lm(idx)                        # (B, T) -> (B, T, V), causal; lm(idx, causal=False) for diffusion
 
-The embedding has one row more than the vocabulary, padded to a multiple of 64: row V is the mask token of diffusion and
-also the BOS of AR. The logits are cut to V, so neither is ever predicted. Copy this file together with attention.py.
+    ModelConfig         all settings; attention.LayerConfig has those of the mixers
+    LM, Block           embedding, blocks, norm, head; a block is a mixer (attention.ATTENTION) and an MLP
+    MLP, MoE            the MLP, and a mixture of experts in its place
+    init_weights        how every parameter begins
+    parse_layers        "gated_deltanet*3 full" -> the layers of a model
+    override            a config with some fields changed; check_setting knows what each may hold
+    PRESETS             published models; from_preset makes them, or a small twin
+
+The embedding has one row more than the vocabulary, padded to a multiple of 64: row V is the mask token of
+diffusion and also the BOS of AR. The logits are cut to V, so neither is ever predicted. Copy this file
+together with attention.py.
 """
 import dataclasses
 import difflib
@@ -22,17 +31,23 @@ import torch.nn.functional as F
 from attention import ATTENTION, CHOICES, Cache, LayerConfig, check_settings, itemsize, no_autocast, top_k
 
 
+def need(ok, message):
+    if not ok:
+        raise ValueError(message)
+
+
 @dataclass
 class ModelConfig(LayerConfig):
-    """Settings of the whole model, and those of its layers, which attention.LayerConfig lists: n_head, window, sel_topk ..."""
+    """Settings of the whole model, and those of its layers, which attention.LayerConfig lists: n_head,
+    window, sel_topk ..."""
     # shape
     vocab_size: int = 257           # V, with <|endoftext|> as its last id
     block_size: int = 128           # window of training, T
-    layers: str = "full"            # pattern: "gated_deltanet*3 full", "full(window=128) full", see parse_layers
+    layers: str = "full"  # pattern: "gated_deltanet*3 full", "full(window=128) full", see parse_layers
     n_layer: int = 4
     # MLP and norm
     mlp: str = "swiglu"             # swiglu | swiglu_clamped (gpt-oss) | relu2 | gelu
-    n_inner: int | None = None      # hidden width of the MLP; None: 8/3 C for swiglu (rounded up to 32), 4 C otherwise
+    n_inner: int | None = None  # width inside; None: 8/3 C for swiglu (rounded up to 32), 4 C otherwise
     norm: str = "rms"               # rms | layer
     dropout: float = 0.0            # on the embedding and on what each block adds
     tied: bool = True               # the head shares the embedding's weights
@@ -40,11 +55,11 @@ class ModelConfig(LayerConfig):
     # mixture of experts in place of the MLP
     n_expert: int = 0               # E, 0: a dense MLP
     n_expert_active: int = 2        # experts a token is sent to
-    expert_inner: int | None = None  # hidden width of one expert; None: so that the active ones together are n_inner wide
+    expert_inner: int | None = None  # of one expert; None: the active ones together are n_inner wide
     shared_inner: int = 0           # hidden width of the shared expert that every token passes, 0: none
-    router: str = "sigmoid"         # sigmoid (DeepSeek-V3: bias rule) | softmax (Qwen3-Next: balance loss, gated shared expert)
+    router: str = "sigmoid"  # sigmoid (DeepSeek-V3: bias rule) | softmax (Qwen3-Next: balance loss)
     router_scale: float = 1.0       # sigmoid: the renormalised weights are multiplied by this
-    router_bias_step: float = 1e-3  # sigmoid: how far each step moves the selection bias towards equal load, 0: no balancing
+    router_bias_step: float = 1e-3  # sigmoid: how far each step moves the selection bias, 0: no balancing
     router_aux: float = 1e-3        # softmax: coefficient of the balance loss
     n_expert_group: int = 1         # sigmoid: experts come in groups, and a token may choose only from the
     n_expert_group_active: int = 1  # best few of them (DeepSeek-V3: 8 and 4)
@@ -53,338 +68,6 @@ class ModelConfig(LayerConfig):
         self.position = self.position or "none"                     # parse_value makes None of none
         for field in dataclasses.fields(self):
             check_setting(field, getattr(self, field.name))
-
-
-# What a field may hold, ends included: numbers from the first to the second, or one of these words. A whole number that
-# is not named here lies between 1 and 65,536.
-RANGES = {
-    "vocab_size": (1, 2 ** 24), "block_size": (1, 2 ** 24), "n_layer": (1, 10_000), "n_inner": (1, 2 ** 18),
-    "n_expert": (0, 2 ** 16), "shared_inner": (0, 2 ** 18), "window": (1, 2 ** 31), "dense_len": (0, 2 ** 31),
-    "sel_topk": (1, 2 ** 24), "sel_init": (0, 2 ** 16), "sel_local": (0, 2 ** 16), "out_gate_rank": (0, 2 ** 16),
-    "norm_eps": (1e-12, 0.1), "dropout": (0, 0.99), "logit_softcap": (1e-3, 10 ** 6), "router_scale": (1e-3, 1000),
-    "router_bias_step": (0, 1), "router_aux": (0, 1000), "rope_base": (1, 10 ** 12), "rotary_fraction": (0, 1), "g_min": (-5, -1e-3),
-    "mlp": ("swiglu", "swiglu_clamped", "relu2", "gelu"), "norm": ("rms", "layer"), "router": ("sigmoid", "softmax"),
-    **CHOICES,
-}
-KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", type(None): "none"}
-
-
-def check_setting(field, value):
-    """ValueError where a field of ModelConfig holds another type than its own, or a value outside of its range."""
-    kinds, limits = typing.get_args(field.type) or (field.type,), RANGES.get(field.name, (1, 2 ** 16))
-    real = float in kinds                                                              # takes whole numbers too
-    right = isinstance(value, (*kinds, int) if real else kinds) and isinstance(value, bool) == (bool in kinds)
-    expected = " or ".join(KINDS[kind] for kind in kinds)
-    if str in kinds and field.name in RANGES:
-        words = [str(word).lower() for word in limits]
-        right, expected = value in limits, ", ".join(words) + nearest(str(value), words)
-    elif real or int in kinds:
-        right = right and (value is None or limits[0] <= value <= limits[1])           # nan is in no range
-        expected = expected.replace("number", f"number from {limits[0]:,} to {limits[1]:,}", 1)
-    need(right, f"model setting {field.name} {value!s:.60}: expected {expected}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Layer patterns
-
-def need(ok, message):
-    if not ok:
-        raise ValueError(message)
-
-
-def nearest(word, known):
-    """' (did you mean X?)' or nothing: the tail of an error about a name."""
-    match = difflib.get_close_matches(word, known, n=1)
-    return f" (did you mean '{match[0]}'?)" if match else ""
-
-
-NUMBER = re.compile(r"[+-]?(\d[\d_]*\.?\d*|\.\d+)(e[+-]?\d+)?([kmb]?)", re.ASCII)
-
-
-def parse_value(text):
-    """'8' -> 8, '1e-3' -> 0.001, '1e6', '1M' and '1_000_000' -> 1000000, 'true' -> True, 'none' -> None; all else stays text."""
-    text = text.strip()
-    low = text.lower()
-    if low in ("none", "true", "false"):
-        return {"none": None, "true": True, "false": False}[low]
-    match = NUMBER.fullmatch(low) if len(low) < 40 else None
-    if not match:
-        return text
-    value = float(low.rstrip("kmb")) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}[match[3]]
-    return int(value) if value.is_integer() and abs(value) < 2 ** 53 else value
-
-
-WHOLE = ("vocab_size", "block_size", "layers", "n_layer", "n_embd", "tied", "logit_softcap")   # fields that all layers share
-AROUND = ("bias", "norm_eps")                                       # read by the norms and the MLP around a layer too
-LONGEST = RANGES["n_layer"][1]
-
-
-def parse_layers(pattern, n_layer):
-    """Expand a layer pattern to n_layer entries (name, {field: value}).
-
-    Grammar: item ::= name | name(key=value, ...) | (items), each with an optional *count; items are separated by blanks.
-    A pattern shorter than the model is repeated: "gated_deltanet*3 full" at depth 48 is Qwen3-Next. A longer one is cut,
-    and a warning says what is left out. ValueError: an unknown layer, a field of the whole model, what is no pattern.
-    """
-    about = f"layer pattern '{pattern if len(pattern) < 100 else pattern[:97] + '...'}'"
-    need(pattern.count("(") == pattern.count(")"), f"{about} has unbalanced parentheses")
-    groups, last = [[]], None                          # open parentheses, and the item that a *count would repeat
-    for token in re.findall(r"\w+\([^()]*\)|\w+|\*\s*[0-9]*|[()]|\S", pattern):
-        if token == "(":
-            groups.append([])
-            last = None
-        elif token == ")":
-            need(len(groups) > 1, f"{about} has unbalanced parentheses")
-            last = groups.pop()
-            groups[-1] += last
-        elif token[0] == "*":
-            count = token[1:].strip()
-            need(last is not None and count.strip("0"), f"{about}: * needs an item before it and a count after it, as in full*3")
-            need(len(count) < 6 and len(last) * int(count) <= LONGEST, f"{about} makes more than {LONGEST:,} layers")
-            groups[-1] += last * (int(count) - 1)
-            last = None
-        else:
-            last = [parse_layer(token, about)]
-            groups[-1] += last
-    out = groups[0]
-    need(out, f"{about} names no layer: one of {', '.join(ATTENTION)}")
-    if len(out) > n_layer:
-        lost = ", ".join(dict.fromkeys(name for name, _ in out[n_layer:]))
-        warnings.warn(f"{about} has {len(out)} layers, the model {n_layer}: the last {len(out) - n_layer} are left out ({lost})")
-    return [out[i % len(out)] for i in range(n_layer)]
-
-
-def parse_layer(text, about):
-    """'full(window=128)' -> ("full", {"window": 128})."""
-    name, _, args = text.partition("(")
-    need(name in ATTENTION, f"unknown layer '{name:.40}' in the {about}{nearest(name, ATTENTION)}: known are {', '.join(ATTENTION)}")
-    values = {}
-    for pair in filter(str.strip, args.rstrip(")").split(",")):
-        key, eq, value = (part.strip() for part in pair.partition("="))
-        need(eq and key not in WHOLE and key not in values, f"{about}: '{pair.strip()}' is not a setting of one layer, as in full(window=128)")
-        values[key] = parse_value(value)
-    check_settings(name, {key: value for key, value in values.items() if key not in AROUND})
-    return name, values
-
-
-def override(config, values):
-    """A copy of config with some fields set from values. ValueError: an unknown name, and what `check_setting` refuses."""
-    known = [field.name for field in dataclasses.fields(config)]
-    for key in values:
-        need(key in known, f"unknown model setting '{key:.40}'{nearest(key, known)}")
-    return dataclasses.replace(config, **values)
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The model
-
-def make_norm(config):
-    if config.norm == "layer":
-        return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
-    return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
-
-
-GATED = ("swiglu", "swiglu_clamped")
-
-
-def inner_width(config):
-    return config.n_inner or (-(-8 * config.n_embd // 96) * 32 if config.mlp in GATED else 4 * config.n_embd)
-
-
-def activate(h, kind):
-    """swiglu: silu(gate) * up, both halves of h (arXiv 2002.05202); swiglu_clamped: gpt-oss's, gate * sigmoid(1.702 gate)
-    * (up + 1) with both clamped at 7; relu2: relu(h)^2 (2109.08668); gelu: GPT-2's."""
-    if kind in GATED:
-        gate, up = h.chunk(2, dim=-1)
-        if kind == "swiglu":
-            return F.silu(gate) * up
-        gate = gate.clamp(max=7.0)
-        return gate * torch.sigmoid(1.702 * gate) * (up.clamp(-7.0, 7.0) + 1)
-    return F.relu(h).square() if kind == "relu2" else F.gelu(h)
-
-
-class MLP(nn.Module):
-    def __init__(self, config, inner=None):
-        super().__init__()
-        C, self.kind, inner = config.n_embd, config.mlp, inner or inner_width(config)
-        self.up_proj = nn.Linear(C, inner * (1 + (self.kind in GATED)), bias=config.bias)  # gate and up in one
-        self.down_proj = nn.Linear(inner, C, bias=config.bias)
-
-    def forward(self, x, aux=None, valid=None):
-        return self.down_proj(activate(self.up_proj(x), self.kind))
-
-
-def sum_rows(y, rows, weights=None):
-    """sum_j weights[n, j] y[rows[n, j]]: y (M, C), rows (N, k) -> (N, C). In a fixed order, and on a CPU without a copy of the rows."""
-    if y.device.type == "cpu" and not torch.compiler.is_compiling():
-        return F.embedding_bag(rows, y, mode="sum", per_sample_weights=weights)
-    y = y[rows]
-    return (y if weights is None else y * weights[..., None]).sum(1)
-
-
-class Spread(torch.autograd.Function):
-    """x (N, C) -> (N k, C), each row k times, in the order of the experts; `back` (N, k) says where they went.
-
-    The gradient is a sum of gathered rows. That of index_select adds row after row into zeros: on a CPU by a kernel call a
-    row, on a GPU by atomics, in an order that changes from run to run.
-    """
-    @staticmethod
-    def forward(ctx, x, order, back):
-        ctx.save_for_backward(back)
-        return x.index_select(0, order // back.size(1))
-
-    @staticmethod
-    def backward(ctx, grad):
-        return sum_rows(grad, ctx.saved_tensors[0]), None, None
-
-
-class Combine(torch.autograd.Function):
-    """The way back: y (N k, C), weights (N, k) -> (N, C), the weighted sum of each token's k rows."""
-    @staticmethod
-    def forward(ctx, y, weights, order, back):
-        ctx.save_for_backward(y, weights, order, back)
-        return sum_rows(y, back, weights)
-
-    @staticmethod
-    def backward(ctx, grad):
-        y, weights, order, back = ctx.saved_tensors
-        grad = grad.index_select(0, order // back.size(1))                             # (N k, C)
-        # one number a row: compiled for a GPU the second is one kernel, on a CPU it is a copy of all rows
-        dw = torch.bmm(grad.unsqueeze(1), y.unsqueeze(2)).flatten() if y.device.type == "cpu" else (grad * y).sum(-1)
-        return grad * weights.flatten()[order, None], dw[back], None, None
-
-
-class MoE(nn.Module):
-    """Mixture of experts: each token passes k of E small MLPs, chosen by a router, and a shared one. (B, T, C) -> same.
-
-    Two routers, in float32. sigmoid (DeepSeek-V3, arXiv 2412.19437 section 2.1.2): scores s = sigmoid(router x); the k
-    largest of s + bias are chosen, weighted by s without the bias, renormalised and scaled. The bias has no gradient:
-    `balance` moves it towards equal load once a step. softmax (Qwen3-Next): p = softmax(router x), the k largest,
-    renormalised; the shared expert behind a sigmoid gate; a balance loss E sum_e f_e P_e goes into aux (Switch,
-    2101.03961), f_e the choices of e per token and P_e the mean of p_e. f is that of the last whole batch, over all its
-    micro-batches and processes (2501.11873), as `balance` found it: so the loss is a mean over tokens, however a batch is
-    cut. Both routers balance only where `balance` is called once per optimizer step.
-
-    Two ways to compute, equal by a test: every expert for every token, weighted by zero where not chosen (any device and
-    dtype, E/k times the work), and grouped_mm on tokens sorted by expert. No token is dropped, no host sync.
-    """
-    def __init__(self, config):
-        super().__init__()
-        C, E, k = config.n_embd, config.n_expert, config.n_expert_active
-        need(k <= E, f"n_expert_active {k} must not exceed n_expert {E}")
-        G, self.groups = config.n_expert_group, config.n_expert_group_active
-        need(E % G == 0 and self.groups <= G and k <= E // G * self.groups,
-             f"n_expert {E} in n_expert_group {G} groups with n_expert_group_active {self.groups}: the groups must be equal, "
-             f"and the active ones hold at least the n_expert_active {k} experts")
-        f = config.expert_inner or max(8, inner_width(config) // k // 8 * 8)           # grouped_mm wants multiples of 16 bytes
-        self.E, self.k, self.G, self.kind, self.sigmoid = E, k, G, config.mlp, config.router == "sigmoid"
-        self.scale, self.bias_step, self.aux_weight = config.router_scale, config.router_bias_step, config.router_aux
-        self.router = nn.Linear(C, E, bias=config.bias)
-        self.expert_up = nn.Parameter(torch.randn(E, C, f * (1 + (self.kind in GATED))) * 0.02)
-        self.expert_down = nn.Parameter(torch.randn(E, f, C) * 0.02)
-        self.expert_up_bias = nn.Parameter(torch.zeros(E, self.expert_up.size(2))) if config.bias else None
-        self.expert_down_bias = nn.Parameter(torch.zeros(E, C)) if config.bias else None
-        self.shared = MLP(config, config.shared_inner) if config.shared_inner else None
-        self.shared_gate = nn.Linear(C, 1, bias=False) if config.shared_inner and not self.sigmoid else None
-        self.register_buffer("bias", torch.zeros(E))
-        self.register_buffer("count", torch.zeros(E), persistent=False)                # choices since the last balance()
-        self.register_buffer("share", None if self.sigmoid else torch.full((E,), k / E))   # f of the last whole batch
-
-    def route(self, x):
-        """x (N, C) -> weights (N, k), experts (N, k) int64, probabilities (N, E): float32, or float64 where x is."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        with no_autocast(x):
-            bias = None if self.router.bias is None else self.router.bias.to(dtype)
-            logits = F.linear(x.to(dtype), self.router.weight.to(dtype), bias)
-        p = logits.sigmoid() if self.sigmoid else logits.softmax(dim=-1)
-        choice = p.detach() + self.bias
-        if self.G > 1:                                                                 # a group is as good as its best two
-            groups = choice.view(-1, self.G, self.E // self.G)
-            best = top_k(groups.topk(min(2, self.E // self.G), dim=-1).values.sum(dim=-1), self.groups)[0]
-            allowed = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter_(1, best, True)
-            choice = groups.masked_fill(~allowed[..., None], -torch.inf).flatten(1)
-        experts = top_k(choice, self.k)[0]
-        weights = p.gather(1, experts)
-        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-        return weights * self.scale if self.sigmoid else weights, experts, p
-
-    def forward(self, x, aux=None, valid=None):
-        """valid (B, T) bool: what is False is padding and counts neither as load nor in the balance loss."""
-        shape = x.shape
-        x = x.reshape(-1, shape[-1])
-        weights, experts, p = self.route(x)
-        count = self.choices(experts)
-        real = torch.ones_like(p[:, 0]) if valid is None else valid.reshape(-1).to(p.dtype)
-        if self.training:
-            self.count += count if valid is None else self.choices(experts, valid.reshape(-1, 1))
-        if aux is not None and not self.sigmoid:
-            mean = real @ p / real.sum().clamp(min=1)                                  # (E,) P
-            aux["balance"] = aux.get("balance", 0.0) + self.aux_weight * self.E * (self.share * mean).sum()
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else x.dtype
-        xs, up, down = x.to(dtype), self.expert_up.to(dtype), self.expert_down.to(dtype)
-        # grouped_mm: on CUDA bf16 only; compiled in float32 it fails (torch 2.13); rows must be multiples of 16 bytes
-        fits = dtype == torch.bfloat16 or dtype == torch.float32 and x.device.type == "cpu" and not torch.compiler.is_compiling()
-        aligned = all(w.size(i) * itemsize(dtype) % 16 == 0 for w in (up, down) for i in (1, 2))
-        path = self.grouped if fits and aligned and x.device.type in ("cpu", "cuda") else self.every
-        y = path(xs, up, down, weights, experts, count)
-        if self.shared is not None:
-            gate = 1.0 if self.shared_gate is None else torch.sigmoid(self.shared_gate(x))
-            y = y + gate * self.shared(x)
-        return y.view(shape)
-
-    def choices(self, experts, real=None):
-        """How often each expert was chosen, (E,) int32: experts (N, k), real (N, 1) bool, the tokens that count."""
-        one = torch.ones_like(experts, dtype=torch.int32) if real is None else real.expand_as(experts).int()
-        return torch.zeros(self.E, dtype=torch.int32, device=one.device).scatter_add_(0, experts.flatten(), one.flatten())
-
-    def every(self, x, up, down, weights, experts, count=None):
-        """The definition: sum over all experts of weight x expert(x), weight 0 where not chosen."""
-        w = torch.zeros(len(x), self.E, dtype=weights.dtype, device=x.device).scatter(1, experts, weights)
-        h = torch.einsum("nc,ecf->enf", x, up)
-        if self.expert_up_bias is not None:
-            h = h + self.expert_up_bias[:, None].to(h.dtype)
-        y = torch.einsum("enf,efc->enc", activate(h, self.kind), down)
-        if self.expert_down_bias is not None:
-            y = y + self.expert_down_bias[:, None].to(y.dtype)
-        return torch.einsum("enc,ne->nc", y, w.to(x.dtype))
-
-    def grouped(self, x, up, down, weights, experts, count):
-        """The same on tokens sorted by expert: one matrix product a group, however long the groups are."""
-        order = experts.flatten().argsort(stable=True)                                 # (N k,)
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device)).view_as(experts)
-        offs = count.cumsum(0).int()                                                   # cumsum makes int64 of it
-        mm = getattr(F, "grouped_mm", None) or torch._grouped_mm
-        bias = lambda b, y: y if b is None else y + b.to(y.dtype)[experts.flatten()[order]]
-        h = bias(self.expert_up_bias, mm(Spread.apply(x, order, back), up, offs=offs)) # (N k, 2 f)
-        y = bias(self.expert_down_bias, mm(activate(h, self.kind), down, offs=offs))
-        return Combine.apply(y, weights.to(y.dtype), order, back)
-
-    @torch.no_grad()
-    def balance(self, move=True):
-        """Once per optimizer step: one step of the bias towards equal load, or the share that the balance loss reads.
-
-        Returns the counts (E,) of this step and clears them. With several processes sum `count` over them first.
-        """
-        count = self.count.clone()
-        if move and self.sigmoid:
-            delta = self.bias_step * torch.sign(count.mean() - count)
-            self.bias += delta - delta.mean()
-        elif move:
-            self.share.copy_(self.k * count / count.sum().clamp(min=1))
-        self.count.zero_()
-        return count
-
-
-class Block(nn.Module):
-    def __init__(self, name, config):
-        super().__init__()
-        self.norm1, self.mixer = make_norm(config), ATTENTION[name](config)
-        self.norm2, self.mlp = make_norm(config), (MoE if config.n_expert else MLP)(config)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x, aux=None, valid=None, **layer_keywords):
-        x = x + self.dropout(self.mixer(self.norm1(x), aux=aux, valid=valid, **layer_keywords))
-        return x + self.dropout(self.mlp(self.norm2(x), aux, valid))
 
 
 class LM(nn.Module):
@@ -408,12 +91,12 @@ class LM(nn.Module):
 
     def forward(self, idx, causal=True, cache=None, commit=True, pos=None, valid=None, mask=None, aux=None):
         B, T = idx.shape
-        if B * T == 0:                                                                 # nothing in, nothing out
+        if B * T == 0:                                              # nothing in, nothing out
             return self.logits(self.embed(idx))
-        own_pos, start = pos, 0             # None lets the layers take their fast path; the values are the same
+        own_pos, start = pos, 0  # None lets the layers take their fast path; the values are the same
         if cache is not None:
             pos = cache.positions(T, pos)
-            start = 0 if torch.compiler.is_compiling() else cache.used                 # a graph cannot count
+            start = 0 if torch.compiler.is_compiling() else cache.used  # a graph cannot count
         elif pos is None:
             pos = torch.arange(T, device=idx.device)
         if own_pos is None and start + T > self.config.block_size:
@@ -423,8 +106,8 @@ class LM(nn.Module):
             x = x + self.embed_pos(pos)
         x = self.dropout(x)
         for i, block in enumerate(self.blocks):
-            x = block(x, causal=causal, cache=cache.layers[i] if cache is not None else None, commit=commit, pos=own_pos,
-                      valid=valid, mask=mask, aux=aux)
+            x = block(x, causal=causal, cache=None if cache is None else cache.layers[i], commit=commit,
+                      pos=own_pos, valid=valid, mask=mask, aux=aux)
         if cache is not None and commit:
             cache.advance(pos, valid)
         return self.logits(self.norm(x))
@@ -432,7 +115,8 @@ class LM(nn.Module):
     def logits(self, x):
         """(B, T, C) after the last norm -> (B, T, V)."""
         w = self.head.weight
-        # GPUs like the padded width (nanoGPT: 50257 -> 50304 gave +14%); on the CPU the extra rows are only work.
+        # GPUs like the padded width (nanoGPT: 50257 -> 50304 gave +14%); on the CPU the extra rows are only
+        # work.
         z = F.linear(x, w)[..., :self.V] if x.is_cuda else F.linear(x, w[:self.V])
         cap = self.config.logit_softcap
         return z if cap is None else cap * torch.tanh(z / cap)
@@ -440,11 +124,11 @@ class LM(nn.Module):
     def beyond_block_size(self, T):
         size = self.config.block_size
         if self.embed_pos is not None:
-            raise ValueError(f"{T} tokens are more than block_size {size}, and learned positions end there: use a shorter "
-                             "text or a model with position=rotary")
+            raise ValueError(f"{T} tokens are more than block_size {size}, and learned positions end there: "
+                             "use a shorter text or a model with position=rotary")
         if not self.warned and not torch.compiler.is_compiling():
             self.warned = True
-            warnings.warn(f"{T} tokens: beyond the block_size {size} that the model was trained with, quality will fall")
+            warnings.warn(f"{T} tokens: beyond the block_size {size} of its training a model is worse")
 
     def init_cache(self, batch_size, max_len, device=None, dtype=None):
         """One cache for all layers, for max_len tokens a row."""
@@ -458,19 +142,24 @@ class LM(nn.Module):
 
     def num_params(self, embedding=True):
         """Parameters, a tied head counted once; embedding=False leaves out embeddings and an untied head."""
-        outside = {id(p) for m in (self.embed, self.embed_pos, self.head) if m is not None for p in m.parameters()}
-        return sum(p.numel() for p in self.parameters() if embedding or id(p) not in outside)
+        outside = [m for m in (self.embed, self.embed_pos, self.head) if m is not None and not embedding]
+        left_out = {id(p) for m in outside for p in m.parameters()}
+        return sum(p.numel() for p in self.parameters() if id(p) not in left_out)
 
     def active_params(self, embedding=True):
         """Parameters that one token passes through: of a mixture's E experts, k."""
-        idle = sum(p.numel() * (m.E - m.k) // m.E for m in self.moes() for n, p in m.named_parameters() if n.startswith("expert_"))
-        return self.num_params(embedding) - idle
+        count = self.num_params(embedding)
+        for moe in self.moes():
+            experts = sum(p.numel() for name, p in moe.named_parameters() if name.startswith("expert_"))
+            count -= experts * (moe.E - moe.k) // moe.E
+        return count
 
     def moes(self):
         return [b.mlp for b in self.blocks if isinstance(b.mlp, MoE)]
 
     def flops_per_token(self, T=None, causal=True):
-        """Training FLOPs per token, forward and backward: 6 (active non-embedding + head parameters) + 3 x the mixers'.
+        """Training FLOPs per token, forward and backward: 6 (active non-embedding + head parameters) + 3 x
+        the mixers'.
 
         Causal attention counts its visible half only, so diffusion costs more per token than AR.
         """
@@ -479,124 +168,527 @@ class LM(nn.Module):
         return 6 * (self.active_params(embedding=False) + self.V * self.config.n_embd) + 3 * mixers
 
 
-def need_memory(config, layers):
-    """ValueError before memory is allocated: where the parameters, in float32, are more than the machine's memory."""
-    if torch.get_default_device().type != "cpu" or not hasattr(os, "sysconf"):         # meta, or Windows
-        return
-    count, sizes = 2 * config.vocab_size * config.n_embd, {}
-    with torch.device("meta"):
-        for name, values in layers:
-            if (key := repr((name, values))) not in sizes:
-                sizes[key] = sum(p.numel() for p in Block(name, override(config, values)).parameters())
-            count += sizes[key]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    need(4 * count < memory, f"the model has {count:,} parameters, {count / 2 ** 28:,.0f} GiB, and this machine {memory / 2 ** 30:,.0f} GiB of "
-         f"memory: lower n_embd {config.n_embd}, n_layer {config.n_layer}, vocab_size {config.vocab_size}"
-         + f", n_expert {config.n_expert}" * bool(config.n_expert) + " or the widths of heads and MLP")
+class Block(nn.Module):
+    def __init__(self, name, config):
+        super().__init__()
+        self.norm1, self.mixer = make_norm(config), ATTENTION[name](config)
+        self.norm2, self.mlp = make_norm(config), (MoE if config.n_expert else MLP)(config)
+        self.dropout = nn.Dropout(config.dropout)
 
+    def forward(self, x, aux=None, valid=None, **layer_keywords):
+        x = x + self.dropout(self.mixer(self.norm1(x), aux=aux, valid=valid, **layer_keywords))
+        return x + self.dropout(self.mlp(self.norm2(x), aux, valid))
+
+
+def make_norm(config):
+    if config.norm == "layer":
+        return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
+    return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# MLP and mixture of experts
+
+GATED = ("swiglu", "swiglu_clamped")
+
+
+class MLP(nn.Module):
+    def __init__(self, config, inner=None):
+        super().__init__()
+        self.kind = config.mlp
+        inner = inner or inner_width(config)
+        self.up_proj = nn.Linear(config.n_embd, up_width(config, inner), bias=config.bias)
+        self.down_proj = nn.Linear(inner, config.n_embd, bias=config.bias)
+
+    def forward(self, x, aux=None, valid=None):
+        return self.down_proj(activate(self.up_proj(x), self.kind))
+
+
+def inner_width(config):
+    if config.n_inner:
+        return config.n_inner
+    return -(-8 * config.n_embd // 96) * 32 if config.mlp in GATED else 4 * config.n_embd
+
+
+def up_width(config, inner):
+    return 2 * inner if config.mlp in GATED else inner              # gate and up in one
+
+
+def activate(h, kind):
+    """swiglu: silu(gate) * up, both halves of h (arXiv 2002.05202); swiglu_clamped: gpt-oss's, gate *
+    sigmoid(1.702 gate) * (up + 1) with both clamped at 7; relu2: relu(h)^2 (2109.08668); gelu: GPT-2's."""
+    if kind == "relu2":
+        return F.relu(h).square()
+    if kind == "gelu":
+        return F.gelu(h)
+    gate, up = h.chunk(2, dim=-1)
+    if kind == "swiglu":
+        return F.silu(gate) * up
+    gate = gate.clamp(max=7.0)
+    return gate * torch.sigmoid(1.702 * gate) * (up.clamp(-7.0, 7.0) + 1)
+
+
+class MoE(nn.Module):
+    """Mixture of experts: each token passes k of E small MLPs, chosen by a router, and a shared one. (B, T,
+    C) -> same.
+
+    Two routers, in float32. sigmoid (DeepSeek-V3, arXiv 2412.19437 section 2.1.2): scores s = sigmoid(router
+    x); the k largest of s + bias are chosen, weighted by s without the bias, renormalised and scaled. The
+    bias has no gradient: `balance` moves it towards equal load. softmax (Qwen3-Next): p = softmax(router x),
+    the k largest, renormalised; the shared expert behind a sigmoid gate; a balance loss E sum_e f_e P_e goes
+    into aux (Switch, 2101.03961), f_e the choices of e per token and P_e the mean of p_e. f is that of the
+    last whole batch, over all its micro-batches and
+    processes (2501.11873): so the loss is a mean over tokens, and does not depend on how a batch is cut. Both
+    routers balance only where `balance` is called, once per optimizer step.
+
+    Two ways to compute, equal by a test: every expert for every token, weighted by zero where not chosen (any
+    device and dtype, E/k times the work), and grouped_mm on tokens sorted by expert. No token is dropped, no
+    host sync.
+    """
+    def __init__(self, config):
+        super().__init__()
+        C, E, k = config.n_embd, config.n_expert, config.n_expert_active
+        G, active = config.n_expert_group, config.n_expert_group_active
+        need(k <= E, f"n_expert_active {k} must not exceed n_expert {E}")
+        need(E % G == 0 and active <= G and k <= E // G * active,
+             f"n_expert {E} in n_expert_group {G} groups with n_expert_group_active {active}: groups must be "
+             f"equal, and the active ones hold at least the n_expert_active {k} experts")
+        self.E, self.k, self.G, self.groups = E, k, G, active
+        self.kind = config.mlp
+        self.sigmoid = config.router == "sigmoid"
+        self.scale = config.router_scale
+        self.bias_step = config.router_bias_step
+        self.aux_weight = config.router_aux
+        f = config.expert_inner or max(8, inner_width(config) // k // 8 * 8)
+        up = up_width(config, f)
+        self.router = nn.Linear(C, E, bias=config.bias)
+        self.expert_up = nn.Parameter(torch.empty(E, C, up).normal_(std=0.02))
+        self.expert_down = nn.Parameter(torch.empty(E, f, C).normal_(std=0.02))
+        self.expert_up_bias = nn.Parameter(torch.zeros(E, up)) if config.bias else None
+        self.expert_down_bias = nn.Parameter(torch.zeros(E, C)) if config.bias else None
+        self.shared = MLP(config, config.shared_inner) if config.shared_inner else None
+        self.shared_gate = nn.Linear(C, 1, bias=False) if config.shared_inner and not self.sigmoid else None
+        self.register_buffer("bias", torch.zeros(E))
+        self.register_buffer("count", torch.zeros(E), persistent=False)  # choices since the last balance()
+        share = None if self.sigmoid else torch.full((E,), k / E)    # f of the last whole batch
+        self.register_buffer("share", share)
+
+    def route(self, x):
+        """x (N, C) -> weights (N, k), experts (N, k) int64, probabilities (N, E): float32, or float64 where x
+        is."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        bias = None if self.router.bias is None else self.router.bias.to(dtype)
+        with no_autocast(x):
+            logits = F.linear(x.to(dtype), self.router.weight.to(dtype), bias)
+        p = logits.sigmoid() if self.sigmoid else logits.softmax(dim=-1)
+        choice = p.detach() + self.bias
+        if self.G > 1:                                              # a group is as good as its best two
+            groups = choice.view(-1, self.G, self.E // self.G)
+            best_two = groups.topk(min(2, groups.size(-1)), dim=-1).values.sum(dim=-1)
+            best = top_k(best_two, self.groups)[0]
+            allowed = torch.zeros_like(best_two, dtype=torch.bool).scatter_(1, best, True)
+            choice = groups.masked_fill(~allowed[..., None], -torch.inf).flatten(1)
+        experts = top_k(choice, self.k)[0]
+        weights = p.gather(1, experts)
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        return weights * self.scale if self.sigmoid else weights, experts, p
+
+    def forward(self, x, aux=None, valid=None):
+        """valid (B, T) bool: what is False is padding and counts neither as load nor in the balance loss."""
+        shape = x.shape
+        x = x.reshape(-1, shape[-1])                                                # (N, C)
+        weights, experts, p = self.route(x)
+        count = load = self.choices(experts)
+        real = torch.ones_like(p[:, 0])
+        if valid is not None:
+            real = valid.reshape(-1).to(p.dtype)
+            load = self.choices(experts, real)
+        if self.training:
+            self.count += load
+        if aux is not None and not self.sigmoid:
+            P = real @ p / real.sum().clamp(min=1)                  # (E,)
+            aux["balance"] = aux.get("balance", 0.0) + self.aux_weight * self.E * (self.share * P).sum()
+        kind = x.device.type
+        autocast = kind != "meta" and torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
+        up, down = self.expert_up.to(dtype), self.expert_down.to(dtype)
+        path = self.grouped if self.groupable(up, down) else self.every
+        y = path(x.to(dtype), up, down, weights, experts, count)
+        if self.shared_gate is not None:
+            y = y + torch.sigmoid(self.shared_gate(x)) * self.shared(x)
+        elif self.shared is not None:
+            y = y + self.shared(x)
+        return y.view(shape)
+
+    def choices(self, experts, real=None):
+        """How often each expert was chosen, (E,) int32: experts (N, k), real (N,): 1 for a token that counts,
+        or 0."""
+        one = torch.ones_like(experts, dtype=torch.int32)
+        if real is not None:
+            one = one * real[:, None].int()
+        return one.new_zeros(self.E).scatter_add_(0, experts.flatten(), one.flatten())
+
+    @torch.no_grad()
+    def balance(self, move=True):
+        """Once per optimizer step: one step of the bias towards equal load, or the share that the balance
+        loss reads.
+
+        Returns the counts (E,) of this step and clears them. With several processes sum `count` over them
+        first.
+        """
+        count = self.count.clone()
+        if move and self.sigmoid:
+            delta = self.bias_step * torch.sign(count.mean() - count)
+            self.bias += delta - delta.mean()
+        elif move:
+            self.share.copy_(self.k * count / count.sum().clamp(min=1))
+        self.count.zero_()
+        return count
+
+    def every(self, x, up, down, weights, experts, count=None):
+        """The definition: sum over all experts of weight x expert(x), weight 0 where not chosen."""
+        w = torch.zeros(len(x), self.E, dtype=weights.dtype, device=x.device).scatter(1, experts, weights)
+        h = torch.einsum("nc,ecf->enf", x, up)
+        if self.expert_up_bias is not None:
+            h = h + self.expert_up_bias[:, None].to(h.dtype)
+        y = torch.einsum("enf,efc->enc", activate(h, self.kind), down)
+        if self.expert_down_bias is not None:
+            y = y + self.expert_down_bias[:, None].to(y.dtype)
+        return torch.einsum("enc,ne->nc", y, w.to(x.dtype))
+
+    def grouped(self, x, up, down, weights, experts, count):
+        """The same on tokens sorted by expert: one matrix product a group, however long the groups are."""
+        order = experts.flatten().argsort(stable=True)              # (N k,)
+        back = torch.empty_like(order)
+        back = back.scatter_(0, order, torch.arange(len(order), device=x.device)).view_as(experts)
+        offs = count.cumsum(0).int()                                # cumsum makes int64 of it
+        mm = getattr(F, "grouped_mm", None) or torch._grouped_mm
+        bias = lambda b, y: y if b is None else y + b.to(y.dtype)[experts.flatten()[order]]
+        h = bias(self.expert_up_bias, mm(Spread.apply(x, order, back), up, offs=offs)) # (N k, 2 f)
+        y = bias(self.expert_down_bias, mm(activate(h, self.kind), down, offs=offs))
+        return Combine.apply(y, weights.to(y.dtype), order, back)
+
+    def groupable(self, up, down):
+        """grouped_mm takes bf16 on CUDA; on a CPU float32 too, but not compiled (torch 2.13); rows of 16
+        bytes."""
+        dtype, device = up.dtype, up.device.type
+        eager = device == "cpu" and dtype == torch.float32 and not torch.compiler.is_compiling()
+        aligned = all(w.size(i) * itemsize(dtype) % 16 == 0 for w in (up, down) for i in (1, 2))
+        return aligned and (eager or dtype == torch.bfloat16 and device in ("cpu", "cuda"))
+
+
+def sum_rows(y, rows, weights=None):
+    """sum_j weights[n, j] y[rows[n, j]]: y (M, C), rows (N, k) -> (N, C). In a fixed order, and on a CPU
+    without a copy of the rows."""
+    if y.device.type == "cpu" and not torch.compiler.is_compiling():
+        return F.embedding_bag(rows, y, mode="sum", per_sample_weights=weights)
+    y = y[rows]
+    return (y if weights is None else y * weights[..., None]).sum(1)
+
+
+class Spread(torch.autograd.Function):
+    """x (N, C) -> (N k, C), each row k times, in the order of the experts; `back` (N, k) says where they
+    went.
+
+    The gradient is a sum of gathered rows. That of index_select adds row after row into zeros: on a CPU by a
+    kernel call a row, on a GPU by atomics, in an order that changes from run to run.
+    """
+    @staticmethod
+    def forward(ctx, x, order, back):
+        ctx.save_for_backward(back)
+        return x.index_select(0, order // back.size(1))
+
+    @staticmethod
+    def backward(ctx, grad):
+        return sum_rows(grad, ctx.saved_tensors[0]), None, None
+
+
+class Combine(torch.autograd.Function):
+    """The way back: y (N k, C), weights (N, k) -> (N, C), the weighted sum of each token's k rows."""
+    @staticmethod
+    def forward(ctx, y, weights, order, back):
+        ctx.save_for_backward(y, weights, order, back)
+        return sum_rows(y, back, weights)
+
+    @staticmethod
+    def backward(ctx, grad):
+        y, weights, order, back = ctx.saved_tensors
+        grad = grad.index_select(0, order // back.size(1))          # (N k, C)
+        # one number a row: compiled for a GPU the second is one kernel, on a CPU it is a copy of all rows
+        if y.device.type == "cpu":
+            dw = torch.bmm(grad.unsqueeze(1), y.unsqueeze(2)).flatten()
+        else:
+            dw = (grad * y).sum(-1)
+        return grad * weights.flatten()[order, None], dw[back], None, None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# How parameters begin
 
 OWN_INIT = ("sink", "window_pos", "A_log", "dt_bias", "conv_weight")
 
 
 def init_weights(lm):
-    """Every parameter by one rule; one that no rule knows is an error (a forgotten one would keep random memory).
+    """Every parameter by one rule; one that no rule knows is an error (a forgotten one would keep random
+    memory).
 
     embed.weight, head.weight   N(0, 0.02)
-    linear weights              N(0, 0.02); o_proj and down_proj, which write to the residual stream, N(0, 0.02 / sqrt(2 L)) (GPT-2)
+    linear weights              N(0, 0.02); o_proj and down_proj, which write to the residual stream,
+                                N(0, 0.02 / sqrt(2 L)) (GPT-2)
     biases, experts' biases     0
     norms                       1 (their constructor), LayerNorm's bias 0
     expert_up, expert_down      as linear weights and down_proj
     OWN_INIT                    by the constructor of the layer, whose docstring says how
     """
-    std, residual = 0.02, 0.02 / (2 * lm.config.n_layer) ** 0.5
-    known = {}
+    residual = 0.02 / (2 * lm.config.n_layer) ** 0.5
+    known = set()                                                    # a tied weight has two names
     for name, module in lm.named_modules():
         for key, p in module.named_parameters(recurse=False):
-            if p.is_meta:
+            if p.is_meta or p in known or isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or key in OWN_INIT:
                 continue
-            if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or key in OWN_INIT:
-                pass
-            elif isinstance(module, nn.Linear) and key == "bias" or key in ("expert_up_bias", "expert_down_bias"):
+            known.add(p)
+            if key in ("bias", "expert_up_bias", "expert_down_bias") and isinstance(module, (nn.Linear, MoE)):
                 nn.init.zeros_(p)
-            elif isinstance(module, (nn.Linear, nn.Embedding)) or key in ("expert_up", "expert_down"):
-                if p not in known:
-                    nn.init.normal_(p, std=residual if name.endswith(("o_proj", "down_proj")) or key == "expert_down" else std)
-            else:
-                raise ValueError(f"no rule initialises the parameter {name}.{key}: add it to init_weights")
-            known[p] = name
+                continue
+            need(isinstance(module, (nn.Linear, nn.Embedding)) or key in ("expert_up", "expert_down"),
+                 f"no rule initialises the parameter {name}.{key}: add it to init_weights")
+            to_stream = name.endswith(("o_proj", "down_proj")) or key == "expert_down"
+            nn.init.normal_(p, std=residual if to_stream else 0.02)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Settings: what each may hold, and layer patterns
+
+# What a field may hold, ends included: numbers from the first to the second, or one of these words. A whole
+# number that is not named here lies between 1 and 65,536.
+RANGES = {
+    "vocab_size": (1, 2 ** 24), "block_size": (1, 2 ** 24), "n_layer": (1, 10_000), "n_inner": (1, 2 ** 18),
+    "n_expert": (0, 2 ** 16), "shared_inner": (0, 2 ** 18), "window": (1, 2 ** 31), "dense_len": (0, 2 ** 31),
+    "sel_topk": (1, 2 ** 24), "sel_init": (0, 2 ** 16), "sel_local": (0, 2 ** 16),
+    "out_gate_rank": (0, 2 ** 16),
+    "norm_eps": (1e-12, 0.1), "dropout": (0, 0.99), "logit_softcap": (1e-3, 10 ** 6), "g_min": (-5, -1e-3),
+    "router_scale": (1e-3, 1000), "router_bias_step": (0, 1), "router_aux": (0, 1000),
+    "rope_base": (1, 10 ** 12), "rotary_fraction": (0, 1),
+    "mlp": (*GATED, "relu2", "gelu"), "norm": ("rms", "layer"), "router": ("sigmoid", "softmax"), **CHOICES,
+}
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", type(None): "none"}
+
+
+def check_setting(field, value):
+    """ValueError where a field of ModelConfig holds another type than its own, or a value outside of its
+    range."""
+    kinds = typing.get_args(field.type) or (field.type,)
+    limits = RANGES.get(field.name, (1, 2 ** 16))
+    if str in kinds and field.name in RANGES:
+        words = [str(word).lower() for word in limits]
+        right, expected = value in limits, ", ".join(words) + nearest(str(value), words)
+    else:
+        taken = (*kinds, int) if float in kinds else kinds
+        right = isinstance(value, taken) and isinstance(value, bool) == (bool in kinds)
+        expected = " or ".join(KINDS[kind] for kind in kinds)
+        if int in taken:
+            right = right and (value is None or limits[0] <= value <= limits[1])    # nan is in no range
+            expected = expected.replace("number", f"number from {limits[0]:,} to {limits[1]:,}", 1)
+    need(right, f"model setting {field.name} {value!s:.60}: expected {expected}")
+
+
+def need_memory(config, layers):
+    """ValueError before memory is allocated: where the parameters, in float32, are more than the machine's
+    memory."""
+    if torch.get_default_device().type != "cpu" or not hasattr(os, "sysconf"):      # meta, or Windows
+        return
+    count = 2 * config.vocab_size * config.n_embd
+    sizes = {}                                                       # of each kind of block
+    with torch.device("meta"):
+        for name, values in layers:
+            kind = repr((name, values))
+            if kind not in sizes:
+                sizes[kind] = sum(p.numel() for p in Block(name, override(config, values)).parameters())
+            count += sizes[kind]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    sizes = (f"{field} {getattr(config, field)}" for field in ("n_embd", "n_layer", "vocab_size", "n_expert"))
+    need(4 * count < memory, f"the model has {count:,} parameters, {count / 2 ** 28:,.0f} GiB, the machine "
+         f"{memory / 2 ** 30:,.0f} GiB: lower {', '.join(sizes)}, or the widths of heads and MLP")
+
+
+def nearest(word, known):
+    """' (did you mean X?)' or nothing: the tail of an error about a name."""
+    match = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean '{match[0]}'?)" if match else ""
+
+
+NUMBER = re.compile(r"[+-]?(\d[\d_]*\.?\d*|\.\d+)(e[+-]?\d+)?([kmb]?)", re.ASCII)
+
+
+def parse_value(text):
+    """'8' -> 8, '1e-3' -> 0.001, '1e6', '1M' and '1_000_000' -> 1000000, 'true' -> True, 'none' -> None; all
+    else stays text."""
+    text = text.strip()
+    low = text.lower()
+    if low in ("none", "true", "false"):
+        return {"none": None, "true": True, "false": False}[low]
+    match = NUMBER.fullmatch(low) if len(low) < 40 else None
+    if not match:
+        return text
+    value = float(low.rstrip("kmb")) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}[match[3]]
+    return int(value) if value.is_integer() and abs(value) < 2 ** 53 else value
+
+
+WHOLE = ("vocab_size", "block_size", "layers", "n_layer", "n_embd", "tied", "logit_softcap")    # of the model
+AROUND = ("bias", "norm_eps")                                        # the norms and the MLP read them too
+LONGEST = RANGES["n_layer"][1]
+
+
+def parse_layers(pattern, n_layer):
+    """Expand a layer pattern to n_layer entries (name, {field: value}).
+
+    Grammar: item ::= name | name(key=value, ...) | (items), each with an optional *count; items are separated
+    by blanks. A pattern shorter than the model is repeated: "gated_deltanet*3 full" at depth 48 is
+    Qwen3-Next. A longer one is cut, and a warning says what is left out. ValueError: an unknown layer, a
+    setting that it does not read, a field of the whole model, what is no pattern.
+    """
+    about = f"layer pattern '{pattern if len(pattern) < 100 else pattern[:97] + '...'}'"
+    need(pattern.count("(") == pattern.count(")"), f"{about} has unbalanced parentheses")
+    groups = [[]]                                                    # open parentheses
+    last = None                                                      # the item that a *count would repeat
+    for token in re.findall(r"\w+\([^()]*\)|\w+|\*\s*[0-9]*|[()]|\S", pattern):
+        if token == "(":
+            groups.append([])
+            last = None
+        elif token == ")":
+            need(len(groups) > 1, f"{about} has unbalanced parentheses")
+            last = groups.pop()
+            groups[-1] += last
+        elif token[0] == "*":
+            count = token[1:].strip()
+            need(last is not None and count.strip("0"),
+                 f"{about}: * needs an item before it and a count after it, as in full*3")
+            short = len(count) < 6 and len(last) * int(count) <= LONGEST
+            need(short, f"{about} makes more than {LONGEST:,} layers")
+            groups[-1] += last * (int(count) - 1)
+            last = None
+        else:
+            last = [parse_layer(token, about)]
+            groups[-1] += last
+    out = groups[0]
+    need(out, f"{about} names no layer: one of {', '.join(ATTENTION)}")
+    if len(out) > n_layer:
+        lost = ", ".join(dict.fromkeys(name for name, _ in out[n_layer:]))
+        n = len(out)
+        warnings.warn(f"{about} has {n} layers, the model {n_layer}: the last {n - n_layer} are left out ({lost})")
+    return [out[i % len(out)] for i in range(n_layer)]
+
+
+def parse_layer(text, about):
+    """'full(window=128)' -> ("full", {"window": 128})."""
+    name, _, args = text.partition("(")
+    need(name in ATTENTION, f"unknown layer '{name:.40}' in the {about}{nearest(name, ATTENTION)}: known are "
+         f"{', '.join(ATTENTION)}")
+    values = {}
+    for pair in filter(str.strip, args.rstrip(")").split(",")):
+        key, eq, value = (part.strip() for part in pair.partition("="))
+        need(eq and key not in WHOLE and key not in values,
+             f"{about}: '{pair.strip()}' is not a setting of one layer, as in full(window=128)")
+        values[key] = parse_value(value)
+    check_settings(name, {key: value for key, value in values.items() if key not in AROUND})
+    return name, values
+
+
+def override(config, values):
+    """A copy of config with some fields set from values. ValueError: an unknown name, and what
+    `check_setting` says."""
+    known = [field.name for field in dataclasses.fields(config)]
+    for key in values:
+        need(key in known, f"unknown model setting '{key:.40}'{nearest(key, known)}")
+    return dataclasses.replace(config, **values)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Published models as dictionaries over the same fields
 
 PRESETS = {
-    "small": dict(),                                                                   # ModelConfig's own defaults
-    "gpt2": dict(vocab_size=50257, block_size=1024, n_layer=12, n_head=12, n_embd=768, mlp="gelu", norm="layer",
-                 norm_eps=1e-5, position="learned"),                                   # 124M; bias=False as nanoGPT trains it
-    "llama": dict(vocab_size=128256, block_size=8192, n_layer=32, n_head=32, n_kv_head=8, n_embd=4096, n_inner=14336,
-                  norm_eps=1e-5, rope_base=500_000.0, tied=False),                     # Llama-3.1-8B
-    "llada": dict(vocab_size=126464, block_size=4096, n_layer=32, n_head=32, n_embd=4096, n_inner=12288, norm_eps=1e-5,
-                  rope_base=500_000.0, tied=False),                                    # LLaDA-8B: train with --objective mdm
-    "qwen3-next": dict(                                                                # 80B-A3B
-        vocab_size=151936, block_size=4096, layers="gated_deltanet*3 full", n_layer=48, n_embd=2048, tied=False,
-        n_head=16, n_kv_head=2, head_dim=256, rotary_fraction=0.25, rope_base=10_000_000.0, qk_norm=True, attn_gate=True,
-        linear_n_head=16, linear_n_v_head=32, linear_key_dim=128, linear_value_dim=128,
-        n_expert=512, n_expert_active=10, expert_inner=512, shared_inner=512, router="softmax"),
-    "kimi-linear": dict(                                                               # 48B-A3B; MLA without positions
-        vocab_size=163840, block_size=4096, layers="kda(n_expert=0) kda*2 mla (kda*3 mla)*5 kda*2 mla", n_layer=27,
-        n_embd=2304, n_head=32, n_inner=9216, norm_eps=1e-5, position="none", tied=False, linear_n_head=32,
-        linear_key_dim=128, decay_gate="softplus", kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
-        n_expert=256, n_expert_active=8, expert_inner=1024, shared_inner=1024, router_scale=2.446),
-    "deepseek-v3": dict(                                                               # 671B-A37B
-        vocab_size=129280, block_size=4096, layers="mla(n_expert=0)*3 mla*58", n_layer=61, n_embd=7168, n_head=128,
-        n_inner=18432, tied=False, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64,
-        v_head_dim=128, n_expert=256, n_expert_active=8, expert_inner=2048, shared_inner=2048, router_scale=2.5,
-        n_expert_group=8, n_expert_group_active=4),
-    "gpt-oss": dict(                                                                   # 20b
-        vocab_size=201088, block_size=4096, layers="full(window=128) full", n_layer=24, n_embd=2880, n_head=64, n_kv_head=8,
-        head_dim=64, rope_base=150_000.0, norm_eps=1e-5, bias=True, sink=True, tied=False, mlp="swiglu_clamped",
-        n_expert=32, n_expert_active=4, expert_inner=2880, router="softmax"),
+    "small": dict(),  # ModelConfig's own defaults
+    "gpt2": dict(  # 124M; bias=False as nanoGPT trains it
+        vocab_size=50257, block_size=1024, n_layer=12, n_head=12, n_embd=768, mlp="gelu", norm="layer",
+        norm_eps=1e-5, position="learned"),
+    "llama": dict(  # Llama-3.1-8B
+        vocab_size=128256, block_size=8192, n_layer=32, n_head=32, n_kv_head=8, n_embd=4096, n_inner=14336,
+        norm_eps=1e-5, rope_base=500_000.0, tied=False),
+    "llada": dict(  # LLaDA-8B: train with --objective mdm
+        vocab_size=126464, block_size=4096, n_layer=32, n_head=32, n_embd=4096, n_inner=12288,
+        norm_eps=1e-5, rope_base=500_000.0, tied=False),
+    "qwen3-next": dict(  # 80B-A3B
+        vocab_size=151936, block_size=4096, layers="gated_deltanet*3 full", n_layer=48, n_embd=2048,
+        tied=False, n_head=16, n_kv_head=2, head_dim=256, rotary_fraction=0.25, rope_base=10_000_000.0,
+        qk_norm=True, attn_gate=True, linear_n_head=16, linear_n_v_head=32, linear_key_dim=128,
+        linear_value_dim=128, n_expert=512, n_expert_active=10, expert_inner=512, shared_inner=512,
+        router="softmax"),
+    "kimi-linear": dict(  # 48B-A3B; MLA without positions
+        vocab_size=163840, block_size=4096, layers="kda(n_expert=0) kda*2 mla (kda*3 mla)*5 kda*2 mla",
+        n_layer=27, n_embd=2304, n_head=32, n_inner=9216, norm_eps=1e-5, position="none", tied=False,
+        linear_n_head=32, linear_key_dim=128, decay_gate="softplus", kv_lora_rank=512, qk_nope_head_dim=128,
+        qk_rope_head_dim=64, v_head_dim=128, n_expert=256, n_expert_active=8, expert_inner=1024,
+        shared_inner=1024, router_scale=2.446),
+    "deepseek-v3": dict(  # 671B-A37B
+        vocab_size=129280, block_size=4096, layers="mla(n_expert=0)*3 mla*58", n_layer=61, n_embd=7168,
+        n_head=128, n_inner=18432, tied=False, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128,
+        qk_rope_head_dim=64, v_head_dim=128, n_expert=256, n_expert_active=8, expert_inner=2048,
+        shared_inner=2048, router_scale=2.5, n_expert_group=8, n_expert_group_active=4),
+    "gpt-oss": dict(  # 20b
+        vocab_size=201088, block_size=4096, layers="full(window=128) full", n_layer=24, n_embd=2880,
+        n_head=64, n_kv_head=8, head_dim=64, rope_base=150_000.0, norm_eps=1e-5, bias=True, sink=True,
+        tied=False, mlp="swiglu_clamped", n_expert=32, n_expert_active=4, expert_inner=2880,
+        router="softmax"),
 }
-WIDTHS = ("n_inner", "expert_inner", "shared_inner")                                   # of a layer: scale with n_embd
+WIDTHS = ("n_inner", "expert_inner", "shared_inner")                 # of a layer: scale with n_embd
 RANKS = ("head_dim", "linear_key_dim", "linear_value_dim", "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim",
-         "qk_rope_head_dim", "v_head_dim")                                             # of a head: scale with n_embd / n_head
-HEADS = ("n_kv_head", "linear_n_head", "linear_n_v_head")                              # scale with n_head
+         "qk_rope_head_dim", "v_head_dim")                           # of a head: scale with n_embd / n_head
+HEADS = ("n_kv_head", "linear_n_head", "linear_n_v_head")            # scale with n_head
 
 
 def from_preset(name, **given):
-    """A preset as ModelConfig, with some fields given. Another n_embd makes a small twin, whatever is not given scaled:
+    """A preset as ModelConfig, with some fields given. Another n_embd makes a small twin, what is not given
+    scaled:
 
-    heads, head widths and inner widths keep the preset's ratios (widths in steps of 8). Experts become fewer by
-    r^1.5, where r is the ratio of the widths, and the active ones in proportion, at least 2: kept, Qwen3-Next's 512 would
-    be 100M parameters in 4 layers of width 256. block_size becomes a power of two. The layer pattern stays.
+    heads, head widths and inner widths keep the preset's ratios (widths in steps of 8). Experts become fewer
+    by r^1.5, where r is the ratio of the widths, and the active ones in proportion, at least 2: kept,
+    Qwen3-Next's 512 would be 100M parameters in 4 layers of width 256. block_size becomes a power of two. The
+    layer pattern stays.
     """
-    values = dict(PRESETS[name])
-    if "n_embd" in given and "n_embd" in values:
-        r = given["n_embd"] / values["n_embd"]
-        group = values["n_head"] // values.get("n_kv_head", values["n_head"])
-        heads = given.get("n_head") or max(1, round(values["n_head"] * r / group)) * group
-        per_head = (given["n_embd"] / heads) / (values["n_embd"] / values["n_head"])
-        for fields, factor, step in ((WIDTHS, r, 8), (RANKS, per_head, 8), (HEADS, heads / values["n_head"], 1)):
-            for f in fields:
-                if values.get(f):
-                    values[f] = max(1, round(values[f] * factor / step)) * step
-        if "linear_n_v_head" in values:                                                # value heads stay a multiple
-            values["linear_n_v_head"] = values["linear_n_head"] * (PRESETS[name]["linear_n_v_head"] // PRESETS[name]["linear_n_head"])
-        if r < 1:
-            values["block_size"] = max(128, 2 ** int(math.log2(values["block_size"] * r)))
-        if r < 1 and "n_expert" in values and "n_expert" not in given:
-            step = max(8, 2 * values.get("n_expert_group", 1))                         # groups of two at least
-            values["n_expert"] = max(1, round(values["n_expert"] * r ** 1.5 / step)) * step
-            values["n_expert_active"] = max(2, values["n_expert_active"] * values["n_expert"] // PRESETS[name]["n_expert"])
+    full = PRESETS[name]
+    values = dict(full)
+    if "n_embd" in given and "n_embd" in full:
+        r = given["n_embd"] / full["n_embd"]
+        group = full["n_head"] // full.get("n_kv_head", full["n_head"])
+        heads = given.get("n_head") or max(1, round(full["n_head"] * r / group)) * group
+        per_head = r * full["n_head"] / heads
+        scale = {**dict.fromkeys(WIDTHS, (r, 8)), **dict.fromkeys(RANKS, (per_head, 8)),
+                 **dict.fromkeys(HEADS, (heads / full["n_head"], 1))}
+        for field in scale.keys() & full.keys():
+            factor, step = scale[field]
+            values[field] = max(1, round(full[field] * factor / step)) * step
         values["n_head"] = heads
+        if "linear_n_v_head" in full:                                # value heads stay a multiple
+            ratio = full["linear_n_v_head"] // full["linear_n_head"]
+            values["linear_n_v_head"] = values["linear_n_head"] * ratio
+        if r < 1:
+            values["block_size"] = max(128, 2 ** int(math.log2(full["block_size"] * r)))
+        if r < 1 and "n_expert" in full and "n_expert" not in given:
+            step = max(8, 2 * full.get("n_expert_group", 1))         # groups of two at least
+            values["n_expert"] = max(1, round(full["n_expert"] * r ** 1.5 / step)) * step
+            active = full["n_expert_active"] * values["n_expert"] // full["n_expert"]
+            values["n_expert_active"] = max(2, active)
     config = override(ModelConfig(), {**values, **given})
     tell_unread(config, given)
     return config
 
 
 def tell_unread(config, given):
-    """Warn of settings {field: value} that no layer of the pattern reads. No error: one may try several patterns with them."""
+    """Warn of settings {field: value} that no layer of the pattern reads. No error: one may try several
+    patterns."""
     used = [ATTENTION[name] for name, _ in parse_layers(config.layers, config.n_layer)]
-    for field in given.keys() & LayerConfig.__dataclass_fields__.keys() - {"n_head", "n_embd", "position", *AROUND}:
+    fields = LayerConfig.__dataclass_fields__.keys() - {"n_head", "n_embd", "position", *AROUND}
+    for field in given.keys() & fields:
         if not any(field in getattr(layer, "settings", (field,)) for layer in used):
-            warnings.warn(f"no layer of '{config.layers}' reads {field}: {field}={given[field]} changes nothing")
+            setting = f"{field}={given[field]}"
+            warnings.warn(f"no layer of '{config.layers}' reads {field}: {setting} changes nothing")

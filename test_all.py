@@ -2546,6 +2546,10 @@ def go_until(step, dataset, out, number=signal.SIGTERM, **flags):
     assert result["stopped"] and result["step"] == step and f"--resume auto --out {out}" in lines[-1]
 
 
+def same_weights(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a["lm"].state_dict().values(), b["lm"].state_dict().values()))
+
+
 def history(out, kind="train", keys=("step", "loss")):
     return [tuple(r[k] for k in keys) for r in train.read_log(out) if r["kind"] == kind]
 
