@@ -3,17 +3,23 @@ Text to tokens. Makes data/NAME/{train.bin, val.bin, meta.json, tokenizer.tiktok
 
 python prepare.py                                        # `docs`: English that is on every disk with torch; no network
 python prepare.py --tokenizer byte                       # the same as bytes: what a laptop trains on
-python prepare.py --text a.txt b.jsonl.gz --name mine    # your own text: .txt .jsonl, also .gz .bz2 .xz
+python prepare.py --text a.txt b.jsonl.gz --name mine    # your own text: files or folders of .txt, .md, .jsonl
 python prepare.py --dataset shakespeare --tokenizer gpt2                                     # a download
+
+    tokenizers   Tokenizer, train_bpe (byte-level BPE, by definition), find_tokenizer, load_tokenizer
+    text         find_texts, read_text, cut_bytes, corrupt_stream: what prepare.py and sample.py read
+    sources      docs, pysrc, arithmetic: made on this machine; download, shard_stream: fetched
+    datasets     prepare, write_bin; load_dataset, load_bin, dataset_folder, run_files
+    all scripts  Parser, number, count, console, whole_file, Progress
 
 Inside, text is a stream of pieces (text, last, done): a document comes in one or more pieces, `last` marks its final
 one, `done` in [0, 1] is the part of the source read so far. So no file has to fit in memory.
-On disk, token ids are raw uint16 (uint32 for vocabularies above 65,536) and each document ends in <|endoftext|>, as in
-nanoGPT. In every tokenizer the id of <|endoftext|> is the last one, n_vocab - 1.
+On disk, token ids are raw uint16 (uint32 for vocabularies above 65,536) and each document ends in <|endoftext|>, as
+in nanoGPT. In every tokenizer the id of <|endoftext|> is the last one, n_vocab - 1.
 """
-import argparse, base64, bz2, collections, concurrent.futures, contextlib, difflib, fractions, gzip
-import hashlib, heapq, importlib.metadata, importlib.util, inspect, io, itertools, json, lzma, os, re, shlex, shutil
-import signal, sys, sysconfig, tempfile, time, types, urllib.request, warnings, zipfile
+import argparse, base64, bz2, collections, concurrent.futures, contextlib, difflib, fractions, functools, gzip, hashlib
+import heapq, http.client, importlib.metadata, importlib.util, inspect, io, itertools, json, lzma, os, re, shlex, shutil
+import signal, sys, sysconfig, tempfile, time, types, urllib.request, warnings, zipfile, zlib
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +27,15 @@ import numpy as np
 EOT = "<|endoftext|>"
 PIECE = 1 << 18             # characters; about the longest piece of a stream
 BPE_BYTES = 64 << 20        # bpe:N learns from the first 64 MB of the training text
+BPE_LONG = 128              # ... a longer word is cut into pieces, and learnt from as far as 128 of them go
 BPE_WORDS = 1 << 18         # ... and from the most frequent words in it; the rare ones cost memory and change nothing
 # GPT-2's split pattern as tiktoken writes it: possessive quantifiers, the same matches, faster.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 HF, MAHONEY = "https://huggingface.co/datasets/", "http://mattmahoney.net/dc/"
+SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 URLS = {    # training and validation text; without the latter, the end of the former
-    "shakespeare": ["https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"],
+    "shakespeare": [SHAKESPEARE],
     "tinystories": [HF + f"roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-{s}.txt" for s in ("train", "valid")],
     "enwik8": [MAHONEY + "enwik8.zip"],
     "text8": [MAHONEY + "text8.zip"],
@@ -35,129 +43,22 @@ URLS = {    # training and validation text; without the latter, the end of the f
     "c4": [HF + "allenai/c4/resolve/main/en/c4-train.00000-of-01024.json.gz",
            HF + "allenai/c4/resolve/main/en/c4-validation.00000-of-00008.json.gz"],
 }
-SHARDS = {  # ready-made gpt2 tokens, 100M a shard, and how many shards there are
+SHARDS = {  # ready-made gpt2 tokens, 100M per shard, and how many shards there are
     "fineweb10B": (HF + "kjj0/fineweb10B-gpt2/resolve/main/fineweb_{}_{:06d}.bin", 103),
     "finewebedu10B": (HF + "kjj0/finewebedu10B-gpt2/resolve/main/finewebedu_{}_{:06d}.bin", 99),
 }
 SHA256 = {"shakespeare": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-          "enwik8": "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"}
+          "enwik8": "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc",
+          "text8": "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232"}
 DATASETS = ["docs", "pysrc", "arithmetic", *URLS, *SHARDS]
 USUAL = {**dict.fromkeys(SHARDS, "gpt2"), "arithmetic": "byte"}         # their tokenizer, where not bpe:4096
-HEADERS = {20240520: "uint16", 20240801: "uint32"}      # llm.c, modded-nanogpt: 256 int32; [0] this number, [2] tokens
+HEADERS = {20240520: "uint16", 20240801: "uint32"}      # llm.c, modded-nanogpt: 256 int32; [0] this, [2] tokens
+PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open,
+          ".zip": lambda raw: zipfile.ZipFile(raw).open(zipfile.ZipFile(raw).namelist()[0])}
+NO_TEXT = (".csv", ".tsv", ".parquet", ".arrow", ".xlsx", ".pdf", ".docx", ".epub")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The command line, for all scripts
-
-UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
-NANOGPT = {     # nanoGPT's names of our flags
-    "batch_size": "batch_tokens", "decay_lr": "schedule", "eval_interval": "eval_every", "eval_iters": "eval_windows",
-    "gradient_accumulation_steps": "batch_tokens", "init_from": "resume", "learning_rate": "lr",
-    "log_interval": "log_every", "lr_decay_iters": "max_steps", "max_iters": "max_steps", "out_dir": "out",
-    "start": "prompt", "warmup_iters": "warmup"}
-
-
-def number(text, kind):
-    """A number as a person types it, "0.5", "1e6", "30M" or "1_000_000", as `kind`: int or float. ValueError for all else:
-    nan and inf, digits that are not ASCII, what is too large for 64 bits, a fraction where an int is expected."""
-    form = re.fullmatch(r"([-+]?[\d_]{0,30}\.?\d{0,30}(?:[eE][-+]?\d{1,3})?)([kKMBG]?)", text, re.A)
-    try:
-        exact = fractions.Fraction(form[1].replace("_", "")) * UNITS[form[2]]
-        value = kind(exact)
-        if kind is int and (value != exact or abs(value) >= 1 << 63):
-            raise ValueError
-    except (ValueError, TypeError, OverflowError):
-        expected = "a whole number such as 1000, 30M or 1e6" if kind is int else "a finite number such as 0.5 or 1e-3"
-        raise ValueError(f"{text[:40]!r}: expected {expected}") from None
-    return value
-
-
-def count(n, noun):
-    """count(1, "document") -> "1 document"; 1,200 documents, 2 passes."""
-    return f"{n:,} {noun}" + ("" if n == 1 else "es" if noun[-1] == "s" else "s")
-
-
-def console():
-    """First line of every main(): what is printed appears at once, in a file too, and a character that the terminal does
-    not know is escaped. From here on Ctrl-C is a KeyboardInterrupt again: while the imports run, the scripts let it end
-    the process, for that prints no traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(line_buffering=True, errors="backslashreplace")
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-@contextlib.contextmanager
-def whole_file(path, mode="wb", keep=None):
-    """Opens a file that gets its name when it is complete: with whole_file(path) as f: f.write(...). If anything fails,
-    the half is removed and what had the name before stays. keep: what had the name before gets this one.
-    ValueError, which names the file, where it cannot be written."""
-    part = Path(f"{path}.part")
-    try:
-        with open(part, mode, encoding=None if "b" in mode else "utf-8") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        if keep:
-            os.replace(path, keep)
-        os.replace(part, path)
-    except (OSError, RuntimeError) as e:        # torch's writer raises the latter
-        raise ValueError(f"cannot write {path}: {getattr(e, 'strerror', None) or 'the disk or a limit is full'}") from e
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action):         # "(default: None)" tells nobody anything
-        return action.help if action.default in (None, []) else super()._get_help_string(action)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse that shows defaults, takes no abbreviations, reads numbers by `number`, and answers an unknown flag with the
-    one that was probably meant."""
-    def __init__(self, *args, **kwargs):
-        kwargs.setdefault("formatter_class", Help)
-        super().__init__(*args, allow_abbrev=False, **kwargs)
-        for kind in (int, float):
-            self.register("type", kind, lambda text, kind=kind: self.number(text, kind))
-
-    @staticmethod
-    def number(text, kind):
-        try:
-            return number(text, kind)
-        except ValueError as e:                 # argparse passes on the text of this error alone, behind the flag's name
-            raise argparse.ArgumentTypeError(str(e)) from None
-
-    def parse_known_args(self, args=None, namespace=None):
-        namespace, unknown = super().parse_known_args(args, namespace)
-        if unknown:
-            name, known = unknown[0].split("=")[0], self._option_string_actions
-            near = ["--" + NANOGPT.get(name.lstrip("-"), ""), *(flag for flag in known if flag.startswith(name)),
-                    *difflib.get_close_matches(name, known, 1, 0.8)]
-            near = next((flag for flag in near if flag in known), None)
-            self.error(f"unknown argument {unknown[0]}; " + (f"did you mean {near}?" if near else "see --help"))
-        return namespace, unknown
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-class Progress:
-    """A line on stderr with the time left, at most once a second: call it with done in [0, 1], at the end with 1."""
-    def __init__(self, label):
-        self.label, self.start, self.shown = label, time.time(), time.time()
-
-    def __call__(self, done):
-        now = time.time()
-        if now - self.start > 1 and (done >= 1 or done > 0.01 and now - self.shown > 1):
-            line = f"\r{self.label}: {done:4.0%}, {(now - self.start) * (1 / done - 1):.0f} s left   "
-            print(line, end="\n" if done >= 1 else "", file=sys.stderr, flush=True)
-            self.shown = now
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Tokenizers
 
 class Tokenizer:
@@ -168,7 +69,7 @@ class Tokenizer:
         self.vocab = [*(sorted(ranks, key=ranks.get) if ranks else (bytes([b]) for b in range(256))), EOT.encode()]
         self.n_vocab, self.eot = len(self.vocab), len(self.vocab) - 1
         self.dtype = "uint16" if self.n_vocab <= 1 << 16 else "uint32"
-        # From the raw bytes: through str, a token that is half a UTF-8 character would count as the 3 bytes of U+FFFD.
+        # From the raw bytes: through str, a token that is half a UTF-8 character would count as the 3 of U+FFFD.
         self.token_bytes = np.array([len(token) for token in self.vocab[:-1]] + [0])
 
     def encode_array(self, text):
@@ -184,6 +85,15 @@ class Tokenizer:
     def encode(self, text):
         return self.encode_array(text).tolist()
 
+    def encode_stream(self, stream):
+        """Yields (ids, done) of the pieces of a stream, <|endoftext|> behind each document: what a .bin file holds."""
+        encode = lambda piece: self.encode_array(piece[0]) if isinstance(piece[0], str) else piece[0]
+        self.encode("")                         # make the encoder before the threads do, each its own
+        with concurrent.futures.ThreadPoolExecutor() as pool:           # tiktoken releases the GIL
+            while batch := list(itertools.islice(stream, 64)):
+                for ids, (_, last, done) in zip(pool.map(encode, batch), batch):
+                    yield (np.append(ids, self.eot) if last else ids).astype(self.dtype), done
+
     def decode(self, ids):
         """ids -> str; bytes that are no UTF-8 become U+FFFD."""
         return b"".join(self.vocab[i] for i in ids).decode("utf-8", "replace")
@@ -195,39 +105,37 @@ def train_bpe(words, n_vocab):
     Merge the most frequent pair of neighbours, again and again (Sennrich et al. 2016, arXiv:1508.07909), ties to the
     smaller bytes. A pair is named by its joined bytes, because tiktoken too merges any two neighbours that join to a
     known token. `where` tells which words hold a pair, so that a merge recounts only those."""
-    ranks = {bytes([b]): b for b in range(256)}
-    words, freqs = [[bytes([b]) for b in word] for word in words], list(words.values())
-    count, where = collections.Counter(), collections.defaultdict(set)
+    ranks, progress = {bytes([b]): b for b in range(256)}, Progress("learning the vocabulary")
+    parts, times = [[bytes([b]) for b in word] for word in words], list(words.values())
+    count, where, changed, heap = collections.Counter(), collections.defaultdict(set), set(), []
 
     def recount(i, sign):
-        pairs = [a + b for a, b in zip(words[i], words[i][1:])]
-        for pair in pairs:
-            count[pair] += sign * freqs[i]
-            if sign > 0:
-                where[pair].add(i)
-        return pairs
+        for a, b in zip(parts[i], parts[i][1:]):
+            count[a + b] += sign * times[i]
+            where[a + b].add(i)
+            changed.add(a + b)
 
-    for i in range(len(words)):
+    for i in range(len(parts)):
         recount(i, 1)
-    heap, progress = [(-c, pair) for pair, c in count.items()], Progress("learning the vocabulary")
-    heapq.heapify(heap)
-    while heap and len(ranks) < n_vocab - 1:
-        c, best = heapq.heappop(heap)
-        if count[best] != -c or c > -2:         # outdated (it was pushed again when its count changed), or seen once
-            continue
+    while len(ranks) < n_vocab - 1:
+        for pair in changed:
+            heapq.heappush(heap, (-count[pair], pair))
+        changed.clear()
+        while heap and -heap[0][0] != count[heap[0][1]]:        # outdated: pushed again when its count changed
+            heapq.heappop(heap)
+        if not heap or heap[0][0] > -2:                         # what is left was seen once
+            break
+        best = heapq.heappop(heap)[1]
         ranks.setdefault(best, len(ranks))
-        changed = set()
         for i in where.pop(best):
-            changed.update(recount(i, -1))
-            word, j = words[i], 0
+            recount(i, -1)
+            word, j = parts[i], 0
             while j < len(word) - 1:
                 if word[j] + word[j + 1] == best:
                     word[j:j + 2] = [best]
                 j += 1
-            changed.update(recount(i, 1))
-        for pair in changed:
-            heapq.heappush(heap, (-count[pair], pair))
-        progress(len(ranks) / n_vocab)
+            recount(i, 1)
+        progress((len(ranks) - 256) / (n_vocab - 256))
     progress(1)
     return ranks
 
@@ -240,14 +148,18 @@ def learn_bpe(stream, n_vocab):
         size += len(text.encode())
         if size >= BPE_BYTES:
             break
-    ranks = train_bpe({word.encode(): c for word, c in words.most_common(BPE_WORDS)}, n_vocab)
+    for word in [word for word in words if len(word) > BPE_LONG]:       # a merge reads whole words, DNA or base64 too
+        times = words.pop(word)
+        for i in range(0, min(len(word), 128 * BPE_LONG), BPE_LONG):
+            words[word[i:i + BPE_LONG]] += times
+    ranks = train_bpe({word.encode(): times for word, times in words.most_common(BPE_WORDS)}, n_vocab)
     return Tokenizer(f"bpe:{n_vocab}", ranks, PATTERN)
 
 
 def find_tokenizer(spec):
-    """spec: byte, a tiktoken name or a prepared folder -> its Tokenizer; bpe:N, which has yet to be learnt -> None."""
-    if re.fullmatch(r"bpe:\d+", spec) and int(spec[4:]) > 256:
-        return None
+    """spec: byte, a tiktoken name or a prepared folder -> its Tokenizer; bpe:N, which has yet to be learnt -> N."""
+    if spec.startswith("bpe:") and 256 < number(spec[4:], int) < 1 << 24:
+        return number(spec[4:], int)
     if spec == "byte":
         return Tokenizer("byte")
     if (Path(spec) / "meta.json").exists():
@@ -261,59 +173,99 @@ def find_tokenizer(spec):
     except OSError as e:                        # the network errors of `requests` are OSErrors
         raise ValueError(f"tokenizer {spec} must be downloaded once, and that failed ({type(e).__name__}); without a "
                          "network use --tokenizer bpe:4096 or byte, or point TIKTOKEN_CACHE_DIR to a copy") from e
-    # <|endoftext|> follows the last rank: 50256 as in gpt2 itself; in cl100k_base that is 100256 instead of 100257.
+    # <|endoftext|> follows the last rank: 50256 as in gpt2 itself; in cl100k_base that is 100256, not 100257.
     return Tokenizer(spec, enc._mergeable_ranks, enc._pat_str)
 
 
 def load_tokenizer(path):
     """The Tokenizer of a dataset or run folder (it needs meta.json and tokenizer.tiktoken), or of its meta.json."""
     folder = Path(path).parent if Path(path).is_file() else Path(path)
-    meta = read_meta(folder)
-    if meta["tokenizer"] == "byte":
-        return Tokenizer("byte")
+    file, meta, tok = folder / "tokenizer.tiktoken", read_meta(folder), Tokenizer("byte")
     try:
-        lines = (folder / "tokenizer.tiktoken").read_bytes().splitlines()
-        ranks = {base64.b64decode(token): int(i) for token, i in map(bytes.split, lines)}
+        if meta["tokenizer"] != "byte":
+            lines = file.read_bytes().splitlines()
+            tok = Tokenizer(meta["tokenizer"], {base64.b64decode(token): int(i) for token, i in map(bytes.split, lines)},
+                            meta.get("pattern"))
+            whole = [*tok.ranks.values()] == [*range(tok.eot)] and all(bytes([b]) in tok.ranks for b in range(256))
+            if not whole or meta.get("tokenizer_sha256") not in (None, file_sha256(file)):
+                raise ValueError("it is damaged")
+        if tok.n_vocab != meta["vocab_size"]:
+            raise ValueError(f"it has {tok.n_vocab} tokens, and meta.json says {meta['vocab_size']}")
     except (OSError, ValueError) as e:
-        raise ValueError(f"cannot read {folder}/tokenizer.tiktoken ({e}); copy it from the dataset folder") from e
-    return Tokenizer(meta["tokenizer"], ranks, meta["pattern"])
+        raise ValueError(f"cannot read {file} ({e}); copy it from the dataset folder") from e
+    return tok
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Streams of text: (text, last, done)
+# ------------------------------------------------------------------------------------------------------------
+# Text: files, and streams of (text, last, done)
+
+def text_kind(file):
+    """".jsonl" of a.jsonl and of a.jsonl.gz."""
+    name = Path(file.name.lower())
+    return Path(name.stem).suffix if name.suffix in PACKED else name.suffix
+
+
+def find_texts(paths):
+    """The text files that `paths` name. A folder stands for all .txt, .md and .jsonl files in it, also packed ones."""
+    files = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.is_file() and text_kind(p) in (".txt", ".md", ".jsonl"))
+            print(f"{path}: {count(len(found), 'text file')}", file=sys.stderr)
+        else:
+            found = [path] if path.is_file() and text_kind(path) not in NO_TEXT else []
+        if not found:
+            why = "no such file" if not path.exists() else "no plain text: expected .txt, .md or .jsonl, or with .gz, .bz2, .xz"
+            raise ValueError(f"{path}: {why}")
+        files += found
+    return files
+
+
+def text_lines(file, longest=-1):
+    """Yields (line, bytes of the file read so far); a line of more than `longest` characters comes in parts.
+    UTF-8, with or without BOM, plain or packed; anything else is a ValueError that names the file."""
+    try:
+        with open(file, "rb") as raw:
+            code = "UTF-16" if raw.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff") else "LATIN1"
+            lines = io.TextIOWrapper(PACKED.get(file.suffix.lower(), lambda raw: raw)(raw), "utf-8-sig")
+            while line := lines.readline(longest):
+                yield line, raw.tell()
+    except UnicodeDecodeError as e:
+        name = shlex.quote(str(file))
+        raise ValueError(f"{file} is no UTF-8 text; if it is {code}, type: iconv -f {code} -t UTF-8 {name} > "
+                         f"{name}.utf8.txt") from e
+    except Exception as e:                      # every way of packing has its own errors
+        raise ValueError(f"cannot read {file}: {e or type(e).__name__}") from e
+
 
 def read_text(files):
-    """Streams text files. A document ends at a line that holds only <|endoftext|>, or is the "text" of a JSON line."""
-    unpack = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open,
-              ".zip": lambda raw: zipfile.ZipFile(raw).open(zipfile.ZipFile(raw).namelist()[0])}
-    total, before = sum(os.path.getsize(file) for file in files) or 1, 0
+    """Streams files. A document ends at a line of only <|endoftext|>, or is the "text" of a JSON object on one line."""
+    total, before = sum(map(os.path.getsize, files)) or 1, 0
     for file in files:
-        with open(file, "rb") as raw:           # its position says how far we are, compressed or not
-            lines = io.TextIOWrapper(unpack.get(file.suffix, lambda raw: raw)(raw), "utf-8-sig")
-            split = json_documents if {".json", ".jsonl"} & set(file.suffixes) else marked_documents
-            try:
-                for text, last in split(lines):
-                    yield text, last, (before + raw.tell()) / total
-            except (OSError, EOFError, lzma.LZMAError, ValueError) as e:
-                raise ValueError(f"cannot read {file} as UTF-8 text: {e}") from e
+        split = json_documents if text_kind(file) in (".json", ".jsonl") else marked_documents
+        for text, last, at in split(file):
+            yield text, last, (before + at) / total
         before += os.path.getsize(file)
 
 
-def json_documents(lines):
-    for n, line in enumerate(lines, 1):
+def json_documents(file):
+    for n, (line, at) in enumerate(text_lines(file), 1):
         try:                                    # "replace": JSON can name half a surrogate pair, UTF-8 cannot
             if line.strip():
-                yield json.loads(line)["text"].encode("utf-8", "replace").decode(), True
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f'line {n} is no JSON object with a string under the key "text"') from None
+                yield json.loads(line)["text"].encode("utf-8", "replace").decode(), True, at
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            how = ('; to make lines of a list, type: python -c "import json, sys; [print(json.dumps(x)) for x in '
+                   f'json.load(sys.stdin)]" < {file} > lines.jsonl') if line.strip().startswith("[") else ""
+            raise ValueError(f'cannot read {file}: line {n} is no JSON object with a string under the key "text"'
+                             + how) from None
 
 
-def marked_documents(lines):
-    held, size, begun = [], 0, False            # begun: a piece of this document has already gone out
-    for line in itertools.chain(iter(lambda: lines.readline(PIECE), ""), [EOT]):
+def marked_documents(file):
+    held, size, begun, at = [], 0, False, 0     # begun: a piece of this document has already gone out
+    for line, at in itertools.chain(text_lines(file, PIECE), [(EOT, os.path.getsize(file))]):
         if line.strip() == EOT:
             if begun or any(map(str.strip, held)):
-                yield "".join(held), True
+                yield "".join(held), True, at
             held, size, begun = [], 0, False
             continue
         held.append(line)
@@ -322,7 +274,7 @@ def marked_documents(lines):
             # Cut between a word and a space: every split pattern does so too, so the cut changes no token.
             text = "".join(held)
             cut = re.match(r".*\S(?= )|.*", text, re.S).end()
-            yield text[:cut], False
+            yield text[:cut], False, at
             held, size, begun = [text[cut:]], len(text) - cut, True
 
 
@@ -356,7 +308,7 @@ def corrupt_stream(stream, rate, seed):
         yield " ".join(out), last, done
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Text that is already on the disk: docs and pysrc
 
 def python_roots():
@@ -484,32 +436,38 @@ def arithmetic(n, seed):
     return list(known.values())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Downloads
 
 def download(url, folder, sha256=None):
-    """Fetches url into folder, through a .part file: what has its final name is whole, and is not fetched again."""
-    path, digest, size = folder / url.split("/")[-1], hashlib.sha256(), 0
-    part, progress = path.with_name(path.name + ".part"), Progress(path.name)
+    """Fetches url into folder: what has its final name is whole and checked, and is not fetched again."""
+    path, digest, size, begin = folder / url.split("/")[-1], hashlib.sha256(), 0, b""
     if path.exists():
         return path
     folder.mkdir(parents=True, exist_ok=True)
+    progress = Progress(path.name)
     try:
-        with urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as f:
+        with whole_file(path) as f, urllib.request.urlopen(url, timeout=30) as response:
             total = int(response.headers.get("Content-Length") or 0)
             while block := response.read(1 << 20):
                 f.write(block)
                 digest.update(block)
-                size += len(block)
+                begin, size = begin or block[:512].lower(), size + len(block)
                 progress(size / max(total, size + 1))
+            need(size == total or not total, f"{size:,} of {total:,} bytes came")
+            need(b"<html" not in begin and b"<!doctype" not in begin, "a web page came in its place")
+            if sha256:
+                need(digest.hexdigest() == sha256, f"its sha256 is {digest.hexdigest()}, expected {sha256}")
+            else:
+                need(total and not response.url.startswith("http:"), "neither its checksum nor its sender is known")
+                f.flush()
+                with open(f.name, "rb") as raw, PACKED.get(path.suffix, lambda raw: raw)(raw) as unpacked:
+                    while unpacked.read(1 << 20):
+                        pass
         progress(1)
-        if total and size != total or sha256 and digest.hexdigest() != sha256:
-            raise OSError(f"{size} of {total} bytes came, sha256 {digest.hexdigest()}, expected {sha256 or 'any'}")
-        os.replace(part, path)
-    except OSError as e:
-        part.unlink(missing_ok=True)
-        raise ValueError(f"cannot download {url} ({e}); without internet use `python prepare.py`, whose text is "
-                         "already on this machine, or your own: `python prepare.py --text FILE --name NAME`") from e
+    except (OSError, http.client.HTTPException, EOFError, lzma.LZMAError, zlib.error, zipfile.BadZipFile, ValueError) as e:
+        raise ValueError(f"cannot download {url} ({e}); without internet use `python prepare.py`, whose text is already "
+                         "on this machine, or your own: `python prepare.py --text FILE --name NAME`") from e
     return path
 
 
@@ -525,32 +483,110 @@ def shard_stream(source, split, folder, limit):
             return
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Writing and reading datasets
+# ------------------------------------------------------------------------------------------------------------
+# Datasets: writing
 
-def open_source(source, text, val, val_fraction, max_tokens, raw, seed):
+def prepare(source="docs", name=None, tokenizer=None, out_dir="data", text=(), val=(), val_fraction=0.1,
+            bpe_text=(), corrupt=0.0, seed=0, max_tokens=None):
+    """Makes the dataset out_dir/name and returns that folder; at once where it is there with the same settings.
+
+    source: one of DATASETS, unless `text`, a list of files and folders, is given. tokenizer: None takes the source's
+    in USUAL, else bpe:4096. val: files; without them val_fraction of the modules (docs, pysrc) or of the end of the
+    text. bpe_text: files for bpe:N to learn from in place of the training text. corrupt: share of the training words to
+    damage; the vocabulary is learnt from clean text. max_tokens: length of the training part. Raises ValueError, which
+    says what to type, and OSError where out_dir cannot be made."""
+    need(text or not val, "--val needs --text: a dataset brings its own validation text")
+    source = "text" if text else source
+    usual = USUAL.get(source, "bpe:4096")
+    tokenizer = tokenizer or usual
+    if not name:
+        name = Path(text[0]).resolve().name.split(".")[0] if text else source
+        name += f"-corrupt{corrupt:g}" if corrupt else ""
+        name += "-" + Path(tokenizer).name.replace(":", "") if tokenizer != usual else ""
+    text, val, bpe_text = map(find_texts, (text, val, bpe_text))
+    sizes = lambda files: [[file.name, file.stat().st_size] for file in files]
+    settings = dict(source=source, text=sizes(text), val=sizes(val), bpe_text=sizes(bpe_text), corrupt=corrupt,
+                    val_fraction=val_fraction, tokenizer=tokenizer, seed=seed, max_tokens=max_tokens)
+    check_settings(name, **settings)
+    content = b"".join(bytes.fromhex(file_sha256(file)) for file in text + val + bpe_text)
+    settings["content"] = hashlib.sha256(content).hexdigest()
+    folder = Path(out_dir) / name
+    if folder.exists():
+        made = read_meta(folder).get("settings")
+        need(isinstance(made, dict) and all(made.get(key, value) == value for key, value in settings.items()),
+             f"{folder} exists and was made from another text or with other settings (see its meta.json): give another "
+             "--name, or delete that folder")
+        return folder
+
+    Path(out_dir).mkdir(parents=True, exist_ok=True)
+    temp = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=out_dir))      # renamed when complete: never half a dataset
+    try:
+        tok = find_tokenizer(tokenizer)
+        open_train, open_val, dropped = open_source(source, text, val, val_fraction, max_tokens, seed, out_dir)
+        if isinstance(tok, int):
+            tok = learn_bpe(read_text(bpe_text) if bpe_text else open_train(), tok)
+        train = corrupt_stream(open_train(), corrupt, seed) if corrupt else open_train()
+        packages = [*python_roots()][1:] if source in ("docs", "pysrc") else ["numpy", "torch"]
+        versions = {package: importlib.metadata.version(package) for package in packages}
+        meta = dict(name=name, source=source, tokenizer=tok.name, pattern=tok.pattern, vocab_size=tok.n_vocab,
+                    dtype=tok.dtype, corrupt=corrupt, seed=seed, dropped_overlap=dropped, settings=settings,
+                    versions={"prepare": 1, "python": sys.version.split()[0], **versions})
+        for split, stream, limit in [("train", train, max_tokens), ("val", open_val(), None)]:
+            counts = write_bin(temp / f"{split}.bin", stream, tok, limit)
+            need(counts["tokens"], f"the {split} part of {name} is empty: give more text, or --val FILE")
+            meta |= {f"{split}_{key}": value for key, value in counts.items()}
+        if tok.ranks:                           # in tiktoken's own format; a dataset or a run needs no network later
+            with whole_file(temp / "tokenizer.tiktoken") as f:
+                f.writelines(b"%s %d\n" % (base64.b64encode(t), i) for i, t in enumerate(tok.vocab[:-1]))
+            meta["tokenizer_sha256"] = file_sha256(temp / "tokenizer.tiktoken")
+        with whole_file(temp / "meta.json") as f:
+            f.write(json.dumps(meta, indent=1).encode())
+        temp.chmod(0o755)
+        if not folder.exists():                 # another process may have made it meanwhile
+            temp.rename(folder)
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+    return folder
+
+
+def check_settings(name, source, text, val, val_fraction, bpe_text, tokenizer, corrupt, seed, max_tokens):
+    need(name not in ("", ".", "..") and not re.search(r"[/\\]", name),
+         f"--name {name}: expected a plain name; folders go into --out_dir")
+    need(source in ["text", *DATASETS], f"no dataset {source}; expected --text FILE or {', '.join(DATASETS)}")
+    need(0 < val_fraction < 1, f"--val_fraction {val_fraction}: expected a number above 0 and below 1")
+    need(0 <= corrupt <= 1, f"--corrupt {corrupt}: expected a share of the words from 0 to 1, such as 0.3")
+    need(seed >= 0, f"--seed {seed}: expected 0 or more")
+    need(not bpe_text or tokenizer.startswith("bpe:"),
+         f"--bpe_text is what bpe:N learns from, and --tokenizer is {tokenizer}")
+    need(max_tokens is None or max_tokens > 0, f"--max_tokens {max_tokens}: expected at least 1")
+    need(source not in SHARDS or tokenizer == "gpt2" and not corrupt,
+         f"{source} is gpt2 tokens already: it takes no --corrupt and no other --tokenizer")
+
+
+def open_source(source, text, val, val_fraction, max_tokens, seed, out_dir):
     """Returns two functions that open the training and the validation stream, and how many texts drop_overlap took."""
-    if source in ("docs", "pysrc"):
-        seen, files = set(), python_files(f"reading {source}")
-        train, val = split_modules(((module, t) for module, code in files for t in (
-            documentation(code, seen) if source == "docs" else program_text(code))), val_fraction)
-        held = len(val)
-        if source == "docs":                    # not pysrc: code repeats its licences and boilerplate everywhere
-            val = drop_overlap(train, val)
-            print(f"docs: {held - len(val)} of {held} validation texts share a 13-word run with the training part: "
-                  "dropped", file=sys.stderr)
-        opens = [lambda part=part: ((t, True, i / len(part)) for i, t in enumerate(part)) for part in (train, val)]
-        return *opens, held - len(val)
-    if source == "arithmetic":
-        part = arithmetic(50_000, seed)
-        cut = int((1 - val_fraction) * len(part))
-        return *(lambda part=part: ((t, True, i / len(part)) for i, t in enumerate(part)) for part in (part[:cut], part[cut:])), 0
+    raw, dropped = Path(out_dir) / "raw" / source, 0
+    listed = lambda texts: lambda: ((t, True, i / len(texts)) for i, t in enumerate(texts))
     if source in SHARDS:
-        limits = {"train": max_tokens or 100_000_000, "val": 10_485_760}     # what modded-nanogpt validates on
-        return *(lambda split=split: shard_stream(source, split, raw, limits[split]) for split in limits), 0
+        shards = lambda split, limit: lambda: shard_stream(source, split, raw, limit)
+        return shards("train", max_tokens or 10**8), shards("val", 10_485_760), 0       # as modded-nanogpt validates
+    if source == "arithmetic":
+        problems = arithmetic(50_000, seed)
+        cut = int((1 - val_fraction) * len(problems))
+        return listed(problems[:cut]), listed(problems[cut:]), 0
+    if source in ("docs", "pysrc"):
+        texts = functools.partial(documentation, seen=set()) if source == "docs" else program_text
+        pairs = ((module, t) for module, code in python_files(f"reading {source}") for t in texts(code))
+        train, held = split_modules(pairs, val_fraction)
+        if source == "docs":                    # not pysrc: code repeats its licences and boilerplate everywhere
+            every, held = len(held), drop_overlap(train, held)
+            dropped = every - len(held)
+            print(f"docs: {dropped} of {every} validation texts share a 13-word run with the training part: dropped",
+                  file=sys.stderr)
+        return listed(train), listed(held), dropped
     if source in URLS:
-        text, *val = [download(url, raw, SHA256.get(source)) for url in URLS[source]]
-        text = [text]
+        text, *more = [download(url, raw, SHA256.get(source)) for url in URLS[source]]
+        text, val = [text], more
     if val:
         return lambda: read_text(text), lambda: read_text(val), 0
     end = sum(len(t.encode()) for t, _, _ in read_text(text))
@@ -563,121 +599,36 @@ def open_source(source, text, val, val_fraction, max_tokens, raw, seed):
 def write_bin(path, stream, tok, limit=None):
     """Encodes a stream into a file of at most `limit` ids. Returns counts of tokens, documents, text bytes; sha256."""
     digest, tokens, documents, size, progress = hashlib.sha256(), 0, 0, 0, Progress(f"writing {path.name}")
-    encode = lambda piece: tok.encode_array(piece[0]) if isinstance(piece[0], str) else piece[0]
-    tok.encode("")                              # make the encoder before the threads do, each its own
-    with open(path, "wb") as f, concurrent.futures.ThreadPoolExecutor() as pool:        # tiktoken releases the GIL
-        while tokens != limit and (batch := list(itertools.islice(stream, 64))):
-            for (_, last, done), ids in zip(batch, pool.map(encode, batch)):
-                ids = (np.append(ids, tok.eot) if last else ids).astype(tok.dtype)
-                ids = ids if limit is None else ids[:limit - tokens]
-                f.write(ids.tobytes())
-                digest.update(ids.tobytes())
-                tokens, size = tokens + len(ids), size + int(tok.token_bytes[ids].sum())
-                documents += int((ids == tok.eot).sum())
+    with whole_file(path) as f:
+        for ids, done in tok.encode_stream(stream):
+            ids = ids if limit is None else ids[:limit - tokens]
+            f.write(ids.tobytes())
+            digest.update(ids.tobytes())
+            tokens += len(ids)
+            size += int(tok.token_bytes[ids].sum())
+            documents += int((ids == tok.eot).sum())
             progress(min(0.99, max(done, tokens / limit if limit else 0)))
+            if tokens == limit:
+                break
     progress(1)
-    return dict(tokens=tokens, documents=documents, bytes=size, sha256=digest.hexdigest())
+    return dict(tokens=tokens, documents=documents, bytes=size, sha256=digest.hexdigest(),
+                sampled_sha256=file_sha256(path, 512))
 
 
-def prepare(source="docs", name=None, tokenizer=None, out_dir="data", text=(), val=(), val_fraction=0.1,
-            bpe_text=(), corrupt=0.0, seed=0, max_tokens=None):
-    """Makes the dataset out_dir/name and returns that folder; at once where it is there already with the same settings.
-
-    source: one of DATASETS, unless `text`, a list of files, is given. tokenizer: None takes the source's in USUAL, else
-    bpe:4096. val: files; without them val_fraction of the modules (docs, pysrc) or of the end of the text. bpe_text:
-    files for bpe:N to learn from in place of the training text. corrupt: share of the training words to damage; the
-    vocabulary is learnt from clean text. max_tokens: length of the training part. Raises ValueError, which says what to
-    type, and OSError where out_dir cannot be written."""
-    text, val, bpe_text = ([Path(file) for file in files] for files in (text, val, bpe_text))
-    source = "text" if text else source
-    usual = USUAL.get(source, "bpe:4096")
-    tokenizer = tokenizer or usual
-    if not name:
-        name = (text[0].name.split(".")[0] if text else source) + (f"-corrupt{corrupt:g}" if corrupt else "")
-        if tokenizer != usual:
-            name += "-" + Path(tokenizer).name.replace(":", "")
-    for wrong, message in [
-            (source not in ["text", *DATASETS], f"no dataset {source}; expected --text FILE or {', '.join(DATASETS)}"),
-            (val and not text, "--val needs --text: a dataset brings its own validation text"),
-            (not 0 < val_fraction < 1, f"--val_fraction {val_fraction}: expected a number above 0 and below 1"),
-            (not 0 <= corrupt <= 1, f"--corrupt {corrupt}: expected a share of the words from 0 to 1, such as 0.3"),
-            (seed < 0, f"--seed {seed}: expected 0 or more"),
-            (bpe_text and not tokenizer.startswith("bpe:"), f"--bpe_text is what bpe:N learns from, and --tokenizer is {tokenizer}"),
-            (max_tokens is not None and max_tokens < 1, f"--max_tokens {max_tokens}: expected at least 1"),
-            (source in SHARDS and (corrupt or tokenizer != "gpt2"),
-             f"{source} is gpt2 tokens already: it takes no --corrupt and no other --tokenizer"),
-            (name != Path(name).name, f"--name {name}: expected a plain name; folders go into --out_dir"),
-            *((not file.is_file(), f"no such file: {file}") for file in text + val + bpe_text)]:
-        if wrong:
-            raise ValueError(message)
-    sizes = lambda files: [[file.name, file.stat().st_size] for file in files]
-    content = hashlib.sha256()
-    for file in text + val + bpe_text:
-        with open(file, "rb") as f:
-            content.update(hashlib.file_digest(f, "sha256").digest())
-    settings = dict(source=source, content=content.hexdigest(), text=sizes(text), val=sizes(val), bpe_text=sizes(bpe_text),
-                    val_fraction=val_fraction, tokenizer=tokenizer, corrupt=corrupt, seed=seed, max_tokens=max_tokens)
-    folder = Path(out_dir) / name
-    if folder.exists():
-        made = read_meta(folder).get("settings")
-        if not made or any(made.get(key, value) != value for key, value in settings.items()):
-            raise ValueError(f"{folder} exists and was made from another text or with other settings (see its meta.json): "
-                             "give another --name, or delete that folder")
-        return folder
-    Path(out_dir).mkdir(parents=True, exist_ok=True)
-    temp = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=out_dir))      # renamed when complete: never half a dataset
-    try:
-        tok = find_tokenizer(tokenizer)
-        raw = Path(out_dir) / "raw" / source
-        open_train, open_val, dropped = open_source(source, text, val, val_fraction, max_tokens, raw, seed)
-        tok = tok or learn_bpe(read_text(bpe_text) if bpe_text else open_train(), int(tokenizer[4:]))
-        train = corrupt_stream(open_train(), corrupt, seed) if corrupt else open_train()
-        packages = [*python_roots()][1:] if source in ("docs", "pysrc") else ["numpy", "torch"]
-        meta = dict(name=name, source=source, tokenizer=tok.name, pattern=tok.pattern, vocab_size=tok.n_vocab,
-                    dtype=tok.dtype, corrupt=corrupt, seed=seed, dropped_overlap=dropped, settings=settings,
-                    versions={"prepare": 1, "python": sys.version.split()[0],
-                              **{package: importlib.metadata.version(package) for package in packages}})
-        for split, stream, limit in [("train", train, max_tokens), ("val", open_val(), None)]:
-            counts = write_bin(temp / f"{split}.bin", stream, tok, limit)
-            if not counts["tokens"]:
-                raise ValueError(f"the {split} part of {name} is empty: give more text, or --val FILE")
-            meta |= {f"{split}_{key}": value for key, value in counts.items()}
-        if tok.ranks:                           # tiktoken's own file format: a dataset or a run needs no network later
-            (temp / "tokenizer.tiktoken").write_bytes(b"".join(
-                b"%s %d\n" % (base64.b64encode(token), i) for i, token in enumerate(tok.vocab[:-1])))
-        (temp / "meta.json").write_text(json.dumps(meta, indent=1))
-        temp.chmod(0o755)
-        if not folder.exists():                 # another process may have made it meanwhile
-            temp.rename(folder)
-    finally:
-        shutil.rmtree(temp, ignore_errors=True)
-    return folder
+def file_sha256(path, parts=None):
+    """Of a file; with `parts`, of so many stretches of 64 KB spread evenly over it, if it has more than those."""
+    digest, size, step = hashlib.sha256(), os.path.getsize(path), 1 << 16
+    with open(path, "rb") as f:
+        if parts is None or size <= parts * step:
+            return hashlib.file_digest(f, "sha256").hexdigest()
+        for i in range(parts):
+            f.seek(i * (size - step) // (parts - 1))
+            digest.update(f.read(step))
+    return digest.hexdigest()
 
 
-def read_meta(folder):
-    try:
-        return json.loads((Path(folder) / "meta.json").read_text())
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{folder} has no readable meta.json ({e}); `python prepare.py` makes dataset folders") from e
-
-
-def load_bin(path):
-    """The ids in a .bin file as a read-only memmap: raw (uint16, or what the meta.json beside it says), or with the
-    header of llm.c and modded-nanogpt. ValueError for a file that was cut off."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path} is missing; make the dataset with `python prepare.py`")
-    meta = read_meta(path.parent) if (path.parent / "meta.json").exists() else {}
-    dtype, expected, offset = meta.get("dtype", "uint16"), meta.get(f"{path.stem}_tokens"), 0
-    header = np.fromfile(path, np.int32, 256)
-    if len(header) == 256 and header[0] in HEADERS and "dtype" not in meta:
-        dtype, expected, offset = HEADERS[header[0]], int(header[2]), 1024
-    n, rest = divmod(path.stat().st_size - offset, np.dtype(dtype).itemsize)
-    if rest or n == 0 or expected not in (None, n):
-        raise ValueError(f"{path} is damaged: {n} tokens of {dtype} and {rest} bytes, expected {expected or 'some'} "
-                         "tokens and 0 bytes; delete its folder and run prepare.py again")
-    return np.memmap(path, dtype, "r", offset)
-
+# ------------------------------------------------------------------------------------------------------------
+# Datasets: reading
 
 def dataset_folder(name):
     """The folder of a dataset: data/NAME, or `name` itself where it is a path."""
@@ -685,47 +636,198 @@ def dataset_folder(name):
     return Path(name) if path else Path("data") / name
 
 
+def load_dataset(folder):
+    """(train, val, meta) of a dataset folder: two memmaps of ids, and the contents of meta.json."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        how = f"--dataset {folder.name}" if folder.name in DATASETS else f"--text FILE --name {shlex.quote(folder.name)}"
+        there = ", ".join(sorted(path.parent.name for path in folder.parent.glob("*/meta.json")))
+        raise ValueError(f"no dataset at {folder}; to make it: python prepare.py {how}; ready are: {there or 'none'}")
+    meta, ids = read_meta(folder), []
+    for split in ("train", "val"):
+        path, sampled = folder / f"{split}.bin", meta.get(f"{split}_sampled_sha256")
+        ids.append(load_bin(path))
+        need(file_sha256(path, sampled and 512) == (sampled or meta[f"{split}_sha256"]),
+             f"{path} does not hold the tokens that meta.json tells of: delete that folder and run prepare.py again")
+    return *ids, meta
+
+
+def load_bin(path):
+    """The ids in a .bin file as a read-only memmap: raw (uint16, or what the meta.json beside it says), or with the
+    header of llm.c and modded-nanogpt. ValueError for a file that was cut off."""
+    path = Path(path)
+    need(path.is_file(), f"{path} is missing; make the dataset with `python prepare.py`")
+    meta = read_meta(path.parent) if (path.parent / "meta.json").exists() else {}
+    dtype, expected, offset = meta.get("dtype", "uint16"), meta.get(f"{path.stem}_tokens"), 0
+    header = np.fromfile(path, np.int32, 256)
+    if len(header) == 256 and header[0] in HEADERS and not meta:
+        dtype, expected, offset = HEADERS[header[0]], int(header[2]), 1024
+    n, rest = divmod(path.stat().st_size - offset, np.dtype(dtype).itemsize)
+    need(n and not rest and expected in (None, n), f"{path} is damaged: {n} tokens of {dtype} and {rest} bytes, expected "
+         f"{expected or 'some'} tokens and 0 bytes; delete its folder and run prepare.py again")
+    return np.memmap(path, dtype, "r", offset)
+
+
+def read_meta(folder):
+    """The contents of a folder's meta.json, of which the tokenizer, the counts and the checksums are sure to be there."""
+    kinds = dict(tokenizer=str, vocab_size=int, dtype=str, train_sha256=str, val_sha256=str)
+    kinds |= dict.fromkeys((f"{split}_{what}s" for split in ("train", "val") for what in ("token", "document", "byte")), int)
+    try:
+        meta = json.loads((Path(folder) / "meta.json").read_text("utf-8"))
+        wrong = [key for key, kind in kinds.items() if type(meta.get(key)) is not kind]
+        need(not wrong and meta["dtype"] in HEADERS.values(), f"{[*wrong, 'dtype'][0]} is damaged")
+    except (OSError, ValueError, AttributeError, RecursionError) as e:
+        raise ValueError(f"{folder} has no readable meta.json ({e}); `python prepare.py` makes dataset folders") from e
+    return meta
+
+
 def run_files(folder):
     """What a run keeps of its dataset: the paths of meta.json and, unless it is plain bytes, of the tokenizer."""
     return [path for path in (Path(folder) / "meta.json", Path(folder) / "tokenizer.tiktoken") if path.is_file()]
 
 
-def load_dataset(folder):
-    """(train, val, meta) of a dataset folder: two memmaps of ids, and the contents of meta.json."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        how = f"--dataset {folder.name}" if folder.name in DATASETS else f"--text FILE --name {folder.name}"
-        there = ", ".join(sorted(path.parent.name for path in folder.parent.glob("*/meta.json")))
-        raise ValueError(f"no dataset at {folder}; to make it: python prepare.py {how}; ready are: {there or 'none'}")
-    meta = read_meta(folder)
-    train, val = load_bin(folder / "train.bin"), load_bin(folder / "val.bin")
-    for split, ids in (("train", train), ("val", val)):
-        top = max(int(ids[i:i + (1 << 24)].max()) for i in range(0, len(ids), 1 << 24))
-        if top >= meta["vocab_size"]:
-            raise ValueError(f"{folder}/{split}.bin holds token id {top}, but its meta.json says vocab_size "
-                             f"{meta['vocab_size']}: delete that folder and run prepare.py again")
-    return train, val, meta
+# ------------------------------------------------------------------------------------------------------------
+# The command line, for all scripts
+
+UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
+NANOGPT = {     # nanoGPT's names of our flags
+    "--batch_size": "--batch_tokens", "--decay_lr": "--schedule", "--eval_interval": "--eval_every",
+    "--eval_iters": "--eval_windows", "--gradient_accumulation_steps": "--batch_tokens", "--learning_rate": "--lr",
+    "--log_interval": "--log_every", "--lr_decay_iters": "--max_steps", "--max_iters": "--max_steps",
+    "--out_dir": "--out", "--start": "--prompt", "--warmup_iters": "--warmup"}
+
+
+class NoNumber(ValueError, argparse.ArgumentTypeError):
+    """argparse puts the name of the flag before the text of the latter, and shows nothing of the former."""
+
+
+def number(text, kind):
+    """A number as a person types it, "0.5", "1e6", "30M" or "1_000_000", as `kind`: int or float. ValueError for all
+    else: nan, inf, digits that are not ASCII, what does not fit into 64 bits, a fraction where an int is expected."""
+    form = re.fullmatch(r"([-+]?[\d_]{0,30}\.?\d{0,30}(?:[eE][-+]?\d{1,3})?)([kKMBG]?)", text, re.A)
+    try:
+        exact = fractions.Fraction(form[1].replace("_", "")) * UNITS[form[2]]
+        value = kind(exact)
+        need(kind is float or value == exact and abs(value) < 1 << 63, "")
+    except (ValueError, TypeError, OverflowError):
+        expected = "a whole number such as 1000, 30M or 1e6" if kind is int else "a finite number such as 0.5 or 1e-3"
+        raise NoNumber(f"{text[:40]!r}: expected {expected}") from None
+    return value
+
+
+def need(ok, message):
+    if not ok:
+        raise ValueError(message)
+
+
+def count(n, noun):
+    """count(1, "document") -> "1 document"; 1,200 documents, 2 passes."""
+    return f"{n:,} {noun}" + ("" if n == 1 else "es" if noun[-1] == "s" else "s")
+
+
+def console():
+    """First line of every main(): what is printed appears at once, in a file too, and a character that the terminal does
+    not know is escaped. From here on Ctrl-C is a KeyboardInterrupt again: while the imports run, the scripts let it end
+    the process, for that prints no traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextlib.contextmanager
+def whole_file(path, mode="wb", keep=None):
+    """Opens a file that gets its name when it is complete: with whole_file(path) as f: f.write(...). If anything fails,
+    the half is removed and what had the name before stays. keep: what had the name before gets this one.
+    ValueError names the file where it cannot be written."""
+    part = Path(f"{path}.part")
+    try:
+        with open(part, mode, encoding=None if "b" in mode else "utf-8") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        if keep:
+            os.replace(path, keep)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:        # torch's writer raises the latter
+        why = getattr(e, "strerror", None) or "the disk or a limit is full"
+        raise ValueError(f"cannot write {path}: {why}") from e
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+class Progress:
+    """A line on stderr with the time left, at most once a second: call it with done in [0, 1], at the end with 1."""
+    def __init__(self, label):
+        self.label, self.start, self.shown = label, time.time(), time.time()
+
+    def __call__(self, done):
+        now = time.time()
+        if now - self.start > 1 and (done >= 1 or done > 0.01 and now - self.shown > 1):
+            line = f"\r{self.label}: {done:4.0%}, {(now - self.start) * (1 / done - 1):.0f} s left   "
+            print(line, end="\n" if done >= 1 else "", file=sys.stderr, flush=True)
+            self.shown = now
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):         # "(default: None)" tells nobody anything
+        return action.help if action.default in (None, ()) else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that shows defaults, takes no abbreviations, reads numbers by `number`, and answers an unknown flag with
+    the one that was probably meant."""
+    def __init__(self, *args, **kwargs):
+        kwargs.setdefault("formatter_class", Help)
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+        for kind in (int, float):
+            self.register("type", kind, functools.partial(number, kind=kind))
+
+    number = staticmethod(number)
+
+    def parse_known_args(self, args=None, namespace=None):
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            name, known = unknown[0].split("=")[0], self._option_string_actions
+            near = [NANOGPT.get(name), *(flag for flag in known if flag.startswith(name)),
+                    *difflib.get_close_matches(name, known, 1, 0.8)]
+            near = [flag for flag in near if flag in known]
+            self.error(f"unknown argument {unknown[0]}; " + (f"did you mean {near[0]}?" if near else "see --help"))
+        return namespace, unknown
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+FLAGS = {       # flag: (default, help)
+    "dataset": (None, f"built-in, one of: {', '.join(DATASETS)}; the first three need no network (default: docs)"),
+    "text": ((), "your own instead: files .txt .md .jsonl, also .gz .bz2 .xz, or folders of them"),
+    "val": ((), "validation text to go with --text"),
+    "val_fraction": (0.1, "held out where there is no validation text"),
+    "name": (None, "folder under --out_dir (default: after the source and the tokenizer)"),
+    "tokenizer": (None, "byte, bpe:N, gpt2, cl100k_base, o200k_base or a prepared folder (default: bpe:4096; arithmetic: "
+                        "byte; fineweb10B, finewebedu10B: gpt2)"),
+    "bpe_text": ((), "what bpe:N learns from, if not --text"),
+    "corrupt": (0.0, "share of the training words to damage"),
+    "seed": (0, "of --corrupt and of arithmetic"),
+    "max_tokens": (None, "length of the training part (default: all; fineweb10B, finewebedu10B: 100M)"),
+    "out_dir": ("data", "where datasets live"),
+}
 
 
 def main(argv=None):
-    p = Parser(prog="prepare.py", description="Text to tokens: makes data/NAME/{train.bin, val.bin, meta.json}.")
-    source = p.add_mutually_exclusive_group()
-    source.add_argument("--dataset", default="docs", choices=DATASETS, help="built-in; docs, pysrc and arithmetic need no network")
-    source.add_argument("--text", nargs="+", default=[], metavar="FILE", help="your own: .txt .jsonl, also .gz .bz2 .xz")
-    p.add_argument("--val", nargs="+", default=[], metavar="FILE", help="validation text to go with --text")
-    p.add_argument("--val_fraction", type=float, default=0.1, help="held out where there is no validation text")
-    p.add_argument("--name", help="folder under --out_dir; else named after the source and the tokenizer")
-    p.add_argument("--tokenizer", help="byte, bpe:N, gpt2, cl100k_base, o200k_base or a prepared folder (default: bpe:4096; "
-                                       "arithmetic: byte; fineweb10B, finewebedu10B: gpt2)")
-    p.add_argument("--bpe_text", nargs="+", default=[], metavar="FILE", help="what bpe:N learns from, if not --text")
-    p.add_argument("--corrupt", type=float, default=0.0, metavar="RATE", help="share of training words to damage")
-    p.add_argument("--seed", type=int, default=0, help="seed of --corrupt and of arithmetic")
-    p.add_argument("--max_tokens", type=int, help="length of the training part; 100M for fineweb unless given")
-    p.add_argument("--out_dir", default="data", help="where datasets live")
     console()
-    args, start = vars(p.parse_args(argv)), time.time()
+    parser = Parser(prog="prepare.py", description="Text to tokens: makes data/NAME/{train.bin, val.bin, meta.json}.")
+    for flag, (default, text) in FLAGS.items():
+        kind = str if default is None else type(default)
+        how = dict(nargs="+", metavar="FILE") if kind is tuple else dict(type=int if flag == "max_tokens" else kind)
+        parser.add_argument(f"--{flag}", default=default, help=text, **how)
+    args, start = vars(parser.parse_args(argv)), time.time()
     try:
-        folder = prepare(args.pop("dataset"), **args)
+        need(not args["text"] or not args["dataset"], "--dataset and --text exclude each other")
+        folder = prepare(args.pop("dataset") or "docs", **args)
         meta = read_meta(folder)
     except (ValueError, OSError) as e:
         print(f"prepare.py: {e}", file=sys.stderr)
@@ -734,10 +836,11 @@ def main(argv=None):
         print("prepare.py: interrupted, and nothing half made is left", file=sys.stderr)
         return 130
     for split in ("train", "val"):
-        tokens, documents, size = (meta[f"{split}_{key}"] for key in ("tokens", "documents", "bytes"))
-        print(f"{folder}/{split}.bin: {tokens:,} tokens, {documents:,} documents, {size / 1e6:.2f} MB of text")
+        tokens, documents = (count(meta[f"{split}_{noun}s"], noun) for noun in ("token", "document"))
+        print(f"{folder}/{split}.bin: {tokens}, {documents}, {meta[f'{split}_bytes'] / 1e6:.2f} MB of text")
+    name = folder.name if dataset_folder(folder.name) == folder else str(folder)
     print(f"vocabulary of {meta['vocab_size']} ({meta['tokenizer']}), {time.time() - start:.1f} s; now type: "
-          f"python train.py --dataset {folder.name}")
+          f"python train.py --dataset {shlex.quote(name)}")
     return 0
 
 
