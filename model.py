@@ -465,7 +465,7 @@ RANGES = {
     "vocab_size": (1, 2 ** 24), "block_size": (1, 2 ** 24), "n_layer": (1, 10_000), "n_inner": (1, 2 ** 18),
     "n_expert": (0, 2 ** 16), "shared_inner": (0, 2 ** 18), "window": (1, 2 ** 31), "dense_len": (0, 2 ** 31),
     "sel_topk": (1, 2 ** 24), "sel_init": (0, 2 ** 16), "sel_local": (0, 2 ** 16),
-    "out_gate_rank": (0, 2 ** 16),
+    "out_gate_rank": (0, 2 ** 16), "qk_rope_head_dim": (0, 2 ** 16),
     "norm_eps": (1e-12, 0.1), "dropout": (0, 0.99), "logit_softcap": (1e-3, 10 ** 6), "g_min": (-5, -1e-3),
     "router_scale": (1e-3, 1000), "router_bias_step": (0, 1), "router_aux": (0, 1000),
     "rope_base": (1, 10 ** 12), "rotary_fraction": (0, 1),

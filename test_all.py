@@ -82,7 +82,7 @@ def close(a, b, tol=None):
 # Size
 
 BUDGET = {"attention.py": 20_500, "model.py": 6_200, "diffusion.py": 5_500, "train.py": 12_000, "sample.py": 3_600,
-          "prepare.py": 7_000, "bench.py": 35_000, "test_all.py": 68_000}
+          "prepare.py": 7_000, "bench.py": 36_000, "test_all.py": 70_000}
 NARROW = ("pytest.ini",)
 
 
@@ -1223,14 +1223,14 @@ def test_collapses():
     for causal in (True, False):
         gdn = delta_rule(q, k, v, beta, g, S, causal)
         for g_min in (None, -5.0):                                                     # KDA with one decay a head is GDN
-            assert all(lin_rel(a, b.double()) < 1e-6 for a, b in zip(delta_rule(q, k, v, beta, wide, S, causal, g_min), gdn))
+            assert all(lin_rel(a, b.double()) < 1e-10 for a, b in zip(delta_rule(q, k, v, beta, wide, S, causal, g_min), gdn))
         assert torch.equal(delta_rule(q, k, v, beta, 0 * g, S, causal)[0], delta_rule(q, k, v, beta, None, S, causal)[0])
         ssd = linear_attention(q, k, v, g, S, causal)
-        assert all(lin_rel(a, b.double()) < 1e-6 for a, b in zip(linear_attention(q, k, v, wide, S, causal), ssd))
-        assert lin_rel(linear_attention(q, k, v, 0 * g, S, causal)[0], linear_attention(q, k, v, None, S, causal)[0].double()) < 1e-6
+        assert all(lin_rel(a, b.double()) < 1e-10 for a, b in zip(linear_attention(q, k, v, wide, S, causal), ssd))
+        assert lin_rel(linear_attention(q, k, v, 0 * g, S, causal)[0], linear_attention(q, k, v, None, S, causal)[0].double()) < 1e-10
     k = torch.eye(150).expand(2, 2, -1, -1)                                            # orthonormal keys: nothing to correct,
     q = torch.randn(2, 2, 150, 150)                                                    # the delta rule writes beta v
-    assert lin_rel(delta_rule(q, k, v, beta, g)[0], linear_attention(q, k, v * beta[..., None], g)[0].double()) < 1e-6
+    assert lin_rel(delta_rule(q, k, v, beta, g)[0], linear_attention(q, k, v * beta[..., None], g)[0].double()) < 1e-10
 
 
 @exactly
@@ -1242,8 +1242,8 @@ def test_both_directions():
     t = torch.arange(150)
     D = gamma[:, None, None] ** (t[:, None] - t).abs()                                 # (H, T, T): the definition
     want = ((q @ k.mT) * D * 32 ** -0.5 @ v).double()
-    assert lin_rel(linear_attention(q, k, v, g, causal=False)[0], want) < 1e-5
-    assert lin_rel(linear_attention(q, k, v, causal=False)[0], (q @ k.mT * 32 ** -0.5 @ v).double()) < 1e-5
+    assert lin_rel(linear_attention(q, k, v, g, causal=False)[0], want) < 1e-10
+    assert lin_rel(linear_attention(q, k, v, causal=False)[0], (q @ k.mT * 32 ** -0.5 @ v).double()) < 1e-10
     # the delta rule: two scans, the second of which reads before it writes, i.e. its output less its own last write
     fwd, S1 = delta_rule(q, k, v, beta, g, S)
     flip = [a.flip(2) for a in (q, k, v, beta, g)]
@@ -1253,7 +1253,7 @@ def test_both_directions():
         back.append(delta_rule_recurrent(a[0], 0 * a[1], a[2], 0 * a[3], a[4], state)[0])   # beta = 0 reads only
         state = delta_rule_recurrent(*a, state)[1]
     both, S2 = delta_rule(q, k, v, beta, g, S, causal=False)
-    assert lin_rel(both, (fwd + torch.cat(back, 2).flip(2)).double()) < 5e-6 and lin_rel(S2, S1.double()) < 1e-6
+    assert lin_rel(both, (fwd + torch.cat(back, 2).flip(2)).double()) < 1e-10 and lin_rel(S2, S1.double()) < 1e-10
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -2231,7 +2231,7 @@ def test_mdm_nll_reads_token_files(kind, tmp_path):
     for more in ({}, dict(group=group, per_row=True), dict(noise_block=2), dict(scored=scored, group=group)):
         a, b = (torch.tensor(diffusion.mdm_nll(lm, tokens, 50_000, 8, batch_size=size, **more)) if "per_row" not in more else
                 torch.stack(diffusion.mdm_nll(lm, tokens, 50_000, 8, batch_size=size, **more)) for tokens, size in ((x, 99), (mapped, 2)))
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+        close(a, b, 1e-12)
 
 
 def test_mdm_nll_in_pieces(monkeypatch):
@@ -4085,7 +4085,8 @@ def test_probe_is_that_of_bench_choices(runs):
 def test_probe_does_not_disturb_training(dataset, tmp_path, objective):
     kind = dict(objective=objective, dropout=0.1, diffusion_block=4, eval_every=3)
     a, b = go(dataset, tmp_path / "a", **kind), go(dataset, tmp_path / "b", probe_every=2, **kind)
-    assert same_weights(a, b) and history(tmp_path / "a") == history(tmp_path / "b")
+    assert history(tmp_path / "a") == history(tmp_path / "b")
+    assert train.digest(a["lm"].state_dict()) == train.digest(b["lm"].state_dict())
     rows = [r for r in map(json.loads, (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()) if r["kind"] == "eval"]
     assert [("probe_accuracy" in r, "probe_gap" in r) for r in rows] == [(False, False), (True, True)] * 2
     assert all(0 <= r["probe_accuracy"] <= 1 for r in rows[1::2])
@@ -4343,7 +4344,7 @@ def test_ngram_oracle_is_enumeration(n, V, L):
         fits = ((x == canvas) | (canvas == V)).all(1)
         for i in (canvas == V).nonzero()[:, 0]:
             want = torch.stack([p[fits & (x[:, i] == v)].sum() for v in range(V)]) / p[fits].sum()
-            close(language(canvas[None])[0, i].exp().double(), want)
+            close(language(canvas[None])[0, i].exp().double(), want, 1e-6)
     if n == 2:
         N, nats = 3, 0.0                                           # -log p of place i: H(it and what is known) - H(what is known)
         for i, hidden, j in itertools.product(range(L), H, range(1, N + 1)):
@@ -4765,6 +4766,7 @@ def test_resume_on_cuda_is_bit_exact(dataset, tmp_path, monkeypatch):
         whole = go(dataset, tmp_path / "whole", **how)
         go_until(7, dataset, tmp_path / "cut", **how)
         resumed = go(dataset, tmp_path / "cut", resume="auto", **how)
-        assert history(tmp_path / "cut") == history(tmp_path / "whole") and same_weights(whole, resumed)
+        assert history(tmp_path / "cut") == history(tmp_path / "whole")
+        assert train.digest(whole["lm"].state_dict()) == train.digest(resumed["lm"].state_dict())
     finally:
         torch.use_deterministic_algorithms(False)
