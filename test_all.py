@@ -81,8 +81,8 @@ def close(a, b, tol=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # Size
 
-BUDGET = {"attention.py": 20_500, "model.py": 6_200, "diffusion.py": 5_500, "train.py": 12_000, "sample.py": 3_600,
-          "prepare.py": 7_000, "bench.py": 36_000, "test_all.py": 70_000}
+BUDGET = {"attention.py": 21_000, "model.py": 6_500, "diffusion.py": 5_500, "train.py": 12_500, "sample.py": 4_000,
+          "prepare.py": 8_000, "bench.py": 37_000, "test_all.py": 72_000}
 NARROW = ("pytest.ini",)
 
 
