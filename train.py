@@ -1,13 +1,13 @@
 """Train a language model, autoregressive or masked diffusion, on as few or as many unique tokens as you like.
 
-    python train.py                                                  # three minutes on a laptop, seconds on a GPU
+    python train.py                                                  # three minutes on a laptop
     python train.py --objective mdm --unique_tokens 30000 --epochs 100
     python train.py --resume auto --out out/NAME --max_steps 5000    # go on with a run
     python train.py --init_from out/NAME --objective mdm             # its weights alone, everything else new
     torchrun --standalone --nproc_per_node=8 train.py --preset gpt2 --dataset fineweb10B
 
-Flags: python train.py --help. A run is a folder: config.json, metrics.jsonl, loss.png, samples.txt, ckpt_last.pt, and
-ckpt_best.pt and ckpt_prev.pt, the one before the last. In this file, in this order:
+Flags: python train.py --help. A run is a folder: config.json, metrics.jsonl, loss.png, samples.txt,
+ckpt_last.pt, ckpt_prev.pt, the one before it, and ckpt_best.pt. In this file, in this order:
 
     settings        the flags: their defaults, then the checkpoint's, then what was given
     data            Windows, the repeating loader; what is evaluated, and when
@@ -35,7 +35,8 @@ import warnings
 import zlib
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch: spinning threads on a busy machine cost 20x
+# before torch: spinning threads on a busy machine cost 20x
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
 
@@ -46,15 +47,15 @@ from model import LM, PRESETS, ModelConfig, from_preset, nearest, override, pars
 # name: (default, help). A default of None means "chooses itself" or "from the preset", as the help says.
 FLAGS = {
     "data": {
-        "dataset": ("docs", "name under data/ or a folder with train.bin and val.bin; `docs` is made if missing"),
+        "dataset": ("docs", "name under data/ or folder of train.bin and val.bin; `docs` is made if missing"),
         "unique_tokens": (None, "train on the first U tokens only, again and again (default: all)"),
         "epochs": (None, "passes over the unique tokens"),
-        "max_steps": (None, "optimizer steps; with --epochs the smaller of both (default: 1000 without either)"),
+        "max_steps": (None, "optimizer steps; with --epochs the smaller of both (without either: 1000)"),
         "block_size": (None, "tokens in a window (default: from the preset)"),
         "seed": (1337, "of the initialisation, the order of windows, the noise and dropout"),
     },
     "objective": {
-        "objective": ("ar", "ar | mdm (masked diffusion) | mixed (one network, both losses) | block (block diffusion)"),
+        "objective": ("ar", "ar | mdm (masked diffusion) | mixed (both losses) | block (block diffusion)"),
         "diffusion_block": (16, "block: tokens in a block, AR over blocks and diffusion inside"),
         "ar_frac": (0.5, "mixed: share of each batch that is trained as AR"),
         "input_mask": (0.0, "share of AR's input tokens replaced by the mask token, a regulariser"),
@@ -68,15 +69,15 @@ FLAGS = {
         "n_layer": (None, "blocks"),
         "n_head": (None, "attention heads"),
         "n_embd": (None, "width"),
-        "dropout": (None, "on the embedding and on what each block adds. Its masks are drawn in each forward pass, so it "
-                          "ties a run to its number of processes and its --micro_batch"),
+        "dropout": (None, "on the embedding and on what each block adds. Its masks are drawn in each forward "
+                          "pass, so it ties a run to its number of processes and its --micro_batch"),
         "set": ([], "key=value ...: any other field of ModelConfig, such as n_kv_head=2 mlp=gelu"),
         "init_from": (None, "run folder or checkpoint: start from its weights, with everything else new"),
     },
     "optimizer": {
         "optimizer": ("adamw", "adamw | muon (hidden matrices; AdamW for the rest)"),
         "lr": (2e-3, "peak learning rate; both schedules that fall end at 0"),
-        "schedule": ("wsd", "wsd (constant, linear decay over the last fifth) | cosine | constant, after the warm-up"),
+        "schedule": ("wsd", "after the warm-up: wsd (constant, linear at the end) | cosine | constant"),
         "warmup": (100, "steps of linear warm-up"),
         "weight_decay": (0.1, "decoupled, on matrices only"),
         "beta2": (0.95, "Adam's second-moment decay"),
@@ -88,7 +89,7 @@ FLAGS = {
         "device": ("auto", "auto (cuda > mps > cpu) | cuda | mps | cpu"),
         "dtype": ("auto", "auto (bfloat16 where native, on a GPU) | bfloat16 | float32"),
         "compile": ("auto", "auto (on cuda) | on | off"),
-        "fsdp": ("off", "on: the processes of torchrun share out parameters, gradients and optimizer state | off"),
+        "fsdp": ("off", "on: torchrun's processes share parameters, gradients and optimizer state out | off"),
         "timeout": (10.0, "minutes after which a process that does not answer ends the run"),
         "max_minutes": (None, "stop and save after so many minutes of training in this call"),
         "threads": (0, "CPU threads; 0: 1 for models below 5M parameters, else all cores"),
@@ -96,34 +97,37 @@ FLAGS = {
     "output": {
         "out": (None, "run folder (default: out/<something telling>)"),
         "eval_every": (250, "steps between evaluations, 0 = only at the end"),
-        "eval_epochs": (None, "evaluate at these epochs instead: 1,2,4 or geometric (12 points) or geometric:N"),
+        "eval_epochs": (None, "evaluate at these epochs: 1,2,4 or geometric (12 of them) or geometric:N"),
         "eval_windows": (256, "fixed validation windows to evaluate on, 0 = all"),
-        "probe_every": (0, "N: at every N-th evaluation and the last, how often the true end of a passage is found among "
-                           "four; 0 = never"),
+        "probe_every": (0, "N: at every N-th evaluation and the last, how often the true end of a passage is "
+                           "found among four; 0 = never"),
         "save_every": (1000, "steps between checkpoints, besides those at evaluations and at the end"),
         "log_every": (20, "steps between log lines"),
-        "resume": (None, "auto: the last checkpoint of --out if there is one, without --out the newest run of this kind; "
-                         "or PATH of a checkpoint or run folder"),
+        "resume": (None, "auto: the last checkpoint of --out if there is one, without --out the newest run "
+                         "of this kind; or PATH of a checkpoint or run folder"),
     },
 }
 DEFAULTS = {name: default for group in FLAGS.values() for name, (default, _) in group.items()}
-KIND = {"unique_tokens": int, "epochs": float, "max_steps": int, "block_size": int, "n_layer": int, "n_head": int,
-        "n_embd": int, "dropout": float, "micro_batch": int, "max_minutes": float}
+KIND = {**dict.fromkeys(("epochs", "dropout", "max_minutes"), float), **dict.fromkeys(
+    ("unique_tokens", "max_steps", "block_size", "n_layer", "n_head", "n_embd", "micro_batch"), int)}
 # These may differ between a checkpoint and the run that resumes it; all other flags shape the trajectory.
-FREE = {"epochs", "max_steps", "max_minutes", "micro_batch", "device", "dtype", "compile", "fsdp", "timeout", "threads",
-        "out", "eval_every", "eval_epochs", "eval_windows", "probe_every", "save_every", "log_every", "resume"}
-CHOICES = {"objective": ("ar", "mdm", "mixed", "block"), "schedule": ("wsd", "cosine", "constant"),
-           "optimizer": ("adamw", "muon"), "dtype": ("auto", "bfloat16", "float32"), "compile": ("auto", "on", "off"),
-           "fsdp": ("on", "off"), "preset": tuple(PRESETS)}
-POSITIVE = ("epochs", "max_steps", "unique_tokens", "block_size", "n_layer", "n_head", "n_embd", "micro_batch",
-            "max_minutes", "lr", "log_every", "save_every", "batch_tokens", "diffusion_block", "timeout")
-NOT_NEGATIVE = ("eval_every", "eval_windows", "probe_every", "dense_steps", "indexer_warmup", "warmup", "weight_decay",
-                "grad_clip")
+FREE = {"epochs", "max_steps", "max_minutes", "micro_batch", "device", "dtype", "compile", "fsdp", "timeout",
+        "threads", "out", "resume", "eval_every", "eval_epochs", "eval_windows", "probe_every", "save_every",
+        "log_every"}
+CHOICES = {
+    "objective": ("ar", "mdm", "mixed", "block"), "schedule": ("wsd", "cosine", "constant"),
+    "optimizer": ("adamw", "muon"), "dtype": ("auto", "bfloat16", "float32"),
+    "compile": ("auto", "on", "off"), "fsdp": ("on", "off"), "preset": tuple(PRESETS)}
+POSITIVE = ("epochs", "max_steps", "unique_tokens", "block_size", "n_layer", "n_head", "n_embd", "lr",
+            "micro_batch", "max_minutes", "log_every", "save_every", "batch_tokens", "diffusion_block", "timeout")
+NOT_NEGATIVE = ("eval_every", "eval_windows", "probe_every", "dense_steps", "indexer_warmup", "warmup",
+                "weight_decay", "grad_clip")
 SHARES = ("ar_frac", "input_mask", "token_noise", "dropout", "beta2")
 
-# Dense bf16 peak by device name, from the makers' data sheets, for MFU. Unknown devices get none, never a guess.
-PEAK_FLOPS = {"H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12,
-              "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+# Dense bf16 peak by device name, from the makers' data sheets, for MFU. Unknown devices get none: no guess.
+PEAK_FLOPS = {"H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12,
+              "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "RTX 4090": 165e12,
+              "RTX 3090": 71e12}
 
 
 def peak_flops(device):
@@ -135,7 +139,7 @@ def need(ok, message):
     if not ok:
         raise ValueError(message)
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Settings
 
 def parse_flags(argv=None):
@@ -163,8 +167,8 @@ def parse_flags(argv=None):
 def settings(given, log):
     """(flags, state, source): a run's flags, and the checkpoint that it goes on from with its path, or None.
 
-    Defaults < the checkpoint's < given. A flag that shapes the trajectory may not differ from the checkpoint's.
-    """
+    Defaults < the checkpoint's < given. A flag that shapes the trajectory may not differ from the
+    checkpoint's. """
     for name in given:
         need(name in DEFAULTS, f"unknown flag --{name}{nearest(name, DEFAULTS)}")
     flags = {**DEFAULTS, **given}
@@ -179,12 +183,12 @@ def settings(given, log):
                 log(f"no checkpoint in {target} can be read: beginning again")
     elif target:
         state, source = newest_checkpoint(Path(target), log)
-        need(state, f"there is no checkpoint that can be read in {target}: name a run folder that train.py wrote")
+        need(state, f"there is no checkpoint to read in {target}: name a run folder of train.py")
     if not state:
         return flags, None, None
     wrong = other_settings(state, given)
-    need(not wrong, f"cannot resume {target} with other settings: {', '.join(wrong)}. A new run from its weights: "
-                    f"--init_from {target}")
+    need(not wrong, f"cannot resume {target} with other settings: {', '.join(wrong)}. "
+                    f"A new run from its weights: --init_from {target}")
     flags = {**DEFAULTS, **{k: v for k, v in state["flags"].items() if k in DEFAULTS}, **given}
     if not given.get("out"):
         flags["out"] = str(source.parent)
@@ -195,14 +199,16 @@ def settings(given, log):
 def other_settings(state, given):
     """The flags that make another run of a checkpoint's: ["--lr 0.1 (checkpoint: 0.2)", ...]."""
     known = {**DEFAULTS, **state["flags"]}
-    return [f"--{k} {v} (checkpoint: {known[k]})" for k, v in given.items() if k not in FREE and v != known[k]]
+    return [f"--{k} {v} (checkpoint: {known[k]})" for k, v in given.items()
+            if k not in FREE and v != known[k]]
 
 
 def check(flags):
     """ValueError for a value that no run can have. (`not 0 < x` also refuses nan.)"""
     for name, choices in CHOICES.items():
         value = flags[name]
-        need(value in choices, f"--{name} {value} is unknown{nearest(value, choices)}: one of {', '.join(choices)}")
+        near = nearest(value, choices)
+        need(value in choices, f"--{name} {value} is unknown{near}: one of {', '.join(choices)}")
     for names, ok, expected in ((POSITIVE, lambda x: 0 < x < math.inf, "be above 0 and finite"),
                                 (NOT_NEGATIVE, lambda x: 0 <= x < math.inf, "not be negative, and be finite"),
                                 (SHARES, lambda x: 0 <= x <= 1, "lie between 0 and 1")):
@@ -212,16 +218,14 @@ def check(flags):
     need(0 <= flags["seed"] < 2 ** 31, f"--seed {flags['seed']} must lie between 0 and {2 ** 31 - 1}")
     need(flags["beta2"] < 1, "--beta2 1.0 never forgets: it must be below 1, such as 0.95")
     need(flags["objective"] in ("ar", "mixed") or not (flags["input_mask"] or flags["token_noise"]),
-         f"--input_mask and --token_noise damage what AR reads, and --objective {flags['objective']} has no AR rows: "
-         "leave them out")
+         f"--input_mask and --token_noise damage what AR reads: {flags['objective']} has no AR rows")
 
 
 def model_config(flags, vocab_size=None, trained=None):
     """ModelConfig from --preset, then the model flags, then --set.
 
-    vocab_size: the tokenizer's, None keeps the preset's. trained: the config of the checkpoint of --init_from, in place
-    of the preset's.
-    """
+    vocab_size: the tokenizer's, None keeps the preset's. trained: the config of the checkpoint of
+    --init_from, in place of the preset's. """
     values = {}
     for name in ("block_size", "layers", "n_layer", "n_head", "n_embd", "dropout"):
         if flags[name] is not None:
@@ -232,8 +236,8 @@ def model_config(flags, vocab_size=None, trained=None):
         values[key] = parse_value(value)
     if vocab_size is not None:
         asked = values.setdefault("vocab_size", vocab_size)
-        need(asked == vocab_size, f"--set vocab_size={asked}: it is the tokenizer's, {vocab_size}; leave it out, or prepare "
-                                  "the text with another --tokenizer")
+        need(asked == vocab_size, f"--set vocab_size={asked}: it is the tokenizer's, {vocab_size}; leave "
+                                  "it out, or prepare the text with another --tokenizer")
     if trained:
         return override(override(ModelConfig(), trained), values)
     for key, value in PRESETS[flags["preset"]].items():     # sizes are free, names and switches are not
@@ -242,17 +246,17 @@ def model_config(flags, vocab_size=None, trained=None):
                                                   f"{key}={values.get(key)} out, or take another preset")
     return from_preset(flags["preset"], **values)
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Data
 
 class Windows:
     """The repeating loader: windows of T tokens over the first U, a pure function of (seed, window number).
 
-    Each epoch is a fresh permutation of the U // T windows with a fresh offset on the ring of U tokens, so every unique
-    token is seen exactly once per epoch, in ever other windows. Batches run across epoch boundaries. The number of
-    processes changes nothing, and an AR run and a diffusion run of one seed read the same windows in the same order.
-    The tokens stay where they are, memory-mapped: each batch reads its own windows.
-    """
+    Each epoch is a fresh permutation of the U // T windows with a fresh offset on the ring of U tokens, so
+    every unique token is seen exactly once per epoch, in ever other windows. Batches run across epoch
+    boundaries. The number of processes changes nothing, and an AR run and a diffusion run of one seed read
+    the same windows in the same order. The tokens stay where they are, memory-mapped: each batch reads its
+    own windows. """
     def __init__(self, data, unique_tokens, block_size, seed):
         self.data, self.T, self.seed = data, block_size, seed
         self.n = unique_tokens // block_size                # windows per epoch
@@ -287,7 +291,7 @@ def fixed_windows(data, T, count):
     if count and count < n:
         whole = whole[np.linspace(0, n - 1, count).round().astype(np.int64)]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                     # torch warns of memory that must not be written to
+        warnings.simplefilter("ignore")  # torch warns of memory that must not be written to
         return torch.from_numpy(whole)
 
 
@@ -305,8 +309,8 @@ def eval_steps(flags, total, steps_per_epoch):
             epochs = [prepare.number(e, float) for e in spec.split(",")]
         need(len(epochs) and min(epochs) > 0, "")
     except ValueError:
-        raise ValueError(f"--eval_epochs {spec} is neither a list of epochs such as 1,2,4 nor geometric nor geometric:N "
-                         f"(N at most the {total} steps)") from None
+        raise ValueError(f"--eval_epochs {spec} is neither a list of epochs such as 1,2,4 nor geometric nor "
+                         f"geometric:N (N at most the {total} steps)") from None
     return {min(total, max(1, round(e * steps_per_epoch))) for e in epochs} | {total}
 
 
@@ -326,22 +330,23 @@ def open_data(flags, rank, log):
 def train_windows(flags, data, T, world):
     """The loader of a run, after looking whether its sizes fit the data."""
     U, batch = flags["unique_tokens"] or len(data.train), flags["batch_tokens"]
-    need(U <= len(data.train), f"--unique_tokens {U:,} is more than the {len(data.train):,} training tokens of {data.folder}")
+    need(U <= len(data.train), f"--unique_tokens {U:,} is more than the {len(data.train):,} training tokens "
+                               f"of {data.folder}")
     for what, there in (("unique tokens", U), ("validation set", len(data.val))):
-        need(T <= there, f"block_size {T} is larger than the {what} ({there:,} tokens): use a smaller --block_size")
-    need(batch % (T * world) == 0, f"--batch_tokens {batch} must be a multiple of block_size x processes = {T * world}: "
-                                   "change it or --block_size")
+        need(T <= there, f"block_size {T} is above the {what} ({there:,} tokens): use a smaller --block_size")
+    need(batch % (T * world) == 0, f"--batch_tokens {batch} must be a multiple of block_size x processes = "
+                                   f"{T * world}: change it or --block_size")
     return Windows(data.train, U, T, flags["seed"])
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Optimizers and schedule
 
 def orthogonalise(G, steps=5):
-    """Newton-Schulz iteration of Muon (Keller Jordan, 2024): pushes all singular values of G (..., m, n) towards 1.
+    """Newton-Schulz iteration of Muon (Keller Jordan, 2024): pushes all singular values of G (..., m, n)
+    towards 1.
 
-    The quintic's coefficients trade exactness (values end in about [0.7, 1.2]) for slope at zero. bf16 is enough, and faster
-    on a GPU; on a CPU float32 is.
-    """
+    The quintic's coefficients trade exactness (values end in about [0.7, 1.2]) for slope at zero. bf16 is
+    enough, and faster on a GPU; on a CPU float32 is. """
     X = G.to(torch.bfloat16 if G.is_cuda else torch.float32).reshape(-1, *G.shape[-2:])
     tall = X.size(-2) > X.size(-1)
     X = X.mT if tall else X
@@ -349,12 +354,13 @@ def orthogonalise(G, steps=5):
     for _ in range(steps):
         A = X @ X.mT
         A = torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315)
-        X = torch.baddbmm(X, A, X, beta=3.4445)                                        # 3.4445 X - 4.775 A X + 2.0315 A A X
+        X = torch.baddbmm(X, A, X, beta=3.4445)  # 3.4445 X - 4.775 A X + 2.0315 A A X
     return (X.mT if tall else X).reshape(G.shape)
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised, for hidden matrices (..., m, n); all matrices of one shape in one batched call.
+    """Momentum, orthogonalised, for hidden matrices (..., m, n); all matrices of one shape in one batched
+    call.
 
     Updates are scaled by 0.2 sqrt(max(m, n)) to the size of AdamW's (arXiv 2502.16982), so AdamW's --lr fits.
     """
@@ -369,21 +375,26 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
             for shape, params in shapes.items():
+                nesterov = []
                 for p in params:
-                    self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
-                nesterov = torch.stack([p.grad.lerp(self.state[p]["momentum"], group["momentum"]) for p in params])
-                update = orthogonalise(nesterov) * (0.2 * max(shape[-2:]) ** 0.5)
+                    momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    momentum.lerp_(p.grad, 1 - group["momentum"])
+                    nesterov.append(whole(p.grad.lerp(momentum, group["momentum"])))
+                update = orthogonalise(torch.stack(nesterov)) * (0.2 * max(shape[-2:]) ** 0.5)
                 for p, u in zip(params, update):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(u.to(p.dtype), alpha=-group["lr"])
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(share_of(u.to(p.dtype), p), alpha=-group["lr"])
 
 
 def make_optimizers(lm, flags, device):
-    """Every parameter in exactly one group: matrices decay, vectors (norms, biases, gates) and short convolutions do not.
+    """Every parameter in exactly one group: matrices decay, vectors (norms, biases, gates) and short
+    convolutions do not.
 
-    The experts' biases (E, width) are vectors, too, though their shape is a matrix's; so are nsa's positions in a window.
-    """
+    The experts' biases (E, width) are vectors, too, though their shape is a matrix's; so are nsa's positions
+    in a window. """
     params = dict(lm.named_parameters())
-    decays = {n for n, p in params.items() if p.ndim >= 2 and not n.endswith(("bias", "conv_weight", "window_pos"))}
+    vectors = ("bias", "conv_weight", "window_pos")
+    decays = {n for n, p in params.items() if p.ndim >= 2 and not n.endswith(vectors)}
     muon = {n for n in decays if n.startswith("blocks.") and flags["optimizer"] == "muon"}
     groups = [[p for n, p in params.items() if n not in muon and n in decays],
               [p for n, p in params.items() if n not in muon and n not in decays]]
@@ -392,14 +403,16 @@ def make_optimizers(lm, flags, device):
                                      dict(params=groups[1], weight_decay=0.0)],
                                     lr=flags["lr"], betas=(0.9, flags["beta2"]), eps=1e-8, fused=fused)]
     if muon:
-        optimizers.append(Muon([params[n] for n in sorted(muon)], lr=flags["lr"], weight_decay=flags["weight_decay"]))
+        hidden = [params[n] for n in sorted(muon)]
+        optimizers.append(Muon(hidden, lr=flags["lr"], weight_decay=flags["weight_decay"]))
     grouped = [p for o in optimizers for g in o.param_groups for p in g["params"]]
-    assert len(grouped) == len(params) and set(grouped) == set(params.values()), "a parameter is in no group or in two"
+    assert len(grouped) == len(params) and set(grouped) == set(params.values()), "a parameter in no group or two"
     return optimizers
 
 
 def learning_rate(step, total, flags):
-    """Of step 0, 1, ...: a pure function, so that a resumed run with another --max_steps follows the new schedule."""
+    """Of step 0, 1, ...: a pure function, so that a resumed run with another --max_steps follows the new
+    schedule."""
     peak, warmup = flags["lr"], flags["warmup"]
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -415,18 +428,21 @@ def learning_rate(step, total, flags):
 
 @torch.no_grad()
 def evaluate(lm, windows, objective, rows=64, seed=0, n_mc=4, diffusion_block=None):
-    """Loss of fixed windows (N, T), nats per token: {"loss", "se", ...}; AR exact, diffusion a bound with its s.e.
+    """Loss of fixed windows (N, T), nats per token: {"loss", "se", ...}; AR exact, diffusion a bound with its
+    s.e.
 
     A mixed model is scored both ways (ar_loss, mdm_loss); `loss` is the smaller, since each bounds the same
-    likelihood. It has its own generator and leaves the model in the mode that it found, so that training is the
-    same with and without it. se is the Monte Carlo error of the masks alone, not that of the choice of windows.
-    """
+    likelihood. It has its own generator and leaves the model in the mode that it found, so that training is
+    the same with and without it. se is the Monte Carlo error of the masks alone, not that of the choice of
+    windows. """
     was_training = lm.training
     device = lm.embed.weight.device
     lm.eval()
     out = {}
     if objective in ("ar", "mixed"):
-        nats = sum(diffusion.ar_loss(lm, x.long().to(device), lm.mask_id).item() * len(x) for x in windows.split(rows))
+        nats = 0.0
+        for x in windows.split(rows):
+            nats += diffusion.ar_loss(lm, x.long().to(device), lm.mask_id).item() * len(x)
         out["ar_loss"] = nats / len(windows)
         out["se"] = 0.0
     if objective != "ar":
@@ -442,15 +458,16 @@ def evaluate(lm, windows, objective, rows=64, seed=0, n_mc=4, diffusion_block=No
 
 
 def probe_items(val_data, T, count=128):
-    """(N, 4, T) int64, at most `count` passages of the validation tokens with four ends each, the true one first.
+    """(N, 4, T) int64, at most `count` passages of the validation tokens with four ends each, the true one
+    first.
 
-    An end is a quarter of the window, at most 16 tokens. The wrong ones are the true ends of passages far away, so
-    every end is right once and wrong three times: what is more probable on its own gains nothing, and chance is 25%.
-    """
+    An end is a quarter of the window, at most 16 tokens. The wrong ones are the true ends of passages far
+    away, so every end is right once and wrong three times: what is more probable on its own gains nothing,
+    and chance is 25%. """
     x = fixed_windows(val_data, T, count).long()
     K = max(1, min(16, T // 4))
-    need(len(x) >= 4 and T >= 2, f"the probe needs 4 validation windows of at least 2 tokens, and there are {len(x)} "
-                                 f"of {T}: use more text")
+    need(len(x) >= 4 and T >= 2, f"the probe needs 4 validation windows of at least 2 tokens, and there are "
+                                 f"{len(x)} of {T}: use more text")
     items = x[:, None].repeat(1, 4, 1)                      # (N, 4, T)
     for j in range(1, 4):
         items[:, j, -K:] = x.roll(-(j * len(x) // 4), 0)[:, -K:]
@@ -461,10 +478,9 @@ def probe_items(val_data, T, count=128):
 def probe(lm, items, objective, rows=64, n_mc=8, seed=0, diffusion_block=None):
     """{"probe_accuracy", "probe_gap"} of `probe_items`.
 
-    The share of passages in which the true end is the most probable of the four, and the mean of wrong minus true
-    -log p, in nats per end. AR and mixed: exact; else the bound, the four ends under the same masks. Like `evaluate`
-    it is deterministic and leaves training as it was.
-    """
+    The share of passages in which the true end is the most probable of the four, and the mean of wrong minus
+    true -log p, in nats per end. AR and mixed: exact; else the bound, the four ends under the same masks.
+    Like `evaluate` it is deterministic and leaves training as it was. """
     was_training = lm.training
     N, _, T = items.shape
     K = max(1, min(16, T // 4))
@@ -475,8 +491,9 @@ def probe(lm, items, objective, rows=64, n_mc=8, seed=0, diffusion_block=None):
                           for w in x.split(rows)])
     else:
         block = diffusion_block if objective == "block" else None
-        nats, _ = diffusion.mdm_nll(lm, x, lm.mask_id, n_mc, torch.Generator().manual_seed(seed), batch_size=rows,
-                                    per_row=True, scored=(torch.arange(T) >= T - K).expand(len(x), -1),
+        gen = torch.Generator().manual_seed(seed)
+        nats, _ = diffusion.mdm_nll(lm, x, lm.mask_id, n_mc, gen, batch_size=rows, per_row=True,
+                                    scored=(torch.arange(T) >= T - K).expand(len(x), -1),
                                     group=torch.arange(N).repeat_interleave(4), noise_block=block)
         nats = nats * K
     lm.train(was_training)
@@ -492,7 +509,8 @@ VERSION = 2
 
 
 def digest(value, crc=0):
-    """A checksum of everything in a checkpoint. torch.load looks at none, and a flipped bit is another weight."""
+    """A checksum of everything in a checkpoint. torch.load looks at none, and a flipped bit is another
+    weight."""
     if isinstance(value, torch.Tensor):
         crc = zlib.crc32(f"{value.dtype} {tuple(value.shape)}".encode(), crc)
         return zlib.crc32(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), crc)
@@ -525,8 +543,8 @@ def load_checkpoint(path):
     except Exception:
         raise ValueError(damaged) from None
     need(isinstance(state, dict) and "version" in state, damaged)
-    need(state["version"] == VERSION, f"{path} was written by another version of train.py: {state['version']}, and this "
-                                      f"one reads {VERSION}")
+    need(state["version"] == VERSION, f"{path} was written by another version of train.py "
+                                      f"({state['version']}; this one reads {VERSION})")
     need(state.pop("digest", None) == digest(state), damaged)
     return state
 
@@ -553,7 +571,8 @@ def load_model(path, which="best", device="cpu"):
 
 
 def newest_checkpoint(target, log):
-    """(state, its file) of a file, or of the newest readable one in a run folder, (None, None) where there is none."""
+    """(state, its file) of a file, or of the newest readable one in a run folder, (None, None) where there is
+    none."""
     if not target.is_dir():
         return (load_checkpoint(target), target) if target.exists() else (None, None)
     found = []
@@ -591,7 +610,8 @@ def read_rows(path):
 
 
 def read_log(path, tell=lambda line: print(line, file=sys.stderr)):
-    """Rows of a run folder's metrics.jsonl in the order of steps, each (kind, step) once; none where there is no file."""
+    """Rows of a run folder's metrics.jsonl in the order of steps, each (kind, step) once; none where there is
+    no file."""
     path = Path(path) / "metrics.jsonl" if Path(path).is_dir() else Path(path)
     if not path.exists():
         return []
@@ -602,7 +622,8 @@ def read_log(path, tell=lambda line: print(line, file=sys.stderr)):
 
 
 def lock(folder):
-    """A file that holds the folder until it is closed or the process ends. ValueError where another process does."""
+    """A file that holds the folder until it is closed or the process ends. ValueError where another process
+    does."""
     f = open(folder / "lock", "a")
     try:
         if sys.platform == "win32":
@@ -613,7 +634,7 @@ def lock(folder):
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         f.close()
-        raise ValueError(f"another process is training in {folder}: wait for it, or choose another --out") from None
+        raise ValueError(f"another process is training in {folder}: wait, or choose another --out") from None
     return f
 
 
@@ -636,9 +657,9 @@ def newest_run(flags):
 class Run:
     """The folder of a run: a lock, the log, the last two checkpoints and the best. Only rank 0 writes.
 
-    The log is part of every checkpoint. So the metrics.jsonl of a resumed run is again what it would be without the
-    interruption, whatever has happened to the file, and the best evaluation is the least in the log.
-    """
+    The log is part of every checkpoint. So the metrics.jsonl of a resumed run is again what it would be
+    without the interruption, whatever has happened to the file, and the best evaluation is the least in the
+    log. """
     def __init__(self, flags, state, source, rank, log):
         self.rows = [json.loads(line) for line in state["log"].splitlines()] if state else []
         self.folder = Path(flags["out"] or f"out/{run_name(flags)}")
@@ -655,7 +676,7 @@ class Run:
 
     def open(self, given, state, source):
         name, number = self.folder.name, 1
-        while not given:                                    # make, do not look: two runs may start at one moment
+        while not given:  # make, do not look: two runs may start at one moment
             try:
                 self.folder.mkdir(parents=True)
                 break
@@ -668,7 +689,8 @@ class Run:
             part.unlink()
         here = state is not None and source.parent.resolve() == self.folder.resolve()
         holds = any((self.folder / f"ckpt_{which}.pt").exists() for which in KEPT)
-        need(here or not holds, f"{self.folder} already holds a run: go on with it by --resume auto, or choose another --out")
+        need(here or not holds, f"{self.folder} already holds a run: go on with it by --resume auto, or "
+                                "choose another --out")
         metrics = self.folder / "metrics.jsonl"
         if here and metrics.exists():
             rows, bad = read_rows(metrics)
@@ -693,8 +715,8 @@ class Run:
             kept = state
         kept = kept if kept["step"] == best["step"] else state
         if kept["step"] != best["step"]:
-            self.log(f"{path} is not of step {best['step']}, the best so far, and those weights are gone: the best from "
-                     "here on takes its place")
+            self.log(f"{path} is not of step {best['step']}, the best so far, and those weights are gone: "
+                     "the best from here on takes its place")
             return
         self.best = best["loss"]
         if kept is state or source.parent != self.folder:
@@ -723,11 +745,13 @@ class Run:
                 raise ValueError(f"cannot write {self.folder / 'metrics.jsonl'}: {e.strerror}") from None
 
     def save(self, state):
-        """The last checkpoint, which becomes the one before the last at the next step that is saved; and the best."""
+        """The last checkpoint, which becomes the one before the last at the next step that is saved; and the
+        best."""
         state = {**state, "best": self.best, "log": self.text()}
         if self.writes:
             last = self.folder / "ckpt_last.pt"
-            save_atomic(state, last, last.with_name("ckpt_prev.pt") if self.saved not in (None, state["step"]) else None)
+            another = self.saved not in (None, state["step"])
+            save_atomic(state, last, last.with_name("ckpt_prev.pt") if another else None)
             if self.best_is_new:
                 save_atomic(state, last.with_name("ckpt_best.pt"))
         self.saved = state["step"]
@@ -756,24 +780,25 @@ class Run:
 
 
 def draw(rows, path):
-    """loss.png: training and validation loss, the learning rate below. Nothing where matplotlib is missing."""
+    """loss.png: training and validation loss, the learning rate below. Nothing where matplotlib is
+    missing."""
     try:
         import matplotlib
     except ImportError:
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    fig, (top, below) = plt.subplots(2, sharex=True, figsize=(7, 5), height_ratios=(3, 1), layout="constrained")
-    steps, evals = ([r for r in rows if r["kind"] == kind] for kind in ("train", "eval"))
-    top.plot([r["step"] for r in steps], [r["loss"] for r in steps], lw=1, color="tab:gray", label="training batches")
-    top.plot([r["step"] for r in evals], [r["train_loss"] for r in evals], "o--", ms=3, color="tab:blue", label="training text")
-    top.plot([r["step"] for r in evals], [r["loss"] for r in evals], "o-", ms=3, color="tab:red", label="validation")
-    below.plot([r["step"] for r in steps], [r["lr"] for r in steps], color="tab:gray")
+    fig, (top, below) = plt.subplots(2, sharex=True, figsize=(7, 5), height_ratios=(3, 1))
+    for axes, kind, key, style, label in (
+            (top, "train", "loss", "-", "training batches"), (below, "train", "lr", "-", None),
+            (top, "eval", "train_loss", "o--", "training text"),
+            (top, "eval", "loss", "o-", "validation text")):
+        mine = [r for r in rows if r["kind"] == kind]
+        axes.plot([r["step"] for r in mine], [r[key] for r in mine], style, ms=3, lw=1, label=label)
     top.set_ylabel("nats per token")
-    below.set_ylabel("learning rate")
-    below.set_xlabel("step")
+    below.set(xlabel="step", ylabel="learning rate")
     top.legend(frameon=False)
-    fig.savefig(path, dpi=110)
+    fig.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(fig)
 
 
@@ -782,8 +807,10 @@ def draw(rows, path):
 
 @contextlib.contextmanager
 def processes(flags):
-    """What this process is: rank, world, device, cuda, bf16, compiled. Joins the group of torchrun and leaves it."""
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    """What this process is: rank, world, device, cuda, bf16, compiled. Joins the group of torchrun and leaves
+    it."""
+    rank, local = (int(os.environ.get(k, 0)) for k in ("RANK", "LOCAL_RANK"))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(flags["device"])
     cuda = device.startswith("cuda")
     if cuda:
@@ -794,22 +821,24 @@ def processes(flags):
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     need(device != "cpu" or not compiled or shutil.which(compiler),
          "--compile on needs a C++ compiler for the CPU, such as g++: install one, or use --compile off")
-    need(world > 1 or flags["fsdp"] == "off", "--fsdp shares a model out among the processes of torchrun, and there is one")
+    need(world > 1 or flags["fsdp"] == "off", "--fsdp shares a model out among torchrun's processes, not to one")
+    native = cuda and torch.cuda.is_bf16_supported()
+    bf16 = flags["dtype"] == "bfloat16" or flags["dtype"] == "auto" and native
     own_group = world > 1 and not torch.distributed.is_initialized()
     if own_group:
         timeout = datetime.timedelta(minutes=flags["timeout"])
         torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
     try:
-        yield types.SimpleNamespace(rank=rank, world=world, device=device, cuda=cuda, compiled=compiled, bf16=(
-            flags["dtype"] == "bfloat16" or flags["dtype"] == "auto" and cuda and torch.cuda.is_bf16_supported()))
+        yield types.SimpleNamespace(rank=rank, world=world, device=device, cuda=cuda, bf16=bf16,
+                                    compiled=compiled)
     except RuntimeError as e:
-        lost = isinstance(e, torch.distributed.DistError) or re.search("gloo|timed out|peer|nccl", str(e), re.IGNORECASE)
+        lost = isinstance(e, torch.distributed.DistError) or re.search("(?i)gloo|timed out|peer|nccl", str(e))
         if isinstance(e, torch.OutOfMemoryError) or re.search("out of memory|can't allocate", str(e)):
-            raise ValueError("out of memory in a forward or backward pass: use a smaller --micro_batch") from None
+            raise ValueError("out of memory in a pass: use a smaller --micro_batch") from None
         if world == 1 or not lost:
             raise
-        raise ValueError(f"a process of the {world} stopped answering (--timeout {flags['timeout']:g} minutes) or has "
-                         f"ended: {str(e).splitlines()[0][:150]}") from None
+        raise ValueError(f"one of {world} processes does not answer (--timeout {flags['timeout']:g} minutes) "
+                         f"or has ended: {str(e).splitlines()[0][:150]}") from None
     finally:
         if own_group:
             with contextlib.suppress(RuntimeError):
@@ -823,22 +852,25 @@ def pick_device(name):
     need(kind in ("cuda", "mps", "cpu") and (not index or index.isdecimal()) and not name.endswith(":"),
          f"--device {name} is unknown: auto, cuda, cuda:0, mps or cpu")
     there = torch.cuda.device_count() if kind == "cuda" else 1
-    need(kind != "cuda" or int(index or 0) < there, f"--device {name}: torch sees {there or 'no'} CUDA devices here, use "
-                                                    "--device cpu")
-    need(kind != "mps" or torch.backends.mps.is_available(), f"--device {name}: torch sees no Apple GPU here, use --device cpu")
+    need(kind != "cuda" or int(index or 0) < there,
+         f"--device {name}: torch sees {there or 'no'} CUDA devices here, use --device cpu")
+    need(kind != "mps" or torch.backends.mps.is_available(),
+         f"--device {name}: torch sees no Apple GPU here, use --device cpu")
     return name
 
 
 def set_threads(asked, lm):
-    """Sets and returns the number of CPU threads; asked 0: 1 below 5M parameters, where more slow a step down, else all."""
-    need(0 <= asked <= 1024, f"--threads {asked}: expected 0 to 1024")      # torch starts as many as it is told
+    """Sets and returns the number of CPU threads; asked 0: 1 below 5M parameters, where more slow a step
+    down, else all."""
+    need(0 <= asked <= 1024, f"--threads {asked}: expected 0 to 1024")  # torch starts as many as it is told
     threads = asked or (1 if lm.num_params() < 5_000_000 else os.cpu_count())
     torch.set_num_threads(threads)
     return threads
 
 
 def shard(lm, compiled):
-    """Fully sharded data parallelism (FSDP2), block by block: gathered for a pass, gradients averaged over processes."""
+    """Fully sharded data parallelism (FSDP2), block by block: gathered for a pass, gradients averaged over
+    processes."""
     from torch.distributed.fsdp import fully_shard
     for block in lm.blocks:
         if compiled:
@@ -848,7 +880,8 @@ def shard(lm, compiled):
 
 
 def whole(tree):
-    """The same tree with every shared-out tensor gathered, on all processes: a checkpoint that loads anywhere."""
+    """The same tree with every shared-out tensor gathered, on all processes: a checkpoint that loads
+    anywhere."""
     if isinstance(tree, dict):
         return {k: whole(v) for k, v in tree.items()}
     if isinstance(tree, list):
@@ -874,13 +907,14 @@ def load_optimizers(optimizers, states):
 # ------------------------------------------------------------------------------------------------------------
 # A step
 
-LOSSES = ("ar", "mdm", "indexer_kl")                        # what a step measures, and the norm of its gradient
+LOSSES = ("ar", "mdm", "indexer_kl")  # what a step measures, and the norm of its gradient
 
 
 def set_stage(lm, flags, step):
-    """DeepSeek-V3.2's stages of training, for layers with an indexer: sets and returns "dense", "warmup" or "sparse"."""
-    dense = flags.get("dense_steps", 0)
-    stage = "dense" if step < dense else "warmup" if step < dense + flags.get("indexer_warmup", 0) else "sparse"
+    """DeepSeek-V3.2's stages of training, for layers with an indexer: sets and returns "dense", "warmup" or
+    "sparse"."""
+    ends = {"dense": flags["dense_steps"], "warmup": flags["dense_steps"] + flags["indexer_warmup"]}
+    stage = next((name for name, end in ends.items() if step < end), "sparse")
     for block in lm.blocks:
         if hasattr(block.mixer, "stage"):
             block.mixer.stage = stage
@@ -890,24 +924,25 @@ def set_stage(lm, flags, step):
 class Batch:
     """The global batch of each step, this process's share of it, and the gradient of its mean loss.
 
-    The AR rows come first, then the diffusion rows. A process has B / world rows side by side, and takes them in parts
-    of one objective and at most `micro` rows.
-    """
+    The AR rows come first, then the diffusion rows. A process has B / world rows side by side, and takes them
+    in parts of one objective and at most `micro` rows. """
     def __init__(self, flags, windows, here):
         self.flags, self.windows, self.here = flags, windows, here
         T = windows.T
         self.B = B = flags["batch_tokens"] // T
-        self.block = flags["diffusion_block"] if flags["objective"] == "block" else T   # tokens of one noise level
+        # tokens of one noise level
+        self.block = flags["diffusion_block"] if flags["objective"] == "block" else T
         need(T % self.block == 0, f"--diffusion_block {self.block} must divide block_size {T}")
         self.ar_rows = {"ar": B, "mixed": round(flags["ar_frac"] * B)}.get(flags["objective"], 0)
         need(flags["objective"] != "mixed" or 0 < self.ar_rows < B,
-             f"--ar_frac {flags['ar_frac']} makes {self.ar_rows} of the {B} windows in a step AR: a mixed run needs one of "
-             "each kind at least, take a larger --batch_tokens or another --ar_frac")
+             f"--ar_frac {flags['ar_frac']} makes {self.ar_rows} of the {B} windows in a step AR: a mixed "
+             "run needs one of each kind at least, take a larger --batch_tokens or another --ar_frac")
         self.micro = flags["micro_batch"] or max(1, min(B // here.world, (65536 if here.cuda else 8192) // T))
         self.parts = self.parts_of(here.rank)
         equal = len({len(self.parts_of(r)) for r in range(here.world)}) == 1
-        need(flags["fsdp"] == "off" or equal, "--fsdp needs as many forward passes on each process: choose an --ar_frac that "
-                                              "ends where a process's rows do, or a --micro_batch that divides them")
+        need(flags["fsdp"] == "off" or equal,
+             "--fsdp needs as many forward passes on each process: choose an --ar_frac that ends where a "
+             "process's rows do, or a --micro_batch that divides them")
         self.cut = [here.world, self.micro]
 
     def attach(self, lm):
@@ -940,12 +975,15 @@ class Batch:
         return x.to(self.here.device, non_blocking=True)
 
     def gradient(self, step, stage):
-        """Adds up the gradient of the whole batch. Returns its losses by name, device tensors: ar and mdm as shares of
-        the mean over all tokens of the batch, nats per token, and the KL of the indexers, summed over layers."""
+        """Adds up the gradient of the whole batch. Returns its losses by name, device tensors: ar and mdm as
+        shares of the mean over all tokens of the batch, nats per token, and the KL of the indexers, summed
+        over layers."""
         flags, here, B = self.flags, self.here, self.B
         per_row = self.windows.T // self.block              # noise levels
-        gen = torch.Generator().manual_seed((flags["seed"] << 32) + step)       # the noise of the whole global batch
-        torch.manual_seed(-1 - (flags["seed"] << 32) - step * here.world - here.rank)   # dropout: so it resumes exactly
+        # the noise of the whole global batch
+        gen = torch.Generator().manual_seed((flags["seed"] << 32) + step)
+        # dropout: so it resumes exactly
+        torch.manual_seed(-1 - (flags["seed"] << 32) - step * here.world - here.rank)
         x = inputs = self.windows.read(self.windows.starts(step * B, B))        # (B, T)
         noise = diffusion.mdm_noise(B * per_row, self.block, generator=gen)
         if flags["input_mask"] or flags["token_noise"]:
@@ -958,8 +996,12 @@ class Batch:
             with autocast(here):
                 loss, aux = self.passes[kind](*map(self.to_device, (x[r], *more)))
             share = len(rows) / B
-            learn = aux["indexer_kl"] if stage == "warmup" and "indexer_kl" in aux else loss + sum(aux.values())
-            (learn * share * (here.world if flags["fsdp"] == "on" else 1)).backward()     # it averages, and this is a sum
+            learn = loss + sum(aux.values())
+            if stage == "warmup" and "indexer_kl" in aux:
+                learn = aux["indexer_kl"]
+            if flags["fsdp"] == "on":                       # it averages over processes, and this is a sum
+                learn = learn * here.world
+            (learn * share).backward()
             losses[kind] += loss.detach() * share
             if "indexer_kl" in aux:
                 losses["indexer_kl"] += aux["indexer_kl"].detach() * share
@@ -968,13 +1010,14 @@ class Batch:
         return losses
 
     def add_up(self, losses):
-        """Sums over processes, in one bucket: losses, expert counts, and the gradients where FSDP has not done it."""
+        """Sums over processes, in one bucket: losses, expert counts, and the gradients where FSDP has not
+        done it."""
         params = [] if self.flags["fsdp"] == "on" else list(self.lm.parameters())
         used = torch.tensor([float(p.grad is not None) for p in params], device=self.here.device)
         for p in params:
-            if p.grad is None:                              # this process's rows did not need it, another's may
+            if p.grad is None:  # this process's rows did not need it, another's may
                 p.grad = torch.zeros_like(p)
-        tensors = [p.grad for p in params] + list(losses.values()) + [m.count for m in self.lm.moes()] + [used]
+        tensors = [p.grad for p in params] + [m.count for m in self.lm.moes()] + [*losses.values(), used]
         flat = torch.cat([t.reshape(-1) for t in tensors])
         torch.distributed.all_reduce(flat)
         for t, f in zip(tensors, flat.split([t.numel() for t in tensors])):
@@ -987,21 +1030,26 @@ class Batch:
         """Training FLOPs per token, over the kinds of rows."""
         T, B = self.windows.T, self.B
         ar, mdm = (self.lm.flops_per_token(T, causal=c) for c in (True, False))
-        return (self.ar_rows * ar + (B - self.ar_rows) * mdm) / B if self.block == T else 2 * ar    # two streams
+        # two streams
+        if self.block < T:
+            return 2 * ar                                   # two streams
+        return (self.ar_rows * ar + (B - self.ar_rows) * mdm) / B
 
 
 def autocast(here):
-    return torch.autocast(torch.device(here.device).type, torch.bfloat16) if here.bf16 else contextlib.nullcontext()
+    return torch.autocast(torch.device(here.device).type, torch.bfloat16, enabled=here.bf16)
 
 
 class Meter:
-    """What adds up between two lines of the log: the losses and gradient norm of each step, the loads of the experts.
+    """What adds up between two lines of the log: the losses and gradient norm of each step, the loads of the
+    experts.
 
     It is part of every checkpoint, so that the line after a resume is the mean of the same steps.
     """
     def __init__(self, lm, state, device):
         self.pending = []                                   # of steps since the last wait for the device
-        self.rows = state["meter"]["rows"] if state else []     # (losses..., norm) of each step since the last line
+        # (losses..., norm) of each step since the last line
+        self.rows = state["meter"]["rows"] if state else []
         self.loads = [torch.zeros_like(m.count) for m in lm.moes()]
         if state:
             self.loads = [a.to(device) for a in state["meter"]["loads"]]
@@ -1074,8 +1122,9 @@ def build(flags, config, here, state, trained, source):
     """(model, optimizers). state: the checkpoint to go on from; trained: the one whose weights are taken."""
     torch.manual_seed(flags["seed"])
     lm = LM(config)
-    need(any(hasattr(b.mixer, "stage") for b in lm.blocks) or not (flags["dense_steps"] or flags["indexer_warmup"]),
-         f"--dense_steps and --indexer_warmup need layers with an indexer (dsa, msa), and --layers is {config.layers}")
+    indexed = any(hasattr(b.mixer, "stage") for b in lm.blocks)
+    need(indexed or not (flags["dense_steps"] or flags["indexer_warmup"]),
+         f"--dense_steps and --indexer_warmup need layers with an indexer (dsa, msa), not {config.layers}")
     set_threads(flags["threads"], lm)
     if trained:
         load_weights(lm, trained, source)
@@ -1096,29 +1145,33 @@ def initial(flags, data, log):
         path = path / "ckpt_best.pt"
     state = load_checkpoint(path)
     theirs = prepare.load_tokenizer(path if path.is_dir() else path.parent)
-    need(theirs.vocab == data.tokenizer.vocab, f"{path} was trained on tokens of {theirs.name}, and {data.folder} holds "
-         f"tokens of {data.tokenizer.name}: prepare the text with its tokenizer")
+    need(theirs.vocab == data.tokenizer.vocab, f"{path} was trained on tokens of {theirs.name}, and "
+         f"{data.folder} holds tokens of {data.tokenizer.name}: prepare the text with its tokenizer")
     log(f"weights of {path} (step {state['step']}, {state['flags']['objective']})")
     return state, path
 
 
 def check_resume(flags, state, source, config, data, batch, total, log):
     """What must be as it was for the run to go on as if it had never stopped; and how it goes on."""
-    differ = [f"{k}: {v} != {getattr(config, k, None)}" for k, v in state["config"].items() if getattr(config, k, None) != v]
-    need(not differ, f"the checkpoint's model is another one than the flags and data make: {', '.join(differ)}")
-    need(state["data"] == data.meta["train_sha256"], f"{data.folder} holds other tokens than the ones this run began with: "
-         f"prepare the same text, or begin a new run from these weights by --init_from {source}")
-    need(not config.dropout or state["cut"] == batch.cut, "with dropout a run goes on with its number of processes and its "
-         f"--micro_batch, which were {state['cut']} and not {batch.cut}")
+    now = dataclasses.asdict(config)
+    differ = [f"{k}: {v} != {now.get(k)}" for k, v in state["config"].items() if now.get(k) != v]
+    need(not differ, f"the checkpoint's model is another than the flags and data make: {', '.join(differ)}")
+    need(state["data"] == data.meta["train_sha256"],
+         f"{data.folder} holds other tokens than the ones this run began with: prepare the same text, or begin "
+         f"a new run from these weights by --init_from {source}")
+    need(not config.dropout or state["cut"] == batch.cut,
+         "with dropout a run goes on with its number of processes and its --micro_batch, which were "
+         f"{state['cut']} and not {batch.cut}")
     step, planned = state["step"], state["total"]
-    need(step <= total, f"the checkpoint is at step {step}, beyond the {total} steps asked for: raise --max_steps or --epochs")
+    need(step <= total, f"the checkpoint is at step {step}, beyond the {total} steps asked for: raise "
+                        "--max_steps or --epochs")
     before, after = (learning_rate(step, n, flags) for n in (planned, total))
     log(f"resumed at step {step} from {source}")
     if step == total:
         log("nothing to do: that is the last step; raise --max_steps or --epochs to go on")
     elif after > before:
-        log(f"the run was planned for {planned} steps and goes on to {total}: the learning rate rises again, from "
-            f"{before:.2e} to {after:.2e}")
+        log(f"the run was planned for {planned} steps and goes on to {total}: the learning rate rises again, "
+            f"from {before:.2e} to {after:.2e}")
 
 
 class Progress:
@@ -1128,7 +1181,8 @@ class Progress:
         self.total, self.per_epoch = total, per_epoch
         self.tokens = batch.B * batch.windows.T             # per step
         self.flops = batch.flops_per_token()
-        self.first = self.line = (self.step, self.seconds)  # where this call, and where the current line of the log began
+        # where this call, and where the current line of the log began
+        self.first = self.line = (self.step, self.seconds)
 
     def row(self, kind, **values):
         tokens = self.step * self.tokens
@@ -1142,7 +1196,8 @@ class Progress:
         return clock((self.total - self.step) * self.seconds_per_step())
 
     def leaving(self, flags, here, came):
-        """None, "time is up" or "interrupted". Processes decide together, at log steps, or one would wait for ever."""
+        """None, "time is up" or "interrupted". Processes decide together, at log steps, or one would wait for
+        ever."""
         late = flags["max_minutes"] is not None and self.seconds - self.first[1] >= 60 * flags["max_minutes"]
         why = 2 if came else int(late)                      # on the host: a tensor would wait for every step
         if here.world > 1:
@@ -1172,8 +1227,9 @@ def signals():
 
 def announce(flags, data, windows, lm, batch, here, at, val, evals, run, log):
     many = prepare.count
-    log(f"{flags['objective']} | {lm.num_params() / 1e6:.2f}M parameters ({lm.num_params(False) / 1e6:.2f}M without "
-        f"embeddings) | {at.flops / 1e6:.2f} MFLOP/token | {here.device}, {'bfloat16' if here.bf16 else 'float32'}, "
+    log(f"{flags['objective']} | {lm.num_params() / 1e6:.2f}M parameters ({lm.num_params(False) / 1e6:.2f}M "
+        f"without embeddings) | {at.flops / 1e6:.2f} MFLOP/token | "
+        f"{here.device}, {'bfloat16' if here.bf16 else 'float32'}, "
         f"{'compiled' if here.compiled else 'eager'}, {many(torch.get_num_threads(), 'thread')}, "
         f"{many(here.world, 'process')}")
     log(f"{data.folder} | {windows.U:,} unique tokens ({many(windows.n, 'window')} of {windows.T}) | "
@@ -1182,7 +1238,8 @@ def announce(flags, data, windows, lm, batch, here, at, val, evals, run, log):
 
 
 def measure(lm, flags, here, at, run, val, seen, ends, log):
-    """Evaluates and records: the loss of validation and of training windows, and the probe where it is due."""
+    """Evaluates and records: the loss of validation and of training windows, and the probe where it is
+    due."""
     tic = time.perf_counter()
     set_stage(lm, flags, max(at.step - 1, 0))               # as trained so far
     how = dict(objective=flags["objective"], rows=flags["micro_batch"] or max(1, 16384 // val.size(1)),
@@ -1199,7 +1256,8 @@ def measure(lm, flags, here, at, run, val, seen, ends, log):
     bpb = result["loss"] / math.log(2) / run.bytes_per_token
     run.record(at.row("eval", **result, bpb=bpb, eval_seconds=round(time.perf_counter() - tic, 3)))
     error = f" +- {result['se']:.4f}" if result["se"] else ""
-    more = "".join(f" | {k} {result[k]:.4f}" for k in ("ar_loss", "mdm_loss", "probe_accuracy", "probe_gap") if k in result)
+    known = ("ar_loss", "mdm_loss", "probe_accuracy", "probe_gap")
+    more = "".join(f" | {k} {result[k]:.4f}" for k in known if k in result)
     log(f"eval {at.step}/{at.total} | epoch {at.step / at.per_epoch:.2f} | val {result['loss']:.4f}{error} | "
         f"train {result['train_loss']:.4f} | bpb {bpb:.4f}{more}")
 
@@ -1214,7 +1272,8 @@ def report(meter, lm, batch, here, at, rate, run, log):
     more += f" | indexer kl {row['indexer_kl']:.4f}" if "indexer_kl" in row else ""
     mfu = f" | mfu {at.flops * at.tokens / dt / peak / here.world:.1%}" if peak else ""
     log(f"step {at.step}/{at.total} | epoch {row['epoch']:.2f} | loss {row['loss']:.4f} | lr {rate:.2e} | "
-        f"norm {row['grad_norm']:.2f}{more} | {dt * 1e3:.1f} ms | {row['tok_per_s']:,} tok/s{mfu} | eta {at.eta()}")
+        f"norm {row['grad_norm']:.2f}{more} | {dt * 1e3:.1f} ms | {row['tok_per_s']:,} tok/s{mfu} | "
+        f"eta {at.eta()}")
     at.line = (at.step, at.seconds)
 
 
@@ -1222,12 +1281,13 @@ def snapshot(lm, optimizers, flags, config, data, batch, meter, at):
     """What a checkpoint holds besides the log. rng: for what a layer of yours may draw between two steps."""
     return {"model": whole(lm.state_dict()), "optimizers": [whole(o.state_dict()) for o in optimizers],
             "config": dataclasses.asdict(config), "flags": flags, "step": at.step, "total": at.total,
-            "seconds": at.seconds, "data": data.meta["train_sha256"], "cut": batch.cut, "meter": meter.state(),
-            "rng": torch.get_rng_state()}
+            "seconds": at.seconds, "data": data.meta["train_sha256"], "cut": batch.cut,
+            "meter": meter.state(), "rng": torch.get_rng_state()}
 
 
 def train(given, log=print):
-    """One training run. given: {flag: value} as on the command line. Returns {"out", "step", "finished", "evals", ...}."""
+    """One training run. given: {flag: value} as on the command line. Returns {"out", "step", "finished",
+    "evals", ...}."""
     flags, state, source = settings(given, log)
     with contextlib.ExitStack() as stack:
         here = stack.enter_context(processes(flags))
@@ -1240,7 +1300,8 @@ def train(given, log=print):
         T = config.block_size
         windows = train_windows(flags, data, T, here.world)
         val = fixed_windows(data.val, T, flags["eval_windows"])
-        seen = fixed_windows(data.train[:windows.U], T, max(1, len(val) // 4))         # for the gap: the same measure
+        # for the gap: the same measure
+        seen = fixed_windows(data.train[:windows.U], T, max(1, len(val) // 4))
         ends = probe_items(data.val, T) if flags["probe_every"] else None
         total, per_epoch = length(flags, windows)
         evals = eval_steps(flags, total, per_epoch)
@@ -1279,7 +1340,7 @@ def train(given, log=print):
                 o.step()
                 o.zero_grad(set_to_none=True)
             at.step += 1
-            told = at.step == at.first[0] + 2               # after the first step, which compiles and warms up
+            told = at.step == at.first[0] + 2  # after the first step, which compiles and warms up
             line = at.step % flags["log_every"] == 0 or at.step in (1, total)
             due = at.step % flags["save_every"] == 0 and at.step not in evals
             leave = at.leaving(flags, here, came)
@@ -1297,23 +1358,27 @@ def train(given, log=print):
             keep()
         if here.rank == 0:
             draw(run.rows, run.folder / "loss.png")
+        if flags["fsdp"] == "on":  # one process alone cannot run a model that is shared out
+            lm = load_model(run.folder, "last")[0]
     if at.step < total:
         log(f"{leave} at step {at.step} of {total}: saved. Go on with: python train.py --resume auto --out "
             f"{shlex.quote(str(run.folder))}")
-    return {"out": str(run.folder), "step": at.step, "finished": at.step == total, "stopped": leave == "interrupted",
-            "evals": run.evals(), "best": run.best, "seconds": at.seconds, "params": lm.num_params(), "flags": flags,
-            "lm": lm, "tokenizer": data.tokenizer}
+    return {"out": str(run.folder), "flags": flags, "step": at.step, "seconds": at.seconds,
+            "finished": at.step == total, "stopped": leave == "interrupted", "evals": run.evals(),
+            "best": run.best, "params": lm.num_params(), "lm": lm, "tokenizer": data.tokenizer}
 
 
 def show_sample(result, n=200):
     """A short sample of the run's last model, as text; also written to samples.txt."""
     lm, objective = result["lm"], result["flags"]["objective"]
     device = lm.embed.weight.device
-    x = torch.full((1, min(n, lm.config.block_size)), lm.mask_id, device=device)        # a canvas with every place to fill
+    # a canvas with every place to fill
+    x = torch.full((1, min(n, lm.config.block_size)), lm.mask_id, device=device)
     gen = torch.Generator("cpu" if device.type == "mps" else device).manual_seed(0)
     lm.eval()
     if objective == "block":
-        ids = diffusion.sample_block(lm, x, lm.mask_id, result["flags"]["diffusion_block"], order="random", generator=gen)
+        size = result["flags"]["diffusion_block"]
+        ids = diffusion.sample_block(lm, x, lm.mask_id, size, order="random", generator=gen)
     elif objective == "mdm":
         ids = diffusion.sample_mdm(lm, x, lm.mask_id, order="random", generator=gen)
     else:
@@ -1330,7 +1395,8 @@ def main(argv=None):
     try:
         result = train(parse_flags(argv))
         if rank == 0 and not result["stopped"]:
-            print(f"---\nbest validation loss {result['best']:.4f} nats/token, {clock(result['seconds'])} of training. A sample:\n")
+            print(f"---\nbest validation loss {result['best']:.4f} nats/token, "
+                  f"{clock(result['seconds'])} of training. A sample:\n")
             print(show_sample(result))
             print(f"\nmore: python sample.py {shlex.quote(result['out'])}")
     except (ValueError, OSError, MemoryError) as e:
