@@ -119,7 +119,8 @@ CHOICES = {
     "optimizer": ("adamw", "muon"), "dtype": ("auto", "bfloat16", "float32"),
     "compile": ("auto", "on", "off"), "fsdp": ("on", "off"), "preset": tuple(PRESETS)}
 POSITIVE = ("epochs", "max_steps", "unique_tokens", "block_size", "n_layer", "n_head", "n_embd", "lr",
-            "micro_batch", "max_minutes", "log_every", "save_every", "batch_tokens", "diffusion_block", "timeout")
+            "micro_batch", "max_minutes", "log_every", "save_every", "batch_tokens",
+            "diffusion_block", "timeout")
 NOT_NEGATIVE = ("eval_every", "eval_windows", "probe_every", "dense_steps", "indexer_warmup", "warmup",
                 "weight_decay", "grad_clip")
 SHARES = ("ar_frac", "input_mask", "token_noise", "dropout", "beta2")
@@ -406,7 +407,7 @@ def make_optimizers(lm, flags, device):
         hidden = [params[n] for n in sorted(muon)]
         optimizers.append(Muon(hidden, lr=flags["lr"], weight_decay=flags["weight_decay"]))
     grouped = [p for o in optimizers for g in o.param_groups for p in g["params"]]
-    assert len(grouped) == len(params) and set(grouped) == set(params.values()), "a parameter in no group or two"
+    assert len(grouped) == len(params) and set(grouped) == set(params.values()), "not in exactly one group"
     return optimizers
 
 
@@ -821,7 +822,7 @@ def processes(flags):
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     need(device != "cpu" or not compiled or shutil.which(compiler),
          "--compile on needs a C++ compiler for the CPU, such as g++: install one, or use --compile off")
-    need(world > 1 or flags["fsdp"] == "off", "--fsdp shares a model out among torchrun's processes, not to one")
+    need(world > 1 or flags["fsdp"] == "off", "--fsdp shares a model out among torchrun's processes")
     native = cuda and torch.cuda.is_bf16_supported()
     bf16 = flags["dtype"] == "bfloat16" or flags["dtype"] == "auto" and native
     own_group = world > 1 and not torch.distributed.is_initialized()
@@ -1157,8 +1158,8 @@ def check_resume(flags, state, source, config, data, batch, total, log):
     differ = [f"{k}: {v} != {now.get(k)}" for k, v in state["config"].items() if now.get(k) != v]
     need(not differ, f"the checkpoint's model is another than the flags and data make: {', '.join(differ)}")
     need(state["data"] == data.meta["train_sha256"],
-         f"{data.folder} holds other tokens than the ones this run began with: prepare the same text, or begin "
-         f"a new run from these weights by --init_from {source}")
+         f"{data.folder} holds other tokens than the ones this run began with: prepare the same text, or "
+         f"begin a new run from these weights by --init_from {source}")
     need(not config.dropout or state["cut"] == batch.cut,
          "with dropout a run goes on with its number of processes and its --micro_batch, which were "
          f"{state['cut']} and not {batch.cut}")
