@@ -362,7 +362,7 @@ def sample_ar(f, x, bos_id, temperature=1.0, top_k=None, top_p=None, eot_id=None
     at = torch.where(given, T, place).amin(1)                   # (B,) the place that each row fills next
     longest = int(at.max())                                     # prompt
     even = bool((at == at[0]).all())                            # then the cache needs no positions
-    cached = hasattr(f, "init_cache") if cache is None else cache
+    cached = getattr(f, "has_cache", hasattr(f, "init_cache")) if cache is None else cache
     kv = new_cache(f, x) if cached else None
     read = torch.zeros_like(at)                                 # (B,) tokens that the cache holds
     for step in range(1, 1 + int((end - at).max())):
@@ -612,7 +612,8 @@ def stop_at_eot(x, given, eot_id):
 
 def new_cache(f, x):
     """f's own cache with room for the canvas x, in the dtype that its keys and values will have."""
-    need(hasattr(f, "init_cache"), "this model has no init_cache: sample with cache=False")
+    need(getattr(f, "has_cache", hasattr(f, "init_cache")),
+         "a layer of this model has no init_cache: sample without a cache")
     kind = x.device.type
     autocast = torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if autocast else next(f.parameters()).dtype

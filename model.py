@@ -130,6 +130,11 @@ class LM(nn.Module):
             self.warned = True
             warnings.warn(f"{T} tokens: beyond the block_size {size} of its training a model is worse")
 
+    @property
+    def has_cache(self):
+        """Whether every layer brings an init_cache: without it, sampling computes the prefix anew for each token."""
+        return all(hasattr(b.mixer, "init_cache") for b in self.blocks)
+
     def init_cache(self, batch_size, max_len, device=None, dtype=None):
         """One cache for all layers, for max_len tokens a row."""
         device = device or self.embed.weight.device
@@ -164,7 +169,7 @@ class LM(nn.Module):
         Causal attention counts its visible half only, so diffusion costs more per token than AR.
         """
         T = T or self.config.block_size
-        mixers = sum(b.mixer.flops(T, causal) for b in self.blocks) / T
+        mixers = sum(b.mixer.flops(T, causal) for b in self.blocks if hasattr(b.mixer, "flops")) / T
         return 6 * (self.active_params(embedding=False) + self.V * self.config.n_embd) + 3 * mixers
 
 

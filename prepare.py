@@ -188,7 +188,7 @@ def load_tokenizer(path):
                             meta.get("pattern"))
             whole = [*tok.ranks.values()] == [*range(tok.eot)] and all(bytes([b]) in tok.ranks for b in range(256))
             if not whole or meta.get("tokenizer_sha256") not in (None, file_sha256(file)):
-                raise ValueError("it is damaged")
+                raise ValueError("it or meta.json is damaged")
         if tok.n_vocab != meta["vocab_size"]:
             raise ValueError(f"it has {tok.n_vocab} tokens, and meta.json says {meta['vocab_size']}")
     except (OSError, ValueError) as e:

@@ -5,6 +5,7 @@
     python sample.py out/RUN --prompt "The [MASK:12] sat on" --watch         # diffusion fills gaps; --watch shows how
     python sample.py out/RUN --threshold 0.9 --block_size 32 --cache         # diffusion, several tokens a pass
     python sample.py out/RUN --prompt "(17+4)*25?" --tool calculator         # a run on prepare.py --dataset arithmetic
+    python sample.py out/RUN --gif canvas.gif --beside out/RUN2              # a picture that moves: two runs, one prompt
     python sample.py score out/RUN --text FILE                               # nats per token and bits per byte
 """
 import ast
@@ -42,18 +43,24 @@ def parse_prompt(text, tokenizer, mask_id):
     return ids
 
 
-def watcher(tokenizer, mask_id, pause, length):
-    """A callback for the samplers that redraws the first row in the terminal, its `length` tokens, open places as blocks."""
+def canvas_text(ids, tokenizer, mask_id):
+    """Token ids as text, places that are still open as blocks."""
+    return "".join("░" * len(run) if open_ else tokenizer.decode(run) for open_, run in groups(ids, mask_id))
+
+
+def wrap(text, width, height):
+    """The first `height` lines of a text, each of at most `width` characters."""
+    return [row[i:i + width] for row in text.split("\n") for i in range(0, len(row) or 1, width)][:height]
+
+
+def watcher(pause):
+    """Returns show(step, text), which redraws the text in the terminal."""
     lines = 0
 
-    def show(step, x):
+    def show(step, text):
         nonlocal lines
-        parts = []
-        for open_, run in groups(x[0, :length].tolist(), mask_id):
-            parts.append("░" * len(run) if open_ else tokenizer.decode(run))
-        width = shutil.get_terminal_size().columns
-        rows = [r[i:i + width] for r in "".join(parts).split("\n") for i in range(0, len(r) or 1, width)]
-        rows = rows[:shutil.get_terminal_size().lines - 2]
+        size = shutil.get_terminal_size()
+        rows = wrap(text, size.columns, size.lines - 2)
         sys.stdout.write(f"\x1b[{lines}F\x1b[J" * bool(lines) + f"step {step}\n" + "\n".join(rows) + "\n")
         sys.stdout.flush()
         lines = len(rows) + 1
@@ -200,13 +207,15 @@ def generate(args, lm, tokenizer, flags):
             raise ValueError(f"--max_new_tokens {new}: nothing to generate, use at least 1 or put [MASK] into the prompt")
         rows += [p + [mask] * new] * args.num_samples
     device, steps, tic = lm.embed.weight.device, 0, time.perf_counter()
-    show = watcher(tokenizer, mask, args.pause, len(rows[0])) if args.watch else None
+    show, frames = watcher(args.pause) if args.watch else None, []
 
     def seen(step, x):
         nonlocal steps
         steps = step
+        if show or args.gif:
+            frames.append(canvas_text(x[0, :len(rows[0])].tolist(), tokenizer, mask))
         if show:
-            show(step, x)
+            show(step, frames[-1])
     x, valid = (a.to(device) for a in diffusion.canvas(rows, 0, mask))
     hook = {}
     if args.tool:
@@ -222,7 +231,37 @@ def generate(args, lm, tokenizer, flags):
             print(f"sample {i + 1}: its last <tool> is never closed, so nothing was called", file=sys.stderr)
     for b, call, result, why in (c for h in hook.values() for c in h.calls):
         print(f"sample {b + 1}: {args.tool}('{call}') -> '{result}'" + (f", failed: {why}" if why else ""), file=sys.stderr)
-    print(f"{sum(r.count(mask) for r in rows)} tokens in {steps} steps, {time.perf_counter() - tic:.2f} s", file=sys.stderr)
+    tokens, passes = prepare.count(sum(r.count(mask) for r in rows), "token"), prepare.count(steps, "step")
+    print(f"{tokens} in {passes}, {time.perf_counter() - tic:.2f} s", file=sys.stderr)
+    return kind, [canvas_text(rows[0], tokenizer, mask), *frames]
+
+
+def moving_picture(path, panels, frames=60, width=40, height=16):
+    """A GIF of canvases that fill, side by side. panels: [(kind, the text after each step)], the first row of each run."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from PIL import Image
+    except ImportError:
+        raise ValueError("--gif needs matplotlib: pip install matplotlib") from None
+    names, images = {"ar": "autoregressive", "mdm": "masked diffusion", "block": "block diffusion"}, []
+    frames = min(frames, max(len(texts) for _, texts in panels))
+    rows = max(len(wrap(text, width, height)) for _, texts in panels for text in texts)
+    figure = Figure(figsize=(4.2 * len(panels), 0.24 * rows + 0.6), dpi=100)
+    canvas = FigureCanvasAgg(figure)
+    for i in range(frames):
+        figure.clear()
+        for j, (kind, texts) in enumerate(panels):
+            step = round(i * (len(texts) - 1) / max(1, frames - 1))
+            how = dict(x=(j + 0.04) / len(panels), va="top", family="monospace", parse_math=False)
+            figure.text(y=0.97, s=f"{names[kind]}, step {step}", weight="bold", size=11, **how)
+            figure.text(y=1 - 0.45 / figure.get_figheight(), s="\n".join(wrap(texts[step], width, height)), size=11, **how)
+        canvas.draw()
+        image = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba())
+        images.append(image.convert("L").quantize(16))
+    with prepare.whole_file(path) as f:
+        images[0].save(f, "GIF", save_all=True, append_images=images[1:], loop=0,
+                       duration=[100] * (frames - 1) + [3000])
 
 
 def block_chain(lm, x, S, order, scored=None):
@@ -267,19 +306,31 @@ def score(args, lm, tokenizer, flags):
     """Likelihood of a text, cut into windows of the model's block size: exact for AR, a bound and exact chains for diffusion."""
     if args.windows < 0:
         raise ValueError(f"--windows {args.windows}: expected a number of windows, 0 for all")
-    try:
-        with open(args.text, encoding="utf-8") as f:
-            ids = tokenizer.encode(f.read())
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{args.text} is no UTF-8 text: {e}") from None
-    T = min(lm.config.block_size, len(ids))
-    T -= T % flags["diffusion_block"] if flags["objective"] == "block" else 0
-    if T < 1:
-        raise ValueError(f"{args.text} is {'empty: there is nothing to score' if not ids else 'shorter than one block of the run'}")
-    n = min(args.windows or 10 ** 9, len(ids) // T)
+    S = flags["diffusion_block"] if flags["objective"] == "block" else 1
+    T = lm.config.block_size - lm.config.block_size % S
+    size, ids, need = 0, [], (args.windows or 10 ** 12) * T
+
+    def counted():                              # the size of the whole text, of which the first windows are scored
+        nonlocal size
+        for text, last, done in prepare.read_text(prepare.find_texts(args.text)):
+            size += len(text.encode())
+            yield text, last, done
+    for part, _ in tokenizer.encode_stream(stream := counted()):
+        ids += part.tolist()
+        if len(ids) >= need:
+            break
+    for _ in stream:
+        pass
+    T = min(T, len(ids) - len(ids) % S)
+    if size == 0 or T < 1:
+        why = "is empty: there is nothing to score" if size == 0 else "is shorter than one block of the run"
+        raise ValueError(f"--text {' '.join(args.text)} {why}")
+    n = min(need // T, len(ids) // T)
     x = torch.tensor(ids[:n * T]).view(n, T)
     bytes_per_token = tokenizer.token_bytes[x.numpy()].sum() / x.numel()
-    print(f"{n} windows of {T} tokens, {bytes_per_token:.3f} bytes per token")
+    part = tokenizer.token_bytes[x.numpy()].sum() / size
+    print(f"{prepare.count(n, 'window')} of {prepare.count(T, 'token')}, {part:.1%} of the {prepare.count(size, 'byte')} of "
+          f"text; {bytes_per_token:.3f} bytes per token")
     for name, nats, se in panel(lm, flags, x.to(lm.embed.weight.device), args.n_mc):
         print(f"{name:<45} {nats:.4f}{f' +- {se:.4f}' if se else ''} nats/token, {nats / math.log(2) / bytes_per_token:.4f} bits/byte")
 
@@ -295,8 +346,9 @@ def main(argv=None):
     parser.add_argument("--which", default="best", choices=("best", "last"), help="checkpoint of the folder (default: best)")
     parser.add_argument("--device", default="auto", help="auto | cuda | mps | cpu (default: auto)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: 1 for models below 5M parameters, else all cores)")
+    parser.set_defaults(gif=None, beside=None)
     if scoring:
-        parser.add_argument("--text", required=True, help="UTF-8 text file")
+        parser.add_argument("--text", required=True, nargs="+", help="text, as prepare.py reads it: .txt .jsonl .gz, folders")
         parser.add_argument("--windows", type=int, default=16, help="score only the first ones, 0 = all (default: 16)")
         parser.add_argument("--n_mc", type=int, default=64, help="masks per window of the bound, a multiple of 4 (default: 64)")
     else:
@@ -316,16 +368,27 @@ def main(argv=None):
         parser.add_argument("--tool", help=f"run the calls <tool>...</tool> that the model writes: {', '.join(TOOLS)}")
         parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
         parser.add_argument("--watch", action="store_true", help="show every step in the terminal")
+        parser.add_argument("--gif", metavar="FILE", help="also draw how the canvas of the first prompt fills")
+        parser.add_argument("--beside", metavar="RUN", help="in the --gif: a second run, which writes the same prompt")
         parser.add_argument("--pause", type=float, default=0.03, help="seconds between the steps shown (default: 0.03)")
     prepare.console()
     try:
         args = parser.parse_args(argv)
         if not scoring and args.num_samples < 1:
             raise ValueError(f"--num_samples {args.num_samples} must be at least 1")
-        lm, state = train.load_model(args.run, args.which, train.pick_device(args.device))
-        train.set_threads(args.threads, lm)
-        folder = args.run if os.path.isdir(args.run) else os.path.dirname(args.run)
-        (score if scoring else generate)(args, lm, prepare.load_tokenizer(folder), {**train.DEFAULTS, **state["flags"]})
+        if args.beside and not args.gif:
+            raise ValueError("--beside is a second run for the picture: give --gif FILE too")
+        panels = []
+        for run in filter(None, [args.run, args.beside]):
+            lm, state = train.load_model(run, args.which, train.pick_device(args.device))
+            train.set_threads(args.threads, lm)
+            folder = run if os.path.isdir(run) else os.path.dirname(run)
+            flags = {**train.DEFAULTS, **state["flags"]}
+            if run == args.beside and flags["objective"] == "ar":
+                vars(args).update(dict.fromkeys(DIFFUSION))
+            panels.append((score if scoring else generate)(args, lm, prepare.load_tokenizer(folder or "."), flags))
+        if args.gif:
+            moving_picture(args.gif, panels)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -1694,17 +1694,28 @@ def test_init_knows_every_parameter(monkeypatch):
         LM(tiny(layers="odd"))
 
 
-def test_readme_layer_works(monkeypatch):
-    """The layer that the README tells readers to write: both directions, counts, gradients."""
+@pytest.mark.parametrize("objective", ["ar", "mdm"])
+@pytest.mark.parametrize("bare", [False, True], ids=["as it stands", "without flops"])
+def test_readme_layer_works(monkeypatch, dataset, tmp_path, capsys, objective, bare):
+    """The layer that the README tells readers to write: both directions, gradients, and the real commands, to the end."""
     code = re.search(r"```python\n(.*?)```", Path(__file__).with_name("README.md").read_text(encoding="utf-8"), re.S)[1]
-    monkeypatch.setattr(attention, "ATTENTION", dict(ATTENTION))
+    monkeypatch.setitem(ATTENTION, "mean", None)        # taken out again behind the test
     scope = {}
     exec(code, scope)
-    monkeypatch.setitem(ATTENTION, "mean", scope["Mean"])
+    if bare:
+        del scope["Mean"].flops
     lm, x = LM(tiny(layers="mean full")), torch.randint(11, (2, 9))
     assert torch.equal(lm(x)[:, :5], lm(torch.cat([x[:, :5], x[:, :4]], 1))[:, :5]) and not torch.equal(lm(x), lm(x, causal=False))
     lm(x).sum().backward()
-    assert lm.flops_per_token() > 0
+    assert lm.flops_per_token() > 0 and not lm.has_cache and LM(tiny()).has_cache
+    with pytest.raises(ValueError, match="sample without a cache"):
+        diffusion.sample_ar(lm, x, 11, cache=True)
+    run = str(tmp_path / "run")
+    small = "--n_layer 2 --n_embd 16 --n_head 2 --block_size 16 --batch_tokens 32 --max_steps 2 --eval_windows 4 --device cpu --layers".split()
+    assert train.main(["--dataset", dataset, "--out", run, "--objective", objective, *small, "mean full"]) == 0
+    assert sample.main([run, "--prompt", "the cat", "--max_new_tokens", "5"]) == 0
+    assert sample.main(["score", run, "--text", str(Path(dataset).parents[1] / "text.txt"), "--n_mc", "4", "--windows", "2"]) == 0
+    assert "nats/token" in capsys.readouterr().out
 
 # ---------------------------------------------------------------------------------------------------------------------
 # model.py: mixture of experts
@@ -3489,6 +3500,91 @@ def test_bad_input(tmp_path, monkeypatch, capsys, flags, message):
     assert status == 2 and message in err and err.count("\n") == 1 and err.startswith("prepare.py: ")
 
 
+def test_one_reader_of_text(tmp_path, runs, capsys):
+    """Whatever way a text is stored, prepare.py and sample.py score read the same tokens."""
+    documents = ["the cat sat. " * 9, "a dog ran far away. " * 7, "one red bird. " * 5]
+    marked, lines = f"\n{prepare.EOT}\n".join(documents).encode(), "".join(json.dumps({"text": d + "\n"}) + "\n" for d in documents).encode()
+    (tmp_path / "many").mkdir()
+    for i, d in enumerate(documents):
+        (tmp_path / "many" / f"{i}.txt").write_text(d + "\n" * (i < 2))
+    (tmp_path / "many" / "picture.png").write_bytes(b"\xff\xd8")
+    said = set()
+    for name, raw in (("m.txt", marked), ("m.TXT.GZ", gzip.compress(marked)), ("m.md.bz2", bz2.compress(marked)), ("m.xz", lzma.compress(marked)),
+                      ("bom.txt", b"\xef\xbb\xbf" + marked), ("many", None)):
+        if raw:
+            (tmp_path / name).write_bytes(raw)
+        assert sample.main(["score", str(runs / "ar"), "--text", str(tmp_path / name), "--windows", "0"]) == 0
+        said.add(capsys.readouterr().out)
+    assert len(said) == 1 and "windows of 16 tokens, 9" in said.pop()       # nearly all of the text
+    (tmp_path / "m.jsonl").write_bytes(lines)
+    assert sample.main(["score", str(runs / "ar"), "--text", str(tmp_path / "m.jsonl"), "--windows", "1"]) == 0
+    assert "1 window of 16 tokens, 4." in capsys.readouterr().out
+    ids = [i for part, _ in prepare.Tokenizer("byte").encode_stream(prepare.read_text([tmp_path / "m.jsonl"])) for i in part.tolist()]
+    assert prepare.Tokenizer("byte").decode(ids) == "".join(d + "\n" + prepare.EOT for d in documents)
+
+
+@pytest.mark.parametrize("name, raw, words", [
+    ("a.txt", "naïve".encode("latin-1"), ["iconv -f LATIN1 -t UTF-8"]), ("a b.txt", "text".encode("utf-16"), ["iconv -f UTF-16", "a b.txt'"]),
+    ("a.json", b'[{"text": "x"}]', ["line 1", "python -c", "a.json"]), ("a.csv", b"a,b", ["no plain text", ".jsonl"]), ("a.jsonl", b"[" * 10**5, ["line 1"]),
+    ("a.txt.xz", b"no", ["a.txt.xz"]), ("a.zip", b"PK", ["a.zip"]), ("folder/x.png", b"", ["no plain text", "folder"]), ("none.txt", None, ["no such file"])])
+def test_what_is_no_text(tmp_path, runs, capsys, name, raw, words):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    if raw is not None:
+        path.write_bytes(raw)
+    path = path if path.parent == tmp_path else path.parent
+    for main, argv in ((prepare.main, ["--out_dir", str(tmp_path / "data")]), (sample.main, ["score", str(runs / "ar")])):
+        assert main([*argv, "--text", str(path)]) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert all(word in error for word in words), error
+    assert not (tmp_path / "data").exists() or not list((tmp_path / "data").iterdir())
+
+
+def test_damage_is_one_line_that_names_the_file(tmp_path, capsys):
+    """Every byte of every file of a dataset changed in turn (a sample of them): refused, or the same tokens and tokenizer."""
+    assert prep_make(tmp_path, "--tokenizer", "bpe:280", "--name", "d") == 0
+    folder, rng = tmp_path / "data" / "d", random.Random(0)
+    good = [np.array(a).tolist() for a in prepare.load_dataset(folder)[:2]], prepare.load_tokenizer(folder).vocab
+    for name in ("train.bin", "val.bin", "tokenizer.tiktoken", "meta.json"):
+        raw, refused = (folder / name).read_bytes(), 0
+        for damaged in [b"", b"[" * 9999, raw[:-1], raw[1:], raw * 2, *(raw[:i] + bytes([raw[i] ^ 1 << rng.randrange(8)]) + raw[i + 1:]
+                                                              for i in rng.sample(range(len(raw)), 40))]:
+            (folder / name).write_bytes(damaged)
+            try:
+                now = [np.array(a).tolist() for a in prepare.load_dataset(folder)[:2]], prepare.load_tokenizer(folder).vocab
+                assert now == good and name == "meta.json" or damaged == raw
+            except ValueError as e:
+                refused += 1
+                assert name in str(e) and "\n" not in str(e)
+        assert refused > (40 if name != "meta.json" else 9)
+        (folder / name).write_bytes(raw)
+
+
+def test_large_tokens_are_mapped_and_checked_by_a_sample(tmp_path, monkeypatch):
+    ids = np.random.default_rng(0).integers(256, size=1 << 21).astype(np.uint16)
+    ids.tofile(tmp_path / "big")
+    whole, part = prepare.file_sha256(tmp_path / "big"), prepare.file_sha256(tmp_path / "big", 16)
+    assert whole == hashlib.sha256(ids.tobytes()).hexdigest() != part and prepare.file_sha256(tmp_path / "big", 64) == whole
+    ids[-1] += 1
+    ids.tofile(tmp_path / "big")
+    assert prepare.file_sha256(tmp_path / "big", 16) != part, "the ends are always looked at"
+    assert prep_make(tmp_path, "--tokenizer", "byte", "--name", "d") == 0
+    assert all(type(a) is np.memmap and a.filename == tmp_path / "data" / "d" / f"{s}.bin"
+               for s, a in zip(("train", "val"), prepare.load_dataset(tmp_path / "data" / "d")))
+
+
+def test_bpe_learns_little_from_one_long_word():
+    rng, work = random.Random(0), collections.Counter()
+    dna = "".join(rng.choice("ACGT") for _ in range(200_000))
+    learn = prepare.train_bpe
+    prepare.train_bpe = lambda words, n: work.update(length=sum(map(len, words)), longest=max(map(len, words))) or learn(words, n)
+    try:
+        tok = prepare.learn_bpe([("a few words " * 9 + dna, True, 1)], 300)
+    finally:
+        prepare.train_bpe = learn
+    assert work["length"] < 20_000 and work["longest"] <= prepare.BPE_LONG and len(tok.encode(dna)) < 100_000
+
+
 NUMBERS = [("1e6", int, 10**6), ("30M", int, 30 * 10**6), ("2.5k", int, 2500), ("1_000_000", int, 10**6), ("-3", int, -3), ("007", int, 7),
            ("9223372036854775807", int, 2**63 - 1), ("0.1", float, 0.1), ("1e-3", float, 0.001), (".5", float, 0.5), ("1B", float, 1e9)]
 NO_NUMBERS = ["nan", "-nan", "inf", "1e400", "1e999", "１２", "٣", "½", "", "-", ".", "e5", "10**3", "0x10", "1,2", " 5", "None", "−1", "9" * 5000]
@@ -3535,7 +3631,12 @@ def test_download(tmp_path, monkeypatch):
     source.write_text(PREP_TEXT)
     sha = hashlib.sha256(source.read_bytes()).hexdigest()
     there = source.as_uri()
-    for url, digest, message in [(there + "x", None, "prepare.py --text FILE"), (there, "0" * 64, sha)]:
+    page = tmp_path / "there" / "page.txt"
+    page.write_text("<!DOCTYPE html><html>404</html>")
+    half = tmp_path / "there" / "half.txt.gz"
+    half.write_bytes(gzip.compress(os.urandom(9999))[:-99])
+    for url, digest, message in [(there + "x", None, "prepare.py --text FILE"), (there, "0" * 64, sha), (page.as_uri(), None, "web page"),
+                                 (half.as_uri(), None, "cannot download.*half"), ("x", None, "cannot download x")]:
         with pytest.raises(ValueError, match=message):
             prepare.download(url, tmp_path / "raw", digest)
         assert not list((tmp_path / "raw").iterdir())
@@ -3600,7 +3701,7 @@ def test_sample_reaches_every_sampler(runs, capsys, run, flags, steps):
         argv = [str(runs / run), *flags.split(), "--max_new_tokens", "6", "--temperature", "0"] + [a for p in prompts for a in ("--prompt", p)]
         assert sample.main(argv) == 0
         out, err = capsys.readouterr()
-        return out, int(re.search(r"tokens in (\d+) steps", err)[1])
+        return out, int(re.search(r"tokens? in (\d+) steps?", err)[1])
     prompts = ["the", "the cat s"]
     together, n = say(*prompts)
     alone = [say(p)[0] for p in prompts]
@@ -3612,6 +3713,22 @@ def test_sample_prints_nothing_after_end_of_text(runs, capsys, monkeypatch):
     monkeypatch.setattr(diffusion, "sample_mdm", lambda f, x, mask, **how: torch.where(x == mask, how["eot_id"], x))
     assert sample.main([str(runs / "mdm"), "--prompt", "a [MASK:2]b", "--prompt", "the cat"]) == 0
     assert capsys.readouterr().out == "--- sample 1\na b\n--- sample 2\nthe cat\n"
+
+
+def test_gif_shows_both_runs(runs, tmp_path, capsys):
+    Image = pytest.importorskip("PIL.Image")
+    path = tmp_path / "a.gif"
+    assert sample.main([str(runs / "mdm"), "--gif", str(path), "--beside", str(runs / "ar"), "--prompt", "the", "--max_new_tokens", "9", "--steps", "3"]) == 0
+    with Image.open(path) as both:
+        assert both.n_frames == 10 and path.stat().st_size < 1 << 20
+        size = both.size
+    assert sample.main([str(runs / "ar"), "--gif", str(path), "--max_new_tokens", "4"]) == 0
+    with Image.open(path) as one:
+        assert one.size[0] < 0.6 * size[0]
+    before = path.read_bytes()
+    for argv, message in ((["--beside", "x"], "--gif"), (["--gif", str(tmp_path / "no" / "a.gif")], "cannot write"), (["--gif", str(path), "--beside", "x"], "no checkpoint")):
+        assert sample.main([str(runs / "ar"), *argv]) == 2 and message in capsys.readouterr().err
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.gif"]
 
 
 def test_block_chain_is_a_distribution():
