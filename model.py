@@ -580,7 +580,8 @@ def parse_layers(pattern, n_layer):
     if len(out) > n_layer:
         lost = ", ".join(dict.fromkeys(name for name, _ in out[n_layer:]))
         n = len(out)
-        warnings.warn(f"{about} has {n} layers, the model {n_layer}: the last {n - n_layer} are left out ({lost})")
+        warnings.warn(f"{about} has {n} layers, the model {n_layer}: the last {n - n_layer} are left out "
+                      f"({lost})")
     return [out[i % len(out)] for i in range(n_layer)]
 
 

@@ -27,6 +27,7 @@ import types
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from itertools import permutations, product
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -47,6 +48,8 @@ import train
 from attention import (ATTENTION, LayerConfig, block_sparse_attention, compressed_scores, delta_rule, delta_rule_recurrent, flex_window_attention,
                        index_block_scores, indexer_kl, inverse_of_one_minus, lightning_scores, linear_attention,
                        linear_attention_recurrent, select_blocks, softmax_attention, top_k, visible, window_attention, windows)
+from diffusion import (ar_loss, mdm_loss, mdm_nll, mdm_noise, mdm_mask, mixed_loss, block_diffusion_loss, masked_nll, chain_nll, token_nll, sample_ar,
+                       sample_mdm, sample_block, canvas, confidence, corrupt, smallest)
 from model import LM, PRESETS, ModelConfig, MoE, activate, from_preset, override, parse_layers, parse_value
 
 torch.set_num_threads(1)
@@ -2062,7 +2065,7 @@ def test_preset_twins_train_and_decode(name):
     lm = LM(from_preset(name, n_layer=4, n_embd=64, vocab_size=11))
     x = torch.randint(11, (2, 24))
     aux = {}
-    (diffusion.ar_loss(lambda idx, **k: lm(idx, aux=aux, **k), x, 11) + sum(aux.values())).backward()
+    (ar_loss(lambda idx, **k: lm(idx, aux=aux, **k), x, 11) + sum(aux.values())).backward()
     assert all(p.grad is not None for p in lm.parameters())
     lm.eval()
     with torch.no_grad():
@@ -2071,11 +2074,15 @@ def test_preset_twins_train_and_decode(name):
 # ---------------------------------------------------------------------------------------------------------------------
 # diffusion.py
 
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
 class DiffTable:
     """A frozen random network on tiny canvases: one table entry per canvas of V letters and the mask (id V), no structure.
     causal=True: the logits at i depend on idx[:, :i+1] only."""
     def __init__(self, V, T, seed=0):
-        g = torch.Generator().manual_seed(seed)
+        g = seeded(seed)
         self.V, self.T = V, T
         self.table = torch.randn((V + 1) ** T, T, V, generator=g, dtype=torch.float64) * 1.5
 
@@ -2090,17 +2097,17 @@ class DiffTable:
 def diff_ce(f, x, masked):
     """(T,) CE of each token of x (T,) with `masked` hidden."""
     noisy = torch.where(masked, f.V, x)[None]
-    return torch.nn.functional.cross_entropy(f(noisy, causal=False)[0], x, reduction="none")
+    return F.cross_entropy(f(noisy, causal=False)[0], x, reduction="none")
 
 
 def diff_masks(T):
-    return [torch.tensor(m) for m in itertools.product([False, True], repeat=T)]
+    return [torch.tensor(m) for m in product([False, True], repeat=T)]
 
 
 def diff_bound(f, x):
     """The bound from its definition: the mean over all T! orders of the chain rule. Nats per token."""
     T, total = len(x), 0.0
-    for order in itertools.permutations(range(T)):
+    for order in permutations(range(T)):
         masked = torch.ones(T, dtype=torch.bool)
         for i in order:
             total += diff_ce(f, x, masked)[i].item()
@@ -2117,12 +2124,12 @@ def diff_uniforms(masked):
 def test_mdm_loss_has_the_bound_as_mean(T):
     """All masks enumerated, t integrated in closed form: no sampling anywhere. Beside it the two forms that other projects use:
     weight 1/t has the same mean, but a second moment that grows without end as t falls; the mean over masked tokens has another."""
-    f, x = DiffTable(3, T), torch.randint(3, (1, T), generator=torch.Generator().manual_seed(T))
+    f, x = DiffTable(3, T), torch.randint(3, (1, T), generator=seeded(T))
     bound, exact, bernoulli, pooled = diff_bound(f, x[0]), 0.0, 0.0, 0.0
     beta = lambda a, b: math.gamma(a) * math.gamma(b) / math.gamma(a + b)              # int t^(a-1) (1-t)^(b-1) dt
     for masked in diff_masks(T):
         if n := int(masked.sum()):
-            exact += diffusion.mdm_loss(f, x, f.V, (torch.tensor([n]), diff_uniforms(masked))).item() / T / math.comb(T, n)
+            exact += mdm_loss(f, x, f.V, (torch.tensor([n]), diff_uniforms(masked))).item() / T / math.comb(T, n)
             nats = diff_ce(f, x[0], masked)[masked].sum().item()
             bernoulli += nats / T * beta(n, T - n + 1)                                 # P(mask | t) = t^n (1-t)^(T-n), weight 1/t
             pooled += nats * beta(n + 1, T - n + 1) / (T / 2)                          # all nats over all masked tokens: T/2 of them
@@ -2134,97 +2141,97 @@ def test_mdm_loss_has_the_bound_as_mean(T):
 
 
 def test_mdm_noise_is_uniform_and_stratified():
-    g = torch.Generator().manual_seed(1)
+    g = seeded(1)
     T, B = 8, 16
-    n = torch.stack([diffusion.mdm_noise(B, T, g)[0] for _ in range(2000)])
+    n = torch.stack([mdm_noise(B, T, g)[0] for _ in range(2000)])
     assert (n.sort(1).values == torch.arange(1, T + 1).repeat_interleave(B // T)).all()     # each n equally often in a batch
     first = torch.bincount(n[:, 0], minlength=T + 1)[1:].double()                           # and uniform in a given row
     assert ((first - 250) ** 2 / 250).sum() < 24.3                                          # chi-square, 7 dof, p = 0.001
-    masked = diffusion.smallest(torch.rand(50, 9, generator=g).round(decimals=1), torch.full((50,), 4))
+    masked = smallest(torch.rand(50, 9, generator=g).round(decimals=1), torch.full((50,), 4))
     assert (masked.sum(1) == 4).all()                                                       # ties included
 
 
 def test_losses_split_into_micro_batches():
     """sum over micro-batches / tokens == the mean over the batch, for any cut; and the "none" form has the same mean."""
-    f, g = DiffTable(3, 5), torch.Generator().manual_seed(0)
+    f, g = DiffTable(3, 5), seeded(0)
     x = torch.randint(3, (12, 5), generator=g)
-    noise = diffusion.mdm_noise(12, 5, g)
-    whole = diffusion.mdm_loss(f, x, 3, noise)
-    parts = [diffusion.mdm_loss(f, x[a:b], 3, [z[a:b] for z in noise], reduction="sum") for a, b in ((0, 1), (1, 7), (7, 12))]
+    noise = mdm_noise(12, 5, g)
+    whole = mdm_loss(f, x, 3, noise)
+    parts = [mdm_loss(f, x[a:b], 3, [z[a:b] for z in noise], reduction="sum") for a, b in ((0, 1), (1, 7), (7, 12))]
     close(sum(parts) / x.numel(), whole)
-    close(diffusion.mdm_loss(f, x, 3, noise, reduction="none").mean(), whole)
-    loss, ar, mdm = diffusion.mixed_loss(f, x, 3, 3, 0.25, noise)
-    close(ar, diffusion.ar_loss(f, x[:3], 3))
-    close(mdm, diffusion.mdm_loss(f, x[3:], 3, [z[3:] for z in noise]))
+    close(mdm_loss(f, x, 3, noise, reduction="none").mean(), whole)
+    loss, ar, mdm = mixed_loss(f, x, 3, 3, 0.25, noise)
+    close(ar, ar_loss(f, x[:3], 3))
+    close(mdm, mdm_loss(f, x[3:], 3, [z[3:] for z in noise]))
     close(loss, (3 * ar + 9 * mdm) / 12)
-    sums = diffusion.mixed_loss(f, x, 3, 3, 0.25, noise, reduction="sum")
+    sums = mixed_loss(f, x, 3, 3, 0.25, noise, reduction="sum")
     close(sums[0] / 60, loss)
     close(sums[2] / 45, mdm)
 
 
 def test_ar_sees_no_future():
     """-log p(x_i) moves only with x_0..x_i, and the corrupted inputs are read in the same places."""
-    f, g = DiffTable(3, 5), torch.Generator().manual_seed(3)
+    f, g = DiffTable(3, 5), seeded(3)
     x = torch.randint(3, (1, 5), generator=g)
-    before = diffusion.ar_loss(f, x, 3, reduction="none")[0]
+    before = ar_loss(f, x, 3, reduction="none")[0]
     for j in range(5):
         y = x.clone()
         y[0, j] = (y[0, j] + 1) % 3
-        moved = diffusion.ar_loss(f, y, 3, reduction="none")[0] != before
+        moved = ar_loss(f, y, 3, reduction="none")[0] != before
         assert not moved[:j].any() and moved[j:].all()
-        moved = diffusion.ar_loss(f, x, 3, inputs=y, reduction="none")[0] != before     # targets stay: only what follows j moves
+        moved = ar_loss(f, x, 3, inputs=y, reduction="none")[0] != before     # targets stay: only what follows j moves
         assert not moved[:j + 1].any() and moved[j + 1:].all()
-    every = torch.tensor(list(itertools.product(range(3), repeat=5)))
-    p = torch.exp(-diffusion.ar_loss(f, every, 3, reduction="none").sum(1))
+    every = torch.tensor(list(product(range(3), repeat=5)))
+    p = torch.exp(-ar_loss(f, every, 3, reduction="none").sum(1))
     assert p.sum().item() == pytest.approx(1, abs=1e-12)
 
 
 def test_corrupt_rates():
-    x = torch.randint(50, (200, 500), generator=torch.Generator().manual_seed(0))
-    y = diffusion.corrupt(x, 50, 0.1, 0.05, torch.Generator().manual_seed(1))
+    x = torch.randint(50, (200, 500), generator=seeded(0))
+    y = corrupt(x, 50, 0.1, 0.05, seeded(1))
     assert abs((y == 50).float().mean() - 0.1) < 0.005
     assert abs(((y != x) & (y != 50)).float().mean() - 0.05 * 49 / 50) < 0.004
-    assert torch.equal(diffusion.corrupt(x, 50), x)
+    assert torch.equal(corrupt(x, 50), x)
 
 
 @pytest.mark.parametrize("order", ["left", "confidence"])
 def test_chain_nll_is_a_distribution(order):
     f = DiffTable(3, 4)
-    every = torch.tensor(list(itertools.product(range(3), repeat=4)))
-    nll = diffusion.chain_nll(f, every, 3, order)                           # nats per token
+    every = torch.tensor(list(product(range(3), repeat=4)))
+    nll = chain_nll(f, every, 3, order)                           # nats per token
     assert torch.exp(-nll * 4).sum().item() == pytest.approx(1, abs=1e-12)
     given = torch.tensor([False, True, True, False]).expand(81, 4)  # p(scored | context) sums to 1 in every context
-    nll = diffusion.chain_nll(f, every, 3, order, scored=given)
+    nll = chain_nll(f, every, 3, order, scored=given)
     p = torch.exp(-nll * 2).view(3, 9, 3).sum(1)
     close(p, torch.ones_like(p), 1e-12)
     hidden = torch.tensor([[3, 1, 2, 0], [3, 1, 2, 0]])            # context may be unknown, and rows be done at different times
     scored = torch.tensor([[False, True, True, True], [False, False, True, False]])
-    nll = diffusion.chain_nll(f, hidden, 3, order, scored=scored)
+    nll = chain_nll(f, hidden, 3, order, scored=scored)
     assert nll[1].item() == pytest.approx(diff_ce(f, hidden[1].clamp(max=2), torch.tensor([True, False, True, False]))[2].item())
     if order == "left":                                             # by definition
         x = every[35]
         nats = sum(diff_ce(f, x, torch.arange(4) >= i)[i] for i in range(4))
-        assert diffusion.chain_nll(f, x[None], 3)[0].item() == pytest.approx(nats.item() / 4)
+        assert chain_nll(f, x[None], 3)[0].item() == pytest.approx(nats.item() / 4)
 
 
 def test_mdm_nll_estimates_the_bound():
-    f, g = DiffTable(3, 5), torch.Generator().manual_seed(5)
+    f, g = DiffTable(3, 5), seeded(5)
     x = torch.randint(3, (6, 5), generator=g)
     rows = torch.tensor([diff_bound(f, row) for row in x]).double()
-    a = diffusion.mdm_nll(f, x, 3, 64, batch_size=7)
-    assert a == pytest.approx(diffusion.mdm_nll(f, x, 3, 64, batch_size=384), rel=1e-12)        # seed fixed, batch size irrelevant
+    a = mdm_nll(f, x, 3, 64, batch_size=7)
+    assert a == pytest.approx(mdm_nll(f, x, 3, 64, batch_size=384), rel=1e-12)        # seed fixed, batch size irrelevant
     assert abs(a[0] - rows.mean()) < 5 * a[1]
     # the s.e. is honest: over many seeds the error has mean 0 and its size is the s.e.
-    runs = torch.tensor([diffusion.mdm_nll(f, x, 3, 8, torch.Generator().manual_seed(s)) for s in range(300)]).double()
+    runs = torch.tensor([mdm_nll(f, x, 3, 8, seeded(s)) for s in range(300)]).double()
     error, se = runs[:, 0] - rows.mean(), runs[:, 1]
     assert abs(error.mean()) < 4 * error.std() / 300 ** 0.5
     assert 0.85 < (se ** 2).mean().sqrt() / error.std() < 1.18
-    nll, se = diffusion.mdm_nll(f, x, 3, 4096, batch_size=4096, per_row=True)
+    nll, se = mdm_nll(f, x, 3, 4096, batch_size=4096, per_row=True)
     assert (abs(nll - rows) < 5 * se + 1e-9).all() and se.max() < 0.02
     # context: only scored tokens are masked, i.e. the bound of the smaller problem
     scored = torch.tensor([[False, True, True, False, True]]).expand(6, 5)
-    nll, se = diffusion.mdm_nll(f, x, 3, 4096, batch_size=4096, scored=scored, per_row=True)
-    orders = [torch.tensor(o) for o in itertools.permutations([1, 2, 4])]
+    nll, se = mdm_nll(f, x, 3, 4096, batch_size=4096, scored=scored, per_row=True)
+    orders = [torch.tensor(o) for o in permutations([1, 2, 4])]
     for row, got, err in zip(x, nll, se):
         want = sum(diff_ce(f, row, torch.isin(torch.arange(5), o[i:]))[o[i]] for o in orders for i in range(3)) / 18
         assert abs(want - got) < 5 * err + 1e-9
@@ -2235,42 +2242,42 @@ def test_mdm_nll_reads_token_files(kind, tmp_path):
     """Any integer dtype, memory-mapped, cut into pieces: as if it were int64 and whole; groups stay together."""
     lm = lambda idx, causal, **_: F.one_hot(idx % 50_000, 50_000).double().cumsum(1)
     top = 50_000 if kind in ("uint16", "int16") else 200
-    x = torch.randint(top, (9, 4), generator=torch.Generator().manual_seed(0))
+    x = torch.randint(top, (9, 4), generator=seeded(0))
     x.numpy().astype(kind.replace("int16", "uint16").replace("uu", "u")).tofile(tmp_path / "tokens")
     mapped = torch.from_numpy(np.memmap(tmp_path / "tokens", dtype=kind, mode="c").reshape(9, 4))
     group, scored = torch.tensor([0, 0, 0, 1, 1, 2, 4, 4, 4]), torch.ones(9, 4, dtype=torch.bool).tril(2)
     for more in ({}, dict(group=group, per_row=True), dict(noise_block=2), dict(scored=scored, group=group)):
-        a, b = (torch.tensor(diffusion.mdm_nll(lm, tokens, 50_000, 8, batch_size=size, **more)) if "per_row" not in more else
-                torch.stack(diffusion.mdm_nll(lm, tokens, 50_000, 8, batch_size=size, **more)) for tokens, size in ((x, 99), (mapped, 2)))
+        a, b = (torch.tensor(mdm_nll(lm, tokens, 50_000, 8, batch_size=size, **more)) if "per_row" not in more else
+                torch.stack(mdm_nll(lm, tokens, 50_000, 8, batch_size=size, **more)) for tokens, size in ((x, 99), (mapped, 2)))
         close(a, b, 1e-12)
 
 
 def test_mdm_nll_in_pieces(monkeypatch):
     """Few uniforms at a time: other masks, and still an honest estimate; its memory does not grow with the windows."""
-    f, x = DiffTable(3, 5), torch.randint(3, (40, 5), generator=torch.Generator().manual_seed(5))
-    whole, drawn, rand = diffusion.mdm_nll(f, x, 3, 256), [], torch.rand
+    f, x = DiffTable(3, 5), torch.randint(3, (40, 5), generator=seeded(5))
+    whole, drawn, rand = mdm_nll(f, x, 3, 256), [], torch.rand
     monkeypatch.setattr(diffusion, "DRAWN", 1000)
     monkeypatch.setattr(diffusion.torch, "rand", lambda *shape, **how: drawn.append(math.prod(shape)) or rand(*shape, **how))
-    pieces = diffusion.mdm_nll(f, x, 3, 256)
+    pieces = mdm_nll(f, x, 3, 256)
     assert max(drawn) <= 1000 and abs(pieces[0] - whole[0]) < 4 * (pieces[1] ** 2 + whole[1] ** 2) ** 0.5
     same = torch.tensor([[0, 1, 2, 0, 1]] * 3 + [[1, 1, 1, 2, 2]] * 4)                 # equal windows of a group: equal values
-    nll, _ = diffusion.mdm_nll(f, same, 3, 400, group=torch.tensor([0] * 3 + [1] * 4), per_row=True)
+    nll, _ = mdm_nll(f, same, 3, 400, group=torch.tensor([0] * 3 + [1] * 4), per_row=True)
     assert (nll[:3] == nll[0]).all() and (nll[3:] == nll[3]).all() and nll[0] != nll[3]
 
 
 def test_losses_compile_to_one_graph():
     """Forward and backward, static shapes, with the noise given."""
     torch.manual_seed(0)
-    net = torch.nn.Sequential(torch.nn.Embedding(8, 16), torch.nn.Linear(16, 7))
+    net = nn.Sequential(nn.Embedding(8, 16), nn.Linear(16, 7))
     f = lambda idx, causal: net(idx)
     x = torch.randint(7, (4, 6))
 
     def loss(x, noise):
-        return diffusion.mdm_loss(f, x, 7, noise) + diffusion.ar_loss(f, x, 7) + diffusion.mixed_loss(f, x, 7, 7, 0.5, noise=noise)[0]
+        return mdm_loss(f, x, 7, noise) + ar_loss(f, x, 7) + mixed_loss(f, x, 7, 7, 0.5, noise=noise)[0]
     fast = torch.compile(loss, fullgraph=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
         for seed in range(3):
-            noise = diffusion.mdm_noise(4, 6, torch.Generator().manual_seed(seed))
+            noise = mdm_noise(4, 6, seeded(seed))
             close(fast(x, noise), loss(x, noise))
     fast(x, noise).backward()
 
@@ -2280,9 +2287,9 @@ def test_losses_compile_to_one_graph():
 class DiffOracle:
     """The exact denoiser of a random language over V letters and T places: conditional marginals of its joint law p."""
     def __init__(self, V, T, seed=0, spread=1.5):
-        g = torch.Generator().manual_seed(seed)
+        g = seeded(seed)
         self.V, self.T = V, T
-        self.x = torch.tensor(list(itertools.product(range(V), repeat=T)))              # (V^T, T), x[c] has code c
+        self.x = torch.tensor(list(product(range(V), repeat=T)))              # (V^T, T), x[c] has code c
         self.p = (torch.randn(V ** T, generator=g, dtype=torch.float64) * spread).softmax(0)
         self.code = V ** torch.arange(T - 1, -1, -1)
 
@@ -2290,14 +2297,14 @@ class DiffOracle:
         """causal: position i predicts token i from those before it, idx being shifted right; otherwise from what is no mask."""
         extra, idx = max(0, idx.size(1) - self.T), idx[:, :self.T]                      # a last block may reach beyond T
         L = idx.size(1)
-        one_hot = torch.nn.functional.one_hot(self.x[:, :L], self.V).double()           # (V^T, L, V)
+        one_hot = F.one_hot(self.x[:, :L], self.V).double()           # (V^T, L, V)
         agree = (torch.cat([idx[:, 1:], idx[:, :1]], 1) if causal else idx)[:, None] == self.x[:, :L]
         if causal:
             w = torch.cat([torch.ones_like(agree[..., :1]), agree[..., :-1]], 2).long().cumprod(2) * self.p[:, None]
             logits = torch.einsum("bcl,clv->blv", w, one_hot).log()
         else:
             logits = torch.einsum("bc,clv->blv", (agree | (idx == self.V)[:, None]).all(2) * self.p, one_hot).log()
-        return torch.nn.functional.pad(logits, (0, 0, 0, extra))
+        return F.pad(logits, (0, 0, 0, extra))
 
     def counts(self, x):
         return torch.bincount((x * self.code).sum(1), minlength=len(self.p)).double()
@@ -2319,7 +2326,7 @@ def diff_law(f, order, monkeypatch, scores=None):
     if order == "drawn first":
         monkeypatch.setattr(diffusion, "reveal", reveal_drawn_first)
     draws = 6 if order == "drawn first" else 3                      # that one draws at all 3, then 2, then 1 places
-    script = torch.tensor(list(itertools.product(range(3), repeat=draws)))              # one row of the batch each
+    script = torch.tensor(list(product(range(3), repeat=draws)))              # one row of the batch each
     prob, used = torch.ones(len(script), dtype=torch.float64), [0]
 
     def scripted(logits, **_):                                      # rows come batch-major, the same number for each
@@ -2329,7 +2336,7 @@ def diff_law(f, order, monkeypatch, scores=None):
         used[0] += k
         return tokens.flatten()
     monkeypatch.setattr(diffusion, "draw", scripted)
-    x = diffusion.sample_mdm(f, torch.full((len(script), 3), 3), 3, order="max_prob" if order == "drawn first" else order)
+    x = sample_mdm(f, torch.full((len(script), 3), 3), 3, order="max_prob" if order == "drawn first" else order)
     assert prob.sum().item() == pytest.approx(1) and used[0] == draws
     return torch.zeros_like(f.p).index_add_(0, (x * f.code).sum(1), prob)
 
@@ -2338,7 +2345,7 @@ def test_oracle_sampler_has_the_exact_law(monkeypatch):
     """One token a step at temperature 1: every order that does not look at the drawn token gives the law itself."""
     f = DiffOracle(3, 3)
     for order in ("max_prob", "margin", "entropy", "left", "random"):
-        for scores in itertools.permutations([0.1, 0.2, 0.3]) if order == "random" else [None]:     # exact for each order
+        for scores in permutations([0.1, 0.2, 0.3]) if order == "random" else [None]:     # exact for each order
             with monkeypatch.context() as m:
                 close(diff_law(f, order, m, scores), f.p, 1e-12)
     assert (diff_law(f, "drawn first", monkeypatch) - f.p).abs().sum() / 2 > 0.3 # the negative control fails
@@ -2347,16 +2354,16 @@ def test_oracle_sampler_has_the_exact_law(monkeypatch):
 @pytest.mark.parametrize("order", [*diffusion.ORDERS, "blocks", "block", "ar"])
 def test_oracle_sampler_chi_square(order):
     """The real draws at T = 5: 243 cells, 242 degrees of freedom: mean 242, s.d. 22."""
-    f, N, g = DiffOracle(3, 5, spread=1.0), 10_000, torch.Generator().manual_seed(0)
+    f, N, g = DiffOracle(3, 5, spread=1.0), 10_000, seeded(0)
     x = torch.full((N, 5), 3)
     if order == "ar":
-        y = diffusion.sample_ar(f, x, 3, generator=g)
+        y = sample_ar(f, x, 3, generator=g)
     elif order == "block":
-        y = diffusion.sample_block(f, x, 3, 2, generator=g, cache=False)
+        y = sample_block(f, x, 3, 2, generator=g, cache=False)
     elif order == "blocks":
-        y = diffusion.sample_mdm(f, x, 3, fill_block=2, generator=g)
+        y = sample_mdm(f, x, 3, fill_block=2, generator=g)
     else:
-        y = diffusion.sample_mdm(f, x, 3, order=order, generator=g)
+        y = sample_mdm(f, x, 3, order=order, generator=g)
     chi2 = ((f.counts(y) - N * f.p) ** 2 / (N * f.p)).sum().item()
     assert chi2 < 330, chi2
 
@@ -2364,7 +2371,7 @@ def test_oracle_sampler_chi_square(order):
 def test_draws_reach_the_tail(monkeypatch):
     """A token of probability 5.6e-8 (a Gumbel above 16.7) comes about 11 times in 2e8 draws; from float32 uniforms, which
     are multiples of 2^-24 = 6.0e-8, it never does."""
-    rare, g = math.exp(-16.7), torch.Generator().manual_seed(0)
+    rare, g = math.exp(-16.7), seeded(0)
     hits = sum(int((torch.rand(10_000_000, generator=g, dtype=torch.float64) > 1 - rare).sum()) for _ in range(20))
     assert 2 <= hits <= 25                                          # 11 expected, such noise reaches the tail
     logits = torch.tensor([[math.log1p(-rare), -16.7]])             # and draw asks for it and inverts it rightly
@@ -2374,7 +2381,7 @@ def test_draws_reach_the_tail(monkeypatch):
 
 
 def test_draw_follows_temperature_top_k_top_p():
-    g = torch.Generator().manual_seed(0)
+    g = seeded(0)
     logits = torch.tensor([2.0, 0.5, 1.0, -1.0, 1.5]).repeat(200_000, 1)
     p = logits[0].double().softmax(0)                               # sorted: tokens 0, 4, 2, 1, 3
     at_best = float(p[0])
@@ -2395,7 +2402,7 @@ def test_confidence_is_its_definition():
         p = z.double().softmax(-1)
         best = p.sort(-1, descending=True).values
         for order, want in (("max_prob", best[..., 0]), ("margin", best[..., 0] - best[..., 1]), ("entropy", torch.special.xlogy(p, p).sum(-1))):
-            close(diffusion.confidence(z, order).double(), want, 1e-5)
+            close(confidence(z, order).double(), want, 1e-5)
 
 
 def diff_lm(layers="full", **fields):
@@ -2423,12 +2430,12 @@ def diff_count(f):
 
 def test_sampler_steps_threshold_and_given_tokens():
     f = diff_count(diff_lm())
-    x, _ = diffusion.canvas([[1, 2, 3], [4, 13, 13, 5]], 12, 13)            # a prompt, and one with places to infill
+    x, _ = canvas([[1, 2, 3], [4, 13, 13, 5]], 12, 13)            # a prompt, and one with places to infill
     given = x != 13
     for kind, expect in (({}, 14), ({"steps": 5}, 5), ({"steps": 100}, 14), ({"threshold": 1.0}, 14), ({"threshold": 1e-9}, 1),
                          ({"steps": 4, "fill_block": 6}, 5)):       # 2 and 3 blocks: 2 steps each
         seen, f.passes = [], []
-        y = diffusion.sample_mdm(f, x, 13, generator=torch.Generator().manual_seed(0),
+        y = sample_mdm(f, x, 13, generator=seeded(0),
                          callback=lambda step, x: seen.append((x == 13).sum().item()), **kind)
         assert torch.equal(y[given], x[given]) and (y < 13).all()
         assert len(f.passes) == len(seen) and seen[-1] == 0 and all(a > b for a, b in zip(seen, seen[1:]))
@@ -2441,24 +2448,24 @@ def test_sampler_steps_threshold_and_given_tokens():
             open_ = block[row][y[row] == 13]
             for k in open_.unique()[1:]:
                 assert ((y == 13) | given)[row][block[row] == k].all()
-    diffusion.sample_mdm(f, x, 13, fill_block=4, order="random", callback=in_order, generator=torch.Generator().manual_seed(0))
+    sample_mdm(f, x, 13, fill_block=4, order="random", callback=in_order, generator=seeded(0))
 
 
 @pytest.mark.parametrize("sampler", ["ar", "mdm", "mdm blocks", "block"])
 def test_nothing_is_generated_after_end_of_text(sampler):
     lm = diff_lm()
-    x, valid = diffusion.canvas([[12, 2, 3], [4]] * 20, 20, 13)             # id 12 ends a text; one in the prompt ends nothing
-    kw = dict(generator=torch.Generator().manual_seed(0), valid=valid)
-    run = {"ar": lambda **e: diffusion.sample_ar(lm, x, 13, **kw, **e), "mdm": lambda **e: diffusion.sample_mdm(lm, x, 13, **kw, **e),
-           "mdm blocks": lambda **e: diffusion.sample_mdm(lm, x, 13, fill_block=4, steps=10, **kw, **e),
-           "block": lambda **e: diffusion.sample_block(lm, x, 13, 4, **kw, **e)}[sampler]
+    x, valid = canvas([[12, 2, 3], [4]] * 20, 20, 13)             # id 12 ends a text; one in the prompt ends nothing
+    kw = dict(generator=seeded(0), valid=valid)
+    run = {"ar": lambda **e: sample_ar(lm, x, 13, **kw, **e), "mdm": lambda **e: sample_mdm(lm, x, 13, **kw, **e),
+           "mdm blocks": lambda **e: sample_mdm(lm, x, 13, fill_block=4, steps=10, **kw, **e),
+           "block": lambda **e: sample_block(lm, x, 13, 4, **kw, **e)}[sampler]
     y = run(eot_id=12)
     new = (x == 13) & valid
     after = ((y == 12) & new).cumsum(1) > 0
     assert after.any() and (y[after & new] == 12).all() and (y[:, 1] != 12).any()
     assert (y[~valid] == 0).all() and torch.equal(y[~new], x[~new])
     steps = []
-    diffusion.sample_ar(lambda idx, causal: torch.nn.functional.one_hot(torch.full(idx.shape, 12), 13) * 1e3, x, 13, eot_id=12,
+    sample_ar(lambda idx, causal: F.one_hot(torch.full(idx.shape, 12), 13) * 1e3, x, 13, eot_id=12,
                 valid=valid, callback=lambda step, x: steps.append(step))
     assert len(steps) == 1                                          # every row ended: it stops early
 
@@ -2467,24 +2474,24 @@ def test_nothing_is_generated_after_end_of_text(sampler):
 def test_block_diffusion_equals_its_definition(layers):
     """Two streams == each noisy block alone against the cache of the clean blocks before it; size 1 == the AR chain."""
     lm, B, T = diff_lm(layers), 3, 12
-    x = torch.randint(13, (B, T), generator=torch.Generator().manual_seed(0))
+    x = torch.randint(13, (B, T), generator=seeded(0))
     for S in (1, 3, 12):
-        noise = diffusion.mdm_noise(B * T // S, S, torch.Generator().manual_seed(S))
-        masked = diffusion.mdm_mask(noise)[0].view(B, T)
-        two = diffusion.masked_nll(lm, x, 13, masked, S)
+        noise = mdm_noise(B * T // S, S, seeded(S))
+        masked = mdm_mask(noise)[0].view(B, T)
+        two = masked_nll(lm, x, 13, masked, S)
         cache, alone = lm.init_cache(B, T, dtype=torch.float64), []
         for s in range(0, T, S):
             noisy = torch.where(masked, 13, x)[:, s:s + S]
-            alone.append(diffusion.token_nll(lm(noisy, causal=False, cache=cache, commit=False), x[:, s:s + S]))
+            alone.append(token_nll(lm(noisy, causal=False, cache=cache, commit=False), x[:, s:s + S]))
             lm(x[:, s:s + S], causal=False, cache=cache)
         close(two, torch.cat(alone, dim=1))
-        loss = diffusion.block_diffusion_loss(lm, x, 13, S, noise=noise)
+        loss = block_diffusion_loss(lm, x, 13, S, noise=noise)
         if S == T:
-            close(loss, diffusion.mdm_loss(lm, x, 13, noise=noise), 1e-6)
+            close(loss, mdm_loss(lm, x, 13, noise=noise), 1e-6)
         if S == 1:                                                  # no variance: it is the chain itself
-            other = diffusion.block_diffusion_loss(lm, x, 13, 1, noise=diffusion.mdm_noise(B * T, 1))
+            other = block_diffusion_loss(lm, x, 13, 1, noise=mdm_noise(B * T, 1))
             assert loss.item() == pytest.approx(torch.cat(alone, dim=1).mean().item(), rel=1e-6) and torch.equal(loss, other)
-            nll, se = diffusion.mdm_nll(lm, x, 13, 4, noise_block=1)
+            nll, se = mdm_nll(lm, x, 13, 4, noise_block=1)
             assert nll == pytest.approx(loss.item(), rel=1e-6) and se < 1e-9
 
 
@@ -2492,24 +2499,24 @@ def test_block_diffusion_equals_its_definition(layers):
 def test_cached_sampling_equals_recomputed(temperature):
     lm = diff_lm()
     for prompts in ([[1, 2, 3], [4, 5, 6]], [[1], [2, 3, 4, 5, 6, 7, 8], [9, 13, 10]]):
-        x, valid = diffusion.canvas(prompts, 9, 13)
-        go = lambda f, **kw: f(generator=torch.Generator().manual_seed(7), temperature=temperature, valid=valid, **kw)
-        a, b = (go(lambda **kw: diffusion.sample_ar(lm, x, 13, **kw), cache=c) for c in (True, False))
+        x, valid = canvas(prompts, 9, 13)
+        go = lambda f, **kw: f(generator=seeded(7), temperature=temperature, valid=valid, **kw)
+        a, b = (go(lambda **kw: sample_ar(lm, x, 13, **kw), cache=c) for c in (True, False))
         assert torch.equal(a, b) and torch.equal(a[x != 13], x[x != 13])
-        a, b = (go(lambda **kw: diffusion.sample_block(lm, x, 13, 4, steps=3, **kw), cache=c) for c in (True, False))
+        a, b = (go(lambda **kw: sample_block(lm, x, 13, 4, steps=3, **kw), cache=c) for c in (True, False))
         assert torch.equal(a, b) and torch.equal(a[x != 13], x[x != 13])
         # dual cache: refreshed at every step it is no approximation
-        a, b = (go(lambda **kw: diffusion.sample_mdm(lm, x, 13, fill_block=4, steps=7, **kw), cache=c, refresh=1) for c in (True, False))
+        a, b = (go(lambda **kw: sample_mdm(lm, x, 13, fill_block=4, steps=7, **kw), cache=c, refresh=1) for c in (True, False))
         assert torch.equal(a, b)
     f = diff_count(lm)
-    diffusion.sample_mdm(f, x, 13, fill_block=4, cache=True, valid=valid)
+    sample_mdm(f, x, 13, fill_block=4, cache=True, valid=valid)
     assert set(f.passes) == {4, x.size(1)} and f.passes.count(4) > 4            # one full pass a block, then 4 tokens
 
 
 def test_dual_cache_window_equals_the_full_pass():
     """Nothing changed since the full pass: the window computed against the cache gives the canvas's own logits."""
     lm = diff_lm()
-    x, valid = torch.randint(14, (2, 16), generator=torch.Generator().manual_seed(0)), torch.ones(2, 16, dtype=torch.bool)
+    x, valid = torch.randint(14, (2, 16), generator=seeded(0)), torch.ones(2, 16, dtype=torch.bool)
     valid[1, 13:] = False
     cache = lm.init_cache(2, 16, dtype=torch.float64)
     full = lm(x, causal=False, cache=cache, valid=valid)
@@ -2526,26 +2533,26 @@ def test_batch_invariance(sampler, monkeypatch):
     """Alone and beside longer and shorter rows: the same tokens at temperature 0, from the same logits."""
     lm, draw, seen = diff_lm(), diffusion.draw, []
     monkeypatch.setattr(diffusion, "draw", lambda logits, *a, **kw: seen.append(logits) or draw(logits, *a, **kw))
-    run = {"ar": lambda x, v: diffusion.sample_ar(lm, x, 13, 0, valid=v),
-           "mdm": lambda x, v: diffusion.sample_mdm(lm, x, 13, steps=6, temperature=0, valid=v),
-           "mdm blocks": lambda x, v: diffusion.sample_mdm(lm, x, 13, steps=6, fill_block=4, temperature=0, valid=v),
-           "dual": lambda x, v: diffusion.sample_mdm(lm, x, 13, steps=6, fill_block=4, temperature=0, valid=v, cache=True),
-           "block": lambda x, v: diffusion.sample_block(lm, x, 13, 4, steps=2, temperature=0, valid=v)}[sampler]
+    run = {"ar": lambda x, v: sample_ar(lm, x, 13, 0, valid=v),
+           "mdm": lambda x, v: sample_mdm(lm, x, 13, steps=6, temperature=0, valid=v),
+           "mdm blocks": lambda x, v: sample_mdm(lm, x, 13, steps=6, fill_block=4, temperature=0, valid=v),
+           "dual": lambda x, v: sample_mdm(lm, x, 13, steps=6, fill_block=4, temperature=0, valid=v, cache=True),
+           "block": lambda x, v: sample_block(lm, x, 13, 4, steps=2, temperature=0, valid=v)}[sampler]
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11, 1, 2], [3, 13, 5, 13]]
-    together = run(*diffusion.canvas(prompts, 10, 13))
+    together = run(*canvas(prompts, 10, 13))
     logits = torch.cat(seen)
     for row, prompt in zip(together, prompts):
         seen.clear()
-        assert torch.equal(run(*diffusion.canvas([prompt], 10, 13))[0], row[:len(prompt) + 10])
+        assert torch.equal(run(*canvas([prompt], 10, 13))[0], row[:len(prompt) + 10])
         assert torch.cdist(torch.cat(seen), logits, compute_mode="donot_use_mm_for_euclid_dist").amin(1).max() < 1e-10
 
 
 def test_block_hook_pauses():
     """What a tool call needs: an empty result changes nothing; a result becomes given text and the rest is filled again."""
     lm = diff_lm()
-    x, _ = diffusion.canvas([[1, 2, 3]], 13, 13)
-    plain = diffusion.sample_block(lm, x, 13, 4, temperature=0)
-    assert torch.equal(plain, diffusion.sample_block(lm, x, 13, 4, temperature=0, on_block=lambda *a: None))
+    x, _ = canvas([[1, 2, 3]], 13, 13)
+    plain = sample_block(lm, x, 13, 4, temperature=0)
+    assert torch.equal(plain, sample_block(lm, x, 13, 4, temperature=0, on_block=lambda *a: None))
     called = []
 
     def tool(x, given, start, stop):
@@ -2555,44 +2562,44 @@ def test_block_hook_pauses():
         elif start == 8 and len(called) == 1:
             called.append(1)
             x[0, 11:12] = 13                                        # and a place to be filled again
-    y = diffusion.sample_block(lm, x, 13, 4, temperature=0, on_block=tool)
+    y = sample_block(lm, x, 13, 4, temperature=0, on_block=tool)
     assert torch.equal(y[0, :6], plain[0, :6]) and (y[0, 6:10] == 7).all() and (y < 13).all()
-    again = diffusion.canvas([y[0, :10].tolist()], 6, 13)[0]                # the same from scratch, the result in the prompt
-    assert torch.equal(diffusion.sample_block(lm, again, 13, 4, temperature=0), y)
+    again = canvas([y[0, :10].tolist()], 6, 13)[0]                # the same from scratch, the result in the prompt
+    assert torch.equal(sample_block(lm, again, 13, 4, temperature=0), y)
 
 
 def test_diffusion_bad_input():
     f, x = DiffTable(3, 4), torch.full((2, 4), 3)
     for call, word in (
-            (lambda: diffusion.sample_mdm(f, x, 3, steps=0), "steps"),
-            (lambda: diffusion.sample_mdm(f, x, 3, threshold=0.0), "threshold"),
-            (lambda: diffusion.sample_mdm(f, x, 3, threshold=1.5), "threshold"),
-            (lambda: diffusion.sample_mdm(f, x, 3, threshold=0.9, order="left"), "threshold"),
-            (lambda: diffusion.sample_mdm(f, x, 3, steps=4, threshold=0.9), "exclude"),
-            (lambda: diffusion.sample_mdm(f, x, 3, order="best"), "order"),
-            (lambda: diffusion.sample_mdm(f, x, 3, temperature=-1), "temperature"),
-            (lambda: diffusion.sample_mdm(f, x, 3, temperature=math.nan), "temperature"),
-            (lambda: diffusion.sample_mdm(f, x, 3, cache=True, fill_block=2, refresh=0), "refresh"),
-            (lambda: diffusion.sample_mdm(f, x, 3, cache=True), "fill_block"),
-            (lambda: diffusion.sample_mdm(f, x, 3, cache=True, fill_block=2), "init_cache"),
-            (lambda: diffusion.sample_ar(f, x, 3, top_p=0), "top_p"),
-            (lambda: diffusion.sample_ar(f, x, 3, top_k=0), "top_k"),
-            (lambda: diffusion.sample_block(f, x, 3, 0), "fill_block"),
-            (lambda: diffusion.mdm_loss(f, x, 2), "the mask token 2 is one of the 3 tokens"),
-            (lambda: diffusion.ar_loss(f, x, 1), "the mask token 1"),
-            (lambda: diffusion.sample_mdm(f, x - 1, 2), "the mask token 2"),
-            (lambda: diffusion.mdm_nll(f, x, 3, 4, group=torch.tensor([1, 0])), "ascend"),
+            (lambda: sample_mdm(f, x, 3, steps=0), "steps"),
+            (lambda: sample_mdm(f, x, 3, threshold=0.0), "threshold"),
+            (lambda: sample_mdm(f, x, 3, threshold=1.5), "threshold"),
+            (lambda: sample_mdm(f, x, 3, threshold=0.9, order="left"), "threshold"),
+            (lambda: sample_mdm(f, x, 3, steps=4, threshold=0.9), "exclude"),
+            (lambda: sample_mdm(f, x, 3, order="best"), "order"),
+            (lambda: sample_mdm(f, x, 3, temperature=-1), "temperature"),
+            (lambda: sample_mdm(f, x, 3, temperature=math.nan), "temperature"),
+            (lambda: sample_mdm(f, x, 3, cache=True, fill_block=2, refresh=0), "refresh"),
+            (lambda: sample_mdm(f, x, 3, cache=True), "fill_block"),
+            (lambda: sample_mdm(f, x, 3, cache=True, fill_block=2), "init_cache"),
+            (lambda: sample_ar(f, x, 3, top_p=0), "top_p"),
+            (lambda: sample_ar(f, x, 3, top_k=0), "top_k"),
+            (lambda: sample_block(f, x, 3, 0), "fill_block"),
+            (lambda: mdm_loss(f, x, 2), "the mask token 2 is one of the 3 tokens"),
+            (lambda: ar_loss(f, x, 1), "the mask token 1"),
+            (lambda: sample_mdm(f, x - 1, 2), "the mask token 2"),
+            (lambda: mdm_nll(f, x, 3, 4, group=torch.tensor([1, 0])), "ascend"),
             *((lambda loss=loss, x=x: loss(x), "of no token") for x in (x[:0], x[:, :0]) for loss in (
-                lambda x: diffusion.ar_loss(f, x, 3), lambda x: diffusion.mdm_loss(f, x, 3), lambda x: diffusion.mdm_nll(f, x, 3, 4),
-                lambda x: diffusion.chain_nll(f, x, 3))),
-            (lambda: diffusion.chain_nll(f, x, 3, "right"), "order"),
-            (lambda: diffusion.block_diffusion_loss(f, x, 3, 3), "noise_block"),
-            (lambda: diffusion.mdm_nll(f, x, 3, 2), "n_mc"),
-            (lambda: diffusion.mixed_loss(f, x, 3, 3, 0.1), "ar_frac")):
+                lambda x: ar_loss(f, x, 3), lambda x: mdm_loss(f, x, 3), lambda x: mdm_nll(f, x, 3, 4),
+                lambda x: chain_nll(f, x, 3))),
+            (lambda: chain_nll(f, x, 3, "right"), "order"),
+            (lambda: block_diffusion_loss(f, x, 3, 3), "noise_block"),
+            (lambda: mdm_nll(f, x, 3, 2), "n_mc"),
+            (lambda: mixed_loss(f, x, 3, 3, 0.1), "ar_frac")):
         with pytest.raises(ValueError, match=word):
             call()
     for empty in (x[:0], x[:, :0]):                                 # nothing to fill
-        for y in (diffusion.sample_ar(f, empty, 3), diffusion.sample_mdm(f, empty, 3), diffusion.sample_block(f, empty, 3, 2)):
+        for y in (sample_ar(f, empty, 3), sample_mdm(f, empty, 3), sample_block(f, empty, 3, 2)):
             assert y.shape == empty.shape
 
 # ---------------------------------------------------------------------------------------------------------------------
