@@ -426,6 +426,39 @@ def data_folder(name):
     return folder
 
 
+def validation(name, T, count):
+    """(N, T) ids: `count` windows of a data set's validation text."""
+    return train.fixed_windows(prepare.load_dataset(data_folder(name))[1], T, count).long()
+
+
+def fit(lm, loss_at, steps, flags, path, label):
+    """`steps` optimizer steps on loss_at(step), a scalar; saved to `path` every 100 steps and goes on from there."""
+    optimizers = train.make_optimizers(lm, flags, lm.embed.weight.device)
+    first, tic = 0, time.time()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        state = train.load_checkpoint(path)
+        lm.load_state_dict(state["model"])
+        for o, saved in zip(optimizers, state["optimizers"]):
+            o.load_state_dict(saved)
+        first = state["step"]
+    for step in range(first, steps):
+        loss = loss_at(step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
+        for o in optimizers:
+            for group in o.param_groups:
+                group["lr"] = train.learning_rate(step, steps, flags)
+            o.step()
+            o.zero_grad()
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            state = {"model": lm.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step + 1}
+            train.save_atomic(state, path)
+            left = (time.time() - tic) / (step + 1 - first) * (steps - step - 1)
+            print(f"[{label}] step {step + 1}/{steps} | loss {loss.item():.4f} | {train.clock(left)} left", flush=True)
+    lm.eval()
+
+
 def run_arms(jobs, workers):
     """Run train.py once per job {name: flags}, `workers` at a time, each from its checkpoint if it has one.
 
@@ -510,7 +543,7 @@ def time_passes(f, inputs, device, repeat, parameters=(), kernel="default"):
 # Layers: every list comes from ATTENTION; a sparse layer gets settings with which a query reads few keys
 
 MIXTURES = ("gated_deltanet*3 full", "kda*3 mla", "gated_deltanet*3 msa", "kda*3 dsa", "linear*3 infllm")
-OPTIONS = {"full gqa": "full(n_kv_head=1)", "full window": "full(window=HALF)", "linear": "linear(linear_decay=head)",
+OPTIONS = {"full gqa": "full(n_kv_head=1)", "full window": "full(window=HALF)", 
            "gated_deltanet alternate": "gated_deltanet(bidir=forward) gated_deltanet(bidir=backward)",
            "gated_deltanet forward": "gated_deltanet(bidir=forward)"}
 
@@ -518,6 +551,8 @@ OPTIONS = {"full gqa": "full(n_kv_head=1)", "full window": "full(window=HALF)", 
 def few_keys(name, keys, block):
     """{field: value}: with these settings a query of the layer reads at most `keys` keys; {} for a layer that is not sparse."""
     layer, picks = ATTENTION[name], keys // block - 1
+    if name == "linear":
+        return dict(linear_decay="head")
     if layer.family != "sparse":
         return {}
     given = dict(n_kv_head=1, window=block, sel_block=block, sel_topk=picks, cmp_block=block, cmp_stride=block // 2, dense_len=0)
@@ -1040,6 +1075,817 @@ def quality(mixers=(*ATTENTION, "full window", "gated_deltanet alternate", "gate
                 reads=max(b.mixer.reads(T, o == "ar") for b in lm.blocks))
     return dict(bigram=bigram, T=T, steps=steps_of, patterns=patterns)
 
+# ---------------------------------------------------------------------------------------------------------------------
+# switch: a dense checkpoint run sparse
+
+def switch_arms(T):
+    """{arm: layer pattern}: the same parameters as `full`, a query reads the share of T that is named, or less."""
+    sparse = "infllm(sel_block=16, sel_topk={}, sel_local=2, cmp_block=16, cmp_stride=8, dense_len=0)"
+    return {"dense": "full", **{f"infllm, 1/{n}": sparse.format(max(3, T // n // 16)) for n in (4, 16)},
+            **{f"window, 1/{n}": f"full(window={T // n})" for n in (4, 16)}}
+
+
+def switch_table(result):
+    shown = ("arm", "reads", "before", "gap_before", "se_before", "after", "gap_after", "se_after")
+    return [{k: r[k] for k in shown} for r in result["rows"]]
+
+
+@experiment(named=("device",), show=switch_table)
+def switch(dataset="docs-byte", steps=1200, adapt=150, n_layer=2, n_embd=128, block_size=1024, batch_tokens=1024, lr=4e-3,
+           windows=64, workers=1, device="auto", out="out/switch"):
+    """InfLLM-V2's claim (2509.24663) in small: a dense AR checkpoint run sparse, before and after N steps of adaptation.
+
+    Nothing is added to the parameters: the checkpoint is copied with another layer name, and train.py goes on from it.
+    All arms take the same N batches at the same rates; `dense` goes on dense. `window` reads as many keys, without a
+    choice. gap: to dense at the same step, on the same windows; late: of the tokens behind the first quarter.
+
+    steps: of dense training
+    adapt: steps of adaptation, N
+    windows: validation windows
+    """
+    root, T = Path(out) / f"{n_layer}x{n_embd}-T{block_size}-{steps}", block_size
+    # Muon, QK norm and small batches: with them a few minutes of training buy most.
+    base = dict(dataset=str(data_folder(dataset)), n_layer=n_layer, n_head=4, n_embd=n_embd, block_size=T, layers="full",
+                set=["qk_norm=true"], batch_tokens=batch_tokens, optimizer="muon", lr=lr, eval_every=0, device=device,
+                eval_windows=windows, log_every=50, save_every=100, max_steps=steps, out=str(root / "base"))
+    yield {"base": base}
+    jobs = {}
+    for arm, pattern in switch_arms(T).items():
+        folder = root / f"{file_part(arm)}-{adapt}"
+        jobs[arm] = dict(base, layers=pattern, max_steps=steps + adapt, out=str(folder))
+        if not (folder / "ckpt_last.pt").exists():                                     # the dense checkpoint under another name
+            state = train.load_checkpoint(root / "base")
+            state["config"]["layers"] = pattern
+            state["flags"] |= dict(layers=pattern, out=str(folder))
+            folder.mkdir(parents=True, exist_ok=True)
+            train.save_atomic(state, folder / "ckpt_last.pt")
+    yield jobs
+    x, dense = validation(dataset, T, windows), {}
+
+    @torch.no_grad()
+    def nats(lm):
+        """(windows, T): exact, of every token."""
+        return torch.cat([diffusion.ar_loss(lm, b, lm.mask_id, reduction="none") for b in x.split(8)]).double()
+    _, start = train.load_model(root / "base", "last")
+    for arm, job in jobs.items():
+        lm, state = train.load_model(job["out"], "last")
+        row = dict(reads=lm.blocks[0].mixer.reads(T), params=lm.num_params(), layers=job["layers"])
+        for when, weights in (("after", state), ("before", start)):
+            lm.load_state_dict(weights["model"])
+            mine = nats(lm)
+            gap = mine - dense.setdefault(when, mine)
+            row |= {when: mine.mean().item(), f"gap_{when}": gap.mean().item(),
+                    f"se_{when}": (gap.mean(1).std() / len(gap) ** 0.5).item(),
+                    f"late_gap_{when}": gap[:, T // 4:].mean().item()}
+        yield dict(arm=arm), row | dict(minutes=(state["seconds"] - start["seconds"]) / 60)
+    return dict(base_minutes=start["seconds"] / 60)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# recall: keys and values seen once, asked for later
+
+KEYS, VALUES, TEXT = 128, 32, 8                                                        # ids: keys, values, letters of the text
+RECALL = dict(n_head=2, n_embd=64, tied=False, position="none")                        # a linear layer's state: 2 heads of 32 x 32
+NEEDLES, LENGTHS, PAIRS = 4, (256, 512, 1024, 2048, 4096), (4, 8, 16, 32, 64, 128)
+# Every model starts with a layer that sees one neighbour (linear layers have that in their short convolution), so that
+# the key stands in its value's vector, and has one layer of the kind behind it, a 3:1 hybrid four: one state, one cache
+# are measured. Sparse layers read at most a quarter of 512 tokens, so they are not asked at 256.
+ARENA = (*ATTENTION, *MIXTURES)
+
+
+def draw_recall(B, T, n, generator, text=None):
+    """x (B, T) and which of its tokens are answers (B, T) bool: n pairs (key, value), keys distinct, then queries.
+
+    text None: multi-query associative recall (Zoology, arXiv 2312.04927), pairs in front and queries (key, answer) to
+    the end. Else a needle in generated text: pairs at random even places of T letters of this language, and T / 8
+    queries at the end. Where Zoology has a random token an answer is hidden, so a query helps no later one, and AR and
+    diffusion read the same.
+    """
+    asks = T // 2 - n if text is None else T // 8
+    if T % 8 or not 1 <= n <= min(KEYS, T // 2 - asks) or asks < 1:
+        raise ValueError(f"{n} pairs do not fit into {T} tokens with their queries: expected a multiple of 8 tokens, at "
+                         f"least {2 * n + 8}, and at most {KEYS} pairs")
+    keys = torch.rand(B, KEYS, generator=generator).argsort(1)[:, :n]
+    values = KEYS + torch.randint(VALUES, (B, n), generator=generator)
+    pairs = torch.stack([keys, values], dim=-1)                                        # (B, n, 2)
+    asked = torch.randint(n, (B, asks), generator=generator)
+    queries, body = pairs.gather(1, asked[..., None].expand(-1, -1, 2)), pairs
+    if text is not None:
+        body = KEYS + VALUES + text.draw(B, T - 2 * asks, generator).view(B, -1, 2)
+        place = torch.rand(body.shape[:2], generator=generator).argsort(1)[:, :n, None].expand(-1, -1, 2)
+        body = body.scatter(1, place, pairs)
+    t = torch.arange(T).expand(B, T)
+    return torch.cat([body, queries], dim=1).flatten(1), (t >= T - 2 * asks) & (t % 2 == 1)
+
+
+def recall_logits(f, x, answer, mask_id, causal, aux=None):
+    """(N, V) logits and (N,) ids of the answers, all hidden: AR says them at their query, diffusion at their own place."""
+    z = f(torch.where(answer, mask_id, x), causal=causal, aux=aux)
+    return (z[:, :-1][answer[:, 1:]] if causal else z[answer]), x[answer]
+
+
+@torch.no_grad()
+def recall_accuracy(f, T, n, mask_id, causal, text=None, device="cpu"):
+    """(share of right answers, its standard error over sequences). Guessing gives 1 / VALUES, among values seen 1 / n."""
+    right, gen = [], torch.Generator().manual_seed(T * KEYS + n)
+    for _ in range(4):
+        x, answer = (a.to(device) for a in draw_recall(max(1, 4096 // T), T, n, gen, text))
+        z, y = recall_logits(f, x, answer, mask_id, causal)
+        right += (z.argmax(-1) == y).double().view(len(x), -1).mean(1).tolist()        # each sequence asks equally often
+    return statistics.mean(right), statistics.stdev(right) / len(right) ** 0.5
+
+
+def learn_recall(lm, objective, steps, tokens, lengths, path, label):
+    """Short sequences first: copying is found in seconds with 8 pairs in 32 tokens and hardly ever in 512. Later both
+    tasks in turn."""
+    text, device = Bigram(TEXT), lm.embed.weight.device
+    sparse = [b.mixer for b in lm.blocks if hasattr(b.mixer, "stage")]
+
+    def loss_at(step):
+        gen, done = torch.Generator().manual_seed((1337 << 32) + step), step / steps
+        T = lengths[step // 2 % len(lengths)]
+        if done < 0.6:
+            T = min(32 << max(0, int(16 * done - 4)), max(lengths))
+        pairs = [8] if T == 32 else [n for n in PAIRS if n <= T // 4]
+        needle = step % 2 and done > 0.5
+        n = pairs[torch.randint(len(pairs), (), generator=gen)]
+        x, answer = draw_recall(max(1, tokens // T), T, n, gen, text if needle else None)
+        for mixer in sparse:                                                           # its indexer learns beside dense attention
+            mixer.stage = "warmup" if done < 0.6 else "sparse"
+        aux = {}
+        z, y = recall_logits(lm, x.to(device), answer.to(device), lm.mask_id, objective == "ar", aux)
+        return F.cross_entropy(z, y) + sum(aux.values())
+    fit(lm, loss_at, steps, {**train.DEFAULTS, "lr": 4e-3, "warmup": 50, "optimizer": "muon"}, path, label)
+
+
+def recall_picture(plt, result):
+    """A map for each objective, a row for each layer, a column for each number of pairs and each length."""
+    rows = result["rows"]
+    objectives, layers = (list(dict.fromkeys(r[k] for r in rows)) for k in ("objective", "layers"))
+    point = lambda r: (r["task"] == "needle", r["T"], r["pairs"])
+    points = sorted(set(map(point, rows)))
+    at = {(r["objective"], r["layers"], point(r)): r["accuracy"] for r in rows}
+    figure, axes = plt.subplots(len(objectives), 1, figsize=(8, len(objectives) * (1 + 0.3 * len(layers))), squeeze=False)
+    for ax, objective in zip(axes[:, 0], objectives):
+        share = np.array([[at.get((objective, layer, p), np.nan) for p in points] for layer in layers])
+        ax.imshow(share, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        for (i, j), v in np.ndenumerate(share):
+            if not np.isnan(v):
+                text = f"{100 * v:.0f}" if v < 0.99 else f"{100 * v:.1f}".replace("100.0", "100")
+                ax.text(j, i, text, ha="center", va="center", fontsize=9, color="black" if 0.15 < v < 0.85 else "white")
+        ax.axvline(sum(not needle for needle, *_ in points) - 0.5, color="black")
+        ax.set_xticks(range(len(points)), [f"{T}" if needle else f"{n}" for needle, T, n in points])
+        ax.set_yticks(range(len(layers)), layers)
+        ax.set_title({"ar": "causal (AR): right answers, %", "mdm": "bidirectional (masked diffusion): right answers, %"}
+                     [objective], fontsize=10)
+    ax.set_xlabel(f"pairs to recall in 512 tokens   |   length of text with {NEEDLES} needles")
+    return figure
+
+
+def recall_table(result):
+    flat = {}
+    for r in result["rows"]:
+        row = flat.setdefault((r["objective"], r["layers"]), {k: r[k] for k in ("objective", "layers")})
+        row[f"{r['task']} {r['pairs'] if r['task'] == 'pairs' else r['T']}"] = f"{100 * r['accuracy']:.0f}"
+    return list(flat.values())
+
+
+@experiment(show=recall_table, picture=recall_picture)
+def recall(layers=ARENA, objectives=("ar", "mdm"), steps=600, lengths=LENGTHS, batch_tokens=2048, device="auto", threads=1,
+           out="out/recall"):
+    """Associative recall and a needle in generated text: accuracy of every layer against pairs and length, in %.
+
+    layers: names or any layer patterns, comma-separated
+    lengths: of the text with needles; also trained on
+    steps: of training, each
+    """
+    choose("objectives", objectives, OBJECTIVES)
+    if any(T % 8 or T < 16 for T in lengths):
+        raise ValueError(f"--lengths {','.join(map(str, lengths))}: expected multiples of 8, at least 16")
+    folder = Path(out) / f"{','.join(map(str, lengths))}-steps{steps}-tokens{batch_tokens}"
+    grid = [("pairs", 512, n) for n in PAIRS] + [("needle", T, NEEDLES) for T in lengths]
+    for name, objective in itertools.product(layers, objectives):
+        pattern = "linear(linear_decay=none)" if name == "linear" else pattern_of(name, 128)
+        config = override(ModelConfig(), dict(RECALL, vocab_size=KEYS + VALUES + TEXT, block_size=max(512, *lengths),
+                                              n_layer=5 if "*3" in name else 2,
+                                              layers=f"full(window=2, position=rotary) {pattern}"))
+        with torch.device("meta"):
+            mixers, ar = [b.mixer for b in LM(config).blocks], objective == "ar"
+
+        @functools.cache
+        def model():                                                                   # nothing to measure, nothing to learn
+            torch.manual_seed(1337)
+            lm = LM(config).to(device)
+            learn_recall(lm, objective, steps, batch_tokens, lengths, folder / f"{objective}-{file_part(name)}.pt",
+                         f"{objective} {name}")
+            return lm
+        for task, T, n in grid:
+            def measure():
+                lm, text = model(), Bigram(TEXT) if task == "needle" else None
+                accuracy, se = recall_accuracy(lm, T, n, lm.mask_id, ar, text, device)
+                return dict(accuracy=accuracy, se=se, reads=max(m.reads(T, ar) for m in mixers), blocks=config.n_layer,
+                            params=lm.num_params())
+            if max((m.reads(T, ar) for m in mixers if hasattr(m, "topk")), default=0) <= T // 4:
+                yield dict(layers=name, objective=objective, task=task, T=T, pairs=n), measure
+    return dict(chance=1 / VALUES)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# theory: token error and sequence error (Feng et al. 2502.09622)
+
+class Parity:
+    """Sequences of bits in triples, x3 = x1 xor x2. Called like a model it answers exactly: the oracle."""
+    name, V, layers = "parity", 2, "full(window=4)"
+
+    def nats(self, L):
+        """Entropy of a sequence: -log p(x) of the best possible model."""
+        return 2 / 3 * L * math.log(2)
+
+    def draw(self, B, L, generator):
+        x = torch.randint(2, (B, L // 3, 3), generator=generator)
+        x[..., 2] = x[..., 0] ^ x[..., 1]
+        return x.flatten(1)
+
+    def valid(self, x):
+        return (x.view(len(x), -1, 3).sum(-1) % 2 == 0).all(1)
+
+    def __call__(self, x, causal=False):
+        x = x.view(len(x), -1, 3)
+        known = x < 2
+        others = known.sum(-1, keepdim=True) - known.long() == 2                       # both others of the triple are there
+        one = torch.where(others, ((x * known).sum(-1, keepdim=True) - x * known) % 2, 0.5).flatten(1)
+        return torch.stack([1 - one, one], dim=-1).log()
+
+    def inputs(self, x):
+        """What a trained model reads: letters of their own for each place of a triple, so that it need not count."""
+        return x + 3 * (torch.arange(x.size(1)) % 3)
+
+    def theory(self, N, L):
+        """Closed forms. tie: the last step of a triple reveals two or three of its bits; half of these come out invalid.
+        ter averages log p over schedules, as an ELBO does; ter_marginal is the paper's: log of p averaged over them."""
+        tie = (3 * N - 1) / (2 * N * N)
+        return {"ter": 2 ** ((2 + tie) / 3), "ter_marginal": 2 ** ((2 - math.log2(1 - tie / 2)) / 3),
+                "ser": 1 - (1 - tie / 2) ** (L / 3)}
+
+
+class Bigram:
+    """A random language: after each letter half of the V letters may come, with random probabilities."""
+    name, layers = "2-gram", "full(window=8)"
+
+    def __init__(self, V=8, seed=0):
+        self.V, gen = V, torch.Generator().manual_seed(seed)
+        p = -torch.rand(V, V, generator=gen, dtype=torch.float64).log()
+        p[torch.rand(V, V, generator=gen).argsort(1) >= V // 2] = 0
+        self.p = p / p.sum(1, keepdim=True)                                            # (V, V): letter to next letter
+        self.start = self.p.matrix_power(1 << 16).mean(0).clamp(min=0)
+        self.start[self.start < 1e-12] = 0
+
+    def nats(self, L):
+        return (entropy(self.start) + (L - 1) * (self.start * entropy(self.p)).sum()).item()
+
+    def draw(self, B, L, generator):
+        x = [self.start.multinomial(B, replacement=True, generator=generator)]
+        for _ in range(L - 1):
+            x.append(self.p[x[-1]].multinomial(1, generator=generator)[:, 0])
+        return torch.stack(x, dim=1)
+
+    def valid(self, x):
+        return (self.start[x[:, 0]] > 0) & (self.p[x[:, :-1], x[:, 1:]] > 0).all(1)
+
+    def __call__(self, x, causal=False):
+        """Forward-backward; a letter's own evidence does not count. Where nothing is legal any more: uniform."""
+        (B, T), V, p = x.shape, self.V, self.p.float()
+        seen = ((x[..., None] == torch.arange(V)) | (x[..., None] == V)).float()       # (B, T, V)
+        unit = lambda a: a / a.sum(-1, keepdim=True).clamp(min=1e-30)
+        a, b, forth, back = self.start.float().expand(B, V), torch.ones(B, V), [], []
+        for t in range(T):
+            forth.append(a)
+            back.append(b)
+            a = unit((a * seen[:, t]) @ p)
+            b = unit((b * seen[:, T - 1 - t]) @ p.T)
+        both = torch.stack(forth, 1) * torch.stack(back[::-1], 1)
+        return torch.where(both.sum(-1, keepdim=True) > 0, unit(both), 1 / V).log()
+
+    def inputs(self, x):
+        return x
+
+    def theory(self, N, L, far=32):
+        """Closed form: a letter that is revealed when each other one is open with probability t knows its nearest
+        neighbours at distances a and b, and -log p is on average H(x0 | x-a, xb). Beyond `far` one says nothing."""
+        power = torch.stack([self.p.matrix_power(d) for d in range(1, far + 1)] + [self.start.expand_as(self.p)])
+        joint = torch.einsum("u,auv,bvw->abuvw", self.start, power, power)             # p(x-a, x0, xb)
+        H = entropy(joint.flatten(2)) - entropy(joint.sum(3).flatten(2))               # (far + 1, far + 1)
+        t = torch.arange(1, N + 1, dtype=torch.float64) / N
+        d, edge = torch.arange(far), torch.arange(L)[:, None].clamp(max=far)           # edge: letters on the left
+        near = (1 - t)[:, None, None] * t[:, None, None] ** d * (d < edge)             # (N, L, far): distance d + 1
+        near = torch.cat([near, 1 - near.sum(-1, keepdim=True)], dim=-1)
+        return {"ter": torch.einsum("tia,ab,tib->ti", near, H, near.flip(1)).mean().exp().item()}
+
+
+def entropy(p):
+    return -torch.xlogy(p, p).sum(-1)
+
+
+@torch.no_grad()
+def nats_by_hidden(f, x, mask_id, generator, batch=512):
+    """(M, L) for sequences x (M, L): column n - 1 is the mean -log p of the hidden tokens when n random ones are hidden."""
+    M, L = x.shape
+    n = torch.arange(1, L + 1).repeat(M)
+    hidden = diffusion.smallest(torch.rand(M * L, L, generator=generator), n)
+    x = x.repeat_interleave(L, dim=0)
+    nats = torch.cat([diffusion.masked_nll(f, rows, mask_id, part) for rows, part in zip(x.split(batch), hidden.split(batch))])
+    return ((nats * hidden).sum(1) / n).view(M, L).double()
+
+
+def token_error(nats, N):
+    """(TER averaged over schedules, its s.e.) of a sampler of N steps, from `nats_by_hidden`.
+
+    When a token is revealed, each other one is still open with probability t = j/N, j uniform on 1..N: the number of
+    open ones is 1 + Binomial(L-1, t). So one table over n gives every N; N -> infinity weights all n alike: the bound.
+    """
+    L = nats.size(1)
+    k, t = torch.arange(L, dtype=torch.float64), torch.arange(1, N + 1, dtype=torch.float64)[:, None] / N
+    ways = math.lgamma(L) - torch.lgamma(k + 1) - torch.lgamma(L - k)
+    w = (ways + torch.xlogy(k, t) + torch.xlogy(L - 1 - k, 1 - t)).exp().mean(0)
+    return exp_mean(nats @ w)
+
+
+def exp_mean(nats):
+    """(exp of the mean, its standard error)."""
+    value = nats.mean().exp()
+    return value.item(), (value * nats.std() / len(nats) ** 0.5).item()
+
+
+@torch.no_grad()
+def sample_in_steps(f, B, L, N, mask_id, generator):
+    """The sampler of the theory: each token has its step of 1..N at random; those of one step are drawn independently.
+    Steps in which a row reveals nothing are skipped: f knows no time."""
+    step, order = torch.randint(N, (B, L), generator=generator).sort(dim=1)
+    rank = F.pad(step.diff(dim=1) > 0, (1, 0)).cumsum(1)
+    step = torch.empty_like(step).scatter_(1, order, rank)
+    x = torch.full((B, L), mask_id)
+    for k in range(int(step.max()) + 1):
+        rows = (step == k).any(1).nonzero()[:, 0]                                      # some rows are done earlier
+        now = step[rows] == k
+        part = x[rows]
+        part[now] = diffusion.draw(f(part, causal=False)[now], generator=generator)
+        x[rows] = part
+    return x
+
+
+def learn(language, objective, lengths, steps, path):
+    """A small model of the language, trained on fresh sequences of alternating lengths."""
+    torch.manual_seed(1337)
+    lm = LM(ModelConfig(vocab_size=language.V, block_size=max(lengths), n_layer=2, n_head=4, n_embd=64,
+                        layers=language.layers))
+    f = lambda x, **keywords: lm(language.inputs(x), **keywords)
+
+    def loss_at(step):
+        gen, L = torch.Generator().manual_seed((1337 << 32) + step), lengths[step % len(lengths)]
+        x = language.draw(1536 // L, L, gen)
+        if objective == "ar":
+            return diffusion.ar_loss(f, x, lm.mask_id)
+        return diffusion.mdm_loss(f, x, lm.mask_id, generator=gen)
+    fit(lm, loss_at, steps, {**train.DEFAULTS, "lr": 3e-3, "warmup": 50}, path, f"{language.name} {objective}")
+    return f
+
+
+def theory_picture(plt, result):
+    """Above token errors, which do not grow with length, below wrong sequences, which do; a column for each language."""
+    rows = result["rows"]
+    languages = list(dict.fromkeys(r["language"] for r in rows))
+    figure, axes = plt.subplots(2, len(languages), figsize=(8, 7), sharex=True, squeeze=False)
+    kinds = {"closed form": dict(ls="-", lw=1), "oracle": dict(marker="o", ls="", ms=5),
+             "mdm": dict(marker="x", ls="--", lw=1), "ar": dict(marker="*", ls="", ms=10)}
+    for (i, what), (j, language) in itertools.product(enumerate(("ter", "ser")), enumerate(languages)):
+        ax = axes[i, j]
+        for (n, L), (kind, style) in itertools.product(enumerate(sorted({r["L"] for r in rows})), kinds.items()):
+            column = f"theory_{what}" if kind == "closed form" else what
+            model = "oracle" if kind == "closed form" else kind
+            mine = [(r["N"], r[column]) for r in rows
+                    if (r["language"], r["model"], r["L"]) == (language, model, L) and r.get(column) is not None]
+            if mine:
+                label = f"length {L}, {'trained ' * (kind in ('mdm', 'ar'))}{kind}"
+                ax.plot(*zip(*mine), color=f"C{n}", label=label, **style)
+        log_ticks(ax.xaxis, [r["N"] for r in rows if r["model"] == "oracle"])
+        ax.grid(alpha=0.25)
+        if what == "ter":
+            ax.set_title(language)
+    axes[0, 0].set_ylabel("token error rate (a perplexity)")
+    axes[1, 0].set_ylabel("share of wrong sequences")
+    for ax in axes[1]:
+        ax.set_xlabel("sampling steps")
+    axes[1, 0].legend(fontsize=9)
+    return figure
+
+
+def theory_table(result):
+    shown = ("language", "model", "L", "N", "ter", "theory_ter", "ser", "theory_ser")
+    return [{k: r.get(k) for k in shown} for r in result["rows"] if r["N"] in (1, 16, 256) or r["model"] == "ar"]
+
+
+@experiment(show=theory_table, picture=theory_picture)
+def theory(lengths=(24, 96), steps=1000, sequences=128, threads=1, out="out/theory"):
+    """Token and sequence error rates against sampling steps and length: closed form, oracle, trained models.
+
+    TER, the perplexity of true sequences under the sampler, hardly depends on the length; SER, the share of impossible
+    sequences that it writes, is a matter of steps per token. TER is exact for AR, averaged over schedules (a bound) for
+    the others.
+
+    lengths: of sequences, multiples of 3
+    steps: of training for a diffusion model, a quarter of them for AR
+    sequences: sampled from a trained model for each point, 8 times as many from an oracle
+    """
+    if any(L < 3 or L % 3 for L in lengths):
+        raise ValueError(f"--lengths {','.join(map(str, lengths))}: expected multiples of 3, such as 24,96")
+    if steps < 4:
+        raise ValueError(f"--steps {steps} must be at least 4")
+    folder, grid = Path(out) / f"{','.join(map(str, lengths))}-steps{steps}", [4 ** i for i in range(6)]
+    for language, (kind, asked) in itertools.product(
+            (Parity(), Bigram()), {"oracle": grid, "mdm": grid[:-1], "ar": [None]}.items()):
+        V = language.V
+
+        @functools.cache
+        def model():
+            if kind == "oracle":
+                return language
+            return learn(language, kind, lengths, steps if kind == "mdm" else steps // 4,
+                         folder / f"{language.name}-{kind}.pt")
+        for L in lengths:
+            gen, count = torch.Generator().manual_seed(L), sequences * (8 if kind == "oracle" else 1)
+            x = language.draw(256, L, gen)
+            hidden = functools.cache(lambda: nats_by_hidden(model(), x[:64], V, gen))  # one table for every N
+            for N in asked:
+                def measure():
+                    f = model()
+                    if kind == "ar":
+                        loss = diffusion.ar_loss(f, x, V, reduction="none").detach().double().mean(1)
+                        ter, y = exp_mean(loss), diffusion.sample_ar(f, torch.full((count, L), V), V, generator=gen, cache=False)
+                    else:
+                        ter, y = token_error(hidden(), N), sample_in_steps(f, count, L, N, V, torch.Generator().manual_seed(N))
+                    ser = 1 - language.valid(y).double().mean().item()
+                    closed = language.theory(N, L) if N else {}
+                    return dict(best_ter=math.exp(language.nats(L) / L), ter=ter[0], ter_se=ter[1], ser=ser,
+                                ser_se=(ser * (1 - ser) / count) ** 0.5, sequences=count,
+                                **{f"theory_{k}": v for k, v in closed.items()})
+                yield dict(language=language.name, model=kind, L=L, N=N or L), measure
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tools: a calculator inside an answer
+
+# Muon and QK norm: with AdamW the step from guessing to copying, which all this needs, comes several times later.
+CALCULATOR = dict(dataset="arithmetic", n_layer=2, n_head=4, n_embd=96, block_size=128, batch_tokens=2048, optimizer="muon",
+                  lr=4e-3, set=["qk_norm=true"], eval_every=400, log_every=100, save_every=200)
+
+
+@experiment(show=lambda result: [{k: v for k, v in r.items() if k not in ("example", "loss")} for r in result["rows"]])
+def tools(steps=1000, problems=500, workers=1, device="auto", threads=1, out="out/tools"):
+    """Held-out arithmetic with and without a calculator, as AR and as block diffusion: share of right answers.
+
+    steps: of training for AR, three times as many for block diffusion
+    problems: held-out ones to solve
+    """
+    _, val, _ = prepare.load_dataset(prepare.prepare("arithmetic"))
+    tokenizer = prepare.load_tokenizer("data/arithmetic")
+    texts = [t for t in tokenizer.decode(val.tolist()).split(prepare.EOT) if t][:problems]
+    prompts = [tokenizer.encode(t[:t.index("?") + 1]) for t in texts]
+    jobs = {o: dict(CALCULATOR, max_steps=n, objective=o, diffusion_block=4 if o == "block" else None, out=f"{out}/{o}-{n}")
+            for o, n in (("ar", steps), ("block", 3 * steps))}                         # diffusion learns slowly
+    yield jobs
+    cases = [("ar", "left"), ("block", "left"), ("block", "max_prob")]
+    for (objective, order), tool in itertools.product(cases, ("none", "calculator")):
+        def measure():
+            lm, state = train.load_model(jobs[objective]["out"], "last", device)
+            x, valid = (a.to(device) for a in diffusion.canvas(prompts, 60, lm.mask_id))
+            call = sample.calculator if tool == "calculator" else lambda text: ""
+            hook = sample.ToolCalls(call, tokenizer, lm.mask_id, valid.sum(1))
+            how = dict(temperature=0, eot_id=tokenizer.eot, valid=valid)
+            if objective == "ar":
+                y = diffusion.sample_ar(lm, x, lm.mask_id, on_token=hook, **how)
+            else:
+                y = diffusion.sample_block(lm, x, lm.mask_id, 4, order=order, on_block=hook, **how)
+            written = [tokenizer.decode(r).split(prepare.EOT)[0] for r in y.tolist()]
+            answer = lambda text: text.rpartition(" ")[2]
+            right = torch.tensor([answer(t) == answer(w) for t, w in zip(texts, written)]).double()
+            made = {(i, call) for i, call, *_ in hook.calls}
+            return dict(problems=len(texts), accuracy=right.mean().item(), se=(right.std() / len(texts) ** 0.5).item(),
+                        right_calls=sum((i, t[:t.index("?")]) in made for i, t in enumerate(texts)),
+                        failed_calls=sum(why is not None for *_, why in hook.calls), minutes=state["seconds"] / 60,
+                        loss=state["best"], example=written[0])
+        yield dict(model=objective, order=order, tool=tool), measure
+
+# ---------------------------------------------------------------------------------------------------------------------
+# moe: speed against dense, load with and without the bias rule
+
+def moe_speed(E, k, device, repeat):
+    """Tokens/s of the MoE layer against a dense MLP with the same active parameters, forward and backward."""
+    cuda = device.startswith("cuda")
+    dtype, C, inner, tokens = (torch.bfloat16, 2048, 8192, 32768) if cuda else (torch.float32, 384, 1024, 4096)
+    config = ModelConfig(n_embd=C, n_inner=inner, n_expert=E, n_expert_active=k, expert_inner=inner // k)
+    moe, mlp = MoE(config).to(device, dtype), MLP(config).to(device, dtype)
+    for p in (*moe.parameters(), *mlp.parameters()):
+        torch.nn.init.normal_(p, std=0.02)
+    x = torch.randn(1, tokens, C, device=device, dtype=dtype, requires_grad=True)
+
+    def step(f):
+        for a in (x, *moe.parameters(), *mlp.parameters()):
+            a.grad = None
+        (f() * 1.1).sum().backward()
+    calls = [lambda: mlp(x), lambda: moe(x), lambda: moe.route(x.view(-1, C))[0]]
+    calls = [torch.compile(f, dynamic=False) if cuda else f for f in calls]
+    times = [[], [], []]
+    for _ in range(repeat + 2):                                                        # alternating: the machine's mood is shared
+        for t, f in zip(times, calls):
+            t.append(seconds_of(lambda: step(f), device, 1))
+    dense, sparse, route = (min(t[2:]) for t in times)
+    return dict(width=C, tokens=tokens, dense_tok_per_s=tokens / dense, moe_tok_per_s=tokens / sparse,
+                ratio=dense / sparse, routing_share=route / sparse)
+
+
+def skew_routers(out, windows):
+    """Rewrite a fresh checkpoint so that the first k experts of every layer are everyone's first choice."""
+    lm, state = train.load_model(out, "last")
+    for name, m in lm.named_modules():
+        if isinstance(m, MoE):
+            seen = []
+            hook = m.register_forward_pre_hook(lambda _, args: seen.append(args[0].mean(dim=(0, 1))))
+            with torch.no_grad():
+                lm(windows)
+            hook.remove()
+            state["model"][f"{name}.router.weight"][:m.k] += 2.0 * seen[0] / seen[0].square().sum()
+    train.save_atomic(state, Path(out) / "ckpt_last.pt")
+
+
+def balance(router, bias_step, steps, device, out):
+    """The load of 32 experts from a skewed router on: [step, largest / mean load in the worst layer]."""
+    flags = dict(dataset="docs-byte", n_layer=2, n_head=4, n_embd=64, block_size=64, batch_tokens=1024, log_every=100,
+                 eval_every=0, max_steps=steps, save_every=500, schedule="constant", device=device, out=str(out),
+                 set=["n_expert=32", "n_expert_active=4", "expert_inner=64", f"router_bias_step={bias_step}"])
+    if not (out / "ckpt_last.pt").exists():
+        train.train({**flags, "max_steps": 1, "log_every": 1}, log=lambda *_: None)
+        skew_routers(out, validation("docs-byte", 64, 16))
+    result = train.train({**flags, "resume": "auto"}, log=lambda line: print(f"[{router}] {line}"))
+    if result["stopped"]:
+        raise KeyboardInterrupt
+    log = [r for r in train.read_log(out) if r["kind"] == "train" and r["step"] > 1]
+    loads = [[r["step"], max(r["load_ratio"])] for r in log]
+    return dict(steps=steps, first_load_ratio=loads[0][1], last_load_ratio=loads[-1][1],
+                dead_experts=max(log[-1]["dead_experts"]), bias_range=max(log[-1]["bias_range"]),
+                val_loss=result["best"], loads=loads)
+
+
+def load_picture(plt, result):
+    figure, ax = plt.subplots(figsize=(8, 4.5))
+    for r in result["rows"]:
+        if r["what"] == "balance":
+            ax.plot(*zip(*r["loads"]), label=r["router"])
+    ax.set(xlabel="step", ylabel="largest / mean load, worst layer", yscale="log")
+    ax.set_yticks([1, 2, 3, 4, 6, 8], list("123468"))
+    ax.set_yticks([], minor=True)
+    ax.set_title("32 experts, top 4, from a skewed router", fontsize=10)
+    ax.grid(alpha=0.25)
+    ax.legend(fontsize=9)
+    return figure
+
+
+def moe_tables(result):
+    of = lambda what: markdown([{k: v for k, v in r.items() if k != "what"} for r in result["rows"] if r["what"] == what])
+    return of("speed") + "\n\n" + of("balance")
+
+
+@experiment(named=("device",), show=moe_tables, picture=load_picture)
+def moe(steps=2000, repeat=12, device="auto", threads=1, out="out/moe"):
+    """Mixture of experts: speed against a dense MLP of the same active parameters; load with and without the bias rule.
+
+    steps: of the balance runs
+    """
+    if steps < 2:
+        raise ValueError(f"--steps {steps} must be at least 2: the first one comes before the routers are skewed")
+    for E, k in ((64, 8), (128, 8)) if device.startswith("cuda") else ((8, 2), (32, 4), (128, 8)):
+        yield dict(what="speed", experts=E, active=k), lambda: moe_speed(E, k, device, repeat)
+    for router, bias_step in (("bias rule", 1e-3), ("no balancing", 0.0)):
+        folder = Path(out) / file_part(router)
+        yield dict(what="balance", router=router), lambda: balance(router, bias_step, steps, device, folder)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# decode, panel: what sampling costs and what it gives; the likelihoods of the same models
+
+# Bytes again; of 256 the first 32 are a prompt and 7 blocks of 32 are filled. Small batches and qk_norm: masked diffusion
+# leaves the plateau of single-byte frequencies three times sooner than with 1,024 tokens and without.
+SHARED["models"] = dict(
+    scale=("auto", str), dataset=("docs-byte", str), n_layer=(4, int), n_head=(4, int), n_embd=(128, int),
+    block_size=(256, int), batch_tokens=(512, int), max_steps=(2000, int), lr=(2e-3, float), run_ar=(None, str),
+    run_mdm=(None, str), run_block=(None, str), workers=(2, int), device=("auto", str), threads=(1, int), out=(None, str))
+MODELS_GPU = dict(n_layer=6, n_head=6, n_embd=384, batch_tokens=16_384, max_steps=1500, lr=1e-3)
+ROLES = {"ar": dict(objective="ar"), "judge": dict(objective="ar", seed=1), "mdm": dict(objective="mdm"),
+         "block": dict(objective="block", diffusion_block=16)}
+LONGER = {"mdm": 3, "block": 1.5}                                                      # times max_steps: diffusion learns slowly
+
+
+def decode_runs(roles, models, judge=None):
+    """{role: run folder}: those given by a flag, the others trained, from where they were left. ValueError for a given
+    run of another objective, before anything is trained. A part of a generator."""
+    jobs, folders = {}, {}
+    same = ("dataset", "n_layer", "n_head", "n_embd", "block_size", "batch_tokens", "lr")
+    for role in roles:
+        flag = "judge" if role == "judge" else f"run_{role}"
+        given = judge if role == "judge" else models[flag]
+        folders[role] = given or str(Path(models["out"] or f"out/decode-{models['scale']}") / role)
+        want = ROLES[role]["objective"]
+        if given:
+            objective = train.load_model(given, "last")[1]["flags"]["objective"]
+            if objective != want and (want == "block" or objective != "mixed"):
+                raise ValueError(f"{given} is a run of --objective {objective}, and one of {want} is needed as --{flag}")
+            continue
+        jobs[role] = {k: models[k] for k in same} | ROLES[role] | dict(
+            max_steps=int(models["max_steps"] * LONGER.get(role, 1)), set=["qk_norm=true"], eval_every=1000,
+            eval_windows=64, log_every=500, out=folders[role])
+    if jobs:
+        data_folder(models["dataset"])
+    yield jobs
+    return folders
+
+
+class Timed:
+    """A model that counts its passes and the seconds in them."""
+    def __init__(self, lm, clock):
+        self.lm, self.clock, self.passes, self.seconds = lm, clock, 0, 0.0
+
+    def __call__(self, idx, **keywords):
+        tic = self.clock()
+        out = self.lm(idx, **keywords)
+        self.seconds += self.clock() - tic
+        self.passes += 1
+        return out
+
+    def __getattr__(self, name):
+        return getattr(self.lm, name)
+
+
+def decoders(n, S=32):
+    """The samplers that are compared: {family: [settings]} for n places to fill, blocks of S."""
+    fewer = [max(1, n >> i) for i in range(5)]
+    cached = dict(fill_block=S, cache=True)
+    return {"AR, cache": [dict()],
+            "diffusion, random order": [dict(order="random", steps=k) for k in fewer],
+            "diffusion, surest first": [dict(steps=k) for k in fewer[2:]],
+            "diffusion, threshold": [dict(threshold=p) for p in (0.9, 0.7, 0.5)],
+            "diffusion in blocks": [dict(fill_block=S, steps=k) for k in (fewer[0], fewer[2])],
+            "diffusion in blocks, dual cache": [dict(cached, steps=k) for k in fewer[:4]]
+            + [dict(cached, steps=n, refresh=8), dict(cached, threshold=0.7), dict(cached, fill_block=S // 4, steps=n)],
+            "block diffusion, exact cache": [dict(steps=k) for k in (16, 8, 4, 2)] + [dict(threshold=0.7)]}
+
+
+def judged(judge, x, start):
+    """(loss, its standard error, unigram entropy) of the tokens from `start` on, under an AR judge. x (N, T).
+
+    Entropy (nats, of the counts of one row, mean over rows) stands beside the loss because a sampler that repeats itself
+    gets a low loss."""
+    with torch.no_grad():
+        nats = torch.cat([diffusion.ar_loss(judge, w, judge.mask_id, reduction="none")[:, start:].mean(1) for w in x.split(32)])
+    p = F.one_hot(x[:, start:], judge.V).float().mean(1)             # (N, V)
+    return nats.mean().item(), (nats.std() / len(x) ** 0.5).item(), entropy(p).mean().item()
+
+
+def same_quality(rows):
+    """A text's quality is that of the largest batch, whose rows alone were judged."""
+    setting = lambda r: [r.get(k) for k in ("sampler", "order", "steps", "threshold", "fill_block", "cache", "refresh")]
+    for r in rows:
+        if "tok_per_s" in r and "loss" not in r:
+            r |= {k: v for b in rows if setting(b) == setting(r) for k, v in b.items() if k in ("loss", "se", "entropy")}
+    return rows
+
+
+def decode_picture(plt, result):
+    """Quality against speed. Along a line the steps change: the further right, the fewer, or the lower the threshold."""
+    figure, ax = plt.subplots(figsize=(8, 6))
+    rows = [r for r in result["rows"] if "tok_per_s" in r]
+    batches = sorted({r["batch"] for r in rows})
+    for i, family in enumerate(dict.fromkeys(r["sampler"] for r in rows)):
+        for B, style in ((batches[-1], dict(ls="-")), (batches[0], dict(ls=":", mfc="white"))):
+            points = sorted((r["tok_per_s"], r["loss"]) for r in rows if r["sampler"] == family and r["batch"] == B)
+            label = family if B == batches[-1] else None
+            ax.plot(*zip(*points), marker="*osD^vP"[i % 7], ms=6, lw=0.8, color=f"C{i}", label=label, **style)
+    real = next(r["loss"] for r in result["rows"] if r["sampler"] == "real text")
+    ax.axhline(real, color="0.45", lw=1, ls="--", label="real text")
+    ax.set(xlabel="tokens/s", ylabel="loss under an AR judge, nats per token", xscale="log")
+    plain_log(ax.xaxis)
+    ax.set_title(f"along a line: fewer steps, or a lower threshold, to the right\n{result['new']} new tokens; filled: "
+                 f"batch {batches[-1]}, hollow: batch {batches[0]}", fontsize=10)
+    ax.legend(fontsize=9)
+    ax.grid(alpha=0.25)
+    return figure
+
+
+def decode_tables(result):
+    """Every sampler, its speeds side by side; and what the dual cache changes."""
+    settings = ("sampler", "order", "steps", "threshold", "fill_block", "refresh")
+    table, rest = {}, []
+    for r in result["rows"]:
+        about = {k: r.get(k) for k in settings}
+        if "speedup" in r:
+            rest.append({k: v for k, v in r.items() if k not in ("sampler", "cache", "steps")})
+            continue
+        row = table.setdefault(str(about), about)
+        if "tok_per_s" in r:
+            row[f"tokens/s, batch {r['batch']}"] = round(r["tok_per_s"])
+        row |= {k: r.get(k) for k in ("loss", "se", "entropy")}
+    text = markdown(list(table.values()))
+    if rest:
+        text += "\n\nThe dual cache against none, greedy, one token a step (agreement: share of equal tokens):\n\n" + markdown(rest)
+    return text
+
+
+@experiment(named=("scale",), finish=same_quality, show=decode_tables, picture=decode_picture, gpu=MODELS_GPU)
+def decode(objective=("ar", "mdm"), batches=(1, 8, 64), judge: str = None, **models):
+    """Tokens/s against quality of every sampler on trained models, by batch size.
+
+    objective: ar, mdm or both: whose samplers
+    batches: sizes; quality is that of the largest
+    judge: run folder of the AR judge (default: trained)
+    run_ar: run folder of the AR model (default: trained)
+    run_mdm: of the diffusion model
+    run_block: of the block-diffusion model
+    max_steps: training of AR; diffusion gets more
+    """
+    kinds, device, most = choose("objective", objective, OBJECTIVES), models["device"], max(batches)
+    roles = ["judge"] + ["ar"] * ("ar" in kinds) + ["mdm", "block"] * ("mdm" in kinds)
+    folders = yield from decode_runs(roles, models, judge)
+    clock = clock_of(device)
+    trained = {role: train.load_model(folder, "last", device) for role, folder in folders.items()}
+    judge, state = trained["judge"]
+    T, P = judge.config.block_size, judge.config.block_size // 8                       # the first P tokens are the prompt
+    for role, (lm, _) in trained.items():
+        if lm.V != judge.V or lm.config.block_size < T:
+            raise ValueError(f"{folders[role]} has {lm.V} tokens and a window of {lm.config.block_size}, the judge {judge.V} "
+                             f"and {T}: all must be trained on the same data set and window")
+    if "mdm" in trained:
+        sample.check_dual_cache(trained["mdm"][0].config)
+    data = validation(state["flags"]["dataset"], T, most).to(device)
+    canvas = data.clone()
+    canvas[:, P:] = judge.mask_id
+
+    def quality(x):
+        return dict(zip(("loss", "se", "entropy"), judged(judge, x, P)))
+
+    def go(family, setting, x, **how):
+        """(texts, seconds, model with its counts) of one sampler."""
+        role = {"AR": "ar", "block": "block"}.get(re.split("[ ,]", family)[0], "mdm")
+        f, draws = Timed(trained[role][0], clock), "cpu" if device.startswith("mps") else device
+        how |= dict(generator=torch.Generator(draws).manual_seed(0), **setting)
+        tic = clock()
+        if role == "ar":
+            y = diffusion.sample_ar(f, x, f.mask_id, **how)
+        elif role == "block":
+            y = diffusion.sample_block(f, x, f.mask_id, trained[role][1]["flags"]["diffusion_block"], **how)
+        else:
+            y = diffusion.sample_mdm(f, x, f.mask_id, **how)
+        return y, clock() - tic, f
+    yield dict(sampler="real text"), lambda: quality(data)
+    families = {family: settings for family, settings in decoders(T - P).items() if ("ar" if family[0] == "A" else "mdm") in kinds}
+    for family, settings in families.items():
+        for setting, B in itertools.product(settings, batches):
+            def measure():
+                # a batch smaller than 4 is repeated with other prompts: one row alone says little about a threshold
+                runs = [go(family, setting, x) for x in canvas[:max(B, min(4, most))].split(B)]
+                seconds = sum(r[1] for r in runs)
+                texts = torch.cat([r[0] for r in runs])
+                return dict(passes=statistics.mean(r[2].passes for r in runs), tok_per_s=len(texts) * (T - P) / seconds,
+                            overhead=1 - sum(r[2].seconds for r in runs) / seconds, **quality(texts) if B == most else {})
+            yield dict(sampler=family, **setting, batch=B), measure
+    if "mdm" in kinds:
+        cached, small = decoders(T - P)["diffusion in blocks, dual cache"], canvas[:16]
+        cached = [s for s in cached if s.get("steps") == T - P] + [dict(cached[0], refresh=r) for r in (4, 2)]
+        for setting in cached:
+            def measure():
+                plain = {k: v for k, v in setting.items() if k not in ("cache", "refresh")}
+                a, slow, _ = go("diffusion", plain, small, temperature=0)
+                b, fast, _ = go("diffusion", setting, small, temperature=0)
+                return dict(speedup=slow / fast, agreement=(a == b)[:, P:].float().mean().item())
+            yield dict(sampler="dual cache against none", **setting, batch=len(small)), measure
+    about = {role: dict(params=lm.num_params(), steps=s["step"], loss=(evaluations(folders[role]) or [{}])[-1].get("loss"))
+             for role, (lm, s) in trained.items()}
+    return dict(models=about, prompt=P, new=T - P)
+
+
+@experiment(named=("scale",), gpu=MODELS_GPU,
+            show=lambda result: [{k: r[k] for k in ("run", "measure", "nats", "se", "bits_per_byte")} for r in result["rows"]])
+def panel(windows=16, n_mc=64, **models):
+    """All likelihoods of the decode runs on the same validation windows: exact, bounds, chains; bits per byte.
+
+    windows: validation windows
+    n_mc: masks per window of a bound, a multiple of 4
+    """
+    if n_mc % 4:
+        raise ValueError(f"--n_mc {n_mc} must be a multiple of 4")
+    folders = yield from decode_runs(["ar", "mdm", "block"], models)
+    for role, folder in folders.items():
+        lm, state = train.load_model(folder, "last", models["device"])
+        x = validation(state["flags"]["dataset"], lm.config.block_size, windows)
+        bytes_per_token = prepare.load_tokenizer(folder).token_bytes[x.numpy()].sum() / x.numel()
+        for measure, nats, se in sample.panel(lm, state["flags"], x.to(models["device"]), n_mc):
+            yield dict(run=role, measure=measure), dict(
+                nats=nats, se=se or None, bits_per_byte=nats / math.log(2) / bytes_per_token, params=lm.num_params(),
+                steps=state["step"], windows=len(x), tokens=x.size(1))
+
 # =====================================================================================================================
 # To be ported to the runner above
 
@@ -1082,10 +1928,6 @@ def of_scale(scales, args):
     s = dict(scales[scale])
     return scale, s | {k: v for k in s if (v := getattr(args, k, None)) is not None}
 
-
-def validation(name, T, count):
-    """(N, T) ids: `count` windows of a data set's validation text."""
-    return train.fixed_windows(prepare.load_dataset(data_folder(name))[1], T, count).long()
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Shared: results, tables, pictures
@@ -1223,31 +2065,6 @@ def read_log(out, kind):
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [r for r in (json.loads(line) for line in lines if line.endswith("}\n")) if r["kind"] == kind]    # no half last line
 
-
-def fit(lm, loss_at, steps, flags, path, label):
-    """`steps` optimizer steps on loss_at(step), a scalar; saved to `path` every 100 steps and goes on from there."""
-    optimizers, first, tic = train.make_optimizers(lm, flags, lm.embed.weight.device), 0, time.time()
-    if path.exists():
-        state = train.load_checkpoint(path)
-        lm.load_state_dict(state["model"])
-        for o, saved in zip(optimizers, state["optimizers"]):
-            o.load_state_dict(saved)
-        first = state["step"]
-    for step in range(first, steps):
-        loss = loss_at(step)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
-        for o in optimizers:
-            for group in o.param_groups:
-                group["lr"] = train.learning_rate(step, steps, flags)
-            o.step()
-            o.zero_grad()
-        if (step + 1) % 100 == 0 or step + 1 == steps:
-            state = {"model": lm.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step + 1}
-            train.save_atomic(state, path)
-            left = (time.time() - tic) / (step + 1 - first) * (steps - step - 1)
-            print(f"[{label}] step {step + 1}/{steps} | loss {loss.item():.4f} | {train.clock(left)} left", flush=True)
-    lm.eval()
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Shared: timing
@@ -1419,374 +2236,6 @@ def bench_train(args):
     record(args.name or f"train_{torch.device(device).type}", rows, device, args.results, settings=shape, seed=0,
            clock="GPU events, step to step" if device.startswith("cuda") else "process CPU time",
            mfu="nanoGPT's formula, 6 N + 12 L C T a token, over the GPU's dense bf16 peak")
-
-# ---------------------------------------------------------------------------------------------------------------------
-# moe: speed, balance, topics
-
-def moe_speed(device, repeat):
-    """Tokens/s of the MoE layer against a dense MLP with the same active parameters, forward and backward."""
-    cuda = device.startswith("cuda")
-    dtype, C, inner, tokens = (torch.bfloat16, 2048, 8192, 32768) if cuda else (torch.float32, 384, 1024, 4096)
-    rows = []
-    for E, k in ((64, 8), (128, 8)) if cuda else ((8, 2), (32, 4), (128, 8)):
-        config = ModelConfig(n_embd=C, n_inner=inner, n_expert=E, n_expert_active=k, expert_inner=inner // k)
-        moe, mlp = MoE(config).to(device, dtype), MLP(config).to(device, dtype)
-        for p in (*moe.parameters(), *mlp.parameters()):
-            torch.nn.init.normal_(p, std=0.02)
-        x = torch.randn(1, tokens, C, device=device, dtype=dtype, requires_grad=True)
-
-        def step(f):
-            moe.zero_grad()
-            mlp.zero_grad()
-            x.grad = None
-            (f() * 1.1).sum().backward()
-        calls = [torch.compile(f, dynamic=False) if cuda else f
-                 for f in (lambda: mlp(x), lambda: moe(x), lambda: moe.route(x.view(-1, C))[0])]
-        times = [[], [], []]
-        for _ in range(repeat + 2):                                                    # alternating: the machine's mood is shared
-            for t, f in zip(times, calls):
-                t.append(seconds_of(lambda: step(f), device, 1))
-        dense, sparse, route = (min(t[2:]) for t in times)
-        rows.append(dict(what="speed", experts=E, active=k, width=C, tokens=tokens, dense_tok_per_s=tokens / dense,
-                         moe_tok_per_s=tokens / sparse, ratio=dense / sparse, routing_share=route / sparse))
-    return rows
-
-
-def skew_routers(out, windows):
-    """Rewrite a fresh checkpoint so that the first k experts of every layer are everyone's first choice."""
-    lm, state = train.load_model(out, "last")
-    for i, m in enumerate(lm.moes()):
-        seen = []
-        hook = m.register_forward_pre_hook(lambda _, args: seen.append(args[0].mean(dim=(0, 1))))
-        with torch.no_grad():
-            lm(windows)
-        hook.remove()
-        name = next(n for n, mod in lm.named_modules() if mod is m)
-        state["model"][f"{name}.router.weight"][:m.k] += 2.0 * seen[0] / seen[0].square().sum()
-    train.save_atomic(state, Path(out) / "ckpt_last.pt")
-
-
-def topics(lm, corpora, rows=64):
-    """Share of each expert in each layer by corpus, and the mutual information of expert and corpus in bits."""
-    out = []
-    for x in corpora.values():
-        loads = []
-
-        def count(m, args, y):
-            chosen = m.route(args[0].flatten(0, 1))[1].flatten()                       # (B * T * k,)
-            loads.append(torch.bincount(chosen, minlength=m.E).float())
-        hooks = [m.register_forward_hook(count) for m in lm.moes()]
-        with torch.no_grad():
-            lm(x[:rows])
-        for h in hooks:
-            h.remove()
-        out.append(torch.stack(loads) / torch.stack(loads).sum(dim=1, keepdim=True))   # (layers, E)
-    p = torch.stack(out)                                                               # (corpora, layers, E), equal weights
-    mean = p.mean(dim=0)
-    information = (p * (p / mean.clamp(min=1e-9)).clamp(min=1e-9).log2()).sum(dim=-1).mean(dim=0)
-    return p, information.tolist()
-
-
-def bench_moe(args):
-    """Mixture of experts: speed against dense, load with and without the bias rule, experts and topics."""
-    if args.steps < 2:
-        raise ValueError(f"--steps {args.steps} must be at least 2: the first one comes before the routers are skewed")
-    device, *_ = setup(args)
-    rows = moe_speed(device, args.repeat)
-    table(rows, skip=["what"])
-    windows = {n: validation(n, 64, 256) for n in ("docs-byte", "pysrc-byte")}
-    series = {}
-    for label, step in (("bias rule", 1e-3), ("no balancing", 0.0)):
-        out = Path(args.out) / label.replace(" ", "-")
-        flags = dict(dataset="docs-byte", n_layer=2, n_head=4, n_embd=64, block_size=64, batch_tokens=1024, log_every=100,
-                     eval_every=0, max_steps=args.steps, save_every=500, schedule="constant", device=device, out=str(out),
-                     set=["n_expert=32", "n_expert_active=4", "expert_inner=64", f"router_bias_step={step}"])
-        if not (out / "ckpt_last.pt").exists():
-            train.train({**flags, "max_steps": 1, "log_every": 1}, log=lambda *_: None)
-            skew_routers(out, windows["docs-byte"][:16])
-        result = train.train({**flags, "resume": "auto"}, log=lambda line: print(f"[{label}] {line}"))
-        if result["stopped"]:
-            raise KeyboardInterrupt
-        log = [r for r in read_log(out, "train") if r["step"] > 1]                     # from a skewed router on
-        worst = [max(r["load_ratio"]) for r in log]
-        series[label] = ([r["step"] for r in log], worst, {})
-        p, information = topics(result["lm"].eval().cpu(), windows)
-        rows.append(dict(what="balance", router=label, steps=args.steps, first_load_ratio=worst[0], last_load_ratio=worst[-1],
-                         dead_experts=max(log[-1]["dead_experts"]), bias_range=max(log[-1]["bias_range"]), val_loss=result["best"],
-                         bits_of_expert_about_corpus=information))
-        if label == "bias rule":
-            order = (p[0, -1] - p[1, -1]).argsort(descending=True)
-            shares = {n: (range(32), (32 * p[i, -1, order]).tolist(), dict(marker="o", ms=3)) for i, n in enumerate(windows)}
-            plot("moe_topics", shares, "expert of the last layer, sorted by preference", "load / mean load",
-                 f"experts and topics: {information[-1]:.3f} bits of mutual information", args.results, xlog=False)
-    table(rows[-2:], skip=["what", "bits_of_expert_about_corpus"])
-    plot("moe_load", series, "step", "largest / mean load, worst layer", "32 experts, top 4, from a skewed router", args.results,
-         xlog=False, ylog=True)
-    record(args.name or f"moe_{torch.device(device).type}", rows, device, args.results, seed=1337, threads=args.threads)
-
-# ---------------------------------------------------------------------------------------------------------------------
-# theory: token error and sequence error (Feng et al. 2502.09622)
-
-class Parity:
-    """Sequences of bits in triples, x3 = x1 xor x2. Called like a model it answers exactly: the oracle."""
-    name, V, layers = "parity", 2, "full(window=4)"
-
-    def nats(self, L):
-        """Entropy of a sequence: -log p(x) of the best possible model."""
-        return 2 / 3 * L * math.log(2)
-
-    def draw(self, B, L, generator):
-        x = torch.randint(2, (B, L // 3, 3), generator=generator)
-        x[..., 2] = x[..., 0] ^ x[..., 1]
-        return x.flatten(1)
-
-    def valid(self, x):
-        return (x.view(len(x), -1, 3).sum(-1) % 2 == 0).all(1)
-
-    def __call__(self, x, causal=False):
-        x = x.view(len(x), -1, 3)
-        known = x < 2
-        others = known.sum(-1, keepdim=True) - known.long() == 2                       # both others of the triple are there
-        one = torch.where(others, ((x * known).sum(-1, keepdim=True) - x * known) % 2, 0.5).flatten(1)
-        return torch.stack([1 - one, one], dim=-1).log()
-
-    def inputs(self, x):
-        """What a trained model reads: letters of their own for each place of a triple, so that it need not count."""
-        return x + 3 * (torch.arange(x.size(1)) % 3)
-
-    def theory(self, N, L):
-        """Closed forms. tie: the last step of a triple reveals two or three of its bits; half of these come out invalid.
-        ter averages log p over schedules, as an ELBO does; ter_marginal is the paper's: log of p averaged over schedules."""
-        tie = (3 * N - 1) / (2 * N * N)
-        return {"ter": 2 ** ((2 + tie) / 3), "ter_marginal": 2 ** ((2 - math.log2(1 - tie / 2)) / 3),
-                "ser": 1 - (1 - tie / 2) ** (L / 3)}
-
-
-class NGram:
-    """A random n-gram language: after each n-1 letters half of the V letters may come, with random probabilities."""
-    layers = "full(window=8)"
-
-    def __init__(self, n, V=8, seed=0):
-        self.name, self.n, self.V, gen = f"{n}-gram", n, V, torch.Generator().manual_seed(seed)
-        S = V ** (n - 1)                                                               # states: the last n-1 letters as a number
-        p = -torch.rand(S, V, generator=gen, dtype=torch.float64).log()
-        p[torch.rand(S, V, generator=gen).argsort(1) >= V // 2] = 0
-        self.p = p / p.sum(1, keepdim=True)                                            # (S, V)
-        self.A = torch.zeros(S, S, dtype=torch.float64)                                # state to state
-        self.A[torch.arange(S)[:, None], self.next(torch.arange(S)[:, None], torch.arange(V))] = self.p
-        self.start = self.A.matrix_power(1 << 16).mean(0).clamp(min=0)
-        self.start[self.start < 1e-12] = 0
-
-    def next(self, state, letter):
-        return (state * self.V + letter) % len(self.p)
-
-    def nats(self, L):
-        return (entropy(self.start) + (L - self.n + 1) * (self.start * entropy(self.p)).sum()).item()
-
-    def draw(self, B, L, generator):
-        state = self.start.multinomial(B, replacement=True, generator=generator)
-        x = [state // self.V ** i % self.V for i in range(self.n - 2, -1, -1)]         # its letters, first to last
-        for _ in range(L - self.n + 1):
-            x.append(self.p[state].multinomial(1, generator=generator)[:, 0])
-            state = self.next(state, x[-1])
-        return torch.stack(x, dim=1)
-
-    def valid(self, x):
-        state = sum(x[:, i] * self.V ** (self.n - 2 - i) for i in range(self.n - 1))
-        ok = self.start[state] > 0
-        for letter in x[:, self.n - 1:].T:
-            ok, state = ok & (self.p[state, letter] > 0), self.next(state, letter)
-        return ok
-
-    def __call__(self, x, causal=False):
-        """Forward-backward over the states; a letter's own evidence does not count. Where nothing is legal any more: uniform."""
-        (B, T), S, A = x.shape, len(self.p), self.A.float()
-        seen = (x[..., None] == torch.arange(self.V)) | (x[..., None] == self.V)
-        seen = seen.repeat(1, 1, S // self.V).float()                                  # (B, T, S): the last letter of a state
-        unit = lambda a: a / a.sum(-1, keepdim=True).clamp(min=1e-30)
-        a, b, forth, back = self.start.float().expand(B, S), torch.ones(B, S), [], []
-        for t in range(T):
-            forth.append(a)
-            back.append(b)
-            a, b = unit((a * seen[:, t]) @ A), unit((b * seen[:, T - 1 - t]) @ A.T)
-        p = (torch.stack(forth, 1) * torch.stack(back[::-1], 1)).view(B, T, -1, self.V).sum(2)
-        return torch.where(p.sum(-1, keepdim=True) > 0, unit(p), 1 / self.V).log()
-
-    def inputs(self, x):
-        return x
-
-    def theory(self, N, L, far=32):
-        """n = 2, closed form: a letter that is revealed when each other one is open with probability t knows its nearest
-        neighbours at distances a and b, and -log p is on average H(x0 | x-a, xb). Beyond `far` a neighbour says nothing."""
-        if self.n > 2:
-            return {}
-        power = torch.stack([self.A.matrix_power(d) for d in range(1, far + 1)] + [self.start.expand_as(self.A)])
-        joint = torch.einsum("u,auv,bvw->abuvw", self.start, power, power)             # p(x-a, x0, xb)
-        H = entropy(joint.flatten(2)) - entropy(joint.sum(3).flatten(2))               # (far + 1, far + 1)
-        t = torch.arange(1, N + 1, dtype=torch.float64) / N
-        d, edge = torch.arange(far), torch.arange(L)[:, None].clamp(max=far)           # edge: letters on the left
-        near = (1 - t)[:, None, None] * t[:, None, None] ** d * (d < edge)             # (N, L, far): distance d + 1
-        near = torch.cat([near, 1 - near.sum(-1, keepdim=True)], dim=-1)
-        return {"ter": torch.einsum("tia,ab,tib->ti", near, H, near.flip(1)).mean().exp().item()}
-
-
-def entropy(p):
-    return -torch.xlogy(p, p).sum(-1)
-
-
-@torch.no_grad()
-def nats_by_hidden(f, x, mask_id, generator, batch=512):
-    """(M, L) for sequences x (M, L): column n - 1 is the mean -log p of the hidden tokens when n random ones are hidden."""
-    M, L = x.shape
-    n = torch.arange(1, L + 1).repeat(M)
-    hidden = diffusion.smallest(torch.rand(M * L, L, generator=generator), n)
-    x = x.repeat_interleave(L, dim=0)
-    nats = torch.cat([diffusion.masked_nll(f, *xm) for xm in zip(x.split(batch), itertools.repeat(mask_id), hidden.split(batch))])
-    return ((nats * hidden).sum(1) / n).view(M, L).double()
-
-
-def token_error(nats, N):
-    """(TER averaged over schedules, its s.e.) of a sampler of N steps, from `nats_by_hidden`.
-
-    When a token is revealed, each other one is still open with probability t = j/N, j uniform on 1..N: the number of open
-    ones is 1 + Binomial(L-1, t). So one table over n gives every N; N -> infinity weights all n alike: the diffusion bound.
-    """
-    L = nats.size(1)
-    k, t = torch.arange(L, dtype=torch.float64), torch.arange(1, N + 1, dtype=torch.float64)[:, None] / N
-    chosen = math.lgamma(L) - torch.lgamma(k + 1) - torch.lgamma(L - k)
-    w = (chosen + torch.xlogy(k, t) + torch.xlogy(L - 1 - k, 1 - t)).exp().mean(0)
-    rows = nats @ w
-    return rows.mean().exp().item(), (rows.mean().exp() * rows.std() / len(rows) ** 0.5).item()
-
-
-@torch.no_grad()
-def sample_in_steps(f, B, L, N, mask_id, generator):
-    """The sampler of the theory: each token has its step of 1..N at random; those of one step are drawn independently.
-    Steps in which a row reveals nothing are skipped: f knows no time."""
-    step, order = torch.randint(N, (B, L), generator=generator).sort(dim=1)
-    rank = F.pad(step.diff(dim=1) > 0, (1, 0)).cumsum(1)
-    step = torch.empty_like(step).scatter_(1, order, rank)
-    x = torch.full((B, L), mask_id)
-    for k in range(int(step.max()) + 1):
-        rows = (step == k).any(1).nonzero()[:, 0]                                      # some rows are done earlier
-        now = step[rows] == k
-        part = x[rows]
-        part[now] = diffusion.draw(f(part, causal=False)[now], generator=generator)
-        x[rows] = part
-    return x
-
-
-def learn(language, objective, lengths, steps, path):
-    """A small model of the language, trained on fresh sequences of alternating lengths."""
-    torch.manual_seed(1337)
-    lm = LM(ModelConfig(vocab_size=language.V, block_size=max(lengths), n_layer=2, n_head=4, n_embd=64, layers=language.layers))
-    f = lambda x, **keywords: lm(language.inputs(x), **keywords)
-
-    def loss_at(step):
-        gen, L = torch.Generator().manual_seed((1337 << 32) + step), lengths[step % len(lengths)]
-        x = language.draw(1536 // L, L, gen)
-        return diffusion.ar_loss(f, x, lm.mask_id) if objective == "ar" else diffusion.mdm_loss(f, x, lm.mask_id, generator=gen)
-    fit(lm, loss_at, steps, {**train.DEFAULTS, "lr": 3e-3, "warmup": 50}, path, f"{language.name} {objective}")
-    return f
-
-
-def theory(args):
-    """Token and sequence error rates against sampling steps and length: closed form, oracle, trained models.
-
-    TER, the perplexity of true sequences under the sampler, hardly depends on L (a little in the n-grams, whose first letters
-    have nothing before them); SER, the share of impossible sequences that it writes, is a matter of N/L.
-    """
-    torch.set_num_threads(args.threads)
-    if any(L < 3 or L % 3 for L in args.lengths):
-        raise ValueError(f"--lengths {args.lengths}: expected multiples of 3, such as 24,96")
-    if args.sequences < 1 or args.steps < 4:
-        raise ValueError(f"--sequences {args.sequences} must be at least 1, and --steps {args.steps} at least 4")
-    folder = Path(args.out) / f"{','.join(map(str, args.lengths))}-steps{args.steps}-n{args.sequences}"
-    once, rows, grid = resumable(folder / "points.jsonl"), [], [4 ** i for i in range(6)]
-    for language in (Parity(), NGram(2), NGram(3, V=4)):
-        models, V = {"oracle": language}, language.V
-        for o, steps in (("mdm", args.steps), ("ar", args.steps // 4)):                # AR is there much earlier
-            models[o] = learn(language, o, args.lengths, steps, folder / f"{language.name}-{o}.pt")
-        for (kind, f), L in itertools.product(models.items(), args.lengths):
-            gen, count = torch.Generator().manual_seed(L), args.sequences * (8 if kind == "oracle" else 1)
-            x = language.draw(256, L, gen)
-            hidden = functools.cache(lambda: nats_by_hidden(f, x[:64], V, gen))        # one table for every N
-            for N in {"oracle": grid, "mdm": grid[:-1], "ar": [L]}[kind]:
-                def measure():
-                    if kind == "ar":
-                        loss = diffusion.ar_loss(f, x, V, reduction="none").detach().double().mean(1)
-                        ter = loss.mean().exp().item(), (loss.mean().exp() * loss.std() / len(loss) ** 0.5).item()
-                        y = diffusion.sample_ar(f, torch.full((count, L), V), V, generator=gen, cache=False)
-                    else:
-                        ter, y = token_error(hidden(), N), sample_in_steps(f, count, L, N, V, torch.Generator().manual_seed(N))
-                    ser = 1 - language.valid(y).double().mean().item()
-                    return dict(best_ter=math.exp(language.nats(L) / L), ter=ter[0], ter_se=ter[1], ser=ser,
-                                ser_se=(ser * (1 - ser) / count) ** 0.5, sequences=count,
-                                **{f"theory_{k}": v for k, v in language.theory(N, L).items() if kind != "ar"})
-                rows.append(once(dict(language=language.name, model=kind, L=L, N=N), measure))
-        mine = [r for r in rows if r["language"] == language.name]
-        print(f"\n{language.name}: ter is exact for ar, averaged over schedules (a bound) for the others")
-        table(mine, skip=["language", "sequences"])
-        theory_picture(f"{args.name or 'theory'}_{language.name}", language, mine, args.lengths, args.results)
-    record(args.name or "theory", rows, "cpu", args.results, seed=1337, train_steps=args.steps)
-
-
-def theory_picture(name, language, rows, lengths, folder):
-    """Sequence errors and, above them, token errors against steps, in one panel: one is at most 1, the other at least."""
-    series, steps = {}, dict.fromkeys(int(n) for n in np.geomspace(1, 1024, 60).round())
-    for (i, L), what in itertools.product(enumerate(lengths), ("ser", "ter")):
-        closed = [{"N": N, **language.theory(N, L)} for N in steps]
-        for kind, marker, ls in (("oracle", "o", ""), ("mdm", "x", "--"), ("ar", "*", ""), ("closed form", "", "-")):
-            mine = closed if kind == "closed form" else [r for r in rows if (r["model"], r["L"]) == (kind, L)]
-            line = curve(mine, "N", what, marker=marker, ls=ls, color=f"C{i}", lw=1)
-            label = f"L = {L}, {'trained ' * (kind in ('mdm', 'ar'))}{kind}"
-            if line[0]:
-                series["_" * (label in series) + label] = line                         # once in the legend, which hides "_..."
-    plot(name, series, "sampling steps", "sequence error rate (0 to 1), token error rate (above)",
-         f"{language.name}: token errors do not grow with length, wrong sequences do", folder,
-         ylim=(-0.05, min(1.05 * rows[0]["ter"], 1.7 * rows[0]["best_ter"])))
-
-# ---------------------------------------------------------------------------------------------------------------------
-# tools: a calculator inside an answer
-
-# Muon and QK norm: with AdamW the step from guessing to copying, which all this needs, comes several times later.
-CALCULATOR = dict(dataset="arithmetic", n_layer=2, n_head=4, n_embd=96, block_size=128, batch_tokens=2048, optimizer="muon",
-                  lr=4e-3, set="qk_norm=true", eval_every=400, log_every=100, save_every=200)
-
-
-def bench_tools(args):
-    """Held-out arithmetic with and without a calculator, as AR and as block diffusion: share of right answers."""
-    if args.problems < 1:
-        raise ValueError(f"--problems {args.problems} must be at least 1")
-    _, val, _ = prepare.load_dataset(prepare.prepare("arithmetic"))
-    tokenizer = prepare.load_tokenizer("data/arithmetic")
-    texts = [t for t in tokenizer.decode(val.tolist()).split(prepare.EOT) if t][:args.problems]
-    prompts = [tokenizer.encode(t[:t.index("?") + 1]) for t in texts]
-    jobs = {o: {**CALCULATOR, "max_steps": n, "objective": o, "diffusion_block": 4 if o == "block" else None,
-                "out": f"{args.out}/{o}-{n}"}
-            for o, n in (("ar", args.steps), ("block", 3 * args.steps))}              # diffusion learns slowly
-    train_all(jobs, args.workers)
-    rows, (device, *_) = [], setup(args)
-    for objective, job in jobs.items():
-        lm, state = train.load_model(job["out"], "last", device)
-        orders = ("left", "max_prob") if objective == "block" else ("left",)
-        for order, tool in itertools.product(orders, (None, sample.calculator)):
-            x, valid = (a.to(device) for a in diffusion.canvas(prompts, 60, lm.mask_id))
-            hook = sample.ToolCalls(tool or (lambda call: ""), tokenizer, lm.mask_id, valid.sum(1))
-            how = dict(temperature=0, eot_id=tokenizer.eot, valid=valid)
-            if objective == "ar":
-                y = diffusion.sample_ar(lm, x, lm.mask_id, on_token=hook, **how)
-            else:
-                y = diffusion.sample_block(lm, x, lm.mask_id, job["diffusion_block"], order=order, on_block=hook, **how)
-            out = [tokenizer.decode(r).split(prepare.EOT)[0] for r in y.tolist()]
-            right = torch.tensor([t.rpartition(" ")[2] == o.rpartition(" ")[2] for t, o in zip(texts, out)]).double()
-            called = sum(any(c == t[:t.index("?")] for b, c, *_ in hook.calls if b == i) for i, t in enumerate(texts))
-            rows.append(dict(model=objective, order=order, tool="calculator" if tool else "none", problems=len(texts),
-                             accuracy=right.mean().item(), se=(right.std() / len(texts) ** 0.5).item(), right_calls=called,
-                             failed=sum(w is not None for *_, w in hook.calls), minutes=state["seconds"] / 60, loss=state["best"],
-                             example=out[0]))
-    table(rows, skip=["example"])
-    record(args.name or "tools", rows, device, args.results, settings=CALCULATOR, seed=1337)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # gpu: the queue
@@ -2200,463 +2649,6 @@ MIXERS = {
 ONE_WAY = ("gated_deltanet alternate", "gated_deltanet forward")                       # the same as gated_deltanet when causal
 
 # ---------------------------------------------------------------------------------------------------------------------
-# switch: a dense checkpoint run sparse
-
-def switch_arms(T):
-    """{arm: (layer, settings)}: the same parameters as `full`, a query reads the share of T that is named, or less."""
-    sparse = lambda part: ("infllm", dict(sel_block=16, sel_topk=max(3, T // part // 16), sel_local=2, cmp_block=16, cmp_stride=8,
-                                          dense_len=0))
-    return {"dense": ("full", {}), "infllm, 1/4": sparse(4), "infllm, 1/16": sparse(16),
-            "window, 1/4": ("full", dict(window=T // 4)), "window, 1/16": ("full", dict(window=T // 16))}
-
-
-def switch(args):
-    """InfLLM-V2's claim (2509.24663) in small: a dense AR checkpoint run sparse, before and after N steps of adaptation.
-
-    Nothing is added to the parameters: the checkpoint is copied with another layer name, and train.py goes on from it. All
-    arms take the same N batches at the same rates; `dense` goes on dense. `window` reads as many keys, without a choice.
-    """
-    folder, T = data_folder(args.dataset), args.block_size
-    root, device = Path(args.out) / f"{args.n_layer}x{args.n_embd}-T{T}-{args.steps}", train.pick_device("auto")
-    # Muon, QK norm and small batches: with them a few minutes of training buy most.
-    base = dict(dataset=str(folder), n_layer=args.n_layer, n_head=4, n_embd=args.n_embd, block_size=T, layers="full",
-                set=["qk_norm=true"], batch_tokens=args.batch_tokens, optimizer="muon", lr=args.lr, eval_every=0,
-                eval_windows=args.windows, log_every=50, save_every=100, max_steps=args.steps, out=str(root / "base"))
-    train_all({"base": base}, 1)
-    jobs, rows, arms = {}, [], switch_arms(T)
-    for arm, (layer, values) in arms.items():
-        out = root / f"{arm.replace(', ', '-').replace('/', '_')}-{args.adapt}"
-        jobs[arm] = dict(base, layers=layer, set=base["set"] + set_flags(values), max_steps=args.steps + args.adapt, out=str(out))
-        if not (out / "ckpt_last.pt").exists():                                        # the dense checkpoint under another name
-            state = train.load_checkpoint(root / "base")
-            state["config"] |= dict(layers=layer, **values)
-            state["flags"] |= {k: jobs[arm][k] for k in ("layers", "set", "out")}
-            out.mkdir(parents=True, exist_ok=True)
-            train.save_atomic(state, out / "ckpt_last.pt")
-    train_all(jobs, args.workers)
-    x, losses = validation(args.dataset, T, args.windows), {}
-
-    @torch.no_grad()
-    def nats(lm):
-        """(windows, T): exact, of every token."""
-        return torch.cat([diffusion.ar_loss(lm, b, lm.mask_id, reduction="none") for b in x.split(8)]).double()
-    torch.set_num_threads(1)
-    _, start = train.load_model(root / "base", "last")
-    for arm, job in jobs.items():
-        lm, state = train.load_model(job["out"], "last")
-        after = nats(lm)
-        lm.load_state_dict(start["model"])
-        losses[arm] = nats(lm), after
-        row = {"arm": arm, "reads": lm.blocks[0].mixer.reads(T), "params": lm.num_params()}
-        for when, mine, dense in zip(("before", "after"), losses[arm], losses["dense"]):
-            gap = (mine - dense).mean(1)                                               # paired: the same windows
-            row |= {when: mine.mean().item(), f"gap_{when}": gap.mean().item(),
-                    f"se_{when}": (gap.std() / len(gap) ** 0.5).item(),
-                    f"late_gap_{when}": (mine - dense)[:, T // 4:].mean().item()}
-        rows.append(row | {"minutes": (state["seconds"] - start["seconds"]) / 60})
-    print(f"\nloss in nats per token, exact; gap: to dense at the same step; late: of the tokens from {T // 4} on")
-    table(rows)
-    record(args.name or f"switch_{torch.device(device).type}", rows, device, args.results, base_minutes=start["seconds"] / 60,
-           base=base, adapt=args.adapt, settings={a: dict(layer=l, **v) for a, (l, v) in arms.items()}, seed=1337)
-
-# ---------------------------------------------------------------------------------------------------------------------
-# recall: keys and values seen once, asked for later
-
-KEYS, VALUES, TEXT = 128, 32, 8                                                        # ids: keys, values, letters of the text
-RECALL = dict(n_head=2, n_embd=64, tied=False, position="none")                        # a linear layer's state: 2 heads of 32 x 32
-NEEDLES, LENGTHS, PAIRS = 4, (256, 512, 1024, 2048, 4096), (4, 8, 16, 32, 64, 128)
-# Every model starts with a layer that sees one neighbour (linear layers have that in their short convolution), so that the key
-# stands in its value's vector, and has one layer of the kind behind it, a 3:1 hybrid four: one state, one cache are measured.
-# Sparse layers read at most a quarter of 512 tokens, so they are not asked at 256.
-ARENA = {"full": ("full", {}), "linear": ("linear", {}), **{n: MIXERS[n] for n in (
-    "deltanet", "gated_deltanet", "kda", "gated_deltanet*3 full", "msa", "infllm", "gated_deltanet*3 msa", "mla", "dsa")},
-    "nsa": ("nsa", dict(n_kv_head=1, window=16, sel_block=16, sel_topk=3, cmp_block=16, cmp_stride=16)),
-    **{n: MIXERS[n] for n in ("kda*3 mla", "kda*3 dsa", "linear*3 infllm")}}
-
-
-def draw_recall(B, T, n, generator, text=None):
-    """x (B, T) and which of its tokens are answers (B, T) bool: n pairs (key, value), keys distinct, then queries (key, answer).
-
-    text None: multi-query associative recall (Zoology, arXiv 2312.04927), pairs in front and queries to the end. Else a needle
-    in generated text: pairs at random even places of T letters of this language, and T / 8 queries at the end.
-    Where Zoology has a random token an answer is hidden, so a query helps no later one, and AR and diffusion read the same.
-    """
-    asks = T // 2 - n if text is None else T // 8
-    if T % 8 or not 1 <= n <= min(KEYS, T // 2 - asks) or asks < 1:
-        raise ValueError(f"{n} pairs do not fit into {T} tokens with their queries: expected a multiple of 8 tokens, at least "
-                         f"{2 * n + 8}, and at most {KEYS} pairs")
-    keys = torch.rand(B, KEYS, generator=generator).argsort(1)[:, :n]
-    pairs = torch.stack([keys, KEYS + torch.randint(VALUES, (B, n), generator=generator)], dim=-1)   # (B, n, 2)
-    chosen = torch.randint(n, (B, asks), generator=generator)
-    queries, body = pairs.gather(1, chosen[..., None].expand(-1, -1, 2)), pairs
-    if text is not None:
-        body = KEYS + VALUES + text.draw(B, T - 2 * asks, generator).view(B, -1, 2)
-        place = torch.rand(body.shape[:2], generator=generator).argsort(1)[:, :n, None].expand(-1, -1, 2)
-        body = body.scatter(1, place, pairs)
-    t = torch.arange(T).expand(B, T)
-    return torch.cat([body, queries], dim=1).flatten(1), (t >= T - 2 * asks) & (t % 2 == 1)
-
-
-def recall_logits(f, x, answer, mask_id, causal, aux=None):
-    """(N, V) logits and (N,) ids of the answers, all hidden: AR says them at their query, diffusion at their own place."""
-    z = f(torch.where(answer, mask_id, x), causal=causal, aux=aux)
-    return (z[:, :-1][answer[:, 1:]] if causal else z[answer]), x[answer]
-
-
-@torch.no_grad()
-def recall_accuracy(f, T, n, mask_id, causal, text=None, device="cpu"):
-    """(share of right answers, its standard error over sequences). Guessing gives 1 / VALUES, among the values seen 1 / n."""
-    right, gen = [], torch.Generator().manual_seed(T * KEYS + n)
-    for _ in range(4):
-        x, answer = (a.to(device) for a in draw_recall(max(1, 4096 // T), T, n, gen, text))
-        z, y = recall_logits(f, x, answer, mask_id, causal)
-        right += (z.argmax(-1) == y).double().view(len(x), -1).mean(1).tolist()        # each sequence asks equally often
-    return statistics.mean(right), statistics.stdev(right) / len(right) ** 0.5
-
-
-def learn_recall(lm, objective, steps, tokens, lengths, path, label):
-    """Short sequences first: copying is found in seconds with 8 pairs in 32 tokens and hardly ever in 512. Later both tasks
-    in turn."""
-    text, device = NGram(2, V=TEXT), lm.embed.weight.device
-    sparse = [b.mixer for b in lm.blocks if hasattr(b.mixer, "stage")]
-
-    def loss_at(step):
-        gen, done = torch.Generator().manual_seed((1337 << 32) + step), step / steps
-        T = lengths[step // 2 % len(lengths)] if done >= 0.6 else min(32 << max(0, int(16 * done - 4)), max(lengths))
-        pairs = [8] if T == 32 else [n for n in PAIRS if n <= T // 4]
-        needle = step % 2 and done > 0.5
-        n = pairs[torch.randint(len(pairs), (), generator=gen)]
-        x, answer = draw_recall(max(1, tokens // T), T, n, gen, text if needle else None)
-        for mixer in sparse:                                                           # its indexer learns beside dense attention
-            mixer.stage = "warmup" if done < 0.6 else "sparse"
-        aux = {}
-        z, y = recall_logits(lm, x.to(device), answer.to(device), lm.mask_id, objective == "ar", aux)
-        return F.cross_entropy(z, y) + sum(aux.values())
-    fit(lm, loss_at, steps, {**train.DEFAULTS, "lr": 4e-3, "warmup": 50, "optimizer": "muon"}, path, label)
-
-
-def recall_picture(name, rows, folder):
-    """results/NAME.png: a map for each objective, a row for each layer, a column for each number of pairs and each length."""
-    if not (plt := pyplot()):
-        return
-    objectives, layers = (list(dict.fromkeys(r[k] for r in rows)) for k in ("objective", "layers"))
-    points = sorted({(r["task"] == "needle", r["T"], r["pairs"]) for r in rows})
-    at = {(r["objective"], r["layers"], r["task"] == "needle", r["T"], r["pairs"]): r["accuracy"] for r in rows}
-    fig, axes = plt.subplots(1, len(objectives), figsize=(1.5 + 6 * len(objectives), 1.6 + 0.32 * len(layers)), sharey=True,
-                             squeeze=False)
-    for ax, objective in zip(axes[0], objectives):
-        share = np.array([[at.get((objective, layer, *p), np.nan) for p in points] for layer in layers])
-        ax.imshow(share, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-        for (i, j), v in np.ndenumerate(share):
-            if not np.isnan(v):
-                text = f"{100 * v:.0f}" if v < 0.99 else f"{100 * v:.1f}".replace("100.0", "100")
-                ax.text(j, i, text, ha="center", va="center", fontsize=8)
-        ax.axvline(sum(not needle for needle, *_ in points) - 0.5, color="black")
-        ax.set_xticks(range(len(points)), [f"{T}" if needle else f"{n}" for needle, T, n in points])
-        ax.set_yticks(range(len(layers)), layers)
-        ax.set(xlabel=f"pairs to recall (512 tokens)   |   length of text with {NEEDLES} needles",
-               title={"ar": "causal (AR)", "mdm": "bidirectional (masked diffusion)"}[objective])
-    fig.suptitle("right answers, %", fontsize=10)
-    save_picture(plt, fig, name, folder)
-
-
-def recall(args):
-    """Associative recall and a needle in generated text: accuracy of every layer against pairs and length, AR and diffusion."""
-    device, *_ = setup(args)
-    names, objectives = chosen("layers", args.layers, ARENA), chosen("objectives", args.objectives, OBJECTIVES)
-    lengths = ",".join(map(str, args.lengths))
-    if any(T % 8 or T < 16 for T in args.lengths):
-        raise ValueError(f"--lengths {lengths}: expected multiples of 8, at least 16, such as 256,1024")
-    folder = Path(args.out) / f"{lengths}-steps{args.steps}-tokens{args.batch_tokens}"
-    grid = [("pairs", 512, n) for n in PAIRS] + [("needle", T, NEEDLES) for T in args.lengths]
-    once, jobs = resumable(folder / "points.jsonl"), list(itertools.product(names, objectives))
-    rows, fresh, tic = [], 0, time.time()
-    for i, (name, objective) in enumerate(jobs):
-        (pattern, values), ar = ARENA[name], objective == "ar"
-        torch.manual_seed(1337)
-        base = ModelConfig(vocab_size=KEYS + VALUES + TEXT, block_size=max(512, *args.lengths), n_layer=5 if "*3" in name else 2,
-                           layers=f"full(window=2, position=rotary) {pattern}")
-        lm = LM(override(base, {**RECALL, **values})).to(device)
-        reads = lambda T, kind="reads": max((b.mixer.reads(T, ar) for b in lm.blocks if hasattr(b.mixer, kind)), default=0)
-        new = []
-        for task, T, n in grid:
-            def measure():
-                if not new:                                                            # nothing to measure, nothing to learn
-                    learn_recall(lm, objective, args.steps, args.batch_tokens, args.lengths,
-                                 folder / f"{objective}-{plain(name)}.pt", f"{objective} {name}")
-                text = NGram(2, V=TEXT) if task == "needle" else None
-                accuracy, se = recall_accuracy(lm, T, n, lm.mask_id, ar, text, device=device)
-                new.append(f"{task} {n if task == 'pairs' else T}: {accuracy:.3f}")
-                return dict(accuracy=accuracy, se=se, reads=reads(T), blocks=lm.config.n_layer, params=lm.num_params())
-            if reads(T, "topk") <= T // 4:
-                rows.append(once(dict(layers=name, objective=objective, task=task, T=T, pairs=n), measure))
-        if new:
-            fresh += 1
-            left = (time.time() - tic) / fresh * (len(jobs) - i - 1)
-            print(f"{objective} {name}: {', '.join(new)} | all: {train.clock(left)} left", flush=True)
-    flat = {}
-    for r in rows:
-        row = flat.setdefault((r["objective"], r["layers"]), {k: r[k] for k in ("objective", "layers", "blocks", "params")})
-        row[f"{r['task']} {r['pairs'] if r['task'] == 'pairs' else r['T']}"] = r["accuracy"]
-    table(list(flat.values()))
-    name = args.name or "recall"
-    record(name, rows, device, args.results, seed=1337, settings={**RECALL, "layers": ARENA}, chance=1 / VALUES, steps=args.steps,
-           batch_tokens=args.batch_tokens, training_tasks="both in turn")
-    recall_picture(name, rows, args.results)
-
-# ---------------------------------------------------------------------------------------------------------------------
-# decode, panel: what sampling costs and what it gives; the likelihoods of the same models
-
-DECODE = {
-    # bytes again; of 256 the first 32 are a prompt and 7 blocks of 32 are filled. Small batches and qk_norm: masked diffusion
-    # leaves the plateau of single-byte frequencies three times sooner than with 1,024 tokens and without
-    "cpu": dict(dataset="docs-byte", n_layer=4, n_head=4, n_embd=128, block_size=256, batch_tokens=512, max_steps=2000, lr=2e-3),
-    "gpu": dict(dataset="docs-byte", n_layer=6, n_head=6, n_embd=384, block_size=256, batch_tokens=16_384, max_steps=1500, lr=1e-3),
-}
-SUMS = dict(n_layer=3, n_head=4, n_embd=96, block_size=84, batch_tokens=672, max_steps=6000, lr=3e-3, objective="mixed")
-ROLES = {"ar": dict(objective="ar"), "judge": dict(objective="ar", seed=1), "mdm": dict(objective="mdm"),
-         "block": dict(objective="block", diffusion_block=16)}
-LONGER = {"mdm": 3, "block": 1.5}                                                      # times max_steps: diffusion learns slowly
-
-
-def sums(n, seed):
-    """n sums '7+8=15;' of random digits, 12 in a window: answers follow from questions, so a model can be sure of them."""
-    pairs = np.random.default_rng(seed).integers(10, size=(n, 2)).tolist()
-    return "".join(f"{a}+{b}={a + b:02};" for a, b in pairs)
-
-
-def sums_dataset(out):
-    """Folder of the arithmetic data."""
-    files = [out / "sums-train.txt", out / "sums-val.txt"]
-    out.mkdir(parents=True, exist_ok=True)
-    for seed, file in enumerate(files):
-        file.write_text(sums((100_000, 3_000)[seed], seed))
-    return prepare.prepare(text=files[:1], val=files[1:], name="sums", tokenizer="byte", out_dir=str(out / "data"))
-
-
-def decode_runs(args, roles):
-    """{role: run folder}: those given by a flag, the others trained under --out, from where they were left. ValueError for a
-    given run of another objective, before anything is trained."""
-    scale, common = of_scale(DECODE, args)
-    out, jobs, folders = Path(args.out or f"out/decode-{scale}"), {}, {}
-    for role in roles:
-        given = getattr(args, "judge" if role == "judge" else f"run_{role}", None)
-        folders[role] = given or str(out / role)
-        if given:
-            objective, want = train.load_model(given, "last")[1]["flags"]["objective"], ROLES.get(role, ROLES["mdm"])["objective"]
-            if objective != want and (want == "block" or objective != "mixed"):
-                raise ValueError(f"{given} is a run of --objective {objective}, and one of {want} is needed as --"
-                                 + (role if role == "judge" else f"run_{role}"))
-            continue
-        if role == "sums":
-            flags = {**SUMS, "dataset": str(out / "data" / "sums")}
-        else:
-            flags = {**common, **ROLES[role], "max_steps": int(common["max_steps"] * LONGER.get(role, 1))}
-        jobs[role] = {**flags, "set": "qk_norm=true", "eval_every": 1000, "eval_windows": 64, "log_every": 500, "out": folders[role]}
-        sums_dataset(out) if role == "sums" else data_folder(flags["dataset"])
-    train_all(jobs, args.workers)                                                      # a finished run of these settings stays as it is
-    return folders
-
-
-class Timed:
-    """A model that counts its passes and the seconds in them."""
-    def __init__(self, lm, clock):
-        self.lm, self.clock, self.passes, self.seconds = lm, clock, 0, 0.0
-
-    def __call__(self, idx, **keywords):
-        tic = self.clock()
-        out = self.lm(idx, **keywords)
-        self.seconds, self.passes = self.seconds + self.clock() - tic, self.passes + 1
-        return out
-
-    def __getattr__(self, name):
-        return getattr(self.lm, name)
-
-
-def decoders(n, S=32):
-    """The samplers that are compared: {family: [settings]} for n places to fill, blocks of S."""
-    fewer = [max(1, n >> i) for i in range(5)]
-    return {"AR, cache": [dict()],
-            "diffusion, random order": [dict(order="random", steps=k) for k in fewer],
-            "diffusion, surest first": [dict(steps=k) for k in fewer[2:]],
-            "diffusion, threshold": [dict(threshold=p) for p in (0.9, 0.7, 0.5)],
-            "diffusion in blocks": [dict(block_size=S, steps=k) for k in (fewer[0], fewer[2])],
-            "diffusion in blocks, dual cache": [dict(block_size=S, cache=True, steps=k) for k in fewer[:4]]
-            + [dict(block_size=S, cache=True, steps=n, refresh=8), dict(block_size=S, cache=True, threshold=0.7),
-               dict(block_size=S // 4, cache=True, steps=n)],
-            "block diffusion, exact cache": [dict(steps=k) for k in (16, 8, 4, 2)] + [dict(threshold=0.7)]}
-
-
-def generator_of(device):
-    """What the samplers draw from: on the model's device, for mps on the CPU."""
-    return torch.Generator("cpu" if torch.device(device).type == "mps" else device).manual_seed(0)
-
-
-def judged(judge, x, start):
-    """(loss, its standard error, unigram entropy) of the tokens from `start` on, under an AR judge. x (N, T).
-
-    Entropy (nats, of the counts of one row, mean over rows) stands beside the loss because a sampler that repeats itself
-    gets a low loss."""
-    with torch.no_grad():
-        nats = torch.cat([diffusion.ar_loss(judge, w, judge.mask_id, reduction="none")[:, start:].mean(1) for w in x.split(32)])
-    p = F.one_hot(x[:, start:], judge.V).float().mean(1)             # (N, V)
-    return nats.mean().item(), (nats.std() / len(x) ** 0.5).item(), entropy(p).mean().item()
-
-
-def overhead(device, clock, layers=8, width=320):
-    """Share of sampling time outside the model's passes, at 10M parameters (untrained: time does not know)."""
-    torch.manual_seed(0)
-    lm = LM(ModelConfig(vocab_size=4096, n_layer=layers, n_embd=width, n_head=5, block_size=256)).to(device).eval()
-    x, rows = torch.full((1, 256), lm.mask_id, device=device), []
-    for order in ("max_prob", "entropy", "random"):
-        f = Timed(lm, clock)
-        tic = clock()
-        diffusion.sample_mdm(f, x, lm.mask_id, steps=32, order=order, generator=generator_of(device))
-        total = clock() - tic
-        rows.append(dict(sampler=f"overhead, {order}", params=lm.num_params(), passes=f.passes, overhead=1 - f.seconds / total))
-    return rows
-
-
-def arithmetic(folder, device, N=64):
-    """Steps and exact match on N windows of 12 new sums, 24 answer digits open: rows of the table."""
-    lm, _ = train.load_model(folder, "last", device)
-    x = torch.tensor(list(sums(12 * N, seed=2).encode())).view(N, 84)
-    place = torch.arange(84) % 7
-    open_ = (place == 4) | (place == 5)
-    canvas, rows = torch.where(open_, lm.mask_id, x).to(device), []
-    for setting in [dict(order="left"), dict(), *(dict(steps=k) for k in (12, 8, 4, 2, 1)),
-                    *(dict(threshold=p) for p in (0.99, 0.95, 0.9, 0.7))]:
-        used = torch.ones(N, device=device)                                            # steps of each row, as if it were alone
-
-        def count(step, y):
-            used.add_((y == lm.mask_id).any(1))
-        y = diffusion.sample_mdm(lm, canvas, lm.mask_id, temperature=0, callback=count, **setting).cpu()
-        right = (y == x)[:, open_].view(-1, 2).all(1).float()                          # (12 N,)
-        rows.append(dict(sampler="sums", **setting, steps_used=used.mean().item(), fewer=int(open_.sum()) / used.mean().item(),
-                         exact_match=right.mean().item()))
-    return rows
-
-
-def decode(args):
-    """Tokens/s against quality of every sampler on trained models, by batch size; steps needed on arithmetic."""
-    kinds, batches = chosen("objective", args.objective, OBJECTIVES), args.batches
-    if min(batches) < 1:
-        raise ValueError(f"--batches {','.join(map(str, batches))}: expected sizes of at least 1, such as 1,8,64")
-    folders = decode_runs(args, ["judge"] + ["ar"] * ("ar" in kinds) + ["mdm", "block", "sums"] * ("mdm" in kinds))
-    device, *_ = setup(args)
-    clock = clock_of(device)
-    models = {role: train.load_model(folder, "last", device) for role, folder in folders.items() if role != "sums"}
-    judge, state = models["judge"]
-    T, P = judge.config.block_size, judge.config.block_size // 8                       # the first P tokens are the prompt
-    for role, (lm, _) in models.items():
-        if lm.V != judge.V or lm.config.block_size < T:
-            raise ValueError(f"{folders[role]} has {lm.V} tokens and a window of {lm.config.block_size}, the judge {judge.V} and {T}: "
-                             "all must be trained on the same data set and window")
-    if "mdm" in models:
-        sample.check_dual_cache(models["mdm"][0].config)
-    data = validation(state["flags"]["dataset"], T, max(batches)).to(device)
-    canvas = data.clone()
-    canvas[:, P:] = judge.mask_id
-    loss, se, entropy = judged(judge, data, P)
-    about = {role: dict(params=lm.num_params(), steps=s["step"], loss=(evaluations(folders[role]) or [{}])[-1].get("loss"))
-             for role, (lm, s) in models.items()}
-    for role, a in about.items():
-        loss_text = "unknown" if a["loss"] is None else f"{a['loss']:.4f}"               # a checkpoint without its log
-        print(f"{role}: {a['params']:,} parameters, {a['steps']:,} training steps, validation loss {loss_text} nats/token")
-    rows = [dict(sampler="real text", loss=loss, se=se, entropy=entropy)]
-
-    def go(family, setting, x, **how):
-        role = "ar" if family.startswith("AR") else "block" if family.startswith("block") else "mdm"
-        f, setting = Timed(models[role][0], clock), dict(setting)
-        gen, tic = generator_of(device), clock()
-        if role == "ar":
-            y = diffusion.sample_ar(f, x, f.mask_id, generator=gen, **how)
-        elif role == "block":
-            S = models[role][1]["flags"]["diffusion_block"]
-            y = diffusion.sample_block(f, x, f.mask_id, S, generator=gen, **setting, **how)
-        else:
-            setting["fill_block"] = setting.pop("block_size", None)                    # the results' name for it
-            y = diffusion.sample_mdm(f, x, f.mask_id, generator=gen, **setting, **how)
-        return y, clock() - tic, f
-
-    # a batch smaller than 4 is repeated with other prompts: one row alone says little about a threshold
-    key = " ".join(f"{folders[role]}@{a['steps']}" for role, a in about.items()) + f", {device}, threads {args.threads}"
-    once = resumable(Path(args.out or f"out/decode-{of_scale(DECODE, args)[0]}") / "points.jsonl")
-    for family, settings in decoders(T - P).items():
-        if ("ar" if family.startswith("AR") else "mdm") not in kinds:
-            continue
-        for setting in settings:
-            new = []
-            for B in sorted(batches, reverse=True):                                    # quality from the largest batch
-                def measure():
-                    runs = [go(family, setting, x) for x in canvas[:max(B, min(4, max(batches)))].split(B)]
-                    seconds = sum(r[1] for r in runs)
-                    quality = judged(judge, torch.cat([r[0] for r in runs]), P) if not new else \
-                        [new[0][k] for k in ("loss", "se", "entropy")]
-                    return dict(passes=statistics.mean(r[2].passes for r in runs),
-                                tok_per_s=sum(len(r[0]) for r in runs) * (T - P) / seconds,
-                                overhead=1 - sum(r[2].seconds for r in runs) / seconds,
-                                **dict(zip(("loss", "se", "entropy"), quality)))
-                point = dict(sampler=family, setting=setting, most=max(batches), models=key)
-                row = once(dict(point, batch=B), measure)
-                new.append(dict(sampler=family, **setting, **{k: v for k, v in row.items() if k not in point}))
-            rows += new
-            speeds = ", ".join(f"batch {r['batch']}: {r['tok_per_s']:,.0f} tok/s" for r in new)
-            print(f"{family} {setting}: {speeds}, loss {new[0]['loss']:.3f}", flush=True)
-    print(f"\n{T - P} tokens after {P} of real text; loss under the AR judge, nats per token; entropy of a text's own counts")
-    table(rows, ["sampler", "order", "steps", "threshold", "block_size", "refresh", "batch", "passes", "tok_per_s", "overhead",
-                 "loss", "se", "entropy"])
-    extra = []
-    if "mdm" in kinds:
-        small = canvas[:16]
-        blocks = [s for s in decoders(T - P)["diffusion in blocks, dual cache"] if s.get("steps") == T - P]
-        for setting in blocks + [dict(blocks[0], refresh=r) for r in (4, 2)]:
-            def measure():
-                a, slow, _ = go("diffusion in blocks", {**setting, "cache": False, "refresh": None}, small, temperature=0)
-                b, fast, _ = go("diffusion in blocks, dual cache", setting, small, temperature=0)
-                return dict(speedup=slow / fast, agreement=(a == b)[:, P:].float().mean().item())
-            row = once(dict(sampler="dual cache against none", setting=setting, batch=len(small), models=key), measure)
-            extra.append(dict(sampler=row["sampler"], **setting, **{k: row[k] for k in ("batch", "speedup", "agreement")}))
-        print("\nthe dual cache against none, greedy, one token a step: share of equal tokens")
-        table(extra, ["block_size", "refresh", "batch", "speedup", "agreement"])
-        more = arithmetic(folders["sums"], device)
-        print("\nnew sums, 12 in a window with 24 digits open, greedy; fewer: than one digit a step")
-        table(more, ["order", "steps", "threshold", "steps_used", "fewer", "exact_match"])
-        over = overhead(device, clock)
-        print("\nshare of the time outside the model, 256 tokens in 32 steps, batch 1")
-        table(over, ["sampler", "params", "passes", "overhead"])
-        extra += more + over
-    name = args.name or f"decode_{'gpu' if torch.cuda.is_available() else 'cpu'}" + f"_{kinds[0]}" * (len(kinds) == 1)
-    record(name, rows + extra, device, args.results, models=about, seed=0, prompt=P, new=T - P, **conditions(args, device))
-    series, few = {}, min(batches)
-    for i, family in enumerate(dict.fromkeys(r["sampler"] for r in rows[1:])):
-        for B, style in ((max(batches), dict(ls="-")), (few, dict(ls=":", mfc="white"))):
-            points = sorted((r["tok_per_s"], r["loss"]) for r in rows if r["sampler"] == family and r.get("batch") == B)
-            label = "_" * ("mfc" in style) + family                                    # "_": not in the legend
-            series[label] = (*zip(*points), dict(marker="*osD^vP"[i], ms=6, lw=0.8, color=f"C{i}", **style))
-    plot(name, series, "tokens/s", "loss under the AR judge, nats per token",
-         f"{about['judge']['params'] / 1e6:.1f}M parameters, {T - P} tokens; filled: batch {max(batches)}, hollow: {few}",
-         args.results, lines=[("y", rows[0]["loss"], "real text")])
-
-
-def bench_panel(args):
-    """All likelihoods of the decode runs on the same validation windows: exact, bounds, chains; bits per byte."""
-    if args.n_mc < 4 or args.n_mc % 4 or args.windows < 1:
-        raise ValueError(f"--n_mc {args.n_mc} must be a multiple of 4, and --windows {args.windows} at least 1")
-    folders = decode_runs(args, ["ar", "mdm", "block"])
-    (device, *_), rows = setup(args), []
-    for role, folder in folders.items():
-        lm, state = train.load_model(folder, "last", device)
-        x = validation(state["flags"]["dataset"], lm.config.block_size, args.windows)
-        bytes_per_token = prepare.load_tokenizer(folder).token_bytes[x.numpy()].sum() / x.numel()
-        rows += [dict(run=role, measure=measure, nats=nats, se=se or None, bits_per_byte=nats / math.log(2) / bytes_per_token,
-                      params=lm.num_params(), steps=state["step"], windows=len(x), tokens=x.size(1))
-                 for measure, nats, se in sample.panel(lm, state["flags"], x.to(device), args.n_mc)]
-    table(rows, ["run", "measure", "nats", "se", "bits_per_byte", "params", "steps"])
-    name = args.name or f"panel_{'gpu' if torch.cuda.is_available() else 'cpu'}"
-    record(name, rows, device, args.results, seed=0, n_mc=args.n_mc)
-
-# ---------------------------------------------------------------------------------------------------------------------
 # choices: multiple choice by likelihood
 
 FORMS = {"ctx": ("endings", "label"), "query": ("choices", "gold"), "context": ("continuation",)}     # HellaSwag; PIQA, ARC; LAMBADA
@@ -2958,13 +2950,6 @@ def main(argv=None):
         return dict(dataset=("docs-byte", "text"), steps=(steps, "of training: of each AR run, three times as many for diffusion"),
                     n_layer=(n_layer, "blocks"), n_embd=(128, "width"), block_size=(block_size, "window, T"),
                     batch_tokens=(batch_tokens, "tokens in a step"), lr=(4e-3, "rate"), workers=(1, "runs at a time"))
-    command("switch", switch, **small(1200, 2, 1024, 1024) | dict(steps=(1200, "of dense training")), **out("out/switch"),
-            adapt=(150, "steps of adaptation, N"), windows=(64, "validation windows"))
-    command("recall", recall, **machine, **objectives, **out("out/recall", points), steps=(600, "of training, each"),
-            layers=(None, f"comma-separated, of: {', '.join(ARENA)} (default: all)"),
-            lengths=(",".join(map(str, LENGTHS)), "of the text with needles; also trained on", numbers),
-            batch_tokens=(2048, "tokens in a step, one sequence at least"))
-
     command("train", bench_train, **machine, **shape, **objectives, preset=("gpt2", "model"),
             vocab_size=(None, "default: the preset's", int), batch=(12, "windows in a step"), iters=(40, "timed steps"),
             warmup=(5, "steps before them"), rounds=(3, "alternating runs of each model"),
@@ -2981,19 +2966,8 @@ def main(argv=None):
     command("sparse", bench_sparse, **machine, **repeat(3), lengths=("65536,32768,131072", "tokens of a sequence", numbers),
             tokens=(262_144, "of a batch"), n_head=(32, "query heads"), n_kv_head=(2, "key/value heads"),
             head_dim=(128, "width of a head"), block=(64, "keys in a block"), topk=(64, "blocks that a query reads"))
-    command("moe", bench_moe, **machine, **repeat(12), steps=(2000, "of the balance run"), **out("out/moe", "two runs"))
     command("gpu", gpu, minutes=(9.0, "for all of it"))
 
-    command("theory", theory, **threads, **out("out/theory", points), lengths=("24,96", "of sequences, multiples of 3", numbers),
-            steps=(1000, "of training for a diffusion model, a quarter of them for AR"),
-            sequences=(128, "sampled from a trained model for each point, 8 times as many from an oracle"))
-    models = dict(**machine, **shape, workers=(2, "trainings at a time"), **scaled(str, dataset="a name under data/ or a folder"),
-                  **scaled(int, batch_tokens="tokens in a step", max_steps="training of AR; diffusion gets more"),
-                  run_ar=(None, "run folder of the AR model (default: trained)"), run_mdm=(None, "of the diffusion model"),
-                  run_block=(None, "of the block-diffusion model"), **out(None, "runs (default: out/decode-SCALE)"))
-    command("decode", decode, **models, objective=objectives["objectives"], judge=(None, "run folder of the AR judge"),
-            run_sums=(None, "of the arithmetic model"), batches=("1,8,64", "batch sizes; quality is that of the largest", numbers))
-    command("panel", bench_panel, **models, windows=(16, "validation windows"), n_mc=(64, "masks per window of a bound"))
     p = command("choices", choices, **machine | dict(threads=(0, "CPU threads; 0: 1 for models below 5M parameters, else all cores")),
                 measures=(None, "likelihoods: some of exact,bound,chain (default: all that a run has)"),
                 n_mc=(32, "masks per item of the bound, a multiple of 4"),
@@ -3004,8 +2978,6 @@ def main(argv=None):
     p.add_argument("--files", nargs="+", default=["probe"], metavar="FILE",
                    help=".jsonl (.gz, .bz2, .xz) of {ctx, endings, label}, {query, choices, gold} or {context, continuation}; "
                         "probe: true ends of passages of the run's own validation data among three others")
-    command("tools", bench_tools, **machine, **out("out/tools"), workers=(1, "runs at a time"), problems=(500, "held-out ones to solve"),
-            steps=(1000, "of training for AR, three times as many for block diffusion"))
     for name, about in EXPERIMENTS.items():
         text = re.sub(r"^    \w+: .*\n", "", about.run.__doc__, flags=re.M)
         add_flags(commands.add_parser(name, help=text.partition("\n")[0], description=text), about)
