@@ -27,6 +27,10 @@
 Numbers go to results/NAME.json with command, versions, device and seed, pictures to results/NAME.png. The tables and
 pictures of the README come from there. A command that was interrupted goes on where it stopped when it is typed again.
 """
+if __name__ == "__main__":                      # Ctrl-C while the imports run: the end, and no traceback
+    import signal
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import bz2
 import collections

@@ -17,6 +17,10 @@ one, `done` in [0, 1] is the part of the source read so far. So no file has to f
 On disk, token ids are raw uint16 (uint32 for vocabularies above 65,536) and each document ends in <|endoftext|>, as
 in nanoGPT. In every tokenizer the id of <|endoftext|> is the last one, n_vocab - 1.
 """
+if __name__ == "__main__":                      # Ctrl-C while the imports run: the end, and no traceback
+    import signal
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse, base64, bz2, collections, concurrent.futures, contextlib, difflib, fractions, functools, gzip, hashlib
 import heapq, http.client, importlib.metadata, importlib.util, inspect, io, itertools, json, lzma, os, re, shlex, shutil
 import signal, sys, sysconfig, tempfile, time, types, urllib.request, warnings, zipfile, zlib

@@ -18,6 +18,10 @@ ckpt_last.pt, ckpt_prev.pt, the one before it, and ckpt_best.pt. In this file, i
     a step          the global batch, this process's share of it, the gradient
     train           the story
 """
+if __name__ == "__main__":                      # Ctrl-C while the imports run: the end, and no traceback
+    import signal
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import contextlib
 import dataclasses
 import datetime
