@@ -70,8 +70,8 @@ import diffusion
 import prepare
 import sample
 import train
-from attention import (ATTENTION, block_sparse_attention, compressed_scores, delta_rule, linear_attention, select_blocks,
-                       windows as key_windows)
+from attention import (ATTENTION, block_sparse_attention, compressed_scores, delta_rule, key_windows, linear_attention,
+                       select_blocks)
 from model import LM, MLP, PRESETS, ModelConfig, MoE, from_preset, nearest, override, parse_layers
 
 HERE = Path(__file__).resolve().parent

@@ -20,6 +20,7 @@ import difflib
 import math
 import os
 import re
+import types
 import typing
 import warnings
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from attention import ATTENTION, CHOICES, Cache, LayerConfig, check_settings, itemsize, no_autocast, top_k
+from attention import ATTENTION, CHOICES, Cache, LayerConfig, check_settings, itemsize, no_autocast, step_of, top_k
 
 
 def need(ok, message):
@@ -90,26 +91,21 @@ class LM(nn.Module):
         init_weights(self)
 
     def forward(self, idx, causal=True, cache=None, commit=True, pos=None, valid=None, mask=None, aux=None):
-        B, T = idx.shape
-        if B * T == 0:                                              # nothing in, nothing out
+        T = idx.size(1)
+        if idx.numel() == 0:                        # nothing in, nothing out
             return self.logits(self.embed(idx))
-        own_pos, start = pos, 0  # None lets the layers take their fast path; the values are the same
-        if cache is not None:
-            pos = cache.positions(T, pos)
-            start = 0 if torch.compiler.is_compiling() else cache.used  # a graph cannot count
-        elif pos is None:
-            pos = torch.arange(T, device=idx.device)
-        if own_pos is None and start + T > self.config.block_size:
+        step = step_of(idx, cache, causal, commit, pos, valid, mask, aux)
+        start = 0 if cache is None or torch.compiler.is_compiling() else cache.used     # a graph cannot count
+        if pos is None and start + T > self.config.block_size:
             self.beyond_block_size(start + T)
-        x = self.embed(idx)                                                            # (B, T, C)
+        x = self.embed(idx)                         # (B, T, C)
         if self.embed_pos is not None:
-            x = x + self.embed_pos(pos)
+            x = x + self.embed_pos(step.pos)
         x = self.dropout(x)
         for i, block in enumerate(self.blocks):
-            x = block(x, causal=causal, cache=None if cache is None else cache.layers[i], commit=commit,
-                      pos=own_pos, valid=valid, mask=mask, aux=aux)
+            x = block(x, step, None if cache is None else cache.layers[i])
         if cache is not None and commit:
-            cache.advance(pos, valid)
+            cache.advance(step)
         return self.logits(self.norm(x))
 
     def logits(self, x):
@@ -132,14 +128,14 @@ class LM(nn.Module):
 
     @property
     def has_cache(self):
-        """Whether every layer brings an init_cache: without it, sampling computes the prefix anew for each token."""
-        return all(hasattr(b.mixer, "init_cache") for b in self.blocks)
+        """Does every layer say its `state`? Without it, sampling computes the prefix anew for each token."""
+        return all(hasattr(b.mixer, "state") for b in self.blocks)
 
     def init_cache(self, batch_size, max_len, device=None, dtype=None):
-        """One cache for all layers, for max_len tokens a row."""
+        """One cache for all layers, for max_len tokens per row: it counts, they have buffers alone."""
         device = device or self.embed.weight.device
-        return Cache(batch_size, max_len, device,
-                     layers=[b.mixer.init_cache(batch_size, max_len, device, dtype) for b in self.blocks])
+        layers = [b.mixer.buffers_for(batch_size, max_len, device, dtype) for b in self.blocks]
+        return Cache(batch_size, max_len, device, layers=[types.SimpleNamespace(**buffers) for buffers in layers])
 
     def cache_bytes(self, T, dtype):
         """Bytes that one sequence of T tokens keeps between decode steps."""
@@ -180,9 +176,9 @@ class Block(nn.Module):
         self.norm2, self.mlp = make_norm(config), (MoE if config.n_expert else MLP)(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, aux=None, valid=None, **layer_keywords):
-        x = x + self.dropout(self.mixer(self.norm1(x), aux=aux, valid=valid, **layer_keywords))
-        return x + self.dropout(self.mlp(self.norm2(x), aux, valid))
+    def forward(self, x, step, cache=None):
+        x = x + self.dropout(self.mixer(self.norm1(x), causal=step.causal, cache=cache, step=step))
+        return x + self.dropout(self.mlp(self.norm2(x), step.aux, step.valid))
 
 
 def make_norm(config):

@@ -45,9 +45,9 @@ import diffusion
 import prepare
 import sample
 import train
-from attention import (ATTENTION, LayerConfig, block_sparse_attention, compressed_scores, delta_rule, delta_rule_recurrent, flex_window_attention,
+from attention import (ATTENTION, LayerConfig, block_sparse_attention, compressed_scores, delta_rule, delta_rule_recurrent, flex_window_attention, key_windows,
                        index_block_scores, indexer_kl, inverse_of_one_minus, lightning_scores, linear_attention,
-                       linear_attention_recurrent, select_blocks, softmax_attention, top_k, visible, window_attention, windows)
+                       linear_attention_recurrent, select_blocks, softmax_attention, top_k, visible, window_attention)
 from diffusion import (ar_loss, mdm_loss, mdm_nll, mdm_noise, mdm_mask, mixed_loss, block_diffusion_loss, masked_nll, chain_nll, token_nll, sample_ar,
                        sample_mdm, sample_block, canvas, confidence, corrupt, smallest)
 from model import LM, PRESETS, ModelConfig, MoE, activate, from_preset, override, parse_layers, parse_value
@@ -399,19 +399,23 @@ def test_cache_needs_no_mask_where_nothing_is_hidden(case, monkeypatch):
 
 
 def test_cache_needs_a_mask_where_something_is_hidden():
-    layer, x, ok = make_layer("full"), torch.randn(2, 4, 32), torch.tensor([[True] * 4, [True, True, False, False]])
+    layer, ok = make_layer("full"), torch.tensor([[True] * 4, [True, True, False, False]])
+
+    def plain(T, causal, cache, **more):
+        return attention.step_of(torch.empty(2, T, 32), cache, causal, **more).plain
+    cache, five = layer.init_cache(2, 8), torch.tensor([5])
+    assert plain(4, True, cache) and plain(4, False, cache) and plain(4, True, cache, valid=ok)
+    assert not plain(4, False, cache, valid=ok)
+    layer(torch.randn(2, 4, 32), cache=cache, causal=False)
+    assert plain(1, True, cache) and plain(2, False, cache)
+    assert not plain(2, True, cache) and not plain(1, False, cache, pos=torch.tensor([2]))
+    layer(torch.randn(2, 4, 32), cache=cache, causal=False)
+    assert plain(1, False, cache, pos=five) and not plain(1, True, cache, pos=five)
     cache = layer.init_cache(2, 8)
-    assert cache.needs_mask(4, True, None, None, False) and not cache.needs_mask(4, False, None, None, False)
-    assert cache.needs_mask(4, False, None, ok, False) and cache.needs_mask(1, False, torch.tensor([5]), None, False)
-    assert not cache.needs_mask(1, True, None, None, True)
-    assert cache.needs_mask(4, False, None, ok, True) and cache.needs_mask(1, True, None, None, True), "for good"
-    cache = layer.init_cache(2, 8)
-    with torch.no_grad():
-        layer(torch.cat([x, x], dim=1), causal=False, cache=cache)
-    assert not cache.needs_mask(1, False, torch.tensor([5]), None, True) and cache.needs_mask(1, True, torch.tensor([5]), None, True)
+    layer(torch.randn(2, 4, 32), cache=cache, valid=ok)
+    assert not plain(1, True, cache) and not plain(1, False, cache), "for good"
 
 
-@exactly
 def test_mask_with_padding_positions_and_window():
     """A given mask hides the padding too, and stands for both directions; its window reads positions, each row's own."""
     torch.manual_seed(0)
@@ -437,7 +441,7 @@ def test_cache_bound_after_padding_and_compiled_steps():
         close(layer(x[:, 5:8], cache=cache), y[:, 5:8])
         step = torch.compile(lambda x, cache: layer(x, cache=cache), backend="eager", fullgraph=True)
         close(step(x[:, 8:10], cache), y[:, 8:10])
-        assert cache.needs_mask(1, False, torch.tensor([5]), None, False), "the host does not know that the cache is full"
+        assert not cache.dense and cache.used == 12, "the host does not know what the cache holds"
         close(layer(x[:, 10:], cache=cache), y[:, 10:])
         with pytest.raises(ValueError, match="holds 12 tokens and 12 are taken"):
             layer(x[:, :1], cache=cache)
@@ -1058,7 +1062,7 @@ def test_parity_native_sparse_attention():
         a = m.norm(x)
         q, k, v = (b.unflatten(-1, (-1, D)).transpose(1, 2) for b in m.to_qkv(a).split(m.qkv_split, dim=-1))
         i = torch.arange(T // L).expand(2, -1)
-        ck, cv = (torch.cat([mem.expand(2, -1, -1, -1), f(windows(b, i, L, L) + p[:, None])], dim=2) for mem, f, b, p in (
+        ck, cv = (torch.cat([mem.expand(2, -1, -1, -1), f(key_windows(b, i, L, L) + p[:, None])], dim=2) for mem, f, b, p in (
             (m.compress_mem_kv[0], m.k_compress, k, m.k_intrablock_positions), (m.compress_mem_kv[1], m.v_compress, v, m.v_intrablock_positions)))
         t = torch.arange(T)
         seen = t[:, None] > torch.arange(T // L) * L + L - 1                           # theirs: strictly after the window
@@ -1698,21 +1702,25 @@ def test_init_knows_every_parameter(monkeypatch):
 
 
 @pytest.mark.parametrize("objective", ["ar", "mdm"])
-@pytest.mark.parametrize("bare", [False, True], ids=["as it stands", "without flops"])
-def test_readme_layer_works(monkeypatch, dataset, tmp_path, capsys, objective, bare):
+@pytest.mark.parametrize("without", [(), ("flops", "state")], ids=["as it stands", "without flops and state"])
+def test_readme_layer_works(monkeypatch, dataset, tmp_path, capsys, objective, without):
     """The layer that the README tells readers to write: both directions, gradients, and the real commands, to the end."""
     code = re.search(r"```python\n(.*?)```", Path(__file__).with_name("README.md").read_text(encoding="utf-8"), re.S)[1]
     monkeypatch.setitem(ATTENTION, "mean", None)        # taken out again behind the test
     scope = {}
     exec(code, scope)
-    if bare:
-        del scope["Mean"].flops
+    for method in without:
+        delattr(scope["Mean"], method)
     lm, x = LM(tiny(layers="mean full")), torch.randint(11, (2, 9))
     assert torch.equal(lm(x)[:, :5], lm(torch.cat([x[:, :5], x[:, :4]], 1))[:, :5]) and not torch.equal(lm(x), lm(x, causal=False))
     lm(x).sum().backward()
-    assert lm.flops_per_token() > 0 and not lm.has_cache and LM(tiny()).has_cache
-    with pytest.raises(ValueError, match="sample without a cache"):
-        diffusion.sample_ar(lm, x, 11, cache=True)
+    assert lm.flops_per_token() > 0 and lm.has_cache == (not without)
+    if without:
+        with pytest.raises(ValueError, match="sample without a cache"):
+            diffusion.sample_ar(lm, x, 11, cache=True)
+    else:
+        y, cache = lm(x), lm.init_cache(2, 9)
+        torch.testing.assert_close(torch.cat([lm(x[:, :5], cache=cache), lm(x[:, 5:6], cache=cache), lm(x[:, 6:], cache=cache)], 1), y)
     run = str(tmp_path / "run")
     small = "--n_layer 2 --n_embd 16 --n_head 2 --block_size 16 --batch_tokens 32 --max_steps 2 --eval_windows 4 --device cpu --layers".split()
     assert train.main(["--dataset", dataset, "--out", run, "--objective", objective, *small, "mean full"]) == 0
