@@ -10,10 +10,9 @@
   speed and memory
     train       training speed and memory, also beside a nanoGPT checkout
     attention   every layer: time and memory against length, keys read, cache
-    functions   the mixers as pure functions: against SDPA and transformers, time and memory up to 65,536 tokens
+    functions   the mixers as pure functions, and block-sparse attention: against SDPA and transformers
     context     time of one decoded token against the tokens in the cache
     hybrids     losses, recall, time and cache of linear, sparse, full layers and their mixtures in one table, from the above
-    sparse      block-sparse attention at a published shape, with and without selection
     moe         mixture of experts: speed against dense, load with and without balancing, experts and topics
     presets     sizes and caches of the published models
     gpu         all GPU measurements, in order of value, as many as fit into --minutes
@@ -158,9 +157,9 @@ def add_flags(parser, about):
 
 def items_like(default):
     """A type of flags: '64,256' -> (64, 256), of the type of the default's items."""
-    kind = type(default[0])
+    kind = type(default[0]) if default else str
     read = str if kind is str else lambda item: prepare.Parser.number(item, kind)
-    return lambda text: tuple(read(item) for item in re.split(r",(?![^(]*\))", text))     # no comma of layer(a=1, b=2)
+    return lambda text: tuple(read(item) for item in re.split(r",(?! )(?![^(]*\))", text))   # no comma of layer(a=1,b=2)
 
 
 def choose(flag, names, known):
@@ -184,7 +183,7 @@ def settle(about, typed):
             flags |= {k: v for k, v in about.gpu.items() if k not in typed}
     for name, (default, kind) in known.items():                                        # numbers that count something
         values = flags[name] if kind is tuple else [flags[name]]
-        for value in values if default != 0 and name != "seed" else ():
+        for value in values if default != 0 and name not in ("seed", "warmup") else ():
             if type(value) is int and value < 1:
                 raise ValueError(f"--{name} {value} must be at least 1")
     if "device" in flags:
@@ -402,8 +401,9 @@ def lines(x, y, line, xlabel, ylabel, title):
     def picture(plt, result):
         figure, ax = plt.subplots(figsize=(8, 5.5))
         colours, labels, xs = itertools.cycle(plt.get_cmap("tab20").colors), [], set()
-        for name in dict.fromkeys(r[line] for r in result["rows"]):
-            mine = [(r[x], r[y]) for r in result["rows"] if r[line] == name and r[y]]
+        rows = [r for r in result["rows"] if r.get("batch") == result["rows"][0].get("batch")]
+        for name in dict.fromkeys(r[line] for r in rows):
+            mine = [(r[x], r[y]) for r in rows if r[line] == name and r[y]]
             colour = "black" if name == "full" else next(colours)
             ax.plot(*zip(*mine), marker="o", ms=3, lw=2.5 if name == "full" else 1.3, color=colour)
             labels.append((*mine[-1], name, colour))
@@ -521,6 +521,43 @@ def run_arms(jobs, workers):
 # ---------------------------------------------------------------------------------------------------------------------
 # Timing
 
+SDPA = {"default": [],                                                                 # first come, first served
+        "cudnn": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
+        "flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]}
+
+
+@contextlib.contextmanager
+def sdpa(kernel, only=True):
+    """A context in which SDPA takes this kernel or fails; not only: takes it first. "default" and unknown names: no change.
+
+    Without torch's cache of compiled graphs, whose key does not say which kernel a graph was made for, so that the second
+    kernel asked for is silently the first again (pytorch #185449; torch 2.13 too).
+    """
+    if not SDPA.get(kernel):
+        yield
+        return
+    with sdpa_kernel(SDPA[kernel][:1] if only else SDPA[kernel], set_priority=not only), \
+            functorch_config.patch(enable_autograd_cache=False):
+        yield
+
+
+def clock_of(device):
+    """Seconds: of this process on a CPU (robust on a busy machine), of the wall behind a GPU that has finished."""
+    if torch.device(device).type == "cuda":
+        return lambda: (torch.cuda.synchronize(), time.perf_counter())[1]
+    return time.process_time
+
+
+def seconds_of(step, device, repeat):
+    """Smallest time of `repeat` calls."""
+    clock, best = clock_of(device), math.inf
+    for _ in range(repeat):
+        tic = clock()
+        step()
+        best = min(best, clock() - tic)
+    return best
+
+
 def time_passes(f, inputs, device, repeat, parameters=(), kernel="default"):
     """Milliseconds of f(*inputs), forward alone and forward + backward: the smallest of `repeat` calls behind one that
     warms up and compiles; and on a GPU the largest memory. kernel: SDPA's, for `sdpa`."""
@@ -540,8 +577,22 @@ def time_passes(f, inputs, device, repeat, parameters=(), kernel="default"):
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         forward_ms, both_ms = (1e3 * seconds_of(g, device, repeat) for g in (forward, both))
-    peak = torch.cuda.max_memory_allocated() / 2 ** 20 if cuda else None
-    return dict(forward_ms=forward_ms, both_ms=both_ms, peak_mib=peak)
+    return dict(forward_ms=forward_ms, both_ms=both_ms,
+                kept_mib=None if cuda else kept_bytes(lambda: f(*inputs)) / 2 ** 20,
+                peak_mib=torch.cuda.max_memory_allocated() / 2 ** 20 if cuda else None)
+
+
+def kept_bytes(run):
+    """Bytes that one forward pass keeps for its backward pass: of distinct storages, exact on any device."""
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        held = run()                                                                   # alive, so that no address is used twice
+    del held
+    return sum(kept.values())
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Layers: every list comes from ATTENTION; a sparse layer gets settings with which a query reads few keys
@@ -1004,6 +1055,287 @@ def attention(lengths=(512, 1024, 2048, 4096, 8192), layers=SWEEP, n_head=4, hea
             return row | dict(reads=layer.reads(T, not bidirectional), cache_bytes_per_token=cache / T,
                               cache_vs_mha=cache / (4 * width * T))
         yield dict(layer=name, T=T), measure
+
+# ---------------------------------------------------------------------------------------------------------------------
+# context: one decoded token against the length of the cache
+
+@experiment(named=("device",), finish=lambda rows: compared(rows, "layer", "full", ("ms",)),
+            picture=lines("T", "tok_per_s", "layer", "tokens in the cache", "tokens/s",
+                          "decoding by one layer, {n_head} heads of {head_dim}"))
+def context(lengths=(1024, 4096, 16384, 65536), batches=(1,), layers=SWEEP, n_head=4, head_dim=64, repeat=100,
+            device="auto", threads=1):
+    """Decoding: time of one token against the tokens in the cache, each layer and batch.
+
+    lengths: tokens in the cache
+    batches: sequences, comma-separated; the picture shows the first
+    """
+    cuda, width = device.startswith("cuda"), n_head * head_dim
+    dtype = torch.bfloat16 if cuda else torch.float32
+    choose("layers", layers, SWEEP)
+    for T, name, B in itertools.product(lengths, layers, batches):
+        def measure():
+            layer = make_layer(name, T, n_head, head_dim, device, dtype).eval()
+            cache, x = layer.init_cache(B, T, device, dtype), torch.randn(B, 1, width, device=device, dtype=dtype)
+            for a in (a for a in vars(cache).values() if torch.is_tensor(a)):          # as if T - 1 tokens had been read
+                if a.is_floating_point():
+                    a.normal_()
+                elif a is cache.pos:
+                    a.fill_(T - 1)
+                else:
+                    a.copy_(torch.arange(T - 1 - a.size(1), T - 1))
+                if cuda:
+                    torch._dynamo.mark_static_address(a)                               # else a CUDA graph copies it
+            f = torch.compile(layer, dynamic=False, fullgraph=True, mode="reduce-overhead") if cuda else layer
+
+            def step():
+                cache.used = T - 1                                                     # the same step again, in the last slot
+                cache.pos.fill_(T - 1)
+                f(x, cache=cache)
+            with torch.no_grad():
+                ms = 1e3 * seconds_of(step, device, repeat)
+            cache_mib = B * layer.cache_bytes(T, dtype) / 2 ** 20
+            return dict(ms=ms, tok_per_s=B / ms * 1e3, reads=layer.reads(T), cache_mib=cache_mib)
+        yield dict(layer=name, T=T, batch=B), measure
+
+# ---------------------------------------------------------------------------------------------------------------------
+# functions: the mixers as pure functions of (q, k, v, beta, g, gc)
+
+def peers():
+    """Plain-torch rules of transformers, where it is installed. Theirs are (B, T, H, D)."""
+    try:
+        from transformers.models.kimi_linear.modeling_kimi_linear import chunk_kimi_delta_attention as kda
+        from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule as gdn
+    except ImportError:
+        return {}
+
+    def turned(rule, *inputs, **decay):
+        q, k, v, beta = (a.transpose(1, 2).contiguous() for a in inputs)
+        decay = {name: a.transpose(1, 2).contiguous() for name, a in decay.items()}
+        return rule(q, k, v, beta=beta, **decay)[0].transpose(1, 2)
+    return {"gated_deltanet, transformers": lambda q, k, v, beta, g, gc: turned(gdn, q, k, v, beta, g=g),
+            "kda, transformers": lambda q, k, v, beta, g, gc: turned(kda, q, k, v, beta, g=gc)}
+
+
+def dense(causal=True):
+    return lambda q, k, v, *_: F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+
+
+def flex_dense(q, k, v, *_):
+    """Causal attention of all tokens by FlexAttention, as the sparse one; whole tiles below the diagonal without a mask."""
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+    tile = torch.arange(q.size(2) // 128, dtype=torch.int32, device=q.device)
+    one, index = torch.ones_like(tile)[None, None], tile.expand(len(tile), -1)
+    others = ((tile[:, None] + tile) % len(tile))[None, None].int()
+    mask = BlockMask.from_kv_blocks(one, others, tile[None, None], index[None, None].contiguous(), BLOCK_SIZE=128,
+                                    mask_mod=lambda b, h, t, s: t >= s, seq_lengths=(q.size(2), k.size(2)))
+    return flex_attention(q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1))
+
+
+def block_sparse(block, topk, tile, causal=True, picks=None):
+    """MoBA's choice (arXiv 2502.13189), queries against mean keys, made once for each `tile` queries; or given picks.
+
+    Causal too: a tile then looks at its own later queries, which is fine for a measurement and forbidden in a layer."""
+    def run(q, k, v, *_):
+        T, slots = q.size(2), torch.arange(q.size(2), device=q.device)[None]
+        limit, sel = slots + 1 if causal else torch.full_like(slots, T), picks
+        if sel is None:
+            means = k.detach().unflatten(2, (-1, block)).mean(3)
+            score = lambda r: compressed_scores(q.detach()[:, :, r], means, limit[:, r], T, block, block, block, "max")
+            sel = select_blocks(score, slots, limit, T // block, block, topk, tile=tile)
+        return block_sparse_attention(q, k, v, sel, block, causal, tile, limit, topk)
+    return run
+
+
+FUNCTIONS = {
+    "sdpa": dense(), "sdpa, both ways": dense(False),
+    "linear": lambda q, k, v, *_: linear_attention(q, k, v)[0],
+    "linear, decay a head": lambda q, k, v, beta, g, gc: linear_attention(q, k, v, g)[0],
+    "linear, decay a channel": lambda q, k, v, beta, g, gc: linear_attention(q, k, v, gc)[0],
+    "deltanet": lambda q, k, v, beta, *_: delta_rule(q, k, v, beta)[0],
+    "gated_deltanet": lambda q, k, v, beta, g, gc: delta_rule(q, k, v, beta, g)[0],
+    "gated_deltanet, both ways": lambda q, k, v, beta, g, gc: delta_rule(q, k, v, beta, g, causal=False)[0],
+    "kda": lambda q, k, v, beta, g, gc: delta_rule(q, k, v, beta, gc, g_min=-5.0)[0],
+    "kda, any decay": lambda q, k, v, beta, g, gc: delta_rule(q, k, v, beta, gc)[0],
+}
+SPARSE = ("block-sparse", "block-sparse, with selection", "block-sparse, both ways, with selection")
+ON_GPU = ("sdpa cudnn", "sdpa flash", "dense flex")
+
+
+@experiment(named=("device",), finish=lambda rows: compared(rows, "function", "sdpa", ("forward_ms", "both_ms")),
+            picture=lines("T", "both_ms", "function", "tokens", "ms, forward + backward", "{n_head} heads of {head_dim}"))
+def functions(lengths=(1024, 4096, 8192), functions=(), n_head=4, n_kv_head=4, head_dim=64, batch=1, block=128, topk=8,
+              tile=128, repeat=5, device="auto", threads=1):
+    """Mixers as pure functions, and block-sparse attention: against SDPA and transformers, time and memory against length.
+
+    functions: names, comma-separated (default: all; sdpa, the reference, is always there)
+    block: keys in a block of the block-sparse ones
+    topk: blocks that a query picks
+    tile: queries that share their picks
+    batch: sequences
+    """
+    cuda = device.startswith("cuda")
+    dtype, others = torch.bfloat16 if cuda else torch.float32, peers()
+    known = (*FUNCTIONS, *others, *SPARSE, *ON_GPU * cuda)
+    for T, name in itertools.product(lengths, dict.fromkeys(["sdpa", *choose("functions", functions or known, known)])):
+        if name in SPARSE and (T % math.lcm(block, tile) or topk * block > T):
+            raise ValueError(f"--lengths {T}: block-sparse attention takes multiples of --block {block} and --tile {tile}, and "
+                             f"at least --topk {topk} blocks")
+
+        def measure():
+            shape = lambda heads, *more: (batch, heads, T, *more)
+            q, k, v = (torch.randn(shape(h, head_dim), device=device, dtype=dtype) for h in (n_head, n_kv_head, n_kv_head))
+            beta, g = torch.rand(2, *shape(n_head), device=device)
+            gc = torch.rand(shape(n_head, head_dim), device=device)                    # log decay in [-1, 0]
+            inputs = F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, beta, -g, -gc
+            f = {**FUNCTIONS, **others, "dense flex": flex_dense}.get(name, dense())
+            if name in SPARSE:
+                causal, picks = "both ways" not in name, None
+                if "selection" not in name:
+                    slots = torch.arange(T, device=device)[None]
+                    score = lambda r: torch.rand(batch, n_kv_head, r.stop - r.start, T // block, device=device)
+                    picks = select_blocks(score, slots, slots + 1, T // block, block, topk, tile=tile)
+                f = block_sparse(block, topk, tile, causal, picks)
+            torch._dynamo.reset()
+            ours = cuda and name not in others                                         # as train.py does; peers as they come
+            return time_passes(torch.compile(f, dynamic=False) if ours else f, inputs, device, repeat,
+                               kernel=name.removeprefix("sdpa "))
+        yield dict(function=name, T=T), measure
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train: speed and memory of training
+
+SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+
+
+def nanogpt(folder, config, device):
+    """(model, optimizers, loss of tokens (B, T + 1)) of a nanoGPT checkout, of the same shape."""
+    sys.path.insert(0, folder)
+    sys.modules.pop("model")
+    from model import GPT, GPTConfig                                                   # noqa: nanoGPT's, not ours
+    shape = {k: getattr(config, k) for k in SIZES}
+    lm = GPT(GPTConfig(**shape, dropout=0.0, bias=False)).to(device)
+    optimizers = [lm.configure_optimizers(0.1, 1e-3, (0.9, 0.95), torch.device(device).type)]
+    return lm, optimizers, lambda x, noise: lm(x[:, :-1].contiguous(), x[:, 1:].contiguous())[1]
+
+
+def throughput(kind, preset, sizes, batch, iters, warmup, device, compile, dtype, threads, optimizer, sdpa_kernel, vs):
+    """One process, one model ("ar", "mdm" or "nanoGPT"): times optimizer steps on random tokens; prints one JSON line."""
+    cuda, gen, ticks = device.startswith("cuda"), torch.Generator().manual_seed(0), []
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")                                         # as train.py and nanoGPT do
+    config = override(ModelConfig(), {**PRESETS[preset], **sizes})
+    T = config.block_size
+    if kind == "nanoGPT":
+        lm, optimizers, loss_of = nanogpt(vs, config, device)
+    else:
+        lm = LM(config).to(device)
+        optimizers = train.make_optimizers(lm, {**train.DEFAULTS, "optimizer": optimizer}, device)
+        if kind == "ar":
+            loss_of = lambda x, noise: diffusion.ar_loss(lm, x[:, :T], lm.mask_id)
+        else:
+            loss_of = lambda x, noise: diffusion.mdm_loss(lm, x[:, :T], lm.mask_id, noise=noise)
+    if compile in ("on", "graphs") or compile == "auto" and cuda:
+        mode = "reduce-overhead" if compile == "graphs" else None
+        loss_of = torch.compile(loss_of, dynamic=False, fullgraph=kind != "nanoGPT", mode=mode)
+    autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=cuda and dtype != "float32")
+    pin = torch.Tensor.pin_memory if cuda else torch.Tensor.contiguous
+
+    def tick():
+        """CPU time: robust on a busy machine. On a GPU an event in its queue: nothing waits between steps, as in training."""
+        if cuda:
+            ticks.append(torch.cuda.Event(enable_timing=True))
+            ticks[-1].record()
+        else:
+            ticks.append(time.process_time())
+    with sdpa(sdpa_kernel, only=False):
+        for i in range(warmup + iters):
+            if i == warmup and kind != "nanoGPT":
+                torch.compiler.set_stance("fail_on_recompile")                         # after the warm-up there is none, or stop
+            x = pin(torch.randint(config.vocab_size, (batch, T + 1), generator=gen))
+            noise = [pin(a) for a in diffusion.mdm_noise(batch, T, generator=gen)]
+            tick()
+            x, noise = x.to(device, non_blocking=True), [a.to(device, non_blocking=True) for a in noise]
+            with autocast:
+                loss = loss_of(x, noise)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
+            for o in optimizers:
+                o.step()
+                o.zero_grad(set_to_none=True)
+            if not cuda:
+                loss.item()
+            tick()
+    if cuda:
+        torch.cuda.synchronize()                                                       # step to step: gaps between count
+        times = [a.elapsed_time(b) / 1e3 for a, b in zip(ticks[::2], ticks[2::2])][warmup:]
+        memory = torch.cuda.max_memory_allocated()
+    else:
+        times = [b - a for a, b in zip(ticks[::2], ticks[1::2])][warmup:]
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    seconds, params = statistics.median(times), sum(p.numel() for p in lm.parameters())
+    speed, peak = batch * T / seconds, train.peak_flops(device)
+    flops = 6 * params + 12 * config.n_layer * config.n_embd * T                       # per token, nanoGPT's own formula
+    mfu = speed * flops / peak if peak else None
+    if mfu and mfu > 1:
+        raise ValueError(f"{speed:,.0f} tokens/s would be {mfu:.0%} of this GPU's peak: the clock or the FLOP count is wrong")
+    print(json.dumps(dict(params=params, ms=1e3 * seconds, tok_per_s=speed, peak_mib=memory / 2 ** 20, mfu=mfu)))
+
+
+def speed_table(result):
+    """The median of the rounds, and beside nanoGPT the ratios of these medians."""
+    runs = collections.defaultdict(list)
+    for r in result["rows"]:
+        runs[r["model"]].append(r)
+    median = lambda model, key: statistics.median(r[key] for r in runs[model]) if runs[model][0][key] else None
+    rows = []
+    for model in list(runs):
+        row = dict(model=model) | {key: median(model, key) for key in ("params", "tok_per_s", "ms", "peak_mib", "mfu")}
+        if "nanoGPT" in runs:
+            row["speed_vs_nanoGPT"] = median("nanoGPT", "ms") / row["ms"]
+            row["memory_vs_nanoGPT"] = row["peak_mib"] / median("nanoGPT", "peak_mib")
+        rows.append(row)
+    return rows
+
+
+@experiment(named=("device",), show=speed_table)
+def train_(preset="gpt2", n_layer: int = None, n_head: int = None, n_embd: int = None, block_size: int = None,
+           vocab_size: int = None, objectives=("ar", "mdm"), batch=12, iters=40, warmup=5, rounds=3, compile="auto",
+           dtype="auto", optimizer="adamw", sdpa="default", vs: str = None, device="auto", threads=1):
+    """Training speed, memory and MFU, with --vs beside nanoGPT: alternating runs in processes of their own.
+
+    preset: model; the sizes are its own where none is given
+    batch: windows in a step
+    iters: timed steps
+    warmup: steps before them
+    rounds: alternating runs of each model
+    compile: auto (on cuda) | on | off | graphs (on, with CUDA graphs)
+    dtype: auto (bfloat16 on cuda) | float32
+    optimizer: adamw | muon
+    sdpa: attention kernel on a GPU: default (torch's choice) | cudnn | flash
+    vs: folder of a nanoGPT checkout to run beside
+    """
+    choose("preset", [preset], PRESETS)
+    choose("sdpa", [sdpa], SDPA)
+    choose("compile", [compile], ("auto", "on", "off", "graphs"))
+    kinds = choose("objectives", objectives, ("ar", "mdm")) + ("nanoGPT",) * bool(vs)
+    if vs and not (Path(vs) / "model.py").exists():
+        raise ValueError(f"--vs {vs} holds no model.py: name the folder of a nanoGPT checkout")
+    given = dict(zip(SIZES, (n_layer, n_head, n_embd, block_size, vocab_size)))
+    sizes = {k: v for k, v in given.items() if v is not None}
+    how = dict(preset=preset, sizes=sizes, batch=batch, iters=iters, warmup=warmup, device=device, compile=compile,
+               dtype=dtype, threads=threads, optimizer=optimizer, sdpa_kernel=sdpa, vs=vs and str(Path(vs).resolve()))
+    for i, kind in itertools.product(range(rounds), kinds):
+        def measure():
+            code = "import json, sys, bench; bench.throughput(**json.loads(sys.argv[1]))"
+            p = subprocess.run([sys.executable, "-c", code, json.dumps(dict(how, kind=kind))], cwd=HERE,
+                               capture_output=True, text=True)
+            if p.returncode:
+                raise ValueError(f"{kind}: {p.stderr.strip().splitlines()[-1] if p.stderr.strip() else 'failed'}")
+            return json.loads(p.stdout.strip().splitlines()[-1])
+        yield dict(model=kind, round=i + 1), measure
+    return dict(clock="GPU events, step to step" if device.startswith("cuda") else "process CPU time",
+                mfu="nanoGPT's formula, 6 N + 12 L C T per token, over the GPU's dense bf16 peak")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # quality: the same small model with every mixer
@@ -1896,14 +2228,6 @@ def panel(windows=16, n_mc=64, **models):
 # ---------------------------------------------------------------------------------------------------------------------
 # Shared: flags and data
 
-def numbers(text):
-    """'1,2' -> [1, 2]: a type of flags."""
-    try:
-        return [int(n) for n in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}': expected whole numbers, comma-separated, such as 64,256") from None
-
-
 def chosen(flag, text, known):
     """The comma-separated names of a flag, each of which must be known; without a text all that are known."""
     names = text.split(",") if text else list(known)
@@ -1911,27 +2235,6 @@ def chosen(flag, text, known):
         if name not in known:
             raise ValueError(f"--{flag} {name} is unknown{nearest(name, known)}: expected some of {', '.join(known)}")
     return names
-
-
-def setup(args):
-    """(device, is it a GPU?, dtype: there bfloat16) of a measurement, and --threads is set."""
-    if getattr(args, "repeat", 1) < 1:
-        raise ValueError(f"--repeat {args.repeat} must be at least 1")
-    device = train.pick_device(args.device)
-    torch.set_num_threads(args.threads)
-    cuda = device.startswith("cuda")
-    return device, cuda, torch.bfloat16 if cuda else torch.float32
-
-
-def of_scale(scales, args):
-    """(scale, its settings, where given replaced by flags); --scale auto is gpu where there is one."""
-    scale = getattr(args, "scale", "auto")
-    if scale not in ("auto", *scales):
-        raise ValueError(f"--scale {scale} is unknown: auto, cpu or gpu")
-    scale = scale if scale != "auto" else "gpu" if torch.cuda.is_available() else "cpu"
-    s = dict(scales[scale])
-    return scale, s | {k: v for k in s if (v := getattr(args, k, None)) is not None}
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Shared: results, tables, pictures
@@ -1957,23 +2260,6 @@ def read_rows(path):
     return [json.loads(line) for line in lines]
 
 
-def resumable(path):
-    """once(key, measure) -> the row in the file `path` that holds the dictionary `key`, else key | measure(), added there.
-
-    One row a line, as they are measured: what an interrupted run leaves behind."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = read_rows(path)
-
-    def once(key, measure):
-        row = next((r for r in rows if key.items() <= r.items()), None)
-        if row is None:
-            row = key | measure()
-            with path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-        return row
-    return once
-
-
 def table(rows, columns=None, skip=()):
     """Print rows (dictionaries) as a table readable by eye and as Markdown. columns: by default all that have a value."""
     columns = columns or [c for c in dict.fromkeys(c for r in rows for c, v in r.items() if v is not None) if c not in skip]
@@ -1984,262 +2270,6 @@ def table(rows, columns=None, skip=()):
         print("| " + " | ".join(c.ljust(w) for c, w in zip(row, width)) + " |")
         if i == 0:
             print("|" + "|".join("-" * (w + 2) for w in width) + "|")
-
-
-def curve(rows, x, y, **style):
-    """A line of `plot`: two columns of the rows, where both have a value."""
-    rows = [r for r in rows if r.get(x) is not None and r.get(y) is not None]
-    return [r[x] for r in rows], [r[y] for r in rows], style
-
-
-def pyplot():
-    """matplotlib.pyplot, or None and a line that says so: pictures are optional."""
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-        return plt
-    except ImportError:
-        print("no picture: matplotlib is missing (pip install matplotlib)")
-
-
-def save_picture(plt, fig, name, folder):
-    fig.tight_layout()
-    path = Path(folder) / f"{name}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
-    print(f"wrote {path}")
-
-
-def plot(name, series, xlabel, ylabel, title="", folder="results", xlog=True, ylog=False, ylim=None, lines=(), below=()):
-    """Write results/NAME.png. series: {label: (xs, ys, style dictionary)}; lines: (axis "x"|"y", value, label).
-    below: further panels over the same x: (ylabel, series), of the same labels or others."""
-    if not (plt := pyplot()):
-        return
-    fig, axes = plt.subplots(1 + len(below), 1, figsize=(8, 5 + 2 * len(below)), sharex=True, squeeze=False,
-                             height_ratios=[5] + [2] * len(below))
-    for ax, (label, drawn) in zip(axes[:, 0], [(ylabel, series), *below]):
-        ax.set_prop_cycle(color=plt.get_cmap("tab10" if len(series) <= 10 else "tab20").colors)
-        for key, (xs, ys, style) in drawn.items():
-            ax.plot(xs, ys, label=key, **style)
-        for axis, value, text in lines:
-            if axis == "x":
-                ax.axvline(value, color="0.45", lw=1, ls=":", label=text)
-            elif drawn is series:
-                ax.axhline(value, color="0.45", lw=1, ls="--", label=text)
-        ax.set_ylabel(label)
-        ax.grid(alpha=0.25)
-    ax.set_xlabel(xlabel)
-    ax = axes[0, 0]
-    ax.set_title(title)
-    if xlog:
-        ax.set_xscale("log")
-        ax.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
-        ax.xaxis.set_minor_formatter(lambda v, _: "")
-    if ylog:
-        ax.set_yscale("log")
-    if ylim:
-        ax.set_ylim(*ylim)
-    ax.legend(fontsize=8)
-    save_picture(plt, fig, name, folder)
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Shared: training runs
-
-def train_all(jobs, workers):
-    """run_arms for the commands that need every run: KeyboardInterrupt, which main() answers, when one was interrupted."""
-    if not run_arms(jobs, workers):
-        raise KeyboardInterrupt
-
-
-def set_flags(values):
-    """What --set of train.py takes."""
-    return [f"{k}={v}" for k, v in values.items()]
-
-
-def plain(name):
-    """A mixer's name as a file name."""
-    return name.replace(" ", "_").replace("*", "x")
-
-
-def read_log(out, kind):
-    """The rows of one kind, train or eval, in the log of a run folder."""
-    path = Path(out) / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [r for r in (json.loads(line) for line in lines if line.endswith("}\n")) if r["kind"] == kind]    # no half last line
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Shared: timing
-
-SDPA = {"default": [],                                                                 # first come, first served
-        "cudnn": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
-        "flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]}
-
-
-@contextlib.contextmanager
-def sdpa(kernel, only=True):
-    """A context in which SDPA takes this kernel or fails; not only: takes it first. "default" and unknown names: no change.
-
-    Without torch's cache of compiled graphs, whose key does not say which kernel a graph was made for, so that the second
-    kernel asked for is silently the first again (pytorch #185449; torch 2.13 too).
-    """
-    if not SDPA.get(kernel):
-        yield
-        return
-    with sdpa_kernel(SDPA[kernel][:1] if only else SDPA[kernel], set_priority=not only), \
-            functorch_config.patch(enable_autograd_cache=False):
-        yield
-
-
-def clock_of(device):
-    """Seconds: of this process on a CPU (robust on a busy machine), of the wall behind a GPU that has finished."""
-    if torch.device(device).type == "cuda":
-        return lambda: (torch.cuda.synchronize(), time.perf_counter())[1]
-    return time.process_time
-
-
-def seconds_of(step, device, repeat):
-    """Smallest time of `repeat` calls."""
-    clock, best = clock_of(device), math.inf
-    for _ in range(repeat):
-        tic = clock()
-        step()
-        best = min(best, clock() - tic)
-    return best
-
-
-def passes_of(f, *inputs, parameters=()):
-    """(forward, both): f(*inputs) without gradients, and with those of its sum towards inputs and parameters."""
-    def forward():
-        with torch.no_grad():
-            f(*inputs)
-
-    def both():
-        for a in (*inputs, *parameters):
-            a.grad = None
-        (f(*inputs) * 1.1).sum().backward()                                            # 1.1: else the gradient is an expanded 1
-    return forward, both
-
-
-def conditions(args, device):
-    """What a file of timings says about them."""
-    return dict(threads=args.threads, clock="wall" if torch.device(device).type == "cuda" else "process CPU time")
-
-# ---------------------------------------------------------------------------------------------------------------------
-# train: speed and memory
-
-def throughput(args):
-    """One process, one model: time --iters optimizer steps on random tokens; prints one JSON line."""
-    device, cuda, _ = setup(args)
-    if args.sdpa not in SDPA:
-        raise ValueError(f"--sdpa {args.sdpa} is unknown: one of {', '.join(SDPA)}")
-    torch.manual_seed(0)
-    torch.set_float32_matmul_precision("high")                                         # as train.py and nanoGPT do
-    given = {k: v for k in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size") if (v := getattr(args, k)) is not None}
-    config = override(ModelConfig(), {**PRESETS[args.preset], **given})
-    T, B = config.block_size, args.batch
-    if args.peer:                                                                      # a nanoGPT checkout: same shape
-        sys.path.insert(0, args.peer)
-        sys.modules.pop("model")
-        from model import GPT, GPTConfig                                               # noqa: nanoGPT's, not ours
-        lm = GPT(GPTConfig(block_size=T, vocab_size=config.vocab_size, n_layer=config.n_layer, n_head=config.n_head,
-                           n_embd=config.n_embd, dropout=0.0, bias=False)).to(device)
-        optimizers = [lm.configure_optimizers(0.1, 1e-3, (0.9, 0.95), torch.device(device).type)]
-        loss_of = lambda x, noise: lm(x[:, :-1].contiguous(), x[:, 1:].contiguous())[1]
-    else:
-        lm = LM(config).to(device)
-        optimizers = train.make_optimizers(lm, {**train.DEFAULTS, "optimizer": args.optimizer}, device)
-        if args.objective == "ar":
-            loss_of = lambda x, noise: diffusion.ar_loss(lm, x[:, :T], lm.mask_id)
-        else:
-            loss_of = lambda x, noise: diffusion.mdm_loss(lm, x[:, :T], lm.mask_id, noise=noise)
-    if args.compile in ("on", "graphs") or args.compile == "auto" and cuda:
-        loss_of = torch.compile(loss_of, dynamic=False, fullgraph=not args.peer,
-                                mode="reduce-overhead" if args.compile == "graphs" else None)
-    autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=cuda and args.dtype != "float32")
-    gen, ticks = torch.Generator().manual_seed(0), []
-    pin = (lambda a: a.pin_memory()) if cuda else lambda a: a
-
-    def tick():
-        """CPU time: robust on a busy machine. On a GPU an event in its queue: nothing waits between steps, as in training."""
-        if cuda:
-            ticks.append(torch.cuda.Event(enable_timing=True))
-            return ticks[-1].record()
-        ticks.append(time.process_time())
-    with sdpa(args.sdpa, only=False):
-        for i in range(args.warmup + args.iters):
-            if i == args.warmup and not args.peer:
-                torch.compiler.set_stance("fail_on_recompile")                         # after the warm-up there is none, or stop
-            x = pin(torch.randint(config.vocab_size, (B, T + 1), generator=gen))
-            noise = [pin(a) for a in diffusion.mdm_noise(B, T, generator=gen)]
-            tick()
-            x, noise = x.to(device, non_blocking=True), [a.to(device, non_blocking=True) for a in noise]
-            with autocast:
-                loss = loss_of(x, noise)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
-            for o in optimizers:
-                o.step()
-                o.zero_grad(set_to_none=True)
-            if not cuda:
-                loss.item()
-            tick()
-    if cuda:
-        torch.cuda.synchronize()                                                       # step to step: gaps between count
-        times = [a.elapsed_time(b) / 1e3 for a, b in zip(ticks[::2], ticks[2::2])][args.warmup:]
-    else:
-        times = [b - a for a, b in zip(ticks[::2], ticks[1::2])][args.warmup:]
-    ms = statistics.median(times) * 1e3
-    tok_s, params = B * T / ms * 1e3, sum(p.numel() for p in lm.parameters())
-    memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    nanogpt_flops = 6 * params + 12 * config.n_layer * config.n_embd * T  # its own formula
-    peak = train.peak_flops(device)
-    mfu = tok_s * nanogpt_flops / peak if peak else None
-    if mfu is not None and mfu > 1:
-        raise ValueError(f"{tok_s:,.0f} tokens/s would be {mfu:.0%} of this GPU's peak: the clock or the FLOP count is wrong")
-    print(json.dumps(dict(ms=ms, tok_per_s=tok_s, peak_mib=memory / 2 ** 20, mfu=mfu, params=params, loss=loss.item())))
-
-
-def bench_train(args):
-    """Ours and, with --vs, nanoGPT, alternating in own processes: tokens/s, ms, memory, MFU, and the ratio."""
-    if args.child:
-        return throughput(args)
-    chosen("preset", args.preset, PRESETS)
-    base = [sys.executable, str(HERE / "bench.py"), "train", "--child"]
-    for k in ("preset", "n_layer", "n_head", "n_embd", "block_size", "vocab_size", "batch", "iters", "warmup", "device", "compile",
-              "dtype", "threads", "optimizer", "sdpa"):
-        if getattr(args, k) is not None:
-            base += [f"--{k}", str(getattr(args, k))]
-    kinds = {o: base + ["--objective", o] for o in chosen("objectives", args.objectives, OBJECTIVES)}
-    if args.vs:
-        if not (Path(args.vs) / "model.py").exists():
-            raise ValueError(f"--vs {args.vs} holds no model.py: name the folder of a nanoGPT checkout")
-        kinds["nanoGPT"] = base + ["--peer", args.vs]
-    measured = {k: [] for k in kinds}
-    for i, (k, command) in itertools.product(range(args.rounds), kinds.items()):
-        p = subprocess.run(command, capture_output=True, text=True)
-        if p.returncode:
-            raise ValueError(f"{k}: {p.stderr.strip().splitlines()[-1] if p.stderr.strip() else 'failed'}")
-        measured[k].append(json.loads(p.stdout.strip().splitlines()[-1]))
-        print(f"round {i + 1}/{args.rounds} {k}: {measured[k][-1]['ms']:.1f} ms, {measured[k][-1]['tok_per_s']:,.0f} tok/s")
-    rows = []
-    for k, runs in measured.items():
-        row = dict(model=k, params=runs[0]["params"], rounds=args.rounds)
-        for key in ("ms", "tok_per_s", "peak_mib", "mfu"):
-            row[key] = statistics.median(r[key] for r in runs) if runs[0][key] is not None else None
-        if args.vs:
-            row["speed_vs_nanoGPT"] = statistics.median(b["ms"] / a["ms"] for a, b in zip(runs, measured["nanoGPT"]))
-            row["memory_vs_nanoGPT"] = statistics.median(a["peak_mib"] / b["peak_mib"] for a, b in zip(runs, measured["nanoGPT"]))
-        rows.append(row)
-    table(rows)
-    device = train.pick_device(args.device)
-    shape = {k: getattr(args, k) for k in ("preset", "n_layer", "n_head", "n_embd", "block_size", "batch", "threads", "optimizer",
-                                           "sdpa")}
-    record(args.name or f"train_{torch.device(device).type}", rows, device, args.results, settings=shape, seed=0,
-           clock="GPU events, step to step" if device.startswith("cuda") else "process CPU time",
-           mfu="nanoGPT's formula, 6 N + 12 L C T a token, over the GPU's dense bf16 peak")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # gpu: the queue
@@ -2269,7 +2299,8 @@ def gpu(args):
         ("crossover_U1M_seeds.json", f"{study} --seeds 3 --name crossover_U1M_seeds"),
         ("decode_gpu.json", "bench.py decode --results {r}"),
         ("context_cuda.json", f"bench.py context --batches 1,64 {large}"),
-        ("sparse_cuda.json", "bench.py sparse --results {r}"),
+        ("sparse_cuda.json", f"bench.py functions --functions '{','.join((*ON_GPU, *SPARSE[:2]))}' --lengths 32768,65536,131072 "
+         "--n_head 32 --n_kv_head 2 --head_dim 128 --block 64 --topk 64 --tile 64 --name sparse_cuda --results {r}"),
         ("attention_cuda.json", f"bench.py attention --lengths 2048,4096,8192,16384,32768,65536 {large}"),
         ("crossover_U2M.json", f"{study} --unique_tokens 2000000 --name crossover_U2M"),
         ("moe_cuda.json", "bench.py moe --results {r}"),
@@ -2293,77 +2324,6 @@ def gpu(args):
             (Path(args.results) / file).write_text(f"passed on {device_name('cuda')}, torch {torch.__version__}\n")
     missing = [f for f, _ in queue if not (Path(args.results) / f).exists()]
     print("\nnot measured yet: " + (", ".join(missing) or "nothing"))
-
-# ---------------------------------------------------------------------------------------------------------------------
-# attention: time and memory against length
-
-# layer -> settings of the sweep: a query of a sparse layer reads at most an eighth of a context of 8,192
-SWEEP = {
-    "full": {}, "full gqa": dict(n_kv_head=1), "full window": dict(window=512), "mla": {}, "linear": dict(linear_decay="head"),
-    "deltanet": {}, "gated_deltanet": {}, "kda": {}, "nsa": dict(n_kv_head=1, window=256, sel_block=64, sel_topk=8),
-    "infllm": dict(n_kv_head=1, sel_topk=16, sel_local=4, dense_len=0),
-    "msa": dict(n_kv_head=1, sel_block=128, sel_topk=8, qk_norm=True), "dsa": dict(sel_topk=1024),
-}
-KERNELS = ("full cudnn", "full flash")                                                 # by SDPA's kernel of that name, on a GPU
-
-
-def sweep_layers(text, kernels=()):
-    """The layers of a --layers flag, by default those of SWEEP; the others of ATTENTION come with their usual settings."""
-    return chosen("layers", text, [*SWEEP, *kernels, *(n for n in ATTENTION if n not in SWEEP)]) if text else [*SWEEP, *kernels]
-
-
-def one_layer(args, name, T, device, dtype):
-    config = ModelConfig(n_embd=args.n_head * args.head_dim, n_head=args.n_head, n_layer=1, block_size=T)
-    torch._dynamo.reset()                                                              # else from the 9th shape on it runs eagerly
-    return ATTENTION[name.split()[0]](override(config, SWEEP.get(name, {}))).to(device, dtype)
-
-# ---------------------------------------------------------------------------------------------------------------------
-# context: one decode step against the length of the cache
-
-def bench_context(args):
-    """Decoding: time of one token against the tokens in the cache, each layer and batch; compiled into a CUDA graph on a GPU."""
-    device, cuda, dtype = setup(args)
-    file, rows, C = args.name or f"context_{torch.device(device).type}", [], args.n_head * args.head_dim
-    points = Path(args.results) / f"{file}.points.jsonl"
-    once = resumable(points)
-    for T, name, B in itertools.product(args.lengths, sweep_layers(args.layers), args.batches):
-        def measure():
-            layer = one_layer(args, name, T, device, dtype).eval()
-            cache, x = layer.init_cache(B, T, device, dtype), torch.randn(B, 1, C, device=device, dtype=dtype)
-            for a in (a for a in vars(cache).values() if torch.is_tensor(a)):          # as if T - 1 tokens had been read
-                if a.is_floating_point():
-                    a.normal_()
-                elif a is cache.pos:
-                    a.fill_(T - 1)
-                else:
-                    a.copy_(torch.arange(T - 1 - a.size(1), T - 1))
-                if cuda:
-                    torch._dynamo.mark_static_address(a)                               # else a graph copies it, or is not made
-            f = torch.compile(layer, dynamic=False, fullgraph=True, mode="reduce-overhead") if cuda else layer
-
-            def step():
-                cache.used = T - 1                                                     # the same step again, in the last slot
-                cache.pos.fill_(T - 1)
-                f(x, cache=cache)
-            with torch.no_grad():
-                ms = 1e3 * seconds_of(step, device, args.repeat)
-            print(f"T {T:6d} {name:<16} batch {B:3d}: {ms:8.3f} ms", flush=True)
-            return dict(ms=ms, tok_per_s=B / ms * 1e3, reads=layer.reads(T), cache_mib=B * layer.cache_bytes(T, dtype) / 2 ** 20)
-        rows.append(once(dict(layer=name, T=T, batch=B), lambda: attempt(measure, f"T {T:6d} {name:<16} batch {B:3d}")))
-    rows, failed = [r for r in rows if "failed" not in r], [r for r in rows if "failed" in r]
-    full = {(r["T"], r["batch"]): r["ms"] for r in rows if r["layer"] == "full"}
-    for r in rows:
-        r["vs_full"] = full[r["T"], r["batch"]] / r["ms"] if (r["T"], r["batch"]) in full else None
-    table(rows)
-    record(file, rows, device, args.results, **conditions(args, device), failed=failed,
-           heads=args.n_head, head_width=args.head_dim, settings=SWEEP,
-           what="one layer, projections included")
-    B = args.batches[0]
-    series = {name: curve([r for r in rows if (r["layer"], r["batch"]) == (name, B)], "T", "tok_per_s", marker="o", ms=3,
-                          lw=2.5 if name == "full" else 1.2) for name in dict.fromkeys(r["layer"] for r in rows)}
-    plot(file, series, "tokens in the cache", "tokens/s",
-         f"decoding by one layer, batch {B}, {args.n_head} heads of {args.head_dim}, {device_name(device)}", args.results, ylog=True)
-    points.unlink()
 
 # ---------------------------------------------------------------------------------------------------------------------
 # hybrids: what was measured of linear, sparse and full layers and of their mixtures, side by side
@@ -2402,238 +2362,6 @@ def hybrids(args):
                            "cache": mib / full["cache_mib"], f"train at {trained}": speed["full", trained]["both_ms"] / both})
     table(rows)
     record(args.name or f"hybrids_{args.device}", rows, folder=args.results, context=tokens, of=args.device)
-
-# ---------------------------------------------------------------------------------------------------------------------
-# sparse: block-sparse attention at a published shape
-
-def flex_dense(q, k, v):
-    """Causal attention of all tokens by FlexAttention, as the sparse one; whole tiles below the diagonal without a mask."""
-    from torch.nn.attention.flex_attention import BlockMask, flex_attention
-    tile = torch.arange(q.size(2) // 128, dtype=torch.int32, device=q.device)
-    one, index = torch.ones_like(tile)[None, None], tile.expand(len(tile), -1)
-    mask = BlockMask.from_kv_blocks(one, ((tile[:, None] + tile) % len(tile))[None, None].int(), tile[None, None],
-                                    index[None, None].contiguous(), BLOCK_SIZE=128, mask_mod=lambda b, h, t, s: t >= s,
-                                    seq_lengths=(q.size(2), k.size(2)))
-    return flex_attention(q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1))
-
-
-def sparse_arms(q, k, v, block, topk):
-    """{name: (function of q, k, v, share of the causal tiles that it visits)}; as published, half of
-    the picks are the window just before the query, and one is the first block."""
-    (B, _, T, D), h, n = q.shape, k.size(1), k.size(2) // block
-    slots, rules = torch.arange(T, device=q.device)[None], dict(init=1, local=topk // 2 + 1)
-
-    def random_picks(tile):
-        draw = lambda r: torch.rand(B, h, (r.stop - r.start) // tile, n, device=q.device).repeat_interleave(tile, dim=2)
-        return select_blocks(draw, slots, slots + 1, n, block, topk, **rules)
-
-    def density(sel):
-        tiles = sel.unflatten(3, (-1, max(128 // block, 1))).any(4).unflatten(2, (-1, 128 * h // q.size(1))).any(3)
-        return (tiles.sum() * 2 / tiles.numel()).item()
-
-    scores = torch.compile(compressed_scores, dynamic=False) if q.is_cuda else compressed_scores
-
-    def selected(q, k, v):
-        with torch.no_grad():
-            ck = key_windows(k, torch.arange((T - 32) // 16 + 1, device=k.device).expand(B, -1), 32, 16).mean(dim=3)
-            score = lambda r: scores(q[:, :, r], ck, slots[:, r] + 1, T, block, 32, 16, "max")
-            sel = select_blocks(score, slots, slots + 1, n, block, topk, **rules)
-        return block_sparse_attention(q, k, v, sel, block)
-    dense = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    arms = {f"SDPA {name}": (dense, 1.0) for name in (("cudnn", "flash") if q.is_cuda else ("default",))}
-    if q.is_cuda:
-        arms["dense flex"] = flex_dense, 1.0                                           # the CPU's has no backward pass
-    for name, tile in (("sparse, picks of 64 queries alike", 64), ("sparse, picks of each at random", 1)):
-        sel = random_picks(tile)
-        arms[name] = (lambda q, k, v, sel=sel: block_sparse_attention(q, k, v, sel, block)), density(sel)
-    return arms | {"sparse with selection": (selected, None)}
-
-
-def bench_sparse(args):
-    """Block-sparse attention at InfLLM-V2's published shape against dense FlexAttention and SDPA, with and without selection."""
-    device, cuda, dtype = setup(args)
-    if not cuda and args.tokens > 65_536:
-        raise ValueError("the published shape needs a GPU; in small: --tokens 4096 --lengths 4096 --n_head 8 --head_dim 64 --topk 8")
-    file, rows, failed = args.name or f"sparse_{torch.device(device).type}", [], []
-    points = Path(args.results) / f"{file}.points.jsonl"
-    once = resumable(points)
-    for T in args.lengths:
-        B = max(1, args.tokens // T)
-        q, k, v = (torch.randn(B, heads, T, args.head_dim, device=device, dtype=dtype, requires_grad=True)
-                   for heads in (args.n_head, args.n_kv_head, args.n_kv_head))
-        mine = []
-        for name, (f, density) in sparse_arms(q, k, v, args.block, args.topk).items():
-            def measure():
-                torch._dynamo.reset()
-                # selection runs slice by slice: one compiled slice, where a graph of them all takes minutes
-                run = torch.compile(f, dynamic=False) if cuda and density is not None else f
-                with sdpa(name.removeprefix("SDPA ")):                                 # the first call compiles
-                    ms = [1e3 * seconds_of(g, device, args.repeat + 1) for g in passes_of(run, q, k, v)]
-                print(f"T {T:6d} {name:<34} forward {ms[0]:9.1f} ms  forward+backward {ms[1]:9.1f} ms", flush=True)
-                return dict(batch=B, forward_ms=ms[0], both_ms=ms[1], tiles_visited=density)
-            mine.append(once(dict(what=name, T=T), lambda: attempt(measure, f"T {T:6d} {name}")))
-        failed += [r for r in mine if "failed" in r]
-        mine = [r for r in mine if "failed" not in r]
-        for label, start in (("flex", "dense flex"), ("sdpa", "SDPA")):
-            dense = [r for r in mine if r["what"].startswith(start)]
-            for r, key in itertools.product(mine if dense else (), ("forward", "both")):
-                r[f"{key}_vs_{label}"] = min(d[f"{key}_ms"] for d in dense) / r[f"{key}_ms"]
-        rows += mine
-    table(rows)
-    record(file, rows, device, args.results, **conditions(args, device), failed=failed,
-           heads=args.n_head, kv_heads=args.n_kv_head,
-           head_width=args.head_dim, block=args.block, picks=args.topk,
-           columns="_vs_flex, _vs_sdpa: times faster than dense FlexAttention, than the best SDPA kernel")
-    points.unlink()
-
-# ---------------------------------------------------------------------------------------------------------------------
-# functions: the mixers as pure functions
-
-def peers():
-    """Plain-torch rules of transformers, where it is installed: {name: f(q, k, v, beta, g)}, all (B, T, H, .)."""
-    try:
-        from transformers.models.kimi_linear.modeling_kimi_linear import chunk_kimi_delta_attention
-        from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
-    except ImportError:
-        print("no rows of transformers: it is missing or too old (pip install -U transformers)")
-        return {}
-    return {"gated_deltanet, transformers": lambda q, k, v, beta, g: torch_chunk_gated_delta_rule(q, k, v, g=g, beta=beta)[0],
-            "kda, transformers": lambda q, k, v, beta, g: chunk_kimi_delta_attention(q, k, v, g=g, beta=beta)[0]}
-
-
-def kept_bytes(run):
-    """Bytes that one forward pass keeps for its backward pass: of distinct storages, exact on any device."""
-    kept = {}
-
-    def pack(t):
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        held = run()                                                                   # alive, so that no address is used twice
-    del held
-    return sum(kept.values())
-
-
-def time_functions(T, runs, device, repeat, about=""):
-    """runs {name: (f, inputs)} -> [{"function", "T", "forward_ms", "both_ms", "user_ms", "kept_mib"}], printed as they come.
-
-    The functions take turns, `repeat` times, and the smallest time counts: a busy machine hurts all of them alike. user_ms
-    is both_ms without the operating system, which maps and clears fresh pages for each large array.
-    """
-    best, rows, weight = {name: [math.inf] * 3 for name in runs}, [], {}
-    for i, (name, (f, inputs)) in itertools.product(range(repeat + 1), runs.items()):  # round 0 warms up, and compiles
-        def forward():
-            with torch.no_grad():
-                return f(*inputs)
-
-        def both():
-            if any(a.requires_grad for a in inputs):
-                torch.autograd.grad(f(*inputs), [a for a in inputs if a.requires_grad], weight[name])
-        if i == 0:
-            weight[name] = torch.randn_like(forward())
-            both()
-            continue
-        user = resource.getrusage(resource.RUSAGE_SELF).ru_utime
-        seconds = seconds_of(both, device, 1)
-        user = resource.getrusage(resource.RUSAGE_SELF).ru_utime - user
-        best[name] = [min(b, t) for b, t in zip(best[name], (seconds_of(forward, device, 1), seconds, user))]
-    for name, (f, inputs) in runs.items():
-        grads = any(a.requires_grad for a in inputs)
-        ms = [1e3 * t if grads or i == 0 else None for i, t in enumerate(best[name])]
-        rows.append({"function": name, "T": T, "forward_ms": ms[0], "both_ms": ms[1], "user_ms": ms[2],
-                     "kept_mib": kept_bytes(lambda: f(*inputs)) / 2 ** 20 if grads else None})
-    print(f"{about}T = {T:,} done", flush=True)
-    return rows
-
-
-def functions(args):
-    """Linear mixers and block-sparse attention as pure functions: against SDPA and transformers, time and memory against T."""
-    if not 0 < args.density <= 0.5:
-        raise ValueError(f"--density {args.density} must lie in (0, 0.5]: the share of the blocks that a query may pick")
-    device, cuda, dtype = setup(args)
-    H, D, rows, others = args.n_head, args.head_dim, [], peers()
-
-    def inputs(*shapes):
-        return [torch.randn(s, device=device, dtype=dtype).requires_grad_() for s in shapes]
-
-    def keep(new, **about):
-        """Adds the rows, with their speed against the first of them, SDPA."""
-        for r in new:
-            ratio = lambda key: new[0][key] / r[key] if r[key] else None
-            rows.append(r | about | dict(forward_vs_sdpa=ratio("forward_ms"), both_vs_sdpa=ratio("both_ms")))
-    # on a GPU ours are compiled, as train.py does; the peers are measured as they come
-    ours = (lambda f: torch.compile(f, dynamic=False)) if cuda else lambda f: f
-
-    def linear_runs(T, names=None):
-        torch.manual_seed(0)
-        q, k, v = inputs(*[(1, H, T, D)] * 3)
-        q, k = (F.normalize(a.detach(), dim=-1).requires_grad_() for a in (q, k))
-        beta, g, gc = (torch.rand(s, device=device).requires_grad_() for s in ((1, H, T), (1, H, T), (1, H, T, D)))
-        g, gc = ((-a.detach()).requires_grad_() for a in (g, gc))                      # log decay in [-1, 0]
-        turned = lambda *a: [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in a]
-
-        def of(f, *inputs, **settings):
-            return ours(lambda *a: f(*a, **settings)[0]), inputs
-        runs = {"sdpa": (lambda *a: F.scaled_dot_product_attention(*a, is_causal=True), (q, k, v)),
-                "linear": of(linear_attention, q, k, v), "linear, decay a head": of(linear_attention, q, k, v, g),
-                "linear, decay a channel": of(linear_attention, q, k, v, gc), "deltanet": of(delta_rule, q, k, v, beta),
-                "gated_deltanet": of(delta_rule, q, k, v, beta, g),
-                "gated_deltanet, both ways": of(delta_rule, q, k, v, beta, g, causal=False),
-                "kda": of(delta_rule, q, k, v, beta, gc, g_min=-5.0),
-                "kda, both ways": of(delta_rule, q, k, v, beta, gc, g_min=-5.0, causal=False),
-                "kda, any decay": of(delta_rule, q, k, v, beta, gc)}
-        for name, f in others.items():
-            if "kda" not in name or T <= 1024:                                         # it takes 25 times as long
-                runs[name] = f, turned(q, k, v, beta, gc if "kda" in name else g)
-        return {n: r for n, r in runs.items() if names is None or n in names}
-
-    for T in args.lengths:
-        new = time_functions(T, linear_runs(T), device, args.repeat, "linear side, ")
-        base = next(r["both_ms"] for r in new if r["function"] == "gated_deltanet")
-        keep([r | {"time_vs_gdn": r["both_ms"] / base} for r in new])
-
-    # Block-sparse: MoBA's choice (2502.13189), queries against mean keys, shared by tiles of `block` queries. Causal too: a tile
-    # then looks at its own later queries when it picks, which is fine for a measurement and forbidden in a layer.
-    T = args.sparse_length
-    for block, causal in itertools.product(args.blocks, (True, False)):
-        topk = round(args.density * T / block)
-        if T % block or topk < 1:
-            raise ValueError(f"--sparse_length {T} must be a multiple of each of --blocks ({block} here), with at least one block "
-                             f"at --density {args.density}")
-        torch.manual_seed(0)
-        (q, k, v), slots = inputs(*[(1, H, T, D)] * 3), torch.arange(T, device=device)[None]
-        limit = slots + 1 if causal else torch.full_like(slots, T)
-
-        def select(q, k):
-            means = k.detach().unflatten(2, (-1, block)).mean(3)
-            score = lambda r: compressed_scores(q[:, :, r], means, limit[:, r], T, block, block, block, "max")
-            return select_blocks(score, slots, limit, T // block, block, topk, tile=block)
-        sel, tail = select(q, k), "" if causal else ", both ways"
-        sparse = lambda q, k, v, sel=sel: block_sparse_attention(q, k, v, sel, block, causal, block, limit, topk)
-        runs = {"sdpa": (lambda *a: F.scaled_dot_product_attention(*a, is_causal=causal), (q, k, v)),
-                "block-sparse": (ours(sparse), (q, k, v)),
-                "block-sparse, with selection": (ours(lambda q, k, v: sparse(q, k, v, select(q, k))), (q, k, v))}
-        if not cuda and shutil.which("g++"):                                           # flex on the CPU: compiled, forward only
-            each = sel.repeat_interleave(block, dim=2)                                 # out here: no view in a mask_mod of inductor
-            flex = lambda q, k, v: block_sparse_attention(q, k, v, each, block, causal, 1, limit, topk, path="flex")
-            runs["block-sparse, flex"] = torch.compile(flex, dynamic=False), [a.detach() for a in (q, k, v)]
-        new = time_functions(T, {name + tail: run for name, run in runs.items()}, device, args.repeat, f"blocks of {block}, ")
-        keep(new, block=block, density=topk * block / T)
-
-    long = []
-    for T in args.long:
-        long += time_functions(T, linear_runs(T, ["gated_deltanet"]), device, max(1, args.repeat // 2), "slope, ")
-    rows += long
-    table(rows)
-    slopes = {c: math.log(long[-1][c] / long[0][c]) / math.log(long[-1]["T"] / long[0]["T"])
-              for c in ("both_ms", "user_ms", "kept_mib") if len(long) > 1 and long[0][c]}
-    print("gated_deltanet, " + ", ".join(f"{c} ~ T^{s:.2f}" for c, s in slopes.items())
-          + f" from {long[0]['T']:,} to {long[-1]['T']:,} tokens")
-    record(args.name or f"functions_{torch.device(device).type}", rows, device, args.results, heads=H, head_width=D,
-           dtype=str(dtype)[6:], seed=0, slopes=slopes, **conditions(args, device))
-
-# ---------------------------------------------------------------------------------------------------------------------
-# quality: the same small model with every mixer
 
 # name -> (layer pattern, settings). Sparse layers read at most a quarter of T at t = T; widths of the MLP match parameters.
 PICKS = dict(n_kv_head=1, sel_block=16, sel_topk=7)
@@ -2944,7 +2672,6 @@ def main(argv=None):
     heads = dict(n_head=(4, "heads"), head_dim=(64, "width of a head"))
     repeat = lambda n: dict(repeat=(n, "timed calls"))
     out = lambda folder, what="runs": dict(out=(folder, f"folder of the {what}"))
-    layers = dict(layers=(None, f"comma-separated, of: {', '.join(SWEEP)} (default: all)"))
     objectives = dict(objectives=("ar,mdm", "ar, mdm or both"))
     shape = {k: (None, f"{text} (default: the scale's or preset's)", int)
              for k, text in dict(n_layer="blocks", n_head="heads", n_embd="width", block_size="tokens in a window").items()}
@@ -2954,22 +2681,7 @@ def main(argv=None):
         return dict(dataset=("docs-byte", "text"), steps=(steps, "of training: of each AR run, three times as many for diffusion"),
                     n_layer=(n_layer, "blocks"), n_embd=(128, "width"), block_size=(block_size, "window, T"),
                     batch_tokens=(batch_tokens, "tokens in a step"), lr=(4e-3, "rate"), workers=(1, "runs at a time"))
-    command("train", bench_train, **machine, **shape, **objectives, preset=("gpt2", "model"),
-            vocab_size=(None, "default: the preset's", int), batch=(12, "windows in a step"), iters=(40, "timed steps"),
-            warmup=(5, "steps before them"), rounds=(3, "alternating runs of each model"),
-            compile=("auto", "auto (on cuda) | on | off | graphs (on, with CUDA graphs)"), dtype=("auto", "auto (bfloat16 on cuda) | float32"), optimizer=("adamw", "adamw | muon"),
-            sdpa=("default", "attention kernel on a GPU: default (torch's choice) | cudnn | flash"),
-            vs=(None, "folder of a nanoGPT checkout to run beside"), child=(False, argparse.SUPPRESS),
-            objective=("ar", argparse.SUPPRESS), peer=(None, argparse.SUPPRESS))
-    command("functions", functions, **machine, **heads, **repeat(5), lengths=("1024,4096", "tokens, linear side", numbers),
-            sparse_length=(8192, "tokens, block-sparse"), blocks=("128,256", "keys in a block and queries in a tile", numbers),
-            density=(0.12, "share of the blocks that a query picks"), long=("16384,32768,65536", "lengths for the slope", numbers))
-    command("context", bench_context, **machine, **layers, **heads, **repeat(100),
-            lengths=("1024,4096,16384,65536", "tokens in the cache", numbers), batches=("1", "sequences, comma-separated", numbers))
     command("hybrids", hybrids, device=("cpu", "whose measurements: cpu | cuda"))
-    command("sparse", bench_sparse, **machine, **repeat(3), lengths=("65536,32768,131072", "tokens of a sequence", numbers),
-            tokens=(262_144, "of a batch"), n_head=(32, "query heads"), n_kv_head=(2, "key/value heads"),
-            head_dim=(128, "width of a head"), block=(64, "keys in a block"), topk=(64, "blocks that a query reads"))
     command("gpu", gpu, minutes=(9.0, "for all of it"))
 
     p = command("choices", choices, **machine | dict(threads=(0, "CPU threads; 0: 1 for models below 5M parameters, else all cores")),

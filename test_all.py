@@ -3845,6 +3845,8 @@ TOYS = {    # experiment: (its flags, rows of the JSON file, is there a picture?
     "panel": ("--run_ar RUNS/ar --run_mdm RUNS/mdm --run_block RUNS/block --windows 2 --n_mc 4", 7, False),
     "theory": ("--steps 4 --sequences 2 --lengths 3,6", 2 * 2 * (6 + 5 + 1), True),
     "tools": ("--steps 2 --problems 3", 6, False),
+    "context": (f"--lengths 64,300 --batches 1,2 --layers full,infllm,kda {SIZES}", 12, True),
+    "functions": (f"--lengths 96 --n_kv_head 2 --block 32 --tile 32 --topk 2 {SIZES}", 13, True),
     "attention": (f"--lengths 64,96 --layers full,msa,linear {SIZES}", 6, True),
     "quality": (f"--dataset DATASET --mixers full,msa --steps 2 --seeds 2 {RUNS}", 4, False),
 }
@@ -4271,75 +4273,6 @@ def test_kept_bytes():
     assert bench.kept_bytes(lambda: a + b) == 0
 
 
-def test_functions_end_to_end(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "peers", lambda: {"gated_deltanet, peer": lambda q, k, v, beta, g: q * k * v * (beta * g)[..., None]})
-    monkeypatch.setattr(bench.shutil, "which", lambda _: None)                         # nothing is compiled
-    argv = f"functions --n_head 2 --head_dim 16 --lengths 64 --sparse_length 128 --blocks 16,32 --density 0.25 --long 128,512 --repeat 1 --results {tmp_path}"
-    assert bench.main(argv.split()) == 0 and "kept_mib ~ T^1.00" in capsys.readouterr().out, "memory is linear in T"
-    rows = json.loads((tmp_path / "functions_cpu.json").read_text())["rows"]
-    assert [r["T"] for r in rows] == [64] * 11 + [128] * 12 + [128, 512] and {r.get("block") for r in rows} == {None, 16, 32}
-    assert all(r["both_ms"] > 0 and r["kept_mib"] > 0 for r in rows) and all(r["forward_vs_sdpa"] > 0 for r in rows[:-2])
-    assert [r["both_vs_sdpa"] for r in rows if r["function"] == "sdpa"] == [1.0] * 3
-    for bad, word in (("--density 0.9", "--density"), ("--blocks 48", "multiple"), ("--density 0.01", "at least one block")):
-        assert bench.main(f"{argv} --lengths 16 {bad}".split()) == 2 and word in capsys.readouterr().err
-
-
-def test_functions_compares_with_the_same_functions():
-    """What transformers computes in the rows beside ours."""
-    pytest.importorskip("transformers.models.kimi_linear")
-    torch.manual_seed(0)
-    q, k, v = (F.normalize(torch.randn(1, 70, 2, 16), dim=-1) for _ in range(3))
-    beta, g, gc = torch.rand(1, 70, 2), -torch.rand(1, 70, 2), -torch.rand(1, 70, 2, 16)
-    turn = lambda *a: [x.transpose(1, 2) for x in a]
-    for name, f in bench.peers().items():
-        decay = gc if "kda" in name else g
-        close(f(q, k, v, beta, decay).transpose(1, 2), delta_rule(*turn(q, k, v, beta, decay))[0])
-
-
-def test_context_has_the_ratio_to_full(tmp_path):
-    assert bench.main(f"context --lengths 64,600 --batches 1,2 --layers full,infllm,kda --n_head 2 --head_dim 16 --repeat 1 --results {tmp_path}".split()) == 0
-    rows = json.loads((tmp_path / "context_cpu.json").read_text())["rows"]
-    ms = {(r["layer"], r["T"], r["batch"]): r["ms"] for r in rows}
-    assert len(rows) == len(ms) == 12 and all(r["vs_full"] == ms["full", r["T"], r["batch"]] / r["ms"] for r in rows)
-    assert {r["reads"] for r in rows if r["layer"] == "full"} == {64, 600} and {r["reads"] for r in rows if r["layer"] == "kda"} == {16}
-    assert (tmp_path / "context_cpu.png").stat().st_size > 10_000
-
-
-def test_train_speed_beside_a_peer(tmp_path, monkeypatch, capsys):
-    """bench.py train --vs: the same shapes, ratios from alternating runs; the children run in this process here."""
-    (tmp_path / "model.py").write_text("""
-import torch, types
-GPTConfig = types.SimpleNamespace
-class GPT(torch.nn.Linear):
-    def __init__(self, c):
-        super().__init__(c.vocab_size, c.vocab_size)
-    def configure_optimizers(self, decay, lr, betas, device):
-        return torch.optim.AdamW(self.parameters())
-    def forward(self, x, y):
-        z = self.weight[x]
-        return z, torch.nn.functional.cross_entropy(z.flatten(0, 1), y.flatten())
-""")
-
-    def child(command, **_):
-        code = bench.main(command[2:])
-        return types.SimpleNamespace(returncode=code, stdout=capsys.readouterr().out, stderr="")
-    monkeypatch.setattr(bench.subprocess, "run", child)
-    monkeypatch.setattr(torch.compiler, "set_stance", lambda *_: None)
-    monkeypatch.setitem(sys.modules, "model", sys.modules["model"])                    # put back afterwards, as is the path
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    ms = iter((1, 2, 8, 2, 2, 4, 1, 2, 8))                                             # AR, diffusion, peer; three rounds
-    clock = [t for run in ms for t in (0.0, run / 1e3)]
-    monkeypatch.setattr(bench.time, "process_time", lambda: clock.pop(0))
-    argv = f"""train --preset small --n_layer 1 --n_head 2 --n_embd 16 --block_size 8 --batch 2 --iters 1 --warmup 0 --device cpu
-               --compile off --vs {tmp_path} --results {tmp_path}""".split()
-    assert bench.main(argv) == 0
-    rows = {r["model"]: r for r in json.loads((tmp_path / "train_cpu.json").read_text())["rows"]}
-    assert [rows[k]["speed_vs_nanoGPT"] for k in ("ar", "mdm", "nanoGPT")] == [8, 4, 1]
-    assert rows["ar"]["params"] == LM(override(ModelConfig(), dict(n_layer=1, n_head=2, n_embd=16, block_size=8))).num_params()
-    assert rows["ar"]["tok_per_s"] == pytest.approx(2 * 8 / 1e-3) and rows["nanoGPT"]["params"] == 257 * 258 and rows["ar"]["mfu"] is None
-    assert bench.main([*argv[:-4], "--vs", str(tmp_path / "no")]) == 2 and "nanoGPT checkout" in capsys.readouterr().err
-
-
 def test_finished_arms_start_no_process(dataset, tmp_path, monkeypatch):
     job = dict(dataset=str(dataset), n_layer=1, n_head=2, n_embd=16, block_size=16, batch_tokens=32, max_steps=2, eval_every=0, eval_windows=2,
                out=str(tmp_path / "run"))
@@ -4671,14 +4604,10 @@ def test_arithmetic_and_tools_end_to_end(tmp_path, monkeypatch, runs, capsys, ar
 
 def test_gpu_queue(tmp_path, monkeypatch, capsys):
     """Without a GPU: every command of the queue is one that bench.py understands, and leaves the file that the queue looks for."""
-    for name in ("bench_train", "bench_context", "bench_sparse"):
-        monkeypatch.setattr(bench, name, lambda args, name=name: (tmp_path / f"{args.name or default[name]}.json").write_text("{}") and 0)
     def leave(command, typed):
         about = bench.EXPERIMENTS[command]
         (tmp_path / f"{bench.file_name(command, about, bench.settle(about, typed))}.json").write_text("{}")
     monkeypatch.setattr(bench, "perform", leave)
-    default = dict(bench_train="train_cuda", decode="decode_gpu", bench_context="context_cuda", bench_sparse="sparse_cuda",
-                   bench_moe="moe_cuda")
 
     def popen(command, **_):
         if command[1] == "bench.py":
@@ -4691,41 +4620,82 @@ def test_gpu_queue(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.rstrip().endswith("not measured yet: nothing")
 
 
-def test_bench_context_and_sparse(tmp_path, monkeypatch):
-    """They run on a CPU too, at toy sizes, and an interrupted run measures only what is missing."""
-    monkeypatch.chdir(tmp_path)
-    small = "--n_head 2 --head_dim 16 --repeat 1 --device cpu"
-    (tmp_path / "results").mkdir()
-    old = dict(layer="full", T=64, batch=1, ms=1.0, tok_per_s=1e3, cache_mib=1.0)
-    (tmp_path / "results" / "context_cpu.points.jsonl").write_text(json.dumps(old) + "\n")
-    assert bench.main(f"context --lengths 64,300 --batches 1 --layers full,msa {small}".split()) == 0
-    assert bench.main(f"sparse --lengths 512 --tokens 512 --n_kv_head 1 --topk 3 {small}".split()) == 0
-    rows = json.loads((tmp_path / "results" / "context_cpu.json").read_text())["rows"]
-    assert rows[0] == old | {"vs_full": 1.0} and len(rows) == 4 and not list((tmp_path / "results").glob("*.points.jsonl"))
-    assert {r["what"] for r in json.loads((tmp_path / "results" / "sparse_cpu.json").read_text())["rows"]} >= {"SDPA default", "sparse with selection"}
+def test_functions_are_what_they_are_called():
+    """transformers' rules beside ours; tile-shared picks of all blocks are dense attention."""
+    torch.manual_seed(0)
+    q, k, v = (F.normalize(torch.randn(1, 2, 70, 16), dim=-1) for _ in range(3))
+    beta, g, gc = torch.rand(1, 2, 70), -torch.rand(1, 2, 70), -torch.rand(1, 2, 70, 16)
+    for name, f in bench.peers().items():
+        ours = bench.FUNCTIONS["kda, any decay" if "kda" in name else "gated_deltanet"]
+        torch.testing.assert_close(f(q, k, v, beta, g, gc), ours(q, k, v, beta, g, gc), rtol=1e-4, atol=1e-5)
+    q, k, v = torch.randn(3, 1, 2, 64, 16)
+    for causal in (True, False):
+        sparse = bench.block_sparse(16, 4, 16, causal)(q, k, v)
+        torch.testing.assert_close(sparse, bench.dense(causal)(q, k, v), rtol=1e-4, atol=1e-5)
+
+
+def test_ratios_are_to_the_reference_of_the_same_point():
+    rows = [dict(layer=n, T=T, ms=ms) for n, T, ms in (("full", 1, 2.0), ("kda", 1, 1.0), ("full", 2, 9.0), ("kda", 2, 3.0), ("kda", 3, 1.0))]
+    assert [r["vs_full"] for r in bench.compared(rows, "layer", "full", ("ms",))] == [1, 2, 1, 3, None]
 
 
 def test_a_kernel_that_refuses_costs_no_other_row(tmp_path, monkeypatch, capsys):
     """On a GPU: it is told and recorded, and the measurements behind it go on. A broken GPU, and any error on a CPU, ends the run."""
     def only(kernel):
-        if kernel == "default":
+        if kernel == "sdpa":
             raise RuntimeError("No available kernel. Aborting execution.\nwarnings")
         return contextlib.nullcontext()
     monkeypatch.setattr(bench, "sdpa", only)
-    argv = f"sparse --lengths 256 --tokens 256 --n_head 2 --head_dim 16 --n_kv_head 1 --topk 3 --repeat 1 --device cpu --results {tmp_path}".split()
+    argv = f"functions --functions linear,deltanet --lengths 64 --n_head 2 --n_kv_head 2 --head_dim 16 --repeat 1 --device cpu --results {tmp_path}"
     with pytest.raises(RuntimeError, match="No available kernel"):
-        bench.main(argv)
+        bench.main(argv.split())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert bench.main(argv) == 0
-    assert capsys.readouterr().out.startswith("T    256 SDPA default: No available kernel. Aborting execution.\n")
-    result = json.loads((tmp_path / "sparse_cpu.json").read_text())
-    assert [(r["what"], r["T"]) for r in result["failed"]] == [("SDPA default", 256)]
-    assert len(result["rows"]) == 3 and all(r["both_ms"] > 0 and "both_vs_sdpa" not in r for r in result["rows"])
+    assert bench.main(argv.split()) == 0
+    assert capsys.readouterr().out.startswith("sdpa 64: No available kernel. Aborting execution.\n")
+    result = json.loads((tmp_path / "functions_cpu.json").read_text())
+    assert [r["function"] for r in result["failed"]] == ["sdpa"] and [r["function"] for r in result["rows"]] == ["linear", "deltanet"]
+    assert all(r["both_ms"] > 0 and r["both_vs_sdpa"] is None for r in result["rows"])
 
     def broken():
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
     with pytest.raises(RuntimeError, match="illegal"):
         bench.attempt(broken, "")
+
+
+def test_train_speed_beside_a_peer(tmp_path, monkeypatch, capsys):
+    """bench.py train --vs: the same shapes, ratios of the medians of alternating runs; the children run in this process here."""
+    (tmp_path / "model.py").write_text("""
+import torch, types
+GPTConfig = types.SimpleNamespace
+class GPT(torch.nn.Linear):
+    def __init__(self, c):
+        super().__init__(c.vocab_size, c.vocab_size)
+    def configure_optimizers(self, decay, lr, betas, device):
+        return torch.optim.AdamW(self.parameters())
+    def forward(self, x, y):
+        z = self.weight[x]
+        return z, torch.nn.functional.cross_entropy(z.flatten(0, 1), y.flatten())
+""")
+
+    def child(command, **_):
+        bench.throughput(**json.loads(command[-1]))
+        return types.SimpleNamespace(returncode=0, stdout=capsys.readouterr().out, stderr="")
+    monkeypatch.setattr(bench.subprocess, "run", child)
+    monkeypatch.setattr(torch.compiler, "set_stance", lambda *_: None)
+    monkeypatch.setitem(sys.modules, "model", sys.modules["model"])                    # put back afterwards, as is the path
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    ms = iter((1, 2, 8, 2, 2, 4, 1, 2, 8))                                             # AR, diffusion, peer; three rounds
+    clock = [t for run in ms for t in (0.0, run / 1e3)]
+    monkeypatch.setattr(bench.time, "process_time", lambda: clock.pop(0))
+    argv = f"""train --preset small --n_layer 1 --n_head 2 --n_embd 16 --block_size 8 --batch 2 --iters 1 --warmup 0 --device cpu
+               --compile off --results {tmp_path}""".split()
+    assert bench.main([*argv, "--vs", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "train_cpu.json").read_text())
+    rows = {r["model"]: r for r in bench.speed_table(result)}
+    assert [rows[k]["speed_vs_nanoGPT"] for k in ("ar", "mdm", "nanoGPT")] == [pytest.approx(n) for n in (8, 4, 1)] and len(result["rows"]) == 9
+    assert rows["ar"]["params"] == LM(override(ModelConfig(), dict(n_layer=1, n_head=2, n_embd=16, block_size=8))).num_params()
+    assert rows["ar"]["tok_per_s"] == pytest.approx(2 * 8 / 1e-3) and rows["nanoGPT"]["params"] == 257 * 258 and rows["ar"]["mfu"] is None
+    assert bench.main([*argv, "--vs", str(tmp_path / "no")]) == 2 and "nanoGPT checkout" in capsys.readouterr().err
 
 
 def test_a_compiled_kernel_is_the_one_asked_for(monkeypatch):
