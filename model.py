@@ -29,7 +29,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from attention import ATTENTION, CHOICES, Cache, LayerConfig, check_settings, itemsize, no_autocast, step_of, top_k
+from attention import (ATTENTION, CHOICES, Cache, LayerConfig, check_settings, itemsize, no_autocast, step_of,
+                       top_k)
 
 
 def need(ok, message):
@@ -135,7 +136,8 @@ class LM(nn.Module):
         """One cache for all layers, for max_len tokens per row: it counts, they have buffers alone."""
         device = device or self.embed.weight.device
         layers = [b.mixer.buffers_for(batch_size, max_len, device, dtype) for b in self.blocks]
-        return Cache(batch_size, max_len, device, layers=[types.SimpleNamespace(**buffers) for buffers in layers])
+        layers = [types.SimpleNamespace(**buffers) for buffers in layers]
+        return Cache(batch_size, max_len, device, layers=layers)
 
     def cache_bytes(self, T, dtype):
         """Bytes that one sequence of T tokens keeps between decode steps."""
