@@ -2418,7 +2418,7 @@ def read_items(path, tokenizer, limit=None):
     Everything is read before anything is computed: a bad line, named with its number, never stops a long evaluation."""
     path, items = Path(path), []
     unpack = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(path.suffix, open)
-    with unpack(path, "rt", encoding="utf-8") as file:
+    with unpack(path, "rt", encoding="utf-8-sig") as file:
         lines = enumerate(file, 1)
         while limit is None or len(items) < limit:
             try:
