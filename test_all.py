@@ -5,6 +5,7 @@ By equivalence and by definition: enumeration, float64 oracles, cached against r
 import bz2
 import collections
 import contextlib
+import doctest
 import functools
 import gzip
 import hashlib
@@ -376,6 +377,79 @@ def test_full_rewrites_a_block_in_the_middle():
         x[:, 8:12] = torch.randn(1, 4, 32)
         part = layer(x[:, 8:12], causal=False, cache=cache, pos=torch.arange(8, 12))
         close(part, layer(x, causal=False)[:, 8:12])
+
+
+YES = torch.ones(2, 4, dtype=torch.bool)
+# case or cases -> keywords of a call on 2 x 4 tokens, behind 6 in a cache of 12, and a word of the refusal
+CALLS = [("all", dict(pos=torch.arange(9, 13)), "outside the cache"), ("all", dict(pos=torch.arange(-1, 3)), "outside the cache"),
+         ("all", dict(pos=torch.arange(7, 11)), "without a gap"), ("all", dict(pos=torch.tensor([6, 7, 9, 10])), "without a gap"),
+         ("all", dict(pos=torch.tensor([7, 6, 8, 9])), "must rise"), ("all", dict(pos=torch.arange(3)), "pos has shape"),
+         ("all", dict(valid=YES[:, :3]), "valid has shape"), ("all", dict(valid=torch.tensor([[False, True, True, True]] * 2)), "right only"),
+         ("all", dict(mask=YES[0] & YES[0][:, None]), "not both"), ("in order", dict(pos=torch.arange(4)), "reads its cache in order"),
+         ("in order", dict(pos=torch.arange(4), commit=False), "reads its cache in order")]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_layer_refuses_calls(case):
+    layer, x = make_layer(case), torch.randn(2, 10, 32)
+    cache = layer.init_cache(2, 12)
+    with torch.no_grad():
+        layer(x[:, :6], cache=cache)
+        for which, keywords, word in CALLS:
+            if which == "all" or not layer.rewrites:
+                with pytest.raises(ValueError, match=word):
+                    layer(x[:, 6:], cache=cache, **keywords)
+        assert cache.pos.tolist() == [6, 6], "a refused call counts nothing"
+        on = layer(x[:, 6:], cache=cache, pos=torch.arange(6, 10), commit=False)
+        torch.testing.assert_close(on, layer(x[:, 6:], cache=cache))                   # pos that goes on is no news
+        with pytest.raises(ValueError, match="3 more do not fit, make it with init_cache"):
+            layer(x[:, :3], cache=cache)
+        with pytest.raises(ValueError, match="the cache has 2 rows, and the batch 1"):
+            layer(x[:1, :1], cache=cache)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_layer_of_nothing(case):
+    """No tokens or no rows: nothing comes back and nothing is remembered."""
+    layer = make_layer(case)
+    for B, T in ((2, 0), (0, 5), (0, 0)):
+        x, cache = torch.randn(B, T, 32), layer.init_cache(B, 9)
+        for causal in (True, False):
+            assert layer(x, causal=causal).shape == layer(x, causal=causal, cache=cache, valid=torch.ones(B, T) > 0).shape == (B, T, 32)
+        assert not cache.pos.any() and cache.used == 0
+
+
+@pytest.mark.parametrize("case", [case for case, (name, given) in CASES.items() if name in ("full", "mla") and "window" not in given])
+def test_draft_in_the_middle_leaves_the_cache_as_it_was(case):
+    """commit=False with pos: answers as if it were committed, and no bit of the cache is another."""
+    layer, x = make_layer(case).double(), torch.randn(2, 12, 32).double()
+    with torch.no_grad():
+        cache = layer.init_cache(2, 12, dtype=torch.float64)
+        layer(x, cache=cache, causal=False)
+        before = {name: a.clone() for name, a in vars(cache).items() if torch.is_tensor(a)}
+        old, x[:, 3:7] = x[1, 6].clone(), torch.randn(2, 4, 32)
+        valid = torch.tensor([[True] * 4, [True, True, True, False]])
+        for more in ({}, dict(valid=valid)):                                           # padding hides itself, not what is there
+            draft = layer(x[:, 3:7], cache=cache, causal=False, commit=False, pos=torch.arange(3, 7), **more)
+            assert all(torch.equal(getattr(cache, name), a) for name, a in before.items())
+            canvas = x.clone()
+            canvas[1, 6] = old if more else x[1, 6]
+            torch.testing.assert_close(draft[:, :3], layer(canvas, causal=False)[:, 3:6])
+
+
+def test_window_counts_positions():
+    """Positions with gaps: a window is a distance between them, not between the tokens of the call."""
+    layer, x, pos = make_layer("full window"), torch.randn(1, 8, 32), torch.tensor([0, 1, 2, 9, 10, 30, 33, 34])
+    with torch.no_grad():
+        for causal in (True, False):
+            y = layer(x, causal=causal, pos=pos)
+            for part in (slice(0, 3), slice(3, 5), slice(5, 8)):                       # nothing of another part is within 5
+                torch.testing.assert_close(y[:, part], layer(x[:, part], causal=causal, pos=pos[part]))
+
+
+def test_examples_in_docstrings():
+    failed, tried = doctest.testmod(attention)
+    assert tried >= 5 and not failed
 
 
 @pytest.mark.parametrize("case", ["full", "full gqa", "full sink", "mla"])
