@@ -400,7 +400,8 @@ def lines(x, y, line, xlabel, ylabel, title):
     """A picture: a labelled line for each value of `line`, both axes logarithmic."""
     def picture(plt, result):
         figure, ax = plt.subplots(figsize=(8, 5.5))
-        colours, labels, xs = itertools.cycle(plt.get_cmap("tab20").colors), [], set()
+        colours = itertools.cycle((*plt.get_cmap("tab10").colors, *plt.get_cmap("Dark2").colors))
+        labels, xs = [], set()
         rows = [r for r in result["rows"] if r.get("batch") == result["rows"][0].get("batch")]
         for name in dict.fromkeys(r[line] for r in rows):
             mine = [(r[x], r[y]) for r in rows if r[line] == name and r[y]]
@@ -1161,8 +1162,7 @@ SPARSE = ("block-sparse", "block-sparse, with selection", "block-sparse, both wa
 ON_GPU = ("sdpa cudnn", "sdpa flash", "dense flex")
 
 
-@experiment(named=("device",), finish=lambda rows: compared(rows, "function", "sdpa", ("forward_ms", "both_ms")),
-            picture=lines("T", "both_ms", "function", "tokens", "ms, forward + backward", "{n_head} heads of {head_dim}"))
+@experiment(named=("device",), finish=lambda rows: compared(rows, "function", "sdpa", ("forward_ms", "both_ms")))
 def functions(lengths=(1024, 4096, 8192), functions=(), n_head=4, n_kv_head=4, head_dim=64, batch=1, block=128, topk=8,
               tile=128, repeat=5, device="auto", threads=1):
     """Mixers as pure functions, and block-sparse attention: against SDPA and transformers, time and memory against length.

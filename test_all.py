@@ -3920,7 +3920,7 @@ TOYS = {    # experiment: (its flags, rows of the JSON file, is there a picture?
     "theory": ("--steps 4 --sequences 2 --lengths 3,6", 2 * 2 * (6 + 5 + 1), True),
     "tools": ("--steps 2 --problems 3", 6, False),
     "context": (f"--lengths 64,300 --batches 1,2 --layers full,infllm,kda {SIZES}", 12, True),
-    "functions": (f"--lengths 96 --n_kv_head 2 --block 32 --tile 32 --topk 2 {SIZES}", 13, True),
+    "functions": (f"--lengths 96 --n_kv_head 2 --block 32 --tile 32 --topk 2 {SIZES}", 13, False),
     "attention": (f"--lengths 64,96 --layers full,msa,linear {SIZES}", 6, True),
     "quality": (f"--dataset DATASET --mixers full,msa --steps 2 --seeds 2 {RUNS}", 4, False),
 }
