@@ -2,6 +2,7 @@
 
   few unique tokens
     crossover   the main one: AR against masked diffusion on the same few unique tokens, for many epochs
+    compare     any training runs in one picture, against steps, epochs, tokens, FLOPs or seconds
     sparsity    dense against mixture of experts, equal active or equal total parameters, AR and diffusion
   token mixers
     quality     the same small model with every mixer, AR and diffusion
@@ -12,19 +13,20 @@
     attention   every layer: time and memory against length, keys read, cache
     functions   the mixers as pure functions, and block-sparse attention: against SDPA and transformers
     context     time of one decoded token against the tokens in the cache
-    hybrids     losses, recall, time and cache of linear, sparse, full layers and their mixtures in one table, from the above
-    moe         mixture of experts: speed against dense, load with and without balancing, experts and topics
+    moe         mixture of experts: speed against dense, load with and without balancing
     presets     sizes and caches of the published models
     gpu         all GPU measurements, in order of value, as many as fit into --minutes
+    tables      writes results/README.md from the files of all experiments
   sampling and likelihood
     theory      what few sampling steps cost: token errors and wrong sequences, closed form and trained models
-    decode      tokens/s against quality of every sampler, AR and diffusion; steps needed on arithmetic
+    decode      tokens/s against quality of every sampler, AR and diffusion
     panel       all likelihoods of the same models: exact, bounds, chains, bits per byte
     choices     multiple choice by likelihood: HellaSwag, ARC, PIQA, LAMBADA files, and a probe without any file
     tools       a calculator inside an answer, AR and block diffusion
 
-Numbers go to results/NAME.json with command, versions, device and seed, pictures to results/NAME.png. The tables and
-pictures of the README come from there. A command that was interrupted goes on where it stopped when it is typed again.
+Numbers go to out/NAME.json with command, versions, device, seeds and date, pictures to out/NAME.png; with
+--results results to the files that results/README.md shows. A command that was interrupted goes on where it stopped
+when it is typed again.
 """
 if __name__ == "__main__":                      # Ctrl-C while the imports run: the end, and no traceback
     import signal
@@ -138,7 +140,7 @@ def parameters(run):
 def add_flags(parser, about):
     """The flags of an experiment; what was not typed stays out of the parser's answer."""
     told = dict(re.findall(r"^    (\w+): (.*)$", about.run.__doc__, re.M))
-    for name, (default, kind) in {**parameters(about.run), **COMMON}.items():
+    for name, (default, kind) in (COMMON | parameters(about.run)).items():
         text = told.get(name, HELP.get(name, "")).replace("%", "%%")
         if default is inspect.Parameter.empty:
             parser.add_argument(name, nargs="+", metavar=name.rstrip("s").upper(), help=text)
@@ -249,6 +251,8 @@ def perform(command, typed):
     """Runs an experiment: measures what is missing, prints the table, writes FILE.json and FILE.png."""
     about = EXPERIMENTS[command]
     flags = settle(about, typed)
+    if not inspect.isgeneratorfunction(about.run):
+        return about.run(**{k: flags[k] for k in parameters(about.run)})
     path = Path(flags["results"]) / f"{file_name(command, about, flags)}.json"
     given = {k: flags[k] for k in parameters(about.run)}
     shape = {k: v for k, v in given.items() if not isinstance(v, tuple | list) and k not in ("out", "workers")}
@@ -1809,7 +1813,7 @@ def theory_picture(plt, result):
     axes[1, 0].set_ylabel("share of wrong sequences")
     for ax in axes[1]:
         ax.set_xlabel("sampling steps")
-    axes[1, 0].legend(fontsize=9)
+    axes[0, 0].legend(fontsize=9)
     return figure
 
 
@@ -2222,6 +2226,87 @@ def panel(windows=16, n_mc=64, **models):
                 nats=nats, se=se or None, bits_per_byte=nats / math.log(2) / bytes_per_token, params=lm.num_params(),
                 steps=state["step"], windows=len(x), tokens=x.size(1))
 
+# ---------------------------------------------------------------------------------------------------------------------
+# tables: results/README.md from the JSON files
+
+def mixtures(folder, device="cpu"):
+    """Rows of full, linear and sparse layers and their mixtures, from the files of quality, recall, attention, context.
+
+    Losses in nats per token and right answers in %, AR / diffusion; decoding of one token with the longest cache and
+    training at the longest length, how many times faster than full. A mixture's are the mean over its layers."""
+    def rows_of(file, column, *key):
+        path = Path(folder) / f"{file}.json"
+        rows = json.loads(path.read_text())["rows"] if path.exists() else []
+        return {tuple(r.get(k) for k in key): r for r in rows if r.get(column) is not None}
+    quality = rows_of(f"quality_{device}", "loss", "mixer", "objective")
+    recalls = rows_of("recall", "accuracy", "layers", "objective", "task", "pairs", "T")
+    speed = rows_of(f"attention_{device}", "both_ms", "layer", "T")
+    decoding = {key[:2]: r for key, r in rows_of(f"context_{device}", "ms", "layer", "T", "batch").items() if key[2] == 1}
+    if not all((quality, recalls, speed, decoding)):
+        return []
+    far, trained, tokens = (max(key[-1] for key in found if key[0] == "full") for found in (recalls, speed, decoding))
+    percent = lambda r: r and f"{100 * r['accuracy']:.0f}"
+    both = lambda of: " / ".join(of(o) or "-" for o in OBJECTIVES)
+    rows = []
+    for name in dict.fromkeys(["full", *(mixer for mixer, _ in quality)]):
+        if name not in ATTENTION and "*" not in name:                                  # a setting of another row's layer
+            continue
+        layers = [n for n, _ in parse_layers(name, 4 if "*" in name else 1)]
+        if not all((n, trained) in speed and (n, tokens) in decoding for n in layers):
+            continue
+        mean = lambda found, T, column: statistics.mean(found[n, T][column] for n in layers)
+        full = decoding["full", tokens]
+        rows.append({
+            "mixer": f"`{name}`",
+            "loss": both(lambda o: (name, o) in quality and f"{quality[name, o]['loss']:.3f}"),
+            "64 pairs": both(lambda o: percent(recalls.get((name, o, "pairs", 64, 512)))),
+            f"needles in {far:,}": both(lambda o: percent(recalls.get((name, o, "needle", NEEDLES, far)))),
+            f"decoding at {tokens:,}": f"{full['ms'] / mean(decoding, tokens, 'ms'):.1f}x",
+            "cache": f"{mean(decoding, tokens, 'cache_mib') / full['cache_mib']:.1%}",
+            f"training at {trained:,}": f"{speed['full', trained]['both_ms'] / mean(speed, trained, 'both_ms'):.2f}x"})
+    return rows
+
+
+def told(result):
+    """How a file was made, in a line."""
+    seeds = ", ".join(map(str, result.get("seeds", ())))
+    return (f"`{result['command']}`: {result['device']}, torch {result['versions']['torch']}, {result['date']}, "
+            f"seed{'s' * (',' in seeds)} {seeds}" + ", **cut off by time**" * result["cut"])
+
+
+@experiment()
+def tables(results="results", pictures=False):
+    """The tables of results/README.md from the JSON files beside it; what is written around them stays.
+
+    A table stands between <!-- NAME --> and <!-- end -->; one that has no place yet is put at the end.
+
+    pictures: draw them again too
+    """
+    folder = Path(results)
+    page_file = folder / "README.md"
+    text = page_file.read_text(encoding="utf-8") if page_file.exists() else "# Results\n"
+    blocks = {"mixtures": markdown(mixtures(folder))} if mixtures(folder) else {}
+    for file in sorted(folder.glob("*.json")):
+        result = json.loads(file.read_text())
+        about = EXPERIMENTS.get(result.get("experiment"))
+        if about is None:
+            continue
+        if pictures:
+            draw(about, result, file)
+        image = f"![{file.stem}]({file.stem}.png)\n\n" if file.with_suffix(".png").exists() else ""
+        blocks[file.stem] = f"{told(result)}\n\n{image}{page(about, result)}"
+    for name, block in blocks.items():
+        mark = f"<!-- {name} -->"
+        if mark not in text:
+            text += f"\n## {name}\n\n{mark}\n<!-- end -->\n"
+        before, _, rest = text.partition(mark)
+        old, end, after = rest.partition("<!-- end -->")
+        if not end or "<!--" in old:
+            raise ValueError(f"{page_file}: {mark} has no <!-- end --> behind its table")
+        text = f"{before}{mark}\n{block}\n{end}{after}"
+    write(page_file, text)
+    print(f"wrote {page_file}")
+
 # =====================================================================================================================
 # To be ported to the runner above
 
@@ -2324,61 +2409,6 @@ def gpu(args):
             (Path(args.results) / file).write_text(f"passed on {device_name('cuda')}, torch {torch.__version__}\n")
     missing = [f for f, _ in queue if not (Path(args.results) / f).exists()]
     print("\nnot measured yet: " + (", ".join(missing) or "nothing"))
-
-# ---------------------------------------------------------------------------------------------------------------------
-# hybrids: what was measured of linear, sparse and full layers and of their mixtures, side by side
-
-def hybrids(args):
-    """One table of full, linear and sparse layers and their mixtures, from the results of quality, recall, attention, context.
-
-    loss: nats per token; recall: share of right answers; decoding: one token with the longest cache measured; training: forward and
-    backward at the longest length; both and the cache against full. A mixture's time and cache are the mean over its layers.
-    """
-    def rows_of(file, column, *key):
-        path = Path(args.results) / f"{file}.json"
-        if not path.exists():
-            raise ValueError(f"{path} is missing: python bench.py {file.split('_')[0]} makes it")
-        return {tuple(r.get(k) for k in key): r for r in json.loads(path.read_text())["rows"] if r.get(column) is not None}
-    quality = rows_of(f"quality_{args.device}", "loss", "mixer", "objective")
-    recalls = rows_of("recall", "accuracy", "layers", "objective", "task", "pairs", "T")
-    speed = rows_of(f"attention_{args.device}", "both_ms", "layer", "T")
-    decoding = {(n, T): r for (n, T, batch), r in rows_of(f"context_{args.device}", "ms", "layer", "T", "batch").items() if batch == 1}
-    far, trained, tokens = (max(key[-1] for key in found if key[0] == "full") for found in (recalls, speed, decoding))
-    rows = []
-    for name, (pattern, _) in MIXERS.items():
-        layers = [n for n, _ in parse_layers(pattern, 4 if "*" in pattern else 1)]
-        measured = all((n, trained) in speed and (n, tokens) in decoding for n in layers)
-        if not measured or name not in ATTENTION and "*" not in name:                  # the latter: a setting of another row's layer
-            continue
-        row = {"mixer": name}
-        for o in OBJECTIVES:
-            row |= {f"{o} loss": quality.get((name, o), {}).get("loss"), f"{o} std": quality.get((name, o), {}).get("std"),
-                    f"{o} 64 pairs": recalls.get((name, o, "pairs", 64, 512), {}).get("accuracy"),
-                    f"{o} needles in {far}": recalls.get((name, o, "needle", NEEDLES, far), {}).get("accuracy")}
-        ms, mib, both = (statistics.mean(found[n, T][column] for n in layers) for found, T, column in (
-            (decoding, tokens, "ms"), (decoding, tokens, "cache_mib"), (speed, trained, "both_ms")))
-        full = decoding["full", tokens]
-        rows.append(row | {f"ms at {tokens}": ms, "decoding": full["ms"] / ms, "cache bytes a token": mib * 2 ** 20 / tokens,
-                           "cache": mib / full["cache_mib"], f"train at {trained}": speed["full", trained]["both_ms"] / both})
-    table(rows)
-    record(args.name or f"hybrids_{args.device}", rows, folder=args.results, context=tokens, of=args.device)
-
-# name -> (layer pattern, settings). Sparse layers read at most a quarter of T at t = T; widths of the MLP match parameters.
-PICKS = dict(n_kv_head=1, sel_block=16, sel_topk=7)
-COMPRESSED = dict(PICKS, sel_local=2, cmp_block=16, cmp_stride=8, dense_len=0)
-MIXERS = {
-    "full": ("full", {}), "full window": ("full", dict(window=64)), "mla": ("mla", {}),
-    "linear": ("linear", dict(linear_decay="head")), "deltanet": ("deltanet", {}),
-    "gated_deltanet": ("gated_deltanet", {}), "kda": ("kda", {}),
-    "gated_deltanet alternate": ("gated_deltanet(bidir=forward) gated_deltanet(bidir=backward)", {}),
-    "gated_deltanet forward": ("gated_deltanet", dict(bidir="forward")),
-    "nsa": ("nsa", dict(n_kv_head=1, window=16, sel_block=16, sel_topk=4, cmp_block=32, cmp_stride=16)),
-    "infllm": ("infllm", COMPRESSED), "msa": ("msa", PICKS), "dsa": ("dsa", dict(sel_topk=112)),
-    "gated_deltanet*3 full": ("gated_deltanet*3 full", {}), "kda*3 mla": ("kda*3 mla", {}),
-    "gated_deltanet*3 msa": ("gated_deltanet*3 msa", PICKS), "kda*3 dsa": ("kda*3 dsa", dict(sel_topk=112)),
-    "linear*3 infllm": ("linear*3 infllm", dict(COMPRESSED, linear_decay="head")),
-}
-ONE_WAY = ("gated_deltanet alternate", "gated_deltanet forward")                       # the same as gated_deltanet when causal
 
 # ---------------------------------------------------------------------------------------------------------------------
 # choices: multiple choice by likelihood
@@ -2681,7 +2711,6 @@ def main(argv=None):
         return dict(dataset=("docs-byte", "text"), steps=(steps, "of training: of each AR run, three times as many for diffusion"),
                     n_layer=(n_layer, "blocks"), n_embd=(128, "width"), block_size=(block_size, "window, T"),
                     batch_tokens=(batch_tokens, "tokens in a step"), lr=(4e-3, "rate"), workers=(1, "runs at a time"))
-    command("hybrids", hybrids, device=("cpu", "whose measurements: cpu | cuda"))
     command("gpu", gpu, minutes=(9.0, "for all of it"))
 
     p = command("choices", choices, **machine | dict(threads=(0, "CPU threads; 0: 1 for models below 5M parameters, else all cores")),

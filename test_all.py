@@ -4369,26 +4369,28 @@ def test_finished_arms_start_no_process(dataset, tmp_path, monkeypatch):
     assert len(started) == 3
 
 
-def test_hybrids_joins_what_was_measured(tmp_path, capsys):
-    """A mixture's time and cache are the mean over its layers; what was not run stays empty."""
-    argv = ["hybrids", "--results", str(tmp_path)]
-    assert bench.main(argv) == 2 and "quality_cpu.json is missing: python bench.py quality" in capsys.readouterr().err
+def test_tables_join_what_was_measured(tmp_path, capsys):
+    """A mixture's time and cache are the mean over its layers; prose stays, a table changes with its file."""
+    argv = ["tables", "--results", str(tmp_path)]
     layers = {"full": 8.0, "gated_deltanet": 2.0}
-    rows = dict(quality_cpu=[dict(mixer="gated_deltanet*3 full", objective="ar", loss=1.5, std=None)],
+    rows = dict(quality_cpu=[dict(mixer="gated_deltanet*3 full", objective="ar", loss=1.5, std=None, seeds=1, reads=4)],
                 recall=[dict(layers="full", objective="mdm", task=t, T=T, pairs=n, accuracy=n / 100) for t, T, n in (("pairs", 512, 64), ("needle", 1024, 4))],
                 attention_cpu=[dict(layer=n, T=T, both_ms=10 * T * ms) for n, ms in layers.items() for T in (1, 2)],
                 context_cpu=[dict(layer=n, T=T, batch=B, ms=B * T * ms, cache_mib=T * ms) for n, ms in layers.items() for T in (1, 4) for B in (1, 64)])
     rows["context_cpu"].append(dict(layer="full", T=8, batch=1, ms=None, cache_mib=64.0))              # out of memory
+    about = dict(command="python", device="d", versions={"torch": "2"}, date="now", seeds=[1], cut=True, flags={})
     for name, r in rows.items():
-        (tmp_path / f"{name}.json").write_text(json.dumps(dict(rows=r)))
+        (tmp_path / f"{name}.json").write_text(json.dumps(dict(about, experiment=name.split("_")[0], rows=r)))
+    found = {r["mixer"]: list(r.values())[1:] for r in bench.mixtures(tmp_path)}
+    assert found == {"`full`": ["- / -", "- / 64", "- / 4", "1.0x", "100.0%", "1.00x"],
+                     "`gated_deltanet*3 full`": ["1.500 / -", "- / -", "- / -", f"{8 / 3.5:.1f}x", f"{3.5 / 8:.1%}", f"{8 / 3.5:.2f}x"]}
+    (tmp_path / "README.md").write_text("hand <!-- recall -->old<!-- end --> made\n")
     assert bench.main(argv) == 0
-    found = {r["mixer"]: r for r in json.loads((tmp_path / "hybrids_cpu.json").read_text())["rows"]}
-    assert set(found) == {"full", "gated_deltanet", "gated_deltanet*3 full"}
-    mixed, full = found["gated_deltanet*3 full"], found["full"]
-    assert mixed["ar loss"] == 1.5 and mixed["mdm loss"] is full["ar loss"] is mixed["ar 64 pairs"] is None
-    assert (full["mdm 64 pairs"], full["mdm needles in 1024"]) == (0.64, 0.04)
-    assert mixed["ms at 4"] == 4 * 3.5 and mixed["cache bytes a token"] == 3.5 * 2 ** 20 and mixed["train at 2"] == pytest.approx(8 / 3.5)
-    assert mixed["decoding"] == pytest.approx(8 / 3.5) and mixed["cache"] == pytest.approx(3.5 / 8) and full["decoding"] == full["cache"] == 1
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("hand <!-- recall -->\n`python`") and "<!-- end --> made" in text and "old" not in text and "cut off" in text
+    assert bench.main(argv) == 0 and (tmp_path / "README.md").read_text() == text
+    (tmp_path / "README.md").write_text("<!-- recall -->")
+    assert bench.main(argv) == 2 and "has no <!-- end -->" in capsys.readouterr().err
 
 
 def test_quality_compares_equals():
