@@ -1956,7 +1956,7 @@ def skew_routers(out, windows):
 
 def balance(router, bias_step, steps, device, out):
     """The load of 32 experts from a skewed router on: [step, largest / mean load in the worst layer]."""
-    flags = dict(dataset="docs-byte", n_layer=2, n_head=4, n_embd=64, block_size=64, batch_tokens=1024, log_every=100,
+    flags = dict(dataset=str(data_folder("docs-byte")), n_layer=2, n_head=4, n_embd=64, block_size=64, batch_tokens=1024, log_every=100,
                  eval_every=0, max_steps=steps, save_every=500, schedule="constant", device=device, out=str(out),
                  set=["n_expert=32", "n_expert_active=4", "expert_inner=64", f"router_bias_step={bias_step}"])
     if not (out / "ckpt_last.pt").exists():
