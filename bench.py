@@ -33,19 +33,16 @@ if __name__ == "__main__":                      # Ctrl-C while the imports run: 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
-import bz2
 import collections
 import contextlib
 import copy
 import dataclasses
 import functools
-import gzip
 import hashlib
 import inspect
 import io
 import itertools
 import json
-import lzma
 import math
 import os
 import platform
@@ -2444,27 +2441,21 @@ def parse_item(r):
 
 
 def read_items(path, tokenizer, limit=None):
-    """The first `limit` lines of a .jsonl file (also .gz, .bz2, .xz): [{"context": ids, "ends": [ids, ...], "gold", "bytes"}].
+    """The first `limit` items of a .jsonl file, read as prepare.py does: [{"context": ids, "ends": [ids, ...], "gold", "bytes"}].
     Everything is read before anything is computed: a bad line, named with its number, never stops a long evaluation."""
-    path, items = Path(path), []
-    unpack = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(path.suffix, open)
-    with unpack(path, "rt", encoding="utf-8-sig") as file:
-        lines = enumerate(file, 1)
-        while limit is None or len(items) < limit:
-            try:
-                n, line = next(lines, (None, None))
-                if line is None:
-                    break
-                if line.strip():
-                    context, ends, gold = parse_item(json.loads(line))
-                    items.append({"context": tokenizer.encode(context), "ends": [tokenizer.encode(e) for e in ends], "gold": gold,
-                                  "bytes": [len(e.encode()) for e in ends]})
-            except (json.JSONDecodeError, RecursionError, UnicodeEncodeError):
-                raise ValueError(f"{path} line {n} is no JSON object of UTF-8 text") from None
-            except (EOFError, OSError, lzma.LZMAError, UnicodeDecodeError) as e:
-                raise ValueError(f"{path} is damaged or no {path.suffix} file: {e}") from None
-            except ValueError as e:
-                raise ValueError(f"{path} line {n} {e}") from None
+    items = []
+    for n, (line, _) in enumerate(prepare.text_lines(Path(path)), 1):
+        if len(items) == limit:
+            break
+        try:
+            if line.strip():
+                context, ends, gold = parse_item(json.loads(line))
+                items.append({"context": tokenizer.encode(context), "ends": [tokenizer.encode(e) for e in ends], "gold": gold,
+                              "bytes": [len(e.encode()) for e in ends]})
+        except (json.JSONDecodeError, RecursionError, UnicodeEncodeError):
+            raise ValueError(f"{path} line {n} is no JSON object of UTF-8 text") from None
+        except ValueError as e:
+            raise ValueError(f"{path} line {n} {e}") from None
     if not items:
         raise ValueError(f"{path} holds no items")
     return items

@@ -4193,10 +4193,10 @@ def test_read_items_forms(tmp_path):
             {"context": "It was", "continuation": "so"}, {"ctx": "", "endings": ["x", "y"], "label": 0}]
     text = "\n".join(map(json.dumps, rows)) + "\n\n"
     (tmp_path / "a.jsonl").write_text(text)
-    (tmp_path / "a.jsonl.bz2").write_bytes(bz2.compress(text.encode()))
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    for name, pack in (("bz2", bz2.compress), ("gz", gzip.compress), ("xz", lzma.compress), ("bom", lambda raw: b"\xef\xbb\xbf" + raw)):
+        (tmp_path / f"a.jsonl.{name}").write_bytes(pack(text.encode()))
     tok = prepare.Tokenizer("byte")
-    for name in ("a.jsonl", "a.jsonl.bz2", "a.jsonl.gz"):
+    for name in ("a.jsonl", "a.jsonl.bz2", "a.jsonl.gz", "a.jsonl.xz", "a.jsonl.bom"):
         items = bench.read_items(tmp_path / name, tok)
         told = [(tok.decode(i["context"]), [tok.decode(e) for e in i["ends"]], i["gold"]) for i in items]
         assert told == [("A man", [" sits.", " runs."], 1), ("Question: why?\nAnswer:", [" a", " b", " c"], 2), ("It was", [" so"], 0),
@@ -4229,7 +4229,7 @@ def test_choices_refuse(runs, tmp_path, capsys):
     broken.write_bytes(gzip.compress(json.dumps(GOOD).encode() * 999)[:-30])
     (tmp_path / "l.jsonl").write_bytes(b"\xff\xfe")
     deep = write_jsonl(tmp_path / "d.jsonl", "[" * 100_000)
-    for argv, message in ((f"ar --files {empty}", "holds no items"), (f"ar --files {broken}", "damaged"), (f"ar --files {tmp_path}/l.jsonl", "damaged"),
+    for argv, message in ((f"ar --files {empty}", "holds no items"), (f"ar --files {broken}", "cannot read"), (f"ar --files {tmp_path}/l.jsonl", "iconv -f UTF-16"),
                           (f"ar --files {tmp_path}/none.jsonl", "No such file"), (f"ar --files {good} --measures bound", "whose likelihoods are exact"),
                           (f"mdm --files {good} --measures left", "exact, bound, chain"), (f"mdm --files {good} --n_mc 6", "multiple of 4"),
                           (f"ar --files {good} --limit 0", "at least 1"), ("nothing", "no checkpoint"), (f"ar --files {deep}", "line 1 is no JSON")):
