@@ -2728,9 +2728,8 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here")
         return 130
-    except (ValueError, OSError) as e:
-        print(f"bench.py: {e}", file=sys.stderr)
-        return 2
+    except (ValueError, OSError, MemoryError) as e:
+        return prepare.complain("bench.py", e)
 
 
 if __name__ == "__main__":

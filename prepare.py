@@ -740,6 +740,13 @@ def console():
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def complain(program, error):
+    """One line about an error on stderr, whatever is in it. Returns 2, the exit status."""
+    line = " ".join(str(error or "out of memory").splitlines())         # a MemoryError has no text
+    print(f"{program}: {line if len(line) < 550 else line[:300] + ' ... ' + line[-200:]}", file=sys.stderr)
+    return 2
+
+
 @contextlib.contextmanager
 def whole_file(path, mode="wb", keep=None):
     """Opens a file that gets its name when it is complete: with whole_file(path) as f: f.write(...). If anything fails,
@@ -801,8 +808,13 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unknown argument {unknown[0]}; " + (f"did you mean {near[0]}?" if near else "see --help"))
         return namespace, unknown
 
+    def _get_values(self, action, strings):     # argparse makes an empty list of --flag=--
+        if action.option_strings and strings == ["--"]:
+            self.error(f"argument --{action.dest}: expected a value, not --")
+        return super()._get_values(action, strings)
+
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(complain(self.prog, message))
 
 
 FLAGS = {       # flag: (default, help)
@@ -834,8 +846,7 @@ def main(argv=None):
         folder = prepare(args.pop("dataset") or "docs", **args)
         meta = read_meta(folder)
     except (ValueError, OSError) as e:
-        print(f"prepare.py: {e}", file=sys.stderr)
-        return 2
+        return complain("prepare.py", e)
     except KeyboardInterrupt:
         print("prepare.py: interrupted, and nothing half made is left", file=sys.stderr)
         return 130

@@ -429,8 +429,7 @@ def main(argv=None):
         print("sample.py: interrupted", file=sys.stderr)
         return 130
     except (ValueError, OSError, MemoryError) as e:
-        print(f"sample.py: {e or 'out of memory'}", file=sys.stderr)
-        return 2
+        return prepare.complain("sample.py", e)
     return 0
 
 

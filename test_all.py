@@ -3673,6 +3673,19 @@ def test_bpe_learns_little_from_one_long_word():
     assert work["length"] < 20_000 and work["longest"] <= prepare.BPE_LONG and len(tok.encode(dna)) < 100_000
 
 
+@pytest.mark.parametrize("main, argv", [(m, a) for m in ("train", "sample", "bench", "prepare") for a in (
+    ["--tokenizer=--"], ["--device=--"], ["--n\nope=a"], ["a\nb" * 999, "--device=cpu\n"])])
+def test_an_error_is_one_short_line(main, argv, capsys):
+    """Whatever was typed. argparse itself takes --flag=-- for an empty list."""
+    main = {"train": train.main, "sample": sample.main, "prepare": prepare.main, "bench": lambda a: bench.main(["choices", *a])}[main]
+    try:
+        status = main(argv)
+    except SystemExit as e:
+        status = e.code
+    error = capsys.readouterr().err
+    assert status == 2 and len(error.splitlines()) == 1 and len(error) < 600, error
+
+
 NUMBERS = [("1e6", int, 10**6), ("30M", int, 30 * 10**6), ("2.5k", int, 2500), ("1_000_000", int, 10**6), ("-3", int, -3), ("007", int, 7),
            ("9223372036854775807", int, 2**63 - 1), ("0.1", float, 0.1), ("1e-3", float, 0.001), (".5", float, 0.5), ("1B", float, 1e9)]
 NO_NUMBERS = ["nan", "-nan", "inf", "1e400", "1e999", "１２", "٣", "½", "", "-", ".", "e5", "10**3", "0x10", "1,2", " 5", "None", "−1", "9" * 5000]

@@ -1406,7 +1406,7 @@ def main(argv=None):
             print(f"\nmore: python sample.py {shlex.quote(result['out'])}")
     except (ValueError, OSError, MemoryError) as e:
         if rank == 0:                                       # the others have the same to say
-            print(f"train.py: {e or 'out of memory'}", file=sys.stderr)
+            prepare.complain("train.py", e)
         return 2
     except KeyboardInterrupt:                               # before the first step, or in the sample
         print("train.py: interrupted outside of training; nothing that was saved is lost", file=sys.stderr)
