@@ -3019,7 +3019,7 @@ def test_resume_auto_falls_back(dataset, tmp_path, damage):
         last.unlink()
     go(dataset, tmp_path / "run", lines.append, resume="auto", eval_every=4)
     same_run(tmp_path / "run", tmp_path / "whole")
-    said = {"truncated": f"{last} is truncated", "missing": "(step 8)", "all": "beginning again"}[damage]
+    said = {"truncated": f"{last} is truncated", "missing": "(step 8)", "all": "the run begins again"}[damage]
     assert said in "\n".join(lines)
     assert len(list((tmp_path / "run").glob("*.damaged"))) == (3 if damage == "all" else 0)
 

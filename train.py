@@ -47,6 +47,7 @@ import torch
 import diffusion
 import prepare
 from model import LM, PRESETS, ModelConfig, from_preset, nearest, override, parse_value
+from prepare import need
 
 # name: (default, help). A default of None means "chooses itself" or "from the preset", as the help says.
 FLAGS = {
@@ -140,10 +141,6 @@ def peak_flops(device):
     return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
 
 
-def need(ok, message):
-    if not ok:
-        raise ValueError(message)
-
 # ------------------------------------------------------------------------------------------------------------
 # Settings
 
@@ -173,7 +170,8 @@ def settings(given, log):
     """(flags, state, source): a run's flags, and the checkpoint that it goes on from with its path, or None.
 
     Defaults < the checkpoint's < given. A flag that shapes the trajectory may not differ from the
-    checkpoint's. """
+    checkpoint's.
+    """
     for name in given:
         need(name in DEFAULTS, f"unknown flag --{name}{nearest(name, DEFAULTS)}")
     flags = {**DEFAULTS, **given}
@@ -184,8 +182,9 @@ def settings(given, log):
         state, source = newest_checkpoint(target, log)
         if not state:                                       # what cannot be read is put aside
             for path in target.glob("ckpt_*.pt"):
-                os.replace(path, f"{path}.damaged")
-                log(f"no checkpoint in {target} can be read: beginning again")
+                with contextlib.suppress(FileNotFoundError):    # another process was first
+                    os.replace(path, f"{path}.damaged")
+                log(f"{path} is put aside, and the run begins again")
     elif target:
         state, source = newest_checkpoint(Path(target), log)
         need(state, f"there is no checkpoint to read in {target}: name a run folder of train.py")
@@ -230,7 +229,8 @@ def model_config(flags, vocab_size=None, trained=None):
     """ModelConfig from --preset, then the model flags, then --set.
 
     vocab_size: the tokenizer's, None keeps the preset's. trained: the config of the checkpoint of
-    --init_from, in place of the preset's. """
+    --init_from, in place of the preset's.
+    """
     values = {}
     for name in ("block_size", "layers", "n_layer", "n_head", "n_embd", "dropout"):
         if flags[name] is not None:
@@ -261,7 +261,8 @@ class Windows:
     every unique token is seen exactly once per epoch, in ever other windows. Batches run across epoch
     boundaries. The number of processes changes nothing, and an AR run and a diffusion run of one seed read
     the same windows in the same order. The tokens stay where they are, memory-mapped: each batch reads its
-    own windows. """
+    own windows.
+    """
     def __init__(self, data, unique_tokens, block_size, seed):
         self.data, self.T, self.seed = data, block_size, seed
         self.n = unique_tokens // block_size                # windows per epoch
@@ -351,7 +352,8 @@ def orthogonalise(G, steps=5):
     towards 1.
 
     The quintic's coefficients trade exactness (values end in about [0.7, 1.2]) for slope at zero. bf16 is
-    enough, and faster on a GPU; on a CPU float32 is. """
+    enough, and faster on a GPU; on a CPU float32 is.
+    """
     X = G.to(torch.bfloat16 if G.is_cuda else torch.float32).reshape(-1, *G.shape[-2:])
     tall = X.size(-2) > X.size(-1)
     X = X.mT if tall else X
@@ -359,7 +361,7 @@ def orthogonalise(G, steps=5):
     for _ in range(steps):
         A = X @ X.mT
         A = torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315)
-        X = torch.baddbmm(X, A, X, beta=3.4445)  # 3.4445 X - 4.775 A X + 2.0315 A A X
+        X = torch.baddbmm(X, A, X, beta=3.4445)             # 3.4445 X - 4.775 A X + 2.0315 A A X
     return (X.mT if tall else X).reshape(G.shape)
 
 
@@ -396,7 +398,8 @@ def make_optimizers(lm, flags, device):
     convolutions do not.
 
     The experts' biases (E, width) are vectors, too, though their shape is a matrix's; so are nsa's positions
-    in a window. """
+    in a window.
+    """
     params = dict(lm.named_parameters())
     vectors = ("bias", "conv_weight", "window_pos")
     decays = {n for n, p in params.items() if p.ndim >= 2 and not n.endswith(vectors)}
@@ -439,7 +442,8 @@ def evaluate(lm, windows, objective, rows=64, seed=0, n_mc=4, diffusion_block=No
     A mixed model is scored both ways (ar_loss, mdm_loss); `loss` is the smaller, since each bounds the same
     likelihood. It has its own generator and leaves the model in the mode that it found, so that training is
     the same with and without it. se is the Monte Carlo error of the masks alone, not that of the choice of
-    windows. """
+    windows.
+    """
     was_training = lm.training
     device = lm.embed.weight.device
     lm.eval()
@@ -468,7 +472,8 @@ def probe_items(val_data, T, count=128):
 
     An end is a quarter of the window, at most 16 tokens. The wrong ones are the true ends of passages far
     away, so every end is right once and wrong three times: what is more probable on its own gains nothing,
-    and chance is 25%. """
+    and chance is 25%.
+    """
     x = fixed_windows(val_data, T, count).long()
     K = max(1, min(16, T // 4))
     need(len(x) >= 4 and T >= 2, f"the probe needs 4 validation windows of at least 2 tokens, and there are "
@@ -485,7 +490,8 @@ def probe(lm, items, objective, rows=64, n_mc=8, seed=0, diffusion_block=None):
 
     The share of passages in which the true end is the most probable of the four, and the mean of wrong minus
     true -log p, in nats per end. AR and mixed: exact; else the bound, the four ends under the same masks.
-    Like `evaluate` it is deterministic and leaves training as it was. """
+    Like `evaluate` it is deterministic and leaves training as it was.
+    """
     was_training = lm.training
     N, _, T = items.shape
     K = max(1, min(16, T // 4))
@@ -694,6 +700,7 @@ class Run:
             part.unlink()
         here = state is not None and source.parent.resolve() == self.folder.resolve()
         holds = any((self.folder / f"ckpt_{which}.pt").exists() for which in KEPT)
+        holds |= state is not None and bool(read_log(self.folder))
         need(here or not holds, f"{self.folder} already holds a run: go on with it by --resume auto, or "
                                 "choose another --out")
         metrics = self.folder / "metrics.jsonl"
@@ -711,7 +718,8 @@ class Run:
 
     def find_best(self, state, source):
         """ckpt_best.pt is of the best evaluation in the log, or made again."""
-        best, path = min(self.evals(), key=lambda r: r["loss"], default=None), self.folder / "ckpt_best.pt"
+        path = self.folder / "ckpt_best.pt"
+        best = min(self.evals(), key=lambda r: r["loss"], default=None)
         if best is None:
             return
         try:
@@ -930,7 +938,8 @@ class Batch:
     """The global batch of each step, this process's share of it, and the gradient of its mean loss.
 
     The AR rows come first, then the diffusion rows. A process has B / world rows side by side, and takes them
-    in parts of one objective and at most `micro` rows. """
+    in parts of one objective and at most `micro` rows.
+    """
     def __init__(self, flags, windows, here):
         self.flags, self.windows, self.here = flags, windows, here
         T = windows.T
@@ -1293,10 +1302,11 @@ def snapshot(lm, optimizers, flags, config, data, batch, meter, at):
 def train(given, log=print):
     """One training run. given: {flag: value} as on the command line. Returns {"out", "step", "finished",
     "evals", ...}."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        log = lambda line: None
     flags, state, source = settings(given, log)
     with contextlib.ExitStack() as stack:
         here = stack.enter_context(processes(flags))
-        log = log if here.rank == 0 else (lambda line: None)
         data = open_data(flags, here.rank, log)
         trained = state
         if flags["init_from"] and not state:
