@@ -49,7 +49,6 @@ import platform
 import re
 import resource
 import shlex
-import shutil
 import signal
 import statistics
 import subprocess
@@ -68,7 +67,7 @@ import diffusion
 import prepare
 import sample
 import train
-from attention import (ATTENTION, block_sparse_attention, compressed_scores, delta_rule, key_windows, linear_attention,
+from attention import (ATTENTION, block_sparse_attention, compressed_scores, delta_rule, linear_attention,
                        select_blocks)
 from model import LM, MLP, PRESETS, ModelConfig, MoE, from_preset, nearest, override, parse_layers
 
@@ -255,7 +254,9 @@ def perform(command, typed):
     shape = {k: v for k, v in given.items() if not isinstance(v, tuple | list) and k not in ("out", "workers")}
     points = Points(path.with_suffix(".points.jsonl"), shape)
     rows, cut, fresh, tic = [], False, 0, time.time()
-    total = None if "workers" in given else sum(1 for _ in about.run(**given))         # counts; nothing is measured
+    total = None                                                                       # of points, where counting is cheap
+    if not {"workers", "runs"} & set(given):
+        total = sum(1 for _ in about.run(**given))
     generator, answer = about.run(**given), None
     while True:
         try:
@@ -2304,145 +2305,47 @@ def tables(results="results", pictures=False):
     write(page_file, text)
     print(f"wrote {page_file}")
 
-# =====================================================================================================================
-# To be ported to the runner above
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Shared: flags and data
-
-def chosen(flag, text, known):
-    """The comma-separated names of a flag, each of which must be known; without a text all that are known."""
-    names = text.split(",") if text else list(known)
-    for name in names:
-        if name not in known:
-            raise ValueError(f"--{flag} {name} is unknown{nearest(name, known)}: expected some of {', '.join(known)}")
-    return names
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Shared: results, tables, pictures
-
-def record(name, rows, device="cpu", folder="results", **about):
-    """Write results/NAME.json: what was run, on what, and the rows (a list of flat dictionaries). Returns its path."""
-    path = Path(folder) / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({
-        "command": shlex.join(["python", "bench.py", *sys.argv[1:]]), "device": device_name(device),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        **about, "rows": rows}, indent=1) + "\n")
-    print(f"wrote {path}")
-    return path
-
-
-def read_rows(path):
-    """The objects in a file of one a line; a half last line, of a process that was killed while it wrote, is cut off."""
-    if not path.exists():
-        return []
-    lines = [line for line in path.open() if line.endswith("}\n")]
-    path.write_text("".join(lines))
-    return [json.loads(line) for line in lines]
-
-
-def table(rows, columns=None, skip=()):
-    """Print rows (dictionaries) as a table readable by eye and as Markdown. columns: by default all that have a value."""
-    columns = columns or [c for c in dict.fromkeys(c for r in rows for c, v in r.items() if v is not None) if c not in skip]
-    show = lambda v: "" if v is None else f"{v:.4g}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else str(v)
-    cells = [list(columns)] + [[show(r.get(c)) for c in columns] for r in rows]
-    width = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-    for i, row in enumerate(cells):
-        print("| " + " | ".join(c.ljust(w) for c, w in zip(row, width)) + " |")
-        if i == 0:
-            print("|" + "|".join("-" * (w + 2) for w in width) + "|")
-
-# ---------------------------------------------------------------------------------------------------------------------
-# gpu: the queue
-
-def gpu(args):
-    """A queue of GPU measurements in order of value: skips what results/ holds, stops in time, goes on at the next call.
-
-    With a checkout of nanoGPT in data/nanoGPT training is timed beside it.
-    """
-    if not torch.cuda.is_available():
-        raise ValueError("torch sees no CUDA device here: run this on a machine with an NVIDIA GPU")
-    study, speed = "bench.py crossover --scale gpu --results {r}", "bench.py train --rounds 1 --batch 64 --results {r}"
-    peer = " --vs data/nanoGPT" * (HERE / "data" / "nanoGPT" / "model.py").exists()
-    medium = f"{speed} --preset small --block_size 512 --vocab_size 4096 --iters 40"
-    small = f"{medium} --n_layer 6 --n_head 6 --n_embd 384"
-    wide, large = f"{speed} --preset gpt2 --n_head 6 --iters 20", "--n_head 16 --head_dim 128 --results {r}"
-    queue = [   # file that the entry leaves, command
-        ("gpu_tests.txt", "-m pytest test_all.py -q -m gpu"),
-        ("train_cuda.json", f"{speed} --preset gpt2 --iters 20{peer}"),
-        ("train_cuda_width128.json", f"{wide} --name train_cuda_width128"),
-        ("train_cuda_10M.json", f"{small} --name train_cuda_10M"),
-        ("train_cuda_10M_graphs.json", f"{small} --compile graphs --name train_cuda_10M_graphs"),
-        ("train_cuda_40M.json", f"{medium} --n_layer 12 --n_head 8 --n_embd 512 --name train_cuda_40M"),
-        ("train_cuda_cudnn.json", f"{wide} --objectives ar --sdpa cudnn --name train_cuda_cudnn"),
-        ("train_cuda_flash.json", f"{wide} --objectives ar --sdpa flash --name train_cuda_flash"),
-        ("crossover_U1M.json", f"{study} --arms ar,mdm,'ar wd 0.8' --name crossover_U1M"),
-        ("crossover_U1M_seeds.json", f"{study} --seeds 3 --name crossover_U1M_seeds"),
-        ("decode_gpu.json", "bench.py decode --results {r}"),
-        ("context_cuda.json", f"bench.py context --batches 1,64 {large}"),
-        ("sparse_cuda.json", f"bench.py functions --functions '{','.join((*ON_GPU, *SPARSE[:2]))}' --lengths 32768,65536,131072 "
-         "--n_head 32 --n_kv_head 2 --head_dim 128 --block 64 --topk 64 --tile 64 --name sparse_cuda --results {r}"),
-        ("attention_cuda.json", f"bench.py attention --lengths 2048,4096,8192,16384,32768,65536 {large}"),
-        ("crossover_U2M.json", f"{study} --unique_tokens 2000000 --name crossover_U2M"),
-        ("moe_cuda.json", "bench.py moe --results {r}"),
-        ("crossover_U5M.json", f"{study} --unique_tokens 5000000 --n_layer 10 --n_embd 512 --n_head 8 --name crossover_U5M"),
-    ]
-    end, todo = time.time() + 60 * args.minutes, [(f, c) for f, c in queue if not (Path(args.results) / f).exists()]
-    for file, command in todo:
-        left = end - time.time()
-        if left < 60:                                                                  # compiling alone takes that
-            break
-        print(f"\n=== {file}: {command}   ({train.clock(left)} left)", flush=True)
-        p = subprocess.Popen([sys.executable, *shlex.split(command.format(r=args.results))], cwd=HERE, start_new_session=True)
-        for patience, number in ((left - 40, signal.SIGINT), (30, signal.SIGKILL)):    # runs save and go on at the next call
-            try:
-                p.wait(timeout=patience)
-                break
-            except subprocess.TimeoutExpired:
-                os.killpg(p.pid, number)
-        p.wait()
-        if p.returncode == 0 and file.endswith(".txt"):
-            (Path(args.results) / file).write_text(f"passed on {device_name('cuda')}, torch {torch.__version__}\n")
-    missing = [f for f, _ in queue if not (Path(args.results) / f).exists()]
-    print("\nnot measured yet: " + (", ".join(missing) or "nothing"))
-
 # ---------------------------------------------------------------------------------------------------------------------
 # choices: multiple choice by likelihood
 
-FORMS = {"ctx": ("endings", "label"), "query": ("choices", "gold"), "context": ("continuation",)}     # HellaSwag; PIQA, ARC; LAMBADA
 MEASURES = {"ar": ("exact",), "mdm": ("bound", "chain"), "block": ("bound", "chain"), "mixed": ("exact", "bound", "chain")}
+# The text, its continuations and the index of the right one: HellaSwag; PIQA and ARC; LAMBADA, whose one is right.
+FORMS = {"ctx": ("endings", "label"), "query": ("choices", "gold"), "context": ("continuation", None)}
 
 
 def parse_item(r):
-    """An object of one of the FORMS -> (context, its possible continuations, index of the right one). ValueError: what is wrong.
+    """An object of one of the FORMS -> (context, its possible continuations, index of the right one). ValueError: what
+    is wrong.
 
-    Continuations begin with a space and are tokenized on their own, as GPT-2's tokenizer would cut there. "Question: ..." is
-    followed by "Answer:", as in MosaicML's evaluation, where the files of that form come from."""
+    Continuations begin with a space and are tokenized on their own, as GPT-2's tokenizer would cut there. "Question: ..."
+    is followed by "Answer:", as in MosaicML's evaluation, where the files of that form come from."""
     form = next((k for k in FORMS if isinstance(r, dict) and k in r), None)
-    if form is None or not all(k in r for k in FORMS[form]):
-        raise ValueError("is no object of the keys " + " or ".join(", ".join((k, *v)) for k, v in FORMS.items()))
-    context, answers = r[form], r[FORMS[form][0]]
-    answers = [answers] if form == "context" else answers
+    if form is None or any(k and k not in r for k in FORMS[form]):
+        known = " or ".join(", ".join(k for k in (form, *keys) if k) for form, keys in FORMS.items())
+        raise ValueError(f"is no object of the keys {known}")
+    key, label = FORMS[form]
+    context, answers = r[form], r[key] if label else [r[key]]
     if not isinstance(context, str) or not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
-        raise ValueError(f"must have a text under '{form}' and {'a text' if form == 'context' else 'a list of texts'} under "
-                         f"'{FORMS[form][0]}'")
-    gold = 0 if form == "context" else r[FORMS[form][1]]
-    gold = int(gold) if isinstance(gold, str) and gold.isdecimal() else gold
-    right = gold if isinstance(gold, list) else [gold] if gold not in (None, "") else []
+        raise ValueError(f"must have a text under '{form}' and {'a list of texts' if label else 'a text'} under '{key}'")
+    gold = r[label] if label else 0
+    if isinstance(gold, list) and len(gold) == 1:
+        gold, = gold
+    if isinstance(gold, str) and gold.isdecimal():
+        gold = int(gold)
     answers = [a.strip() for a in answers]
-    if (len(right) != 1 or type(right[0]) is not int or not 0 <= right[0] < len(answers) or answers.count(answers[right[0]]) > 1
-            or not all(answers) or len(answers) < 2 and form != "context"):
-        raise ValueError(f"must have one right answer, all answers being different from it and none empty: '{FORMS[form][-1]}' is "
-                         f"{json.dumps(r[FORMS[form][-1]])[:40]}, and there are {len(answers)} answers")
+    if (type(gold) is not int or not 0 <= gold < len(answers) or answers.count(answers[gold]) > 1
+            or not all(answers) or label and len(answers) < 2):
+        raise ValueError(f"must have one right answer, all answers being different from it and none empty: '{label or key}' is "
+                         f"{json.dumps(r[label or key])[:40]}, and there are {len(answers)} answers")
     context = context.rstrip()
-    context += "\nAnswer:" if form == "query" and context.startswith("Question:") else ""
-    return context, [" " * bool(context) + a for a in answers], right[0]
+    if form == "query" and context.startswith("Question:"):
+        context += "\nAnswer:"
+    return context, [" " * bool(context) + a for a in answers], gold
 
 
 def read_items(path, tokenizer, limit=None):
-    """The first `limit` items of a .jsonl file, read as prepare.py does: [{"context": ids, "ends": [ids, ...], "gold", "bytes"}].
-    Everything is read before anything is computed: a bad line, named with its number, never stops a long evaluation."""
+    """The first `limit` items of a .jsonl file, read as prepare.py does: [{"context": ids, "ends": [ids, ...], "gold",
+    "bytes"}]. All is read before anything is computed: a bad line, named with its number, stops no evaluation."""
     items = []
     for n, (line, _) in enumerate(prepare.text_lines(Path(path)), 1):
         if len(items) == limit:
@@ -2450,8 +2353,8 @@ def read_items(path, tokenizer, limit=None):
         try:
             if line.strip():
                 context, ends, gold = parse_item(json.loads(line))
-                items.append({"context": tokenizer.encode(context), "ends": [tokenizer.encode(e) for e in ends], "gold": gold,
-                              "bytes": [len(e.encode()) for e in ends]})
+                items.append({"context": tokenizer.encode(context), "ends": [tokenizer.encode(e) for e in ends],
+                              "gold": gold, "bytes": [len(e.encode()) for e in ends]})
         except (json.JSONDecodeError, RecursionError, UnicodeEncodeError):
             raise ValueError(f"{path} line {n} is no JSON object of UTF-8 text") from None
         except ValueError as e:
@@ -2461,11 +2364,21 @@ def read_items(path, tokenizer, limit=None):
     return items
 
 
+def probe_as_items(flags, tokenizer, T, limit):
+    """train.py's probe as items: true ends of passages of the run's own validation text among three others."""
+    val, K = prepare.load_dataset(data_folder(flags["dataset"]))[1], max(1, min(16, T // 4))
+    passages = train.probe_items(val, T, min(limit or 512, len(val) // T))
+    return [{"context": p[0, :-K].tolist(), "ends": p[:, -K:].tolist(), "gold": 0,
+             "bytes": tokenizer.token_bytes[p[:, -K:].numpy()].sum(1).tolist()} for p in passages]
+
+
 def cut_item(item, T):
-    """(context, ends) that fit into a window of T tokens: the context, the same for all ends, loses its left. None if an end
-    does not fit."""
+    """(context, ends) that fit into a window of T tokens: the context, the same for all ends, loses its left. None if an
+    end does not fit."""
     room = T - max(map(len, item["ends"]))
-    return None if room < 0 else (item["context"][max(0, len(item["context"]) - room):], item["ends"])
+    if room < 0:
+        return None
+    return item["context"][max(0, len(item["context"]) - room):], item["ends"]
 
 
 def cache_rows(cache, rows):
@@ -2596,73 +2509,166 @@ def summary(items, results):
     return out | dict(loss=sum(r["nats"][i["gold"]] for i, r in done) / sum(len(i["ends"][i["gold"]]) for i, _ in done))
 
 
-def choices(args):
-    """Multiple choice by likelihood, AR and diffusion: accuracy, and the gap between wrong and right answers."""
-    asked = chosen("measures", args.measures, dict.fromkeys(itertools.chain(*MEASURES.values())))
-    if args.n_mc < 4 or args.n_mc % 4 or args.limit is not None and args.limit < 1:
-        raise ValueError(f"--n_mc {args.n_mc} must be a multiple of 4, and --limit {args.limit} at least 1")
-    if args.which not in ("best", "last"):
-        raise ValueError(f"--which {args.which} is unknown: best or last")
-    device, rows, work = train.pick_device(args.device), [], []
-    batch_tokens = args.batch_tokens or (65536 if device.startswith("cuda") else 4096)
-    for run in args.runs:                                                              # all input is read before the work begins
-        lm, state = train.load_model(run, args.which, device)
+def read_judged(path):
+    """{item: its result} from a file of one a line; a half last line, of a process that was killed, is cut off."""
+    if not path.exists():
+        return {}
+    lines = [line for line in path.open() if line.endswith("}\n")]
+    write(path, "".join(lines))
+    return {r.pop("item"): r for r in map(json.loads, lines)}
+
+
+def judge_file(lm, flags, items, measure, n_mc, batch_tokens, path, label):
+    """{item: result}, written one a line as they get done, so that an interrupted evaluation goes on from there."""
+    results = {i: r for i, r in read_judged(path).items() if i in items}               # --limit may have been larger then
+    todo = {i: item for i, item in items.items() if i not in results}
+    cost = {i: len(item["context"]) + sum(map(len, item["ends"])) for i, item in todo.items()}
+    progress = prepare.Progress(f"{label}, {len(todo):,} items")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done, total = 0, sum(cost.values())
+    with path.open("a") as out:
+        try:
+            for portion in judge_items(lm, flags, todo, measure, n_mc, batch_tokens):
+                for i, r in portion:
+                    results[i] = r
+                    out.write(json.dumps({"item": i, **r}) + "\n")
+                    done += cost[i]
+                out.flush()
+                if total:
+                    progress(done / total)
+        except KeyboardInterrupt:
+            print(f"\n{len(results):,} of {len(items):,} items are in {path}")
+            raise
+    return results, len(todo)
+
+
+def choice_table(result):
+    """With how many items were left out, and why."""
+    shown = ("run", "step", "file", "measure", "items", "accuracy", "se", "accuracy_norm", "gap", "gap_se", "loss")
+    rows = []
+    for r in result["rows"]:
+        left = f"{r['failed']:,}: {r['why']}" if r["failed"] else "0"
+        rows.append({k: r.get(k) for k in shown} | {"left out": left})
+    return rows
+
+
+@experiment(show=choice_table)
+def choices(runs, files: list = ("probe",), measures=("exact", "bound", "chain"), n_mc=32, limit: int = None, which="best",
+            batch_tokens: int = None, device="auto", threads=0, out="out/choices"):
+    """Multiple choice by likelihood, AR and diffusion: accuracy, and the gap between wrong and right answers.
+
+    accuracy: right answer most probable (one answer: it is what the model writes); gap: wrong minus right -log p, nats;
+    exact and chain are exact, bound is an upper bound. Files hold objects of {ctx, endings, label}, {query, choices,
+    gold} or {context, continuation}.
+
+    runs: run folder of train.py, or a checkpoint in one
+    files: .jsonl (.gz, .bz2, .xz), or probe: true ends of passages of the run's own validation data among three others
+    measures: likelihoods, where a run has them
+    n_mc: masks per item of the bound, a multiple of 4
+    limit: first items of each file (default: all; probe: 512)
+    which: checkpoint of a run folder: best | last
+    batch_tokens: tokens in a pass, about (default: 4096, on a GPU 65536)
+    threads: CPU threads; 0: 1 for models below 5M parameters, else all cores
+    out: folder of the items done so far
+    """
+    choose("measures", measures, ("exact", "bound", "chain"))
+    choose("which", [which], ("best", "last"))
+    if n_mc % 4:
+        raise ValueError(f"--n_mc {n_mc} must be a multiple of 4")
+    batch_tokens = batch_tokens or (65536 if device.startswith("cuda") else 4096)
+    work = []
+    for run in runs:                                                                   # all input is read before the work begins
+        lm, state = train.load_model(run, which, device)
         folder = Path(run) if Path(run).is_dir() else Path(run).parent
         flags, tokenizer = {**train.DEFAULTS, **state["flags"]}, prepare.load_tokenizer(folder)
         known = MEASURES[flags["objective"]]
-        measures = [m for m in known if m in asked]
-        if not measures:
+        if not set(known) & set(measures):
             raise ValueError(f"{run} is of objective {flags['objective']}, whose likelihoods are {','.join(known)}: "
-                             f"--measures {args.measures} leaves none")
+                             f"--measures {','.join(measures)} leaves none")
         weights = hashlib.sha256(b"".join(v.numpy().tobytes() for v in state["model"].values())).hexdigest()
-        for file in args.files:
+        for file in files:
             if file == "probe":
-                T, val = lm.config.block_size, prepare.load_dataset(data_folder(flags["dataset"]))[1]
-                x, K = train.probe_items(val, T, min(args.limit or 512, len(val) // T)), max(1, min(16, T // 4))
-                items = [{"context": p[0, :-K].tolist(), "ends": p[:, -K:].tolist(), "gold": 0,
-                          "bytes": tokenizer.token_bytes[p[:, -K:].numpy()].sum(1).tolist()} for p in x]
-                source = x.numpy().tobytes()
+                items = probe_as_items(flags, tokenizer, lm.config.block_size, limit)
             else:
-                items, source = read_items(file, tokenizer, args.limit), Path(file).read_bytes()
+                items = read_items(file, tokenizer, limit)
+            source = json.dumps(items).encode() if file == "probe" else Path(file).read_bytes()
             key = weights + hashlib.sha256(source).hexdigest()
-            work += [(run, folder, flags, state["step"], key, file, dict(enumerate(items)), m) for m in measures]
-    for run, folder, flags, step, key, file, items, measure in work:
-        lm, _ = train.load_model(run, args.which, device)
-        train.set_threads(args.threads, lm)
-        key = hashlib.sha256(f"{key} {measure} {args.n_mc * (measure == 'bound')}".encode()).hexdigest()[:12]
+            about = run, folder.name, flags, state["step"], key, file, dict(enumerate(items))
+            work += [(*about, m) for m in known if m in measures]
+    for run, name, flags, step, key, file, items, measure in work:
+        masks = n_mc if measure == "bound" else None
+        digest = hashlib.sha256(f"{key} {measure} {masks}".encode()).hexdigest()[:12]
         label = Path(file).name.split(".")[0]
-        path = Path(args.out) / f"{folder.name}-{label}-{measure}-{key}.jsonl"         # one line an item, as they get done
-        path.parent.mkdir(parents=True, exist_ok=True)
-        results = {r.pop("item"): r for r in read_rows(path)}
-        results = {i: r for i, r in results.items() if i in items}                     # --limit may have been larger then
-        todo = {i: item for i, item in items.items() if i not in results}
-        cost = {i: len(item["context"]) + sum(map(len, item["ends"])) for i, item in todo.items()}
-        progress = prepare.Progress(f"{folder.name}, {label}, {measure}, {len(todo):,} items")
-        done, total, tic = 0, sum(cost.values()), time.perf_counter()
-        with path.open("a") as out:
+
+        def evaluate():
+            lm, _ = train.load_model(run, which, device)
+            train.set_threads(threads, lm)
+            tic = time.perf_counter()
+            path = Path(out) / f"{name}-{label}-{measure}-{digest}.jsonl"
+            results, fresh = judge_file(lm, flags, items, measure, n_mc, batch_tokens, path, f"{name}, {label}, {measure}")
+            why = next((r["failed"] for r in results.values() if "failed" in r), None)
+            return dict(n_mc=masks, **summary(items, results), why=why, params=lm.num_params(),
+                        items_per_s=fresh / (time.perf_counter() - tic) if fresh else None)
+        yield dict(run=name, objective=flags["objective"], step=step, file=label, measure=measure), evaluate
+
+# ---------------------------------------------------------------------------------------------------------------------
+# gpu: the queue
+
+@experiment()
+def gpu(minutes=9.0, results="results"):
+    """A queue of GPU measurements in order of value: skips what results/ holds, stops in time, goes on at the next call.
+
+    With a checkout of nanoGPT in data/nanoGPT training is timed beside it.
+
+    minutes: for all of it
+    """
+    if not torch.cuda.is_available():
+        raise ValueError("torch sees no CUDA device here: run this on a machine with an NVIDIA GPU")
+    study, speed = "bench.py crossover --scale gpu --results {r}", "bench.py train --rounds 1 --batch 64 --results {r}"
+    peer = " --vs data/nanoGPT" * (HERE / "data" / "nanoGPT" / "model.py").exists()
+    medium = f"{speed} --preset small --block_size 512 --vocab_size 4096 --iters 40"
+    small = f"{medium} --n_layer 6 --n_head 6 --n_embd 384"
+    wide, large = f"{speed} --preset gpt2 --n_head 6 --iters 20", "--n_head 16 --head_dim 128 --results {r}"
+    queue = [   # file that the entry leaves, command
+        ("gpu_tests.txt", "-m pytest test_all.py -q -m gpu"),
+        ("train_cuda.json", f"{speed} --preset gpt2 --iters 20{peer}"),
+        ("train_cuda_width128.json", f"{wide} --name train_cuda_width128"),
+        ("train_cuda_10M.json", f"{small} --name train_cuda_10M"),
+        ("train_cuda_10M_graphs.json", f"{small} --compile graphs --name train_cuda_10M_graphs"),
+        ("train_cuda_40M.json", f"{medium} --n_layer 12 --n_head 8 --n_embd 512 --name train_cuda_40M"),
+        ("train_cuda_cudnn.json", f"{wide} --objectives ar --sdpa cudnn --name train_cuda_cudnn"),
+        ("train_cuda_flash.json", f"{wide} --objectives ar --sdpa flash --name train_cuda_flash"),
+        ("crossover_U1M.json", f"{study} --arms ar,mdm,'ar wd 0.8' --name crossover_U1M"),
+        ("crossover_U1M_seeds.json", f"{study} --seeds 3 --name crossover_U1M_seeds"),
+        ("decode_gpu.json", "bench.py decode --results {r}"),
+        ("context_cuda.json", f"bench.py context --batches 1,64 {large}"),
+        ("sparse_cuda.json", f"bench.py functions --functions '{','.join((*ON_GPU, *SPARSE[:2]))}' --lengths 32768,65536,131072 "
+         "--n_head 32 --n_kv_head 2 --head_dim 128 --block 64 --topk 64 --tile 64 --name sparse_cuda --results {r}"),
+        ("attention_cuda.json", f"bench.py attention --lengths 2048,4096,8192,16384,32768,65536 {large}"),
+        ("crossover_U2M.json", f"{study} --unique_tokens 2000000 --name crossover_U2M"),
+        ("moe_cuda.json", "bench.py moe --results {r}"),
+        ("crossover_U5M.json", f"{study} --unique_tokens 5000000 --n_layer 10 --n_embd 512 --n_head 8 --name crossover_U5M"),
+    ]
+    end = time.time() + 60 * minutes
+    missing = lambda: [file for file, _ in queue if not (Path(results) / file).exists()]
+    for file in missing():
+        command = dict(queue)[file]
+        left = end - time.time()
+        if left < 60:                                                                  # compiling alone takes that
+            break
+        print(f"\n=== {file}: {command}   ({train.clock(left)} left)", flush=True)
+        words = shlex.split(command.format(r=results))
+        p = subprocess.Popen([sys.executable, *words], cwd=HERE, start_new_session=True)
+        for patience, number in ((left - 40, signal.SIGINT), (30, signal.SIGKILL)):    # runs save and go on at the next call
             try:
-                for portion in judge_items(lm, flags, todo, measure, args.n_mc, batch_tokens):
-                    for i, r in portion:
-                        results[i] = r
-                        out.write(json.dumps({"item": i, **r}) + "\n")
-                        done += cost[i]
-                    out.flush()
-                    if total:
-                        progress(done / total)
-            except KeyboardInterrupt:
-                print(f"\n{len(results):,} of {len(items):,} items are in {path}")
-                raise
-        seconds = time.perf_counter() - tic
-        rows.append(dict(run=folder.name, objective=flags["objective"], step=step, file=label, measure=measure,
-                         n_mc=args.n_mc if measure == "bound" else None, **summary(items, results),
-                         items_per_s=len(todo) / seconds if todo else None, params=lm.num_params()))
-        if why := next((r["failed"] for r in results.values() if "failed" in r), None):
-            print(f"{run}, {file}: {rows[-1]['failed']:,} items failed, such as: {why}")
-    print("accuracy: right answer most probable (one answer: it is what the model writes); gap: wrong minus right -log p, nats; "
-          "exact and chain are exact, bound is an upper bound")
-    table(rows, ["run", "step", "file", "measure", "n_mc", "items", "failed", "accuracy", "se", "accuracy_norm", "gap", "gap_se",
-                 "loss", "items_per_s"])
-    record(args.name or "choices", rows, device, args.results, seed=0)
+                p.wait(timeout=patience)
+                break
+            except subprocess.TimeoutExpired:
+                os.killpg(p.pid, number)
+        p.wait()
+        if p.returncode == 0 and file.endswith(".txt"):
+            (Path(results) / file).write_text(f"passed on {device_name('cuda')}, torch {torch.__version__}\n")
+    print("\nnot measured yet: " + (", ".join(missing()) or "nothing"))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
@@ -2670,61 +2676,12 @@ def choices(args):
 def main(argv=None):
     parser = prepare.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=prepare.Parser)
-
-    def command(name, function, **options):
-        """option=(default, help) or (default, help, type): a type other than the default's, or than text where that is None."""
-        summary, _, more = (function.__doc__ or "").partition("\n")
-        p = commands.add_parser(name, help=summary, description=summary + " " + " ".join(more.split()))
-        p.set_defaults(run=function)
-        p.add_argument("--results", default="results", help="folder for numbers and pictures")
-        p.add_argument("--name", help="of the files in it")
-        for key, (default, text, *kind) in options.items():
-            if default is False:
-                p.add_argument(f"--{key}", action="store_true", help=text)
-            else:
-                kind = kind[0] if kind else str if default is None else type(default)
-                p.add_argument(f"--{key}", type=kind, default=default, help=text)
-        return p
-
-    # what several commands take
-    scaled = lambda kind, **names: {k: (None, f"{text} (default: the scale's)", kind) for k, text in names.items()}
-    threads = dict(threads=(1, "CPU threads"))
-    machine = dict(device=("auto", "auto | cuda | cpu"), **threads)
-    heads = dict(n_head=(4, "heads"), head_dim=(64, "width of a head"))
-    repeat = lambda n: dict(repeat=(n, "timed calls"))
-    out = lambda folder, what="runs": dict(out=(folder, f"folder of the {what}"))
-    objectives = dict(objectives=("ar,mdm", "ar, mdm or both"))
-    shape = {k: (None, f"{text} (default: the scale's or preset's)", int)
-             for k, text in dict(n_layer="blocks", n_head="heads", n_embd="width", block_size="tokens in a window").items()}
-    points = "models and of the points measured so far"
-
-    def small(steps, n_layer, block_size, batch_tokens):
-        return dict(dataset=("docs-byte", "text"), steps=(steps, "of training: of each AR run, three times as many for diffusion"),
-                    n_layer=(n_layer, "blocks"), n_embd=(128, "width"), block_size=(block_size, "window, T"),
-                    batch_tokens=(batch_tokens, "tokens in a step"), lr=(4e-3, "rate"), workers=(1, "runs at a time"))
-    command("gpu", gpu, minutes=(9.0, "for all of it"))
-
-    p = command("choices", choices, **machine | dict(threads=(0, "CPU threads; 0: 1 for models below 5M parameters, else all cores")),
-                measures=(None, "likelihoods: some of exact,bound,chain (default: all that a run has)"),
-                n_mc=(32, "masks per item of the bound, a multiple of 4"),
-                limit=(None, "first items of each file (default: all; probe: 512)", int),
-                which=("best", "checkpoint of a run folder: best | last"), **out("out/choices", "items done so far"),
-                batch_tokens=(None, "tokens in a pass, about (default: 4096, on a GPU 65536)", int))
-    p.add_argument("runs", nargs="+", metavar="RUN", help="run folder of train.py, or a checkpoint in one")
-    p.add_argument("--files", nargs="+", default=["probe"], metavar="FILE",
-                   help=".jsonl (.gz, .bz2, .xz) of {ctx, endings, label}, {query, choices, gold} or {context, continuation}; "
-                        "probe: true ends of passages of the run's own validation data among three others")
     for name, about in EXPERIMENTS.items():
         text = re.sub(r"^    \w+: .*\n", "", about.run.__doc__, flags=re.M)
         add_flags(commands.add_parser(name, help=text.partition("\n")[0], description=text), about)
     try:
-        args = parser.parse_args(argv)
-        if args.command in EXPERIMENTS:
-            typed = vars(args)
-            return perform(typed.pop("command"), typed) or 0
-        if getattr(args, "threads", 1) < (args.command != "choices"):
-            raise ValueError(f"--threads {args.threads}: expected a number of CPU threads, at least 1")
-        return args.run(args) or 0
+        typed = vars(parser.parse_args(argv))
+        return perform(typed.pop("command"), typed) or 0
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here")
         return 130

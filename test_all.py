@@ -3933,6 +3933,8 @@ TOYS = {    # experiment: (its flags, rows of the JSON file, is there a picture?
     "moe": ("--steps 2 --repeat 1", 5, True),
     "decode": ("--run_ar RUNS/ar --run_mdm RUNS/mdm --run_block RUNS/block --judge RUNS/ar --batches 1,2", 1 + 2 * 26 + 5, True),
     "panel": ("--run_ar RUNS/ar --run_mdm RUNS/mdm --run_block RUNS/block --windows 2 --n_mc 4", 7, False),
+    "choices": ("RUNS/ar RUNS/mdm --files probe --limit 4 --n_mc 4", 3, False),
+    "compare": ("RUNS/ar RUNS/mdm", 2, True),
     "theory": ("--steps 4 --sequences 2 --lengths 3,6", 2 * 2 * (6 + 5 + 1), True),
     "tools": ("--steps 2 --problems 3", 6, False),
     "context": (f"--lengths 64,300 --batches 1,2 --layers full,infllm,kda {SIZES}", 12, True),
@@ -4708,7 +4710,7 @@ def test_gpu_queue(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(bench, "device_name", lambda device: "none")
     monkeypatch.setattr(bench.subprocess, "Popen", popen)
-    assert bench.main(["gpu", "--results", str(tmp_path)]) == 0
+    bench.gpu(results=str(tmp_path))
     assert capsys.readouterr().out.rstrip().endswith("not measured yet: nothing")
 
 
