@@ -1,9 +1,9 @@
 """
 Text to tokens. Makes data/NAME/{train.bin, val.bin, meta.json, tokenizer.tiktoken}, which train.py reads.
 
-python prepare.py                                        # `docs`: English that is on every disk with torch; no network
+python prepare.py                                        # `docs`: English that comes with torch; no network
 python prepare.py --tokenizer byte                       # the same as bytes: what a laptop trains on
-python prepare.py --text a.txt b.jsonl.gz --name mine    # your own text: files or folders of .txt, .md, .jsonl
+python prepare.py --text a.txt b.jsonl.gz --name mine  # your own text: files or folders of .txt, .md, .jsonl
 python prepare.py --dataset shakespeare --tokenizer gpt2                                     # a download
 
     tokenizers   Tokenizer, train_bpe (byte-level BPE, by definition), find_tokenizer, load_tokenizer
@@ -12,18 +12,19 @@ python prepare.py --dataset shakespeare --tokenizer gpt2                        
     datasets     prepare, write_bin; load_dataset, load_bin, dataset_folder, run_files
     all scripts  Parser, number, count, console, whole_file, Progress
 
-Inside, text is a stream of pieces (text, last, done): a document comes in one or more pieces, `last` marks its final
-one, `done` in [0, 1] is the part of the source read so far. So no file has to fit in memory.
-On disk, token ids are raw uint16 (uint32 for vocabularies above 65,536) and each document ends in <|endoftext|>, as
-in nanoGPT. In every tokenizer the id of <|endoftext|> is the last one, n_vocab - 1.
+Inside, text is a stream of pieces (text, last, done): a document comes in one or more pieces, `last` marks
+its final one, `done` in [0, 1] is the part of the source read so far. So no file has to fit in memory. On
+disk, token ids are raw uint16 (uint32 for vocabularies above 65,536) and each document ends in <|endoftext|>,
+as in nanoGPT. In every tokenizer the id of <|endoftext|> is the last one, n_vocab - 1.
 """
 if __name__ == "__main__":                      # Ctrl-C while the imports run: the end, and no traceback
     import signal
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import argparse, base64, bz2, collections, concurrent.futures, contextlib, difflib, fractions, functools, gzip, hashlib
-import heapq, http.client, importlib.metadata, importlib.util, inspect, io, itertools, json, lzma, os, re, shlex, shutil
-import signal, sys, sysconfig, tempfile, time, types, urllib.request, warnings, zipfile, zlib
+import argparse, base64, bz2, collections, concurrent.futures, contextlib, difflib, fractions, functools, gzip
+import hashlib, heapq, http.client, importlib.metadata, importlib.util, inspect, io, itertools, json, lzma, os
+import re, shlex, shutil, signal, sys, sysconfig, tempfile, time, types, urllib.request, warnings, zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ EOT = "<|endoftext|>"
 PIECE = 1 << 18             # characters; about the longest piece of a stream
 BPE_BYTES = 64 << 20        # bpe:N learns from the first 64 MB of the training text
 BPE_LONG = 128              # ... a longer word is cut into pieces, and learnt from as far as 128 of them go
-BPE_WORDS = 1 << 18         # ... and from the most frequent words in it; the rare ones cost memory and change nothing
+BPE_WORDS = 1 << 18         # ... and from the most frequent words in it; the rare ones change nothing
 # GPT-2's split pattern as tiktoken writes it: possessive quantifiers, the same matches, faster.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
@@ -40,7 +41,8 @@ HF, MAHONEY = "https://huggingface.co/datasets/", "http://mattmahoney.net/dc/"
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 URLS = {    # training and validation text; without the latter, the end of the former
     "shakespeare": [SHAKESPEARE],
-    "tinystories": [HF + f"roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-{s}.txt" for s in ("train", "valid")],
+    "tinystories": [HF + f"roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-{split}.txt"
+                    for split in ("train", "valid")],
     "enwik8": [MAHONEY + "enwik8.zip"],
     "text8": [MAHONEY + "text8.zip"],
     "owt-sample": [HF + f"stanford-cs336/owt-sample/resolve/main/owt_{s}.txt.gz" for s in ("train", "valid")],
@@ -56,7 +58,7 @@ SHA256 = {"shakespeare": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca5
           "text8": "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232"}
 DATASETS = ["docs", "pysrc", "arithmetic", *URLS, *SHARDS]
 USUAL = {**dict.fromkeys(SHARDS, "gpt2"), "arithmetic": "byte"}         # their tokenizer, where not bpe:4096
-HEADERS = {20240520: "uint16", 20240801: "uint32"}      # llm.c, modded-nanogpt: 256 int32; [0] this, [2] tokens
+HEADERS = {20240520: "uint16", 20240801: "uint32"}  # llm.c, modded-nanogpt: 256 int32; [0] this, [2] tokens
 PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open,
           ".zip": lambda raw: zipfile.ZipFile(raw).open(zipfile.ZipFile(raw).namelist()[0])}
 NO_TEXT = (".csv", ".tsv", ".parquet", ".arrow", ".xlsx", ".pdf", ".docx", ".epub")
@@ -66,14 +68,17 @@ NO_TEXT = (".csv", ".tsv", ".parquet", ".arrow", ".xlsx", ".pdf", ".docx", ".epu
 # Tokenizers
 
 class Tokenizer:
-    """name; n_vocab; eot = n_vocab - 1, the id of <|endoftext|>; vocab, the bytes of each token; token_bytes (n_vocab,)
-    of int, the bytes of text in each. ranks: {token bytes: id}; None for plain bytes, which need no tiktoken."""
+    """name; n_vocab; eot = n_vocab - 1, the id of <|endoftext|>; vocab, the bytes of each token; token_bytes
+    (n_vocab,) of int, the bytes of text in each. ranks: {token bytes: id}; None for plain bytes, which need
+    no tiktoken."""
     def __init__(self, name, ranks=None, pattern=None):
         self.name, self.ranks, self.pattern, self.bpe = name, ranks, pattern, None
-        self.vocab = [*(sorted(ranks, key=ranks.get) if ranks else (bytes([b]) for b in range(256))), EOT.encode()]
+        self.vocab = sorted(ranks, key=ranks.get) if ranks else [bytes([b]) for b in range(256)]
+        self.vocab.append(EOT.encode())
         self.n_vocab, self.eot = len(self.vocab), len(self.vocab) - 1
         self.dtype = "uint16" if self.n_vocab <= 1 << 16 else "uint32"
-        # From the raw bytes: through str, a token that is half a UTF-8 character would count as the 3 of U+FFFD.
+        # From the raw bytes: through str, a token that is half a UTF-8 character would count as the 3 of
+        # U+FFFD.
         self.token_bytes = np.array([len(token) for token in self.vocab[:-1]] + [0])
 
     def encode_array(self, text):
@@ -90,7 +95,8 @@ class Tokenizer:
         return self.encode_array(text).tolist()
 
     def encode_stream(self, stream):
-        """Yields (ids, done) of the pieces of a stream, <|endoftext|> behind each document: what a .bin file holds."""
+        """Yields (ids, done) of the pieces of a stream, <|endoftext|> behind each document: what a .bin file
+        holds."""
         encode = lambda piece: self.encode_array(piece[0]) if isinstance(piece[0], str) else piece[0]
         self.encode("")                         # make the encoder before the threads do, each its own
         with concurrent.futures.ThreadPoolExecutor() as pool:           # tiktoken releases the GIL
@@ -104,11 +110,12 @@ class Tokenizer:
 
 
 def train_bpe(words, n_vocab):
-    """Byte-level BPE. words: {bytes: count}. Returns {token bytes: id}: n_vocab - 1, or fewer where the text runs out.
+    """Byte-level BPE. words: {bytes: count}. Returns {token bytes: id}: n_vocab - 1, or fewer where the text
+    runs out.
 
-    Merge the most frequent pair of neighbours, again and again (Sennrich et al. 2016, arXiv:1508.07909), ties to the
-    smaller bytes. A pair is named by its joined bytes, because tiktoken too merges any two neighbours that join to a
-    known token. `where` tells which words hold a pair, so that a merge recounts only those."""
+    Merge the most frequent pair of neighbours, again and again (Sennrich et al. 2016, arXiv:1508.07909), ties
+    to the smaller bytes. A pair is named by its joined bytes, because tiktoken too merges any two neighbours
+    that join to a known token. `where` tells which words hold a pair, so that a merge recounts only those."""
     ranks, progress = {bytes([b]): b for b in range(256)}, Progress("learning the vocabulary")
     parts, times = [[bytes([b]) for b in word] for word in words], list(words.values())
     count, where, changed, heap = collections.Counter(), collections.defaultdict(set), set(), []
@@ -125,7 +132,7 @@ def train_bpe(words, n_vocab):
         for pair in changed:
             heapq.heappush(heap, (-count[pair], pair))
         changed.clear()
-        while heap and -heap[0][0] != count[heap[0][1]]:        # outdated: pushed again when its count changed
+        while heap and -heap[0][0] != count[heap[0][1]]:  # outdated: pushed again when its count changed
             heapq.heappop(heap)
         if not heap or heap[0][0] > -2:                         # what is left was seen once
             break
@@ -152,7 +159,7 @@ def learn_bpe(stream, n_vocab):
         size += len(text.encode())
         if size >= BPE_BYTES:
             break
-    for word in [word for word in words if len(word) > BPE_LONG]:       # a merge reads whole words, DNA or base64 too
+    for word in [word for word in words if len(word) > BPE_LONG]:  # a merge reads whole words: DNA, base64
         times = words.pop(word)
         for i in range(0, min(len(word), 128 * BPE_LONG), BPE_LONG):
             words[word[i:i + BPE_LONG]] += times
@@ -161,7 +168,8 @@ def learn_bpe(stream, n_vocab):
 
 
 def find_tokenizer(spec):
-    """spec: byte, a tiktoken name or a prepared folder -> its Tokenizer; bpe:N, which has yet to be learnt -> N."""
+    """spec: byte, a tiktoken name or a prepared folder -> its Tokenizer; bpe:N, which has yet to be learnt ->
+    N."""
     if spec.startswith("bpe:") and 256 < number(spec[4:], int) < 1 << 24:
         return number(spec[4:], int)
     if spec == "byte":
@@ -170,31 +178,33 @@ def find_tokenizer(spec):
         return load_tokenizer(spec)
     import tiktoken
     if spec not in tiktoken.list_encoding_names():
-        raise ValueError(f"--tokenizer {spec}: expected byte, bpe:N (N > 256), gpt2, cl100k_base, o200k_base, "
-                         "or a prepared folder such as data/docs")
+        raise ValueError(f"--tokenizer {spec}: expected byte, bpe:N (N > 256), gpt2, cl100k_base, "
+                         "o200k_base, or a prepared folder such as data/docs")
     try:
         enc = tiktoken.get_encoding(spec)
     except OSError as e:                        # the network errors of `requests` are OSErrors
-        raise ValueError(f"tokenizer {spec} must be downloaded once, and that failed ({type(e).__name__}); without a "
-                         "network use --tokenizer bpe:4096 or byte, or point TIKTOKEN_CACHE_DIR to a copy") from e
+        raise ValueError(f"tokenizer {spec} must be downloaded once, and that failed ({type(e).__name__}); "
+                         "without a network use --tokenizer bpe:4096 or byte, or point TIKTOKEN_CACHE_DIR to "
+                         "a copy") from e
     # <|endoftext|> follows the last rank: 50256 as in gpt2 itself; in cl100k_base that is 100256, not 100257.
     return Tokenizer(spec, enc._mergeable_ranks, enc._pat_str)
 
 
 def load_tokenizer(path):
-    """The Tokenizer of a dataset or run folder (it needs meta.json and tokenizer.tiktoken), or of its meta.json."""
+    """The Tokenizer of a dataset or run folder (it needs meta.json and tokenizer.tiktoken), or of its
+    meta.json."""
     folder = Path(path).parent if Path(path).is_file() else Path(path)
     file, meta, tok = folder / "tokenizer.tiktoken", read_meta(folder), Tokenizer("byte")
     try:
         if meta["tokenizer"] != "byte":
             lines = file.read_bytes().splitlines()
-            tok = Tokenizer(meta["tokenizer"], {base64.b64decode(token): int(i) for token, i in map(bytes.split, lines)},
-                            meta.get("pattern"))
-            whole = [*tok.ranks.values()] == [*range(tok.eot)] and all(bytes([b]) in tok.ranks for b in range(256))
-            if not whole or meta.get("tokenizer_sha256") not in (None, file_sha256(file)):
-                raise ValueError("it or meta.json is damaged")
-        if tok.n_vocab != meta["vocab_size"]:
-            raise ValueError(f"it has {tok.n_vocab} tokens, and meta.json says {meta['vocab_size']}")
+            ranks = {base64.b64decode(token): int(i) for token, i in map(bytes.split, lines)}
+            tok = Tokenizer(meta["tokenizer"], ranks, meta.get("pattern"))
+            whole = [*ranks.values()] == [*range(tok.eot)] and all(bytes([b]) in ranks for b in range(256))
+            need(whole and meta.get("tokenizer_sha256") in (None, file_sha256(file)), "it or meta.json is "
+                 "damaged")
+        need(tok.n_vocab == meta["vocab_size"],
+             f"it has {tok.n_vocab} tokens, and meta.json says {meta['vocab_size']}")
     except (OSError, ValueError) as e:
         raise ValueError(f"cannot read {file} ({e}); copy it from the dataset folder") from e
     return tok
@@ -210,17 +220,18 @@ def text_kind(file):
 
 
 def find_texts(paths):
-    """The text files that `paths` name. A folder stands for all .txt, .md and .jsonl files in it, also packed ones."""
+    """The text files that `paths` name. A folder stands for all .txt, .md and .jsonl files in it, also packed
+    ones."""
     files = []
     for path in map(Path, paths):
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.is_file() and text_kind(p) in (".txt", ".md", ".jsonl"))
-            print(f"{path}: {count(len(found), 'text file')}", file=sys.stderr)
+            found = [p for p in path.rglob("*") if text_kind(p) in (".txt", ".md", ".jsonl") and p.is_file()]
+            found.sort()
         else:
             found = [path] if path.is_file() and text_kind(path) not in NO_TEXT else []
         if not found:
-            why = "no such file" if not path.exists() else "no plain text: expected .txt, .md or .jsonl, or with .gz, .bz2, .xz"
-            raise ValueError(f"{path}: {why}")
+            need(path.exists(), f"{path}: no such file")
+            raise ValueError(f"{path}: no plain text: expected .txt, .md or .jsonl, or with .gz, .bz2, .xz")
         files += found
     return files
 
@@ -243,7 +254,8 @@ def text_lines(file, longest=-1):
 
 
 def read_text(files):
-    """Streams files. A document ends at a line of only <|endoftext|>, or is the "text" of a JSON object on one line."""
+    """Streams files. A document ends at a line of only <|endoftext|>, or is the "text" of a JSON object on
+    one line."""
     total, before = sum(map(os.path.getsize, files)) or 1, 0
     for file in files:
         split = json_documents if text_kind(file) in (".json", ".jsonl") else marked_documents
@@ -258,10 +270,10 @@ def json_documents(file):
             if line.strip():
                 yield json.loads(line)["text"].encode("utf-8", "replace").decode(), True, at
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            how = ('; to make lines of a list, type: python -c "import json, sys; [print(json.dumps(x)) for x in '
-                   f'json.load(sys.stdin)]" < {file} > lines.jsonl') if line.strip().startswith("[") else ""
-            raise ValueError(f'cannot read {file}: line {n} is no JSON object with a string under the key "text"'
-                             + how) from None
+            how = ('; to make lines of a list, type: python -c "import json, sys; [print(json.dumps(x)) for '
+                   f'x in json.load(sys.stdin)]" < {file} > lines.jsonl') * line.strip().startswith("[")
+            raise ValueError(f'cannot read {file}: line {n} is no JSON object with a string under the key '
+                             f'"text"{how}') from None
 
 
 def marked_documents(file):
@@ -288,16 +300,17 @@ def cut_bytes(stream, start, stop):
     for text, last, done in stream:
         raw = text.encode()
         if at + len(raw) > start:
-            left, right = (len(raw[:max(0, border - at)].decode("utf-8", "ignore")) for border in (start, stop))
-            yield text[left:right], last or at + len(raw) >= stop, done
+            left, right = (raw[:max(0, border - at)].decode("utf-8", "ignore") for border in (start, stop))
+            yield text[len(left):len(right)], last or at + len(raw) >= stop, done
         at += len(raw)
         if at >= stop:
             return
 
 
 def corrupt_stream(stream, rate, seed):
-    """Damages each word with probability `rate`: it is dropped, changes places with the word before, or two of its
-    letters do. The draws do not depend on the rate: a higher rate damages the same words and others."""
+    """Damages each word with probability `rate`: it is dropped, changes places with the word before, or two
+    of its letters do. The draws do not depend on the rate: a higher rate damages the same words and
+    others."""
     rng = np.random.default_rng(seed)
     for text, last, done in stream:
         words, out = text.split(" "), []
@@ -316,7 +329,8 @@ def corrupt_stream(stream, rate, seed):
 # Text that is already on the disk: docs and pysrc
 
 def python_roots():
-    """{name: path} of the standard library, numpy, torch and whatever torch requires, found but not imported."""
+    """{name: path} of the standard library, numpy, torch and whatever torch requires, found but not
+    imported."""
     roots, todo = {"python": Path(sysconfig.get_path("stdlib"))}, ["numpy", "torch"]
     for name in todo:                           # grows while we walk it
         spec = importlib.util.find_spec(name.lower().replace("-", "_"))
@@ -346,7 +360,8 @@ def python_files(label):
 
 
 def string_constants(constants):
-    """All strings among the constants of compiled code: docstrings, add_docstr(f, "..."), pydoc_data.topics, ..."""
+    """All strings among the constants of compiled code: docstrings, add_docstr(f, "..."), pydoc_data.topics,
+    ..."""
     for constant in constants:
         if isinstance(constant, str):
             yield constant
@@ -354,22 +369,24 @@ def string_constants(constants):
             yield from string_constants(getattr(constant, "co_consts", constant))
 
 
-COMMON = set("a an and any are as at be been but by can do does each for from has have how if in into is it its may "
-             "more must no not of on one only or other same should so such than that the their then there these they "
-             "this to use used using was we when where which will with would you your".split())
+COMMON = set("a an and any are as at be been but by can do does each for from has have how if in into is it "
+             "its may more must no not of on one only or other same should so such than that the their then "
+             "there these they this to use used using was we when where which will with would you "
+             "your".split())
 MARKUP = [(r"\n\s*(\W)\1{2,}\s*$", ":"),         # a heading and the ---- under it
           (r":[\w:]+:`~?([^`<]*)(?: <[^`]*>)?`", r"\1"), (r"^\s*\.\. [\w-]+::|`|\*\*", ""), (r"::\s*$", ":")]
 
 
 def english(text):
-    """Yields the paragraphs of a docstring that are English prose, each as one line. Examples, code, tables, formulas
-    and lists of names go: they have too few of the commonest English words, or too few letters."""
+    """Yields the paragraphs of a docstring that are English prose, each as one line. Examples, code, tables,
+    formulas and lists of names go: they have too few of the commonest English words, or too few letters."""
     for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(text.encode("utf-8", "replace").decode())):
         for old, new in MARKUP:
             paragraph = re.sub(old, new, paragraph, flags=re.M)
         paragraph, words = " ".join(paragraph.split()), re.findall(r"[a-z']+", paragraph.lower())
         common, letters = sum(word in COMMON for word in words), len(re.findall(r"[A-Za-z ]", paragraph))
-        if len(words) > 5 and common > len(words) / 4 and letters > 0.9 * len(paragraph) and ">>>" not in paragraph:
+        prose = len(words) > 5 and common > len(words) / 4 and letters > 0.9 * len(paragraph)
+        if prose and ">>>" not in paragraph:
             yield paragraph
 
 
@@ -385,7 +402,8 @@ def chunks(text, sep, size):
 
 
 def documentation(source, seen):
-    """The English in a Python source, as texts of 200 to about 2,000 characters; no paragraph that is in `seen`."""
+    """The English in a Python source, as texts of 200 to about 2,000 characters; no paragraph that is in
+    `seen`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")     # SyntaxWarnings of other people's code
@@ -400,14 +418,16 @@ def documentation(source, seen):
 
 
 def program_text(source):
-    """A Python source, cut at empty lines into texts of 200 to about 8,000 characters, without those mostly of data."""
+    """A Python source, cut at empty lines into texts of 200 to about 8,000 characters, without those mostly
+    of data."""
     yield from (text for text in chunks(source, "\n\n", 8000)
                 if len(text) >= 200 and len(re.findall("[A-Za-z]", text)) > 0.4 * len(text))
 
 
 def split_modules(documents, fraction):
-    """documents: (module, text) pairs -> [train, val], lists of texts without exact duplicates. A module is validation
-    as a whole, by its hash. The texts are ordered by their hashes: any first part is a fair sample of all modules."""
+    """documents: (module, text) pairs -> [train, val], lists of texts without exact duplicates. A module is
+    validation as a whole, by its hash. The texts are ordered by their hashes: any first part is a fair sample
+    of all modules."""
     parts, sha1 = ({}, {}), lambda s: hashlib.sha1(s.encode()).digest()
     for module, text in documents:
         if text not in parts[0] and text not in parts[1]:
@@ -416,7 +436,8 @@ def split_modules(documents, fraction):
 
 
 def drop_overlap(train, val, n=13):
-    """val without the texts that share a run of n words with a training text (GPT-3, arXiv:2005.14165, appendix C)."""
+    """val without the texts that share a run of n words with a training text (GPT-3, arXiv:2005.14165,
+    appendix C)."""
     def runs(text):
         words = re.findall(r"\w+", text.lower())
         return zip(*(words[i:] for i in range(n)))
@@ -427,7 +448,8 @@ def drop_overlap(train, val, n=13):
 
 
 def arithmetic(n, seed):
-    """n different texts "(17+4)*25? <tool>(17+4)*25</tool>525, so 525": problem, call of a calculator, result, answer."""
+    """n different texts "(17+4)*25? <tool>(17+4)*25</tool>525, so 525": problem, call of a calculator,
+    result, answer."""
     rng, known = np.random.default_rng(seed), {}
     operation = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
     while len(known) < n:
@@ -463,20 +485,24 @@ def download(url, folder, sha256=None):
             if sha256:
                 need(digest.hexdigest() == sha256, f"its sha256 is {digest.hexdigest()}, expected {sha256}")
             else:
-                need(total and not response.url.startswith("http:"), "neither its checksum nor its sender is known")
+                need(total and not response.url.startswith("http:"), "neither its checksum nor its sender is "
+                     "known")
                 f.flush()
                 with open(f.name, "rb") as raw, PACKED.get(path.suffix, lambda raw: raw)(raw) as unpacked:
                     while unpacked.read(1 << 20):
                         pass
         progress(1)
-    except (OSError, http.client.HTTPException, EOFError, lzma.LZMAError, zlib.error, zipfile.BadZipFile, ValueError) as e:
-        raise ValueError(f"cannot download {url} ({e}); without internet use `python prepare.py`, whose text is already "
-                         "on this machine, or your own: `python prepare.py --text FILE --name NAME`") from e
+    except (OSError, ValueError, http.client.HTTPException, EOFError, lzma.LZMAError, zlib.error,
+            zipfile.BadZipFile) as e:
+        raise ValueError(f"cannot download {url} ({e}); without internet use `python prepare.py`, whose text "
+                         "is already on this machine, or your own: `python prepare.py --text FILE --name "
+                         "NAME`") from e
     return path
 
 
 def shard_stream(source, split, folder, limit):
-    """Streams `limit` ready-made tokens, ids in place of text. Shard 0 is validation. Fetches only what it needs."""
+    """Streams `limit` ready-made tokens, ids in place of text. Shard 0 is validation. Fetches only what it
+    needs."""
     (url, n), left = SHARDS[source], limit
     for i in [0] if split == "val" else range(1, n + 1):
         ids = load_bin(download(url.format(split, i), folder))[:left]
@@ -492,13 +518,14 @@ def shard_stream(source, split, folder, limit):
 
 def prepare(source="docs", name=None, tokenizer=None, out_dir="data", text=(), val=(), val_fraction=0.1,
             bpe_text=(), corrupt=0.0, seed=0, max_tokens=None):
-    """Makes the dataset out_dir/name and returns that folder; at once where it is there with the same settings.
+    """Makes the dataset out_dir/name and returns that folder; at once where it is there with the same
+    settings.
 
-    source: one of DATASETS, unless `text`, a list of files and folders, is given. tokenizer: None takes the source's
-    in USUAL, else bpe:4096. val: files; without them val_fraction of the modules (docs, pysrc) or of the end of the
-    text. bpe_text: files for bpe:N to learn from in place of the training text. corrupt: share of the training words to
-    damage; the vocabulary is learnt from clean text. max_tokens: length of the training part. Raises ValueError, which
-    says what to type, and OSError where out_dir cannot be made."""
+    source: one of DATASETS, unless `text`, a list of files and folders, is given. tokenizer: None takes the
+    source's in USUAL, else bpe:4096. val: files; without them val_fraction of the modules (docs, pysrc) or of
+    the end of the text. bpe_text: files for bpe:N to learn from in place of the training text. corrupt: share
+    of the training words to damage; the vocabulary is learnt from clean text. max_tokens: length of the
+    training part. Raises ValueError, which says what to type, and OSError where out_dir cannot be made."""
     need(text or not val, "--val needs --text: a dataset brings its own validation text")
     source = "text" if text else source
     usual = USUAL.get(source, "bpe:4096")
@@ -509,8 +536,9 @@ def prepare(source="docs", name=None, tokenizer=None, out_dir="data", text=(), v
         name += "-" + Path(tokenizer).name.replace(":", "") if tokenizer != usual else ""
     text, val, bpe_text = map(find_texts, (text, val, bpe_text))
     sizes = lambda files: [[file.name, file.stat().st_size] for file in files]
-    settings = dict(source=source, text=sizes(text), val=sizes(val), bpe_text=sizes(bpe_text), corrupt=corrupt,
-                    val_fraction=val_fraction, tokenizer=tokenizer, seed=seed, max_tokens=max_tokens)
+    settings = dict(source=source, text=sizes(text), val=sizes(val), bpe_text=sizes(bpe_text),
+                    corrupt=corrupt, val_fraction=val_fraction, tokenizer=tokenizer, seed=seed,
+                    max_tokens=max_tokens)
     check_settings(name, **settings)
     content = b"".join(bytes.fromhex(file_sha256(file)) for file in text + val + bpe_text)
     settings["content"] = hashlib.sha256(content).hexdigest()
@@ -518,15 +546,16 @@ def prepare(source="docs", name=None, tokenizer=None, out_dir="data", text=(), v
     if folder.exists():
         made = read_meta(folder).get("settings")
         need(isinstance(made, dict) and all(made.get(key, value) == value for key, value in settings.items()),
-             f"{folder} exists and was made from another text or with other settings (see its meta.json): give another "
-             "--name, or delete that folder")
+             f"{folder} exists and was made from another text or with other settings (see its meta.json): "
+             "give another --name, or delete that folder")
         return folder
 
     Path(out_dir).mkdir(parents=True, exist_ok=True)
-    temp = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=out_dir))      # renamed when complete: never half a dataset
+    temp = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=out_dir))      # renamed when complete
     try:
         tok = find_tokenizer(tokenizer)
-        open_train, open_val, dropped = open_source(source, text, val, val_fraction, max_tokens, seed, out_dir)
+        raw = Path(out_dir) / "raw" / source
+        open_train, open_val, dropped = open_source(source, text, val, val_fraction, max_tokens, seed, raw)
         if isinstance(tok, int):
             tok = learn_bpe(read_text(bpe_text) if bpe_text else open_train(), tok)
         train = corrupt_stream(open_train(), corrupt, seed) if corrupt else open_train()
@@ -539,7 +568,7 @@ def prepare(source="docs", name=None, tokenizer=None, out_dir="data", text=(), v
             counts = write_bin(temp / f"{split}.bin", stream, tok, limit)
             need(counts["tokens"], f"the {split} part of {name} is empty: give more text, or --val FILE")
             meta |= {f"{split}_{key}": value for key, value in counts.items()}
-        if tok.ranks:                           # in tiktoken's own format; a dataset or a run needs no network later
+        if tok.ranks:  # in tiktoken's own format; a dataset or a run needs no network later
             with whole_file(temp / "tokenizer.tiktoken") as f:
                 f.writelines(b"%s %d\n" % (base64.b64encode(t), i) for i, t in enumerate(tok.vocab[:-1]))
             meta["tokenizer_sha256"] = file_sha256(temp / "tokenizer.tiktoken")
@@ -567,13 +596,14 @@ def check_settings(name, source, text, val, val_fraction, bpe_text, tokenizer, c
          f"{source} is gpt2 tokens already: it takes no --corrupt and no other --tokenizer")
 
 
-def open_source(source, text, val, val_fraction, max_tokens, seed, out_dir):
-    """Returns two functions that open the training and the validation stream, and how many texts drop_overlap took."""
-    raw, dropped = Path(out_dir) / "raw" / source, 0
+def open_source(source, text, val, val_fraction, max_tokens, seed, raw):
+    """Returns two functions that open the training and the validation stream, and how many texts drop_overlap
+    took."""
+    dropped = 0
     listed = lambda texts: lambda: ((t, True, i / len(texts)) for i, t in enumerate(texts))
     if source in SHARDS:
         shards = lambda split, limit: lambda: shard_stream(source, split, raw, limit)
-        return shards("train", max_tokens or 10**8), shards("val", 10_485_760), 0       # as modded-nanogpt validates
+        return shards("train", max_tokens or 10**8), shards("val", 10_485_760), 0  # as modded-nanogpt does
     if source == "arithmetic":
         problems = arithmetic(50_000, seed)
         cut = int((1 - val_fraction) * len(problems))
@@ -582,10 +612,11 @@ def open_source(source, text, val, val_fraction, max_tokens, seed, out_dir):
         texts = functools.partial(documentation, seen=set()) if source == "docs" else program_text
         pairs = ((module, t) for module, code in python_files(f"reading {source}") for t in texts(code))
         train, held = split_modules(pairs, val_fraction)
-        if source == "docs":                    # not pysrc: code repeats its licences and boilerplate everywhere
+        if source == "docs":  # not pysrc: code repeats its licences and boilerplate everywhere
             every, held = len(held), drop_overlap(train, held)
             dropped = every - len(held)
-            print(f"docs: {dropped} of {every} validation texts share a 13-word run with the training part: dropped",
+            print(f"docs: {dropped} of {every} validation texts share a 13-word run with the training part: "
+                  "dropped",
                   file=sys.stderr)
         return listed(train), listed(held), dropped
     if source in URLS:
@@ -601,7 +632,8 @@ def open_source(source, text, val, val_fraction, max_tokens, seed, out_dir):
 
 
 def write_bin(path, stream, tok, limit=None):
-    """Encodes a stream into a file of at most `limit` ids. Returns counts of tokens, documents, text bytes; sha256."""
+    """Encodes a stream into a file of at most `limit` ids. Returns counts of tokens, documents, text bytes;
+    sha256."""
     digest, tokens, documents, size, progress = hashlib.sha256(), 0, 0, 0, Progress(f"writing {path.name}")
     with whole_file(path) as f:
         for ids, done in tok.encode_stream(stream):
@@ -620,7 +652,8 @@ def write_bin(path, stream, tok, limit=None):
 
 
 def file_sha256(path, parts=None):
-    """Of a file; with `parts`, of so many stretches of 64 KB spread evenly over it, if it has more than those."""
+    """Of a file; with `parts`, of so many stretches of 64 KB spread evenly over it, if it has more than
+    those."""
     digest, size, step = hashlib.sha256(), os.path.getsize(path), 1 << 16
     with open(path, "rb") as f:
         if parts is None or size <= parts * step:
@@ -644,21 +677,25 @@ def load_dataset(folder):
     """(train, val, meta) of a dataset folder: two memmaps of ids, and the contents of meta.json."""
     folder = Path(folder)
     if not folder.is_dir():
-        how = f"--dataset {folder.name}" if folder.name in DATASETS else f"--text FILE --name {shlex.quote(folder.name)}"
+        how = f"--text FILE --name {shlex.quote(folder.name)}"
+        if folder.name in DATASETS:
+            how = f"--dataset {folder.name}"
         there = ", ".join(sorted(path.parent.name for path in folder.parent.glob("*/meta.json")))
-        raise ValueError(f"no dataset at {folder}; to make it: python prepare.py {how}; ready are: {there or 'none'}")
+        raise ValueError(f"no dataset at {folder}; to make it: python prepare.py {how}; ready are: "
+                         f"{there or 'none'}")
     meta, ids = read_meta(folder), []
     for split in ("train", "val"):
         path, sampled = folder / f"{split}.bin", meta.get(f"{split}_sampled_sha256")
         ids.append(load_bin(path))
         need(file_sha256(path, sampled and 512) == (sampled or meta[f"{split}_sha256"]),
-             f"{path} does not hold the tokens that meta.json tells of: delete that folder and run prepare.py again")
+             f"{path} does not hold the tokens that meta.json tells of: delete that folder and run "
+             "prepare.py again")
     return *ids, meta
 
 
 def load_bin(path):
-    """The ids in a .bin file as a read-only memmap: raw (uint16, or what the meta.json beside it says), or with the
-    header of llm.c and modded-nanogpt. ValueError for a file that was cut off."""
+    """The ids in a .bin file as a read-only memmap: raw (uint16, or what the meta.json beside it says), or
+    with the header of llm.c and modded-nanogpt. ValueError for a file that was cut off."""
     path = Path(path)
     need(path.is_file(), f"{path} is missing; make the dataset with `python prepare.py`")
     meta = read_meta(path.parent) if (path.parent / "meta.json").exists() else {}
@@ -667,27 +704,32 @@ def load_bin(path):
     if len(header) == 256 and header[0] in HEADERS and not meta:
         dtype, expected, offset = HEADERS[header[0]], int(header[2]), 1024
     n, rest = divmod(path.stat().st_size - offset, np.dtype(dtype).itemsize)
-    need(n and not rest and expected in (None, n), f"{path} is damaged: {n} tokens of {dtype} and {rest} bytes, expected "
-         f"{expected or 'some'} tokens and 0 bytes; delete its folder and run prepare.py again")
+    need(n and not rest and expected in (None, n), f"{path} is damaged: {n} tokens of {dtype} and {rest} "
+         f"bytes, expected {expected or 'some'} tokens and 0 bytes; delete its folder and run prepare.py "
+         "again")
     return np.memmap(path, dtype, "r", offset)
 
 
 def read_meta(folder):
-    """The contents of a folder's meta.json, of which the tokenizer, the counts and the checksums are sure to be there."""
+    """The contents of a folder's meta.json, of which the tokenizer, the counts and the checksums are sure to
+    be there."""
     kinds = dict(tokenizer=str, vocab_size=int, dtype=str, train_sha256=str, val_sha256=str)
-    kinds |= dict.fromkeys((f"{split}_{what}s" for split in ("train", "val") for what in ("token", "document", "byte")), int)
+    kinds |= {f"{split}_{what}s": int for split in ("train", "val") for what in ("token", "document", "byte")}
     try:
         meta = json.loads((Path(folder) / "meta.json").read_text("utf-8"))
         wrong = [key for key, kind in kinds.items() if type(meta.get(key)) is not kind]
         need(not wrong and meta["dtype"] in HEADERS.values(), f"{[*wrong, 'dtype'][0]} is damaged")
     except (OSError, ValueError, AttributeError, RecursionError) as e:
-        raise ValueError(f"{folder} has no readable meta.json ({e}); `python prepare.py` makes dataset folders") from e
+        raise ValueError(f"{folder} has no readable meta.json ({e}); `python prepare.py` makes dataset "
+                         "folders") from e
     return meta
 
 
 def run_files(folder):
-    """What a run keeps of its dataset: the paths of meta.json and, unless it is plain bytes, of the tokenizer."""
-    return [path for path in (Path(folder) / "meta.json", Path(folder) / "tokenizer.tiktoken") if path.is_file()]
+    """What a run keeps of its dataset: the paths of meta.json and, unless it is plain bytes, of the
+    tokenizer."""
+    paths = [Path(folder) / name for name in ("meta.json", "tokenizer.tiktoken")]
+    return [path for path in paths if path.is_file()]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -696,8 +738,9 @@ def run_files(folder):
 UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
 NANOGPT = {     # nanoGPT's names of our flags
     "--batch_size": "--batch_tokens", "--decay_lr": "--schedule", "--eval_interval": "--eval_every",
-    "--eval_iters": "--eval_windows", "--gradient_accumulation_steps": "--batch_tokens", "--learning_rate": "--lr",
-    "--log_interval": "--log_every", "--lr_decay_iters": "--max_steps", "--max_iters": "--max_steps",
+    "--eval_iters": "--eval_windows", "--gradient_accumulation_steps": "--batch_tokens",
+    "--learning_rate": "--lr", "--log_interval": "--log_every", "--lr_decay_iters": "--max_steps",
+    "--max_iters": "--max_steps",
     "--out_dir": "--out", "--start": "--prompt", "--warmup_iters": "--warmup"}
 
 
@@ -706,16 +749,18 @@ class NoNumber(ValueError, argparse.ArgumentTypeError):
 
 
 def number(text, kind):
-    """A number as a person types it, "0.5", "1e6", "30M" or "1_000_000", as `kind`: int or float. ValueError for all
-    else: nan, inf, digits that are not ASCII, what does not fit into 64 bits, a fraction where an int is expected."""
+    """A number as a person types it, "0.5", "1e6", "30M" or "1_000_000", as `kind`: int or float. ValueError
+    for all
+    else: nan, inf, digits that are not ASCII, what does not fit into 64 bits, a fraction where an int is
+    expected."""
     form = re.fullmatch(r"([-+]?[\d_]{0,30}\.?\d{0,30}(?:[eE][-+]?\d{1,3})?)([kKMBG]?)", text, re.A)
     try:
         exact = fractions.Fraction(form[1].replace("_", "")) * UNITS[form[2]]
         value = kind(exact)
         need(kind is float or value == exact and abs(value) < 1 << 63, "")
     except (ValueError, TypeError, OverflowError):
-        expected = "a whole number such as 1000, 30M or 1e6" if kind is int else "a finite number such as 0.5 or 1e-3"
-        raise NoNumber(f"{text[:40]!r}: expected {expected}") from None
+        such = {int: "a whole number such as 1000, 30M or 1e6", float: "a finite number such as 0.5 or 1e-3"}
+        raise NoNumber(f"{text[:40]!r}: expected {such[kind]}") from None
     return value
 
 
@@ -730,9 +775,9 @@ def count(n, noun):
 
 
 def console():
-    """First line of every main(): what is printed appears at once, in a file too, and a character that the terminal does
-    not know is escaped. From here on Ctrl-C is a KeyboardInterrupt again: while the imports run, the scripts let it end
-    the process, for that prints no traceback."""
+    """First line of every main(): what is printed appears at once, in a file too, and a character that the
+    terminal does not know is escaped. From here on Ctrl-C is a KeyboardInterrupt again: while the imports
+    run, the scripts let it end the process, for that prints no traceback."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
@@ -749,9 +794,9 @@ def complain(program, error):
 
 @contextlib.contextmanager
 def whole_file(path, mode="wb", keep=None):
-    """Opens a file that gets its name when it is complete: with whole_file(path) as f: f.write(...). If anything fails,
-    the half is removed and what had the name before stays. keep: what had the name before gets this one.
-    ValueError names the file where it cannot be written."""
+    """Opens a file that gets its name when it is complete: with whole_file(path) as f: f.write(...). If
+    anything fails, the half is removed and what had the name before stays. keep: what had the name before
+    gets this one. ValueError names the file where it cannot be written."""
     part = Path(f"{path}.part")
     try:
         with open(part, mode, encoding=None if "b" in mode else "utf-8") as f:
@@ -770,7 +815,8 @@ def whole_file(path, mode="wb", keep=None):
 
 
 class Progress:
-    """A line on stderr with the time left, at most once a second: call it with done in [0, 1], at the end with 1."""
+    """A line on stderr with the time left, at most once a second: call it with done in [0, 1], at the end
+    with 1."""
     def __init__(self, label):
         self.label, self.start, self.shown = label, time.time(), time.time()
 
@@ -788,8 +834,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that shows defaults, takes no abbreviations, reads numbers by `number`, and answers an unknown flag with
-    the one that was probably meant."""
+    """argparse that shows defaults, takes no abbreviations, reads numbers by `number`, and answers an unknown
+    flag with the one that was probably meant."""
     def __init__(self, *args, **kwargs):
         kwargs.setdefault("formatter_class", Help)
         super().__init__(*args, allow_abbrev=False, **kwargs)
@@ -805,7 +851,8 @@ class Parser(argparse.ArgumentParser):
             near = [NANOGPT.get(name), *(flag for flag in known if flag.startswith(name)),
                     *difflib.get_close_matches(name, known, 1, 0.8)]
             near = [flag for flag in near if flag in known]
-            self.error(f"unknown argument {unknown[0]}; " + (f"did you mean {near[0]}?" if near else "see --help"))
+            hint = f"did you mean {near[0]}?" if near else "see --help"
+            self.error(f"unknown argument {unknown[0]}; {hint}")
         return namespace, unknown
 
     def _get_values(self, action, strings):     # argparse makes an empty list of --flag=--
@@ -818,13 +865,14 @@ class Parser(argparse.ArgumentParser):
 
 
 FLAGS = {       # flag: (default, help)
-    "dataset": (None, f"built-in, one of: {', '.join(DATASETS)}; the first three need no network (default: docs)"),
+    "dataset": (None, f"built-in, one of: {', '.join(DATASETS)}; the first three need no network (default: "
+                "docs)"),
     "text": ((), "your own instead: files .txt .md .jsonl, also .gz .bz2 .xz, or folders of them"),
     "val": ((), "validation text to go with --text"),
     "val_fraction": (0.1, "held out where there is no validation text"),
     "name": (None, "folder under --out_dir (default: after the source and the tokenizer)"),
-    "tokenizer": (None, "byte, bpe:N, gpt2, cl100k_base, o200k_base or a prepared folder (default: bpe:4096; arithmetic: "
-                        "byte; fineweb10B, finewebedu10B: gpt2)"),
+    "tokenizer": (None, "byte, bpe:N, gpt2, cl100k_base, o200k_base or a prepared folder (default: bpe:4096; "
+                  "arithmetic: byte; fineweb10B, finewebedu10B: gpt2)"),
     "bpe_text": ((), "what bpe:N learns from, if not --text"),
     "corrupt": (0.0, "share of the training words to damage"),
     "seed": (0, "of --corrupt and of arithmetic"),
@@ -835,10 +883,13 @@ FLAGS = {       # flag: (default, help)
 
 def main(argv=None):
     console()
-    parser = Parser(prog="prepare.py", description="Text to tokens: makes data/NAME/{train.bin, val.bin, meta.json}.")
+    parser = Parser(prog="prepare.py", description="Text to tokens: makes data/NAME/{train.bin, val.bin, "
+                    "meta.json}.")
     for flag, (default, text) in FLAGS.items():
         kind = str if default is None else type(default)
-        how = dict(nargs="+", metavar="FILE") if kind is tuple else dict(type=int if flag == "max_tokens" else kind)
+        how = dict(type=int if flag == "max_tokens" else kind)
+        if kind is tuple:
+            how = dict(nargs="+", metavar="FILE")
         parser.add_argument(f"--{flag}", default=default, help=text, **how)
     args, start = vars(parser.parse_args(argv)), time.time()
     try:

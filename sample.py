@@ -1,12 +1,12 @@
 """Write text with a trained model, fill gaps in a text, or score one: from a run folder that train.py made.
 
     python sample.py out/RUN --prompt "The function returns" --num_samples 3
-    python sample.py out/RUN --prompt "One" --prompt "Another, longer"       # different lengths, one batch
-    python sample.py out/RUN --prompt "The [MASK:12] sat on" --watch         # diffusion fills gaps; --watch shows how
-    python sample.py out/RUN --threshold 0.9 --block_size 32 --cache         # diffusion, several tokens a pass
-    python sample.py out/RUN --prompt "(17+4)*25?" --tool calculator         # a run on prepare.py --dataset arithmetic
-    python sample.py out/RUN --gif canvas.gif --beside out/RUN2              # a picture that moves: two runs, one prompt
-    python sample.py score out/RUN --text FILE                               # nats per token and bits per byte
+    python sample.py out/RUN --prompt "One" --prompt "Another, longer"   # different lengths, one batch
+    python sample.py out/RUN --prompt "The [MASK:12] sat on" --watch     # diffusion fills gaps, step by step
+    python sample.py out/RUN --threshold 0.9 --block_size 32 --cache     # diffusion, several tokens a pass
+    python sample.py out/RUN --prompt "(17+4)*25?" --tool calculator  # after prepare.py --dataset arithmetic
+    python sample.py out/RUN --gif a.gif --beside out/RUN2  # a picture that moves: two runs, one prompt
+    python sample.py score out/RUN --text FILE                           # nats per token and bits per byte
 
 What is in this file, in this order:
     generate        prompts to text: parse_prompt, sampler (the run's own sampler and the flags that fit it)
@@ -20,6 +20,7 @@ if __name__ == "__main__":                      # Ctrl-C while the imports run: 
 
 import argparse
 import ast
+import functools
 import itertools
 import math
 import operator
@@ -40,7 +41,7 @@ import train
 from model import parse_layers
 from prepare import count, need
 
-DIFFUSION = ("steps", "threshold", "order", "block_size", "cache", "refresh")       # flags that AR has no use for
+DIFFUSION = ("steps", "threshold", "order", "block_size", "cache", "refresh")  # flags that AR has no use for
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -54,28 +55,29 @@ def parse_prompt(text, tokenizer, mask_id):
             ids += tokenizer.encode(part)
             continue
         wrong = "[MASK:0]" if i % 2 else part[part.index("[MASK"):][:20]
-        need(i % 2 and int(part or 1), "--prompt: places to fill are written [MASK], or [MASK:n] for n of 1 to 999999, "
-             f"and it has {wrong!r}")
+        need(i % 2 and int(part or 1), "--prompt: places to fill are written [MASK], or [MASK:n] for n of 1 "
+             f"to 999999, and it has {wrong!r}")
         ids += [mask_id] * int(part or 1)
     return ids
 
 
 def sampler(args, lm, flags, infill):
-    """(its kind, the run's sampler with the flags that fit it, a function of (x, **keywords)), or a ValueError."""
+    """(its kind, the run's sampler with the flags that fit it, a function of (x, **keywords)), or a
+    ValueError."""
     objective, size = flags["objective"], flags["diffusion_block"]
     asked = [k for k in DIFFUSION if getattr(args, k) is not None and getattr(args, k) is not False]
-    if objective == "ar" or objective == "mixed" and not (infill or asked):            # a mixed model does both
-        need(not infill, "[MASK] in a prompt needs a diffusion model, and this run is autoregressive: train with "
-             "--objective mdm")
-        need(not asked, f"--{asked and asked[0]} is for diffusion, and this run is autoregressive: leave it out, or train "
+    if objective == "ar" or objective == "mixed" and not (infill or asked):  # a mixed model does both
+        need(not infill, "[MASK] in a prompt needs a diffusion model, and this run is autoregressive: train "
              "with --objective mdm")
+        need(not asked, f"--{asked and asked[0]} is for diffusion, and this run is autoregressive: leave it "
+             "out, or train with --objective mdm")
         return "ar", lambda x, **how: diffusion.sample_ar(lm, x, lm.mask_id, **how)
     order = args.order or ("random" if args.threshold is None else "max_prob")
     passes = dict(steps=args.steps, threshold=args.threshold, order=order)
     if objective == "block":
         for name in {"block_size", "cache", "refresh"}.intersection(asked):
-            raise ValueError(f"--{name} is for --objective mdm: this run was trained in blocks of {size}, and their cache "
-                             "is always on and exact; leave it out")
+            raise ValueError(f"--{name} is for --objective mdm: this run was trained in blocks of {size}, "
+                             "and their cache is always on and exact; leave it out")
         return "block", lambda x, **how: diffusion.sample_block(lm, x, lm.mask_id, size, **passes, **how)
     need(args.refresh is None or args.cache, f"--refresh {args.refresh} needs --cache")
     if args.cache:
@@ -89,8 +91,9 @@ def check_dual_cache(config):
     """The dual cache writes keys into the middle of a canvas: ValueError unless every layer can."""
     for name, values in parse_layers(config.layers, config.n_layer):
         need(name == "mla" or name == "full" and values.get("window", config.window) is None,
-             "--cache computes a block inside the text anew, which only the layers 'full' without window and 'mla' can "
-             f"do, and this run's are '{config.layers}', window {config.window}: choose another run, or leave --cache out")
+             "--cache computes a block inside the text anew, which only the layers 'full' without window and "
+             f"'mla' can do, and this run's are '{config.layers}', window {config.window}: choose another "
+             "run, or leave --cache out")
 
 
 def generate(args, lm, tokenizer, flags):
@@ -102,11 +105,11 @@ def generate(args, lm, tokenizer, flags):
         new = args.max_new_tokens
         if new is None:
             new = 0 if mask in ids else max(1, min(200, window - len(ids)))
-        fits = len(ids) + new <= window or kind == "ar" and len(ids) < window          # AR may go on behind its window
-        need(fits, f"prompt ({len(ids)} tokens) and new tokens ({new}) exceed the model's window of {window}: shorten "
-             "one, or use --max_new_tokens")
-        need(new > 0 or new == 0 and mask in ids, f"--max_new_tokens {new}: nothing to generate, use at least 1 or put "
-             "[MASK] into the prompt")
+        fits = len(ids) + new <= window or kind == "ar" and len(ids) < window  # AR may go on behind it
+        need(fits, f"prompt ({len(ids)} tokens) and new tokens ({new}) exceed the model's window of "
+             f"{window}: shorten one, or use --max_new_tokens")
+        need(new > 0 or new == 0 and mask in ids, f"--max_new_tokens {new}: nothing to generate, use at "
+             "least 1 or put [MASK] into the prompt")
         rows += [ids + [mask] * new] * args.num_samples
     device, tic = lm.embed.weight.device, time.perf_counter()
     x, valid = (a.to(device) for a in diffusion.canvas(rows, 0, mask))
@@ -123,15 +126,15 @@ def generate(args, lm, tokenizer, flags):
 
     hook, tool = {}, None
     if args.tool:
-        need(args.tool in TOOLS and kind != "mdm", f"--tool {args.tool}: expected {' or '.join(TOOLS)}, and a run of "
-             "objective ar or block, which writes in order")
+        need(args.tool in TOOLS and kind != "mdm", f"--tool {args.tool}: expected {' or '.join(TOOLS)}, and "
+             "a run of objective ar or block, which writes in order")
         tool = ToolCalls(TOOLS[args.tool], tokenizer, mask, map(len, rows))
         hook = {"on_token" if kind == "ar" else "on_block": tool}
     generator = torch.Generator("cpu" if device.type == "mps" else device).manual_seed(args.seed)
-    out = run(x, valid=valid, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, eot_id=tokenizer.eot,
-              generator=generator, callback=seen, **hook)
+    out = run(x, valid=valid, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+              eot_id=tokenizer.eot, generator=generator, callback=seen, **hook)
     for i, (row, given) in enumerate(zip(out.tolist(), rows), 1):
-        written = [t for t, g in zip(row, given) if g != mask or t != tokenizer.eot]   # what was drawn ends at EOT
+        written = [t for t, g in zip(row, given) if g != mask or t != tokenizer.eot]  # the drawn ends at EOT
         text = tokenizer.decode(written)
         print(f"--- sample {i}\n" * (len(rows) > 1) + text)
         if tool and text.rpartition("<tool>")[2].count("</tool>") < ("<tool>" in text):
@@ -148,7 +151,8 @@ def generate(args, lm, tokenizer, flags):
 # Score
 
 def score(args, lm, tokenizer, flags):
-    """Likelihood of a text in windows of the model's block size: exact for AR, a bound and exact chains for diffusion."""
+    """Likelihood of a text in windows of the model's block size: exact for AR, a bound and exact chains for
+    diffusion."""
     need(args.windows >= 0, f"--windows {args.windows}: expected a number of windows, 0 for all")
     S = flags["diffusion_block"] if flags["objective"] == "block" else 1
     files, ids, T = prepare.find_texts(args.text), [], lm.config.block_size
@@ -164,8 +168,8 @@ def score(args, lm, tokenizer, flags):
     need(T > 0, f"{args.text[0]} is shorter than one block of the run")
     x = torch.tensor(ids[:min(most, len(ids)) // T * T]).view(-1, T)
     scored = int(tokenizer.token_bytes[x.numpy()].sum())
-    print(f"{count(len(x), 'window')} of {count(T, 'token')}, {scored / size:.1%} of the {count(size, 'byte')} of text; "
-          f"{scored / x.numel():.3f} bytes per token")
+    print(f"{count(len(x), 'window')} of {count(T, 'token')}, {scored / size:.1%} of the "
+          f"{count(size, 'byte')} of text; {scored / x.numel():.3f} bytes per token")
     for name, nats, error in panel(lm, flags, x.to(lm.embed.weight.device), args.n_mc):
         spread = f" +- {error:.4f}" if error else ""
         bits = nats * x.numel() / max(1, scored) / math.log(2)
@@ -174,28 +178,34 @@ def score(args, lm, tokenizer, flags):
 
 @torch.no_grad()
 def panel(lm, flags, x, n_mc=64):
-    """All likelihoods of the windows x (N, T) that the run's objective defines: [(name, nats per token, s.e. over masks)].
+    """All likelihoods of the windows x (N, T) that the run's objective defines: [(name, nats per token, s.e.
+    over masks)].
 
     A block run needs T to be a multiple of its blocks. Chains take T passes each."""
     objective, mask, S, rows = flags["objective"], lm.mask_id, flags["diffusion_block"], []
     block = objective == "block"
-    chain = lambda w, order: block_chain(lm, w, S, order) if block else diffusion.chain_nll(lm, w, mask, order)
-    mean = lambda f, *more: torch.cat([f(w, *more) for w in x.split(32)]).double().mean().item()
+    mean = lambda f, **how: torch.cat([f(lm, w, **how) for w in x.split(32)]).double().mean().item()
+    chain = functools.partial(diffusion.chain_nll, mask_id=mask)
+    if block:
+        chain = functools.partial(block_chain, S=S)
     if objective in ("ar", "mixed"):
-        rows.append(("AR, exact", mean(lambda w: diffusion.ar_loss(lm, w, mask, reduction="none").double()), 0.0))
+        rows.append(("AR, exact", mean(diffusion.ar_loss, bos_id=mask, reduction="none"), 0.0))
     if objective != "ar":
         name = f"block diffusion ({S})" if block else "diffusion"
-        rows.append((name + ", bound", *diffusion.mdm_nll(lm, x, mask, n_mc, noise_block=S if block else None)))
-        rows += [(f"{name}, exact chain ({order})", mean(chain, order), 0.0) for order in ("left", "confidence")]
+        bound = diffusion.mdm_nll(lm, x, mask, n_mc, noise_block=S if block else None)
+        rows.append((f"{name}, bound", *bound))
+        for order in ("left", "confidence"):
+            rows.append((f"{name}, exact chain ({order})", mean(chain, order=order), 0.0))
     return rows
 
 
 def block_chain(lm, x, S, order, scored=None):
-    """Exact -log p of a block-diffusion model as a sampler with one token a pass: block after block, inside one in
-    `order`. x (N, T), T a multiple of S. (N,) nats per token. A block sees itself and the clean text before it.
+    """Exact -log p of a block-diffusion model as a sampler with one token a pass: block after block, inside
+    one in `order`. x (N, T), T a multiple of S. (N,) nats per token. A block sees itself and the clean text
+    before it.
 
-    scored (N, T) bool: the tokens that count, the others are given; default all. Unscored places may hold the mask
-    token."""
+    scored (N, T) bool: the tokens that count, the others are given; default all. Unscored places may hold the
+    mask token."""
     T = x.size(1)
     of = torch.arange(T, device=x.device).div(S, rounding_mode="floor")
     f = lambda idx, causal: lm(idx, causal=False, mask=of[:idx.size(1), None] >= of[:idx.size(1)])
@@ -205,7 +215,8 @@ def block_chain(lm, x, S, order, scored=None):
         now = scored[:, :s] & (of[:s] == of[s - 1])
         rows = now.any(1)
         if rows.any():
-            nats[rows] += diffusion.chain_nll(f, x[rows, :s], lm.mask_id, order, scored=now[rows]) * now[rows].sum(1)
+            mean = diffusion.chain_nll(f, x[rows, :s], lm.mask_id, order, scored=now[rows])
+            nats[rows] += mean * now[rows].sum(1)
     return nats / scored.sum(1)
 
 
@@ -213,7 +224,8 @@ def block_chain(lm, x, S, order, scored=None):
 # To look at
 
 def canvas_text(ids, tokenizer, mask_id):
-    """Token ids as text, places that are still open as blocks. Decoding run by run keeps a character's bytes together."""
+    """Token ids as text, places that are still open as blocks. Decoding run by run keeps a character's bytes
+    together."""
     runs = itertools.groupby(ids, mask_id.__eq__)
     return "".join("░" * len([*run]) if is_open else tokenizer.decode(run) for is_open, run in runs)
 
@@ -259,7 +271,8 @@ def moving_picture(path, panels, frames=60, width=40, height=16):
                        family="monospace", parse_math=False)
             figure.text(s=head, weight="bold", **how)
             text = "\n".join(wrap(texts[step], width, height))
-            figure.text(s="\n\n" + re.sub(r"[^\n -~\xa0-\ud7ff]", "\ufffd", text), **how)  # no font has control characters
+            text = re.sub(r"[^\n -~\xa0-\ud7ff]", "\ufffd", text)     # no font has control characters
+            figure.text(s="\n\n" + text, **how)
         canvas.draw()
         image = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba())
         images.append(image.convert("L").quantize(16))
@@ -274,14 +287,16 @@ def moving_picture(path, panels, frames=60, width=40, height=16):
 class ToolCalls:
     """The hook by which a model uses a tool while it writes: on_token of sample_ar, on_block of sample_block.
 
-    Where the clean text of a row ends a call <tool>...</tool>, tool(the text between) -> str is run, its result is put
-    behind the call as given tokens, and what was generated behind it is masked again; an empty result (or None) changes
-    nothing. tool is any callable of the user's. If it raises, needs more than `seconds` (it is then left behind in its
-    thread), or its result does not fit behind the call, the result is the text of `failed` where that fits.
+    Where the clean text of a row ends a call <tool>...</tool>, tool(the text between) -> str is run, its
+    result is put behind the call as given tokens, and what was generated behind it is masked again; an empty
+    result (or None) changes nothing. tool is any callable of the user's. If it raises, needs more than
+    `seconds` (it is then left behind in its thread), or its result does not fit behind the call, the result
+    is the text of `failed` where that fits.
     end (B,): length of each row. calls: [(row, call, result, None or why it failed)].
     """
     def __init__(self, tool, tokenizer, mask_id, end, seconds=5.0, failed="error"):
-        self.tool, self.tokenizer, self.mask_id, self.seconds, self.failed = tool, tokenizer, mask_id, seconds, failed
+        self.tool, self.tokenizer, self.mask_id = tool, tokenizer, mask_id
+        self.seconds, self.failed = seconds, failed
         self.end, self.calls = [int(e) for e in end], []
         self.done = [0] * len(self.end)         # tokens of each row that need no look
 
@@ -290,8 +305,9 @@ class ToolCalls:
             clean = (row + [self.mask_id]).index(self.mask_id)
             while (stop := self.next_call(row[:min(clean, self.end[b])], b)) is not None:
                 self.done[b] = stop
-                _, opened, call = self.tokenizer.decode(row[:stop]).rpartition("</tool>")[0].rpartition("<tool>")
-                if given[b, stop - 1] or not opened or "</tool>" in call:              # of the prompt, or never opened
+                before = self.tokenizer.decode(row[:stop]).rpartition("</tool>")[0]
+                _, opened, call = before.rpartition("<tool>")
+                if given[b, stop - 1] or not opened or "</tool>" in call:  # of the prompt, or never opened
                     continue
                 room = int((given[b, stop:self.end[b]].cumsum(0) == 0).sum())
                 result, why = self.run(call)
@@ -306,7 +322,7 @@ class ToolCalls:
                     x[b, stop:end] = torch.tensor(ids, device=x.device)
                     given[b, stop:end] = True
                     x[b, end:].masked_fill_(~given[b, end:], self.mask_id)
-                    break                                                              # what followed is written anew
+                    break  # what followed is written anew
 
     def next_call(self, ids, b):
         """The first place behind done[b] at which a </tool> is complete, or None."""
@@ -322,7 +338,7 @@ class ToolCalls:
             try:
                 result = self.tool(call)
                 out.append(("" if result is None else str(result).encode("utf-8", "replace").decode(), None))
-            except BaseException as e:                                                 # whatever a user's tool does
+            except BaseException as e:  # whatever a user's tool does
                 out.append((self.failed, f"it raised {type(e).__name__}: {e}"))
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
@@ -335,8 +351,9 @@ OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.m
 
 
 def calculator(text):
-    """'(17+4)*25' -> '525': numbers, + - * / and parentheses. It walks the parsed expression and never evaluates the
-    text as Python. ValueError for anything else, ZeroDivisionError and OverflowError as in Python."""
+    """'(17+4)*25' -> '525': numbers, + - * / and parentheses. It walks the parsed expression and never
+    evaluates the text as Python. ValueError for anything else, ZeroDivisionError and OverflowError as in
+    Python."""
     def value(node):
         if isinstance(node, ast.Constant) and type(node.value) in (int, float):
             return node.value
@@ -347,8 +364,8 @@ def calculator(text):
     try:
         result = value(ast.parse(text.strip() if len(text) <= 200 else "", mode="eval").body)
     except (SyntaxError, MemoryError, RecursionError):
-        raise ValueError(f"'{text[:40]}' is no arithmetic: expected numbers, + - * / and parentheses, at most 200 "
-                         "characters") from None
+        raise ValueError(f"'{text[:40]}' is no arithmetic: expected numbers, + - * / and parentheses, at "
+                         "most 200 characters") from None
     return str(result) if isinstance(result, int) else f"{result:.10g}"
 
 
@@ -373,10 +390,14 @@ GENERATE = {
     "top_k": (int, None, "draw from the k most probable tokens"),
     "top_p": (float, None, "draw from the smallest set of tokens with this probability"),
     "steps": (int, None, "diffusion: forward passes, of each block in a block run (default: one per token)"),
-    "threshold": (float, None, "diffusion: a pass takes every token that is at least so probable, instead of --steps"),
-    "order": (str, None, f"diffusion: {', '.join(diffusion.ORDERS)} (default: random; max_prob with --threshold)"),
-    "block_size": (int, None, "diffusion: fill blocks of so many tokens, one after the other (default: no blocks)"),
-    "refresh": (int, None, "renew the cache also after so many steps inside a block (default: only when one starts)"),
+    "threshold": (float, None, "diffusion: a pass takes every token that is at least so probable, instead of "
+                  "--steps"),
+    "order": (str, None, f"diffusion: {', '.join(diffusion.ORDERS)} (default: random; max_prob with "
+              "--threshold)"),
+    "block_size": (int, None, "diffusion: fill blocks of so many tokens, one after the other (default: no "
+                   "blocks)"),
+    "refresh": (int, None, "renew the cache also after so many steps inside a block (default: only when one "
+                "starts)"),
     "tool": (str, None, f"run the calls <tool>...</tool> that the model writes: {', '.join(TOOLS)}"),
     "seed": (int, 0, "(default: 0)"),
     "pause": (float, 0.03, "seconds between the steps shown by --watch (default: 0.03)"),
@@ -390,13 +411,16 @@ def parse_args(argv):
     parser = prepare.Parser(prog="sample.py" + " score" * scoring, description=__doc__,
                             formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="run folder of train.py, or a checkpoint in one")
-    parser.add_argument("--which", default="best", choices=("best", "last"), help="checkpoint of the folder (default: best)")
+    parser.add_argument("--which", default="best", choices=("best", "last"), help="checkpoint of the folder "
+                        "(default: best)")
     if scoring:
-        parser.add_argument("--text", required=True, nargs="+", help="as prepare.py reads it: .txt .md .jsonl, packed, folders")
+        parser.add_argument("--text", required=True, nargs="+", help="as prepare.py reads it: .txt .md "
+                            ".jsonl, packed, folders")
     else:
-        parser.add_argument("--prompt", action="append", help="text to go on with; [MASK:n] marks n tokens to fill in; may "
-                            "be given several times (default: none)")
-        parser.add_argument("--cache", action="store_true", help="diffusion in blocks: the dual cache, an approximation")
+        parser.add_argument("--prompt", action="append", help="text to go on with; [MASK:n] marks n tokens "
+                            "to fill in; may be given several times (default: none)")
+        parser.add_argument("--cache", action="store_true", help="diffusion in blocks: the dual cache, an "
+                            "approximation")
         parser.add_argument("--watch", action="store_true", help="show every step in the terminal")
     for flag, (kind, default, text) in {**COMMON, **(SCORE if scoring else GENERATE)}.items():
         parser.add_argument(f"--{flag}", type=kind, default=default, help=text)

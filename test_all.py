@@ -87,7 +87,7 @@ def close(a, b, tol=None):
 
 BUDGET = {"attention.py": 21_000, "model.py": 6_500, "diffusion.py": 5_500, "train.py": 12_500, "sample.py": 4_050,
           "prepare.py": 8_000, "bench.py": 36_000, "test_all.py": 72_000}
-NARROW = ("diffusion.py", "train.py")
+NARROW = ("diffusion.py", "prepare.py", "sample.py", "train.py")
 
 
 @pytest.mark.parametrize("name", BUDGET)
@@ -2924,6 +2924,7 @@ def test_eval_steps():
     steps = lambda **f: sorted(train.eval_steps({**train.DEFAULTS, **f}, 100, 5.0))
     assert steps(eval_every=40) == [40, 80, 100] and steps(eval_every=0) == [100] and steps(eval_epochs="1,2.4,4") == [5, 12, 20, 100]
     assert steps(eval_epochs="geometric")[0] == 5 and len(steps(eval_epochs="geometric")) == 12 and len(steps(eval_epochs="geometric:3")) == 3
+    assert steps(eval_epochs="1e308") == [100], "beyond the end, and beyond what an int is made of"
 
 
 @pytest.mark.parametrize("objective", ("ar", "mdm"))

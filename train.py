@@ -317,7 +317,7 @@ def eval_steps(flags, total, steps_per_epoch):
     except ValueError:
         raise ValueError(f"--eval_epochs {spec} is neither a list of epochs such as 1,2,4 nor geometric nor "
                          f"geometric:N (N at most the {total} steps)") from None
-    return {min(total, max(1, round(e * steps_per_epoch))) for e in epochs} | {total}
+    return {max(1, round(min(total, e * steps_per_epoch))) for e in epochs} | {total}
 
 
 def open_data(flags, rank, log):
