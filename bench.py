@@ -21,12 +21,12 @@
     theory      what few sampling steps cost: token errors and wrong sequences, closed form and trained models
     decode      tokens/s against quality of every sampler, AR and diffusion
     panel       all likelihoods of the same models: exact, bounds, chains, bits per byte
-    choices     multiple choice by likelihood: HellaSwag, ARC, PIQA, LAMBADA files, and a probe without any file
+    choices     multiple choice by likelihood: HellaSwag, ARC, PIQA, LAMBADA files, and a probe without one
     tools       a calculator inside an answer, AR and block diffusion
 
 Numbers go to out/NAME.json with command, versions, device, seeds and date, pictures to out/NAME.png; with
---results results to the files that results/README.md shows. A command that was interrupted goes on where it stopped
-when it is typed again.
+--results results to the files that results/README.md shows. A command that was interrupted goes on where it
+stopped when it is typed again.
 """
 if __name__ == "__main__":                      # Ctrl-C while the imports run: the end, and no traceback
     import signal
@@ -73,13 +73,13 @@ from model import LM, MLP, PRESETS, ModelConfig, MoE, from_preset, nearest, over
 
 HERE = Path(__file__).resolve().parent
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The runner
 #
 # An experiment is a generator. It yields
-#   key, measure   one point: key is a dictionary that names it, measure() returns the dictionary of its numbers
+#   key, measure   one point: key is a dictionary that names it, measure() returns a dictionary of numbers
 #                  (or is that dictionary). The row key | measure() goes into the table and the JSON file;
-#   {name: flags}  a grid of train.py runs: they are trained side by side, each from its checkpoint if it has one,
+#   {name: flags}  a grid of train.py runs: they are trained side by side, each from its checkpoint if any,
 #                  and the yield returns {name: rows of its evaluations}.
 # What it returns (a dictionary, or nothing) stands in the JSON file beside the rows.
 # The keyword arguments are the flags of the command, "    flag: text" in the docstring is their help.
@@ -87,10 +87,10 @@ HERE = Path(__file__).resolve().parent
 @dataclasses.dataclass
 class Experiment:
     run: collections.abc.Callable
-    named: tuple = ()           # flags whose values the name of the file carries, unless they are off: attention_cpu
+    named: tuple = ()  # flags whose values the name of the file carries, unless they are off: attention_cpu
     finish: collections.abc.Callable = lambda rows: rows                # adds what follows from all rows
     show: collections.abc.Callable = lambda result: result["rows"]      # -> the rows of the table, or a text
-    picture: collections.abc.Callable | None = None                     # (matplotlib.pyplot, result) -> figure
+    picture: collections.abc.Callable | None = None  # (matplotlib.pyplot, result) -> figure
     gpu: dict = dataclasses.field(default_factory=dict)                 # defaults of --scale gpu
     partial: bool = False       # a table of what is there when its runs are interrupted
 
@@ -98,19 +98,34 @@ class Experiment:
 EXPERIMENTS = {}
 SHARED = {}                     # {"few": {flag: (default, type)}} of the experiments that end in **few
 HELP = {
-    "name": "name of the files in --results", "results": "folder for numbers and pictures",
-    "out": "folder of the runs", "device": "auto | cuda | cpu", "threads": "CPU threads", "repeat": "timed calls",
-    "seed": "the first seed", "seeds": "number of seeds", "workers": "runs at a time",
-    "scale": "auto (gpu where there is one) | cpu | gpu", "dataset": "a name under data/ or a folder",
-    "n_layer": "blocks", "n_head": "heads", "n_kv_head": "key/value heads", "n_embd": "width",
-    "head_dim": "width of a head", "block_size": "tokens in a window", "batch_tokens": "tokens in a step",
-    "lr": "peak rate", "unique_tokens": "the first so many tokens of the text", "epochs": "passes over them",
-    "minutes": "of training, at most, for each arm", "evals": "evaluations, geometric in epochs",
+    "name": "name of the files in --results",
+    "results": "folder for numbers and pictures",
+    "out": "folder of the runs",
+    "device": "auto | cuda | cpu",
+    "threads": "CPU threads",
+    "repeat": "timed calls",
+    "seed": "the first seed",
+    "seeds": "number of seeds",
+    "workers": "runs at a time",
+    "scale": "auto (gpu where there is one) | cpu | gpu",
+    "dataset": "a name under data/ or a folder",
+    "n_layer": "blocks",
+    "n_head": "heads",
+    "n_kv_head": "key/value heads",
+    "n_embd": "width",
+    "head_dim": "width of a head",
+    "block_size": "tokens in a window",
+    "batch_tokens": "tokens in a step",
+    "lr": "peak rate",
+    "unique_tokens": "the first so many tokens of the text",
+    "epochs": "passes over them",
+    "minutes": "of training, at most, for each arm",
+    "evals": "evaluations, geometric in epochs",
     "objectives": "ar, mdm or both",
 }
 
 
-COMMON = {"results": ("out", str), "name": (None, str)}                                  # flags of every experiment
+COMMON = {"results": ("out", str), "name": (None, str)}  # flags of every experiment
 
 
 def experiment(**about):
@@ -157,14 +172,17 @@ def items_like(default):
     """A type of flags: '64,256' -> (64, 256), of the type of the default's items."""
     kind = type(default[0]) if default else str
     read = str if kind is str else lambda item: prepare.Parser.number(item, kind)
-    return lambda text: tuple(read(item) for item in re.split(r",(?! )(?![^(]*\))", text))   # no comma of layer(a=1,b=2)
+    # No comma of layer(a=1,b=2).
+    return lambda text: tuple(read(item) for item in re.split(r",(?! )(?![^(]*\))", text))
 
 
 def choose(flag, names, known):
     """The names, each of which must be known."""
     for name in names:
         if name not in known:
-            raise ValueError(f"--{flag} {name} is unknown{nearest(name, known)}: expected some of {', '.join(known)}")
+            raise ValueError(
+                f"--{flag} {name} is unknown{nearest(name, known)}: expected some of {', '.join(known)}"
+            )
     return names
 
 
@@ -179,7 +197,7 @@ def settle(about, typed):
             flags["scale"] = "gpu" if torch.cuda.is_available() else "cpu"
         if flags["scale"] == "gpu":
             flags |= {k: v for k, v in about.gpu.items() if k not in typed}
-    for name, (default, kind) in known.items():                                        # numbers that count something
+    for name, (default, kind) in known.items():  # numbers that count something
         values = flags[name] if kind is tuple else [flags[name]]
         for value in values if default != 0 and name not in ("seed", "warmup") else ():
             if type(value) is int and value < 1:
@@ -205,14 +223,17 @@ def file_name(command, about, flags):
 
 
 class Points:
-    """Rows measured so far, in a file of one JSON object a line that is there until the experiment is complete."""
+    """Rows measured so far, in a file of one JSON object a line that is there until the experiment is
+    complete."""
     def __init__(self, path, settings):
         self.path, self.settings, self.rows = path, settings, []
         for n, line in enumerate(path.read_text().splitlines() if path.exists() else (), 1):
             try:
                 self.rows.append(dict(json.loads(line)))
             except ValueError:
-                raise ValueError(f"{path} line {n} is damaged: delete the line, or the file to begin anew") from None
+                raise ValueError(
+                    f"{path} line {n} is damaged: delete the line, or the file to begin anew"
+                ) from None
 
     def find(self, key):
         """The row that was measured under this key with the same settings."""
@@ -232,11 +253,12 @@ def write(path, content):
 
 
 def attempt(measure, label):
-    """measure(), or what went wrong: on a GPU one kernel that refuses a shape must not cost the rows behind it."""
+    """measure(), or what went wrong: on a GPU one kernel that refuses a shape must not cost the rows behind
+    it."""
     try:
         return measure()
     except RuntimeError as e:                                                          # out of memory is one
-        if not torch.cuda.is_available() or "CUDA error" in str(e):                    # after that nothing runs any more
+        if not torch.cuda.is_available() or "CUDA error" in str(e):  # after that nothing runs any more
             raise
         why = "out of memory" if isinstance(e, torch.OutOfMemoryError) else str(e).strip().splitlines()[0]
         print(f"{label}: {why}", flush=True)
@@ -251,10 +273,12 @@ def perform(command, typed):
         return about.run(**{k: flags[k] for k in parameters(about.run)})
     path = Path(flags["results"]) / f"{file_name(command, about, flags)}.json"
     given = {k: flags[k] for k in parameters(about.run)}
-    shape = {k: v for k, v in given.items() if not isinstance(v, tuple | list) and k not in ("out", "workers")}
+    shape = {
+        k: v for k, v in given.items() if not isinstance(v, tuple | list) and k not in ("out", "workers")
+    }
     points = Points(path.with_suffix(".points.jsonl"), shape)
     rows, cut, fresh, tic = [], False, 0, time.time()
-    total = None                                                                       # of points, where counting is cheap
+    total = None  # of points, where counting is cheap
     if not {"workers", "runs"} & set(given):
         total = sum(1 for _ in about.run(**given))
     generator, answer = about.run(**given), None
@@ -280,22 +304,32 @@ def perform(command, typed):
             points.add(key, row)
             fresh += 1
             left = (time.time() - tic) / fresh * (total - len(rows) - 1) if total else 0
-            print(f"{label}: {numbers_of(row, key)}" + (f" | {train.clock(left)} left" if left else ""), flush=True)
+            print(
+                f"{label}: {numbers_of(row, key)}" + (f" | {train.clock(left)} left" if left else ""),
+                flush=True,
+            )
         rows.append(row)
     failed = [r for r in rows if "failed" in r and isinstance(r["failed"], str)]
     rows = about.finish([r for r in rows if r not in failed])
     seeds = [flags.get("seed", 1337) + i for i in range(flags.get("seeds", 1))]
-    result = dict(experiment=command, command=shlex.join(["python", "bench.py", *sys.argv[1:]]),
-                  date=time.strftime("%Y-%m-%d"), device=device_name(flags.get("device") or train.pick_device("auto")),
-                  versions={"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-                  seed=seeds[0], seeds=seeds, cut=cut, flags=given)
+    result = dict(
+        experiment=command,
+        command=shlex.join(["python", "bench.py", *sys.argv[1:]]),
+        date=time.strftime("%Y-%m-%d"),
+        device=device_name(flags.get("device") or train.pick_device("auto")),
+        versions={"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        seed=seeds[0],
+        seeds=seeds,
+        cut=cut,
+        flags=given,
+    )
     result = json.loads(json.dumps(result | more | dict(failed=failed, rows=rows)))
     write(path, json.dumps(result, indent=1) + "\n")
     print("\n" + page(about, result) + f"\nwrote {path}")
     draw(about, result, path)
     if result["cut"]:
         print("time was up, or a run was interrupted: the same command goes on from here")
-    points.path.unlink(missing_ok=True)                                                # the next call measures anew
+    points.path.unlink(missing_ok=True)  # the next call measures anew
     if cut:
         raise KeyboardInterrupt
 
@@ -306,14 +340,23 @@ def page(about, result):
     return shown if isinstance(shown, str) else markdown(shown)
 
 
+PASSES = ("forward_ms", "both_ms")
+
+
 def compared(rows, name, reference, columns):
-    """Adds how many times faster a row is than the reference with the same other keys: columns of milliseconds."""
+    """Adds how many times faster a row is than the reference with the same other keys: columns of
+    milliseconds."""
     other = lambda r: {k: v for k, v in r.items() if k in ("T", "batch", "block")}
     for r, column in itertools.product(rows, columns):
         base = next((b for b in rows if b[name] == reference and other(b) == other(r)), {})
         label = f"{column.removesuffix('ms')}vs_{reference}"
         r[label] = base[column] / r[column] if base.get(column) and r[column] else None
     return rows
+
+
+def without(*columns):
+    """A table of all but these columns."""
+    return lambda result: [{k: v for k, v in r.items() if k not in columns} for r in result["rows"]]
 
 
 def numbers_of(row, key):
@@ -329,7 +372,9 @@ def show(value):
 
 def markdown(rows):
     """A table readable by eye and as Markdown, of all columns that have a value and hold no list."""
-    columns = dict.fromkeys(c for r in rows for c, v in r.items() if v is not None and not isinstance(v, list | dict))
+    columns = dict.fromkeys(
+        c for r in rows for c, v in r.items() if v is not None and not isinstance(v, list | dict)
+    )
     cells = [list(columns)] + [[show(r.get(c)) for c in columns] for r in rows]
     width = [max(map(len, column)) for column in zip(*cells)]
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, width)) + " |" for row in cells]
@@ -351,11 +396,13 @@ def device_name(device):
         return torch.cuda.get_device_name()
     cpu = platform.processor()
     if os.path.exists("/proc/cpuinfo"):
-        names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+        names = [
+            line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")
+        ]
         cpu = names[0] if names else cpu
     return f"{cpu or 'CPU'}, {os.cpu_count()} cores"
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Pictures: functions of (matplotlib.pyplot, result) -> figure, all drawn from the JSON file alone
 
 def draw(about, result, path):
@@ -390,7 +437,8 @@ def plain_log(axis):
 
 
 def label_ends(ax, labels):
-    """Names lines where they end, moved apart where they would overlap. labels: [(x, y, text, colour)], y logarithmic."""
+    """Names lines where they end, moved apart where they would overlap. labels: [(x, y, text, colour)], y
+    logarithmic."""
     low, high = ax.get_ylim()
     at, step = -math.inf, math.log(high / low) / 24
     for x, y, text, colour in sorted(labels, key=lambda label: label[1]):
@@ -422,14 +470,17 @@ def lines(x, y, line, xlabel, ylabel, title):
         return figure
     return picture
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Data and training runs
 
 def data_folder(name):
-    """The folder of a data set, from its name or path as in train.py. The texts that every machine has are made where missing."""
+    """The folder of a data set, from its name or path as in train.py. The texts that every machine has are
+    made where missing."""
     folder = prepare.dataset_folder(name)
     if name in ("docs", "docs-byte", "pysrc", "pysrc-byte") and not (folder / "meta.json").exists():
-        prepare.prepare(name.split("-")[0], name=name, tokenizer="byte" if name.endswith("byte") else "bpe:4096")
+        prepare.prepare(
+            name.split("-")[0], name=name, tokenizer="byte" if name.endswith("byte") else "bpe:4096"
+        )
     return folder
 
 
@@ -439,7 +490,8 @@ def validation(name, T, count):
 
 
 def fit(lm, loss_at, steps, flags, path, label):
-    """`steps` optimizer steps on loss_at(step), a scalar; saved to `path` every 100 steps and goes on from there."""
+    """`steps` optimizer steps on loss_at(step), a scalar; saved to `path` every 100 steps and goes on from
+    there."""
     optimizers = train.make_optimizers(lm, flags, lm.embed.weight.device)
     first, tic = 0, time.time()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -459,19 +511,25 @@ def fit(lm, loss_at, steps, flags, path, label):
             o.step()
             o.zero_grad()
         if (step + 1) % 100 == 0 or step + 1 == steps:
-            state = {"model": lm.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step + 1}
+            state = {
+                "model": lm.state_dict(),
+                "optimizers": [o.state_dict() for o in optimizers],
+                "step": step + 1,
+            }
             train.save_atomic(state, path)
             left = (time.time() - tic) / (step + 1 - first) * (steps - step - 1)
-            print(f"[{label}] step {step + 1}/{steps} | loss {loss.item():.4f} | {train.clock(left)} left", flush=True)
+            print(
+                f"[{label}] step {step + 1}/{steps} | loss {loss.item():.4f} | {train.clock(left)} left",
+                flush=True,
+            )
     lm.eval()
 
 
 def run_arms(jobs, workers):
     """Run train.py once per job {name: flags}, `workers` at a time, each from its checkpoint if it has one.
 
-    Own processes, so that two arms use two cores. Lines of their logs are shown behind the arm's name. Returns False
-    when a run was interrupted; raises ValueError when one failed.
-    """
+    Own processes, so that two arms use two cores. Lines of their logs are shown behind the arm's name.
+    Returns False when a run was interrupted; raises ValueError when one failed."""
     import threading
     if workers < 1:
         raise ValueError(f"--workers {workers} must be at least 1")
@@ -479,8 +537,13 @@ def run_arms(jobs, workers):
     def done(flags):
         """A process that finds nothing to do would take seconds to say so."""
         evals = evaluations(flags["out"])
-        return evals and evals[-1]["step"] == flags.get("max_steps") == (state := train.load_checkpoint(flags["out"]))["step"] \
+        return (
+            evals
+            and evals[-1]["step"]
+            == flags.get("max_steps")
+            == (state := train.load_checkpoint(flags["out"]))["step"]
             and not train.other_settings(state, {k: v for k, v in flags.items() if v is not None})
+        )
     jobs = {name: flags for name, flags in jobs.items() if not done(flags)}
     waiting, running, ok, tic = list(jobs.items()), {}, True, time.time()
 
@@ -493,9 +556,19 @@ def run_arms(jobs, workers):
     while waiting or running:
         while waiting and len(running) < workers:
             name, flags = waiting.pop(0)
-            args = [a for k, v in flags.items() if v is not None for a in (f"--{k}", *(v if isinstance(v, list) else [str(v)]))]
-            p = subprocess.Popen([sys.executable, str(HERE / "train.py"), *args, "--resume", "auto"], text=True,
-                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+            args = [
+                a
+                for k, v in flags.items()
+                if v is not None
+                for a in (f"--{k}", *(v if isinstance(v, list) else [str(v)]))
+            ]
+            p = subprocess.Popen(
+                [sys.executable, str(HERE / "train.py"), *args, "--resume", "auto"],
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            )
             last = []
             reader = threading.Thread(target=show, args=(name, p.stdout, last), daemon=True)
             reader.start()
@@ -507,13 +580,13 @@ def run_arms(jobs, workers):
                 print(f"[{name}] run {started} of {len(jobs)}{left}", flush=True)
         try:
             time.sleep(0.2)
-        except KeyboardInterrupt:                                                      # the arms got it too: they save
+        except KeyboardInterrupt:  # the arms got it too: they save
             waiting, ok = [], False
         for name, (p, reader, last) in list(running.items()):
             if p.poll() is not None:
                 reader.join()
                 del running[name]
-                if p.returncode in (130, -signal.SIGINT):                              # the second: while it was still importing
+                if p.returncode in (130, -signal.SIGINT):  # the second: while it was still importing
                     ok, waiting = False, []
                 elif p.returncode:
                     for other, *_ in running.values():
@@ -521,21 +594,28 @@ def run_arms(jobs, workers):
                     raise ValueError(f"arm '{name}' failed: {last[0] if last else 'no output'}")
     return ok
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Timing
 
-SDPA = {"default": [],                                                                 # first come, first served
-        "cudnn": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
-        "flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]}
+SDPA = {
+    "default": [],  # first come, first served
+    "cudnn": [
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.MATH,
+    ],
+    "flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
+}
 
 
 @contextlib.contextmanager
 def sdpa(kernel, only=True):
-    """A context in which SDPA takes this kernel or fails; not only: takes it first. "default" and unknown names: no change.
+    """A context in which SDPA takes this kernel or fails; not only: takes it first. "default" and unknown
+    names: no change.
 
-    Without torch's cache of compiled graphs, whose key does not say which kernel a graph was made for, so that the second
-    kernel asked for is silently the first again (pytorch #185449; torch 2.13 too).
-    """
+    Without torch's cache of compiled graphs, whose key does not say which kernel a graph was made for, so
+    that the second kernel asked for is silently the first again (pytorch #185449; torch 2.13 too)."""
     if not SDPA.get(kernel):
         yield
         return
@@ -545,7 +625,8 @@ def sdpa(kernel, only=True):
 
 
 def clock_of(device):
-    """Seconds: of this process on a CPU (robust on a busy machine), of the wall behind a GPU that has finished."""
+    """Seconds: of this process on a CPU (robust on a busy machine), of the wall behind a GPU that has
+    finished."""
     if torch.device(device).type == "cuda":
         return lambda: (torch.cuda.synchronize(), time.perf_counter())[1]
     return time.process_time
@@ -562,8 +643,8 @@ def seconds_of(step, device, repeat):
 
 
 def time_passes(f, inputs, device, repeat, parameters=(), kernel="default"):
-    """Milliseconds of f(*inputs), forward alone and forward + backward: the smallest of `repeat` calls behind one that
-    warms up and compiles; and on a GPU the largest memory. kernel: SDPA's, for `sdpa`."""
+    """Milliseconds of f(*inputs), forward alone and forward + backward: the smallest of `repeat` calls behind
+    one that warms up and compiles; and on a GPU the largest memory. kernel: SDPA's, for `sdpa`."""
     inputs, cuda = [a.detach().requires_grad_() for a in inputs], device.startswith("cuda")
 
     def forward():
@@ -573,7 +654,7 @@ def time_passes(f, inputs, device, repeat, parameters=(), kernel="default"):
     def both():
         for a in (*inputs, *parameters):
             a.grad = None
-        (f(*inputs) * 1.1).sum().backward()                                            # 1.1: else the gradient is an expanded 1
+        (f(*inputs) * 1.1).sum().backward()  # 1.1: else the gradient is an expanded 1
     parameters = list(parameters)
     with sdpa(kernel):
         both()
@@ -593,11 +674,11 @@ def kept_bytes(run):
         kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        held = run()                                                                   # alive, so that no address is used twice
+        held = run()  # alive, so that no address is used twice
     del held
     return sum(kept.values())
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Layers: every list comes from ATTENTION; a sparse layer gets settings with which a query reads few keys
 
 MIXTURES = ("gated_deltanet*3 full", "kda*3 mla", "gated_deltanet*3 msa", "kda*3 dsa", "linear*3 infllm")
@@ -607,23 +688,33 @@ OPTIONS = {"full gqa": "full(n_kv_head=1)", "full window": "full(window=HALF)",
 
 
 def few_keys(name, keys, block):
-    """{field: value}: with these settings a query of the layer reads at most `keys` keys; {} for a layer that is not sparse."""
+    """{field: value}: with these settings a query of the layer reads at most `keys` keys; {} for a layer that
+    is not sparse."""
     layer, picks = ATTENTION[name], keys // block - 1
     if name == "linear":
         return dict(linear_decay="head")
     if layer.family != "sparse":
         return {}
-    given = dict(n_kv_head=1, window=block, sel_block=block, sel_topk=picks, cmp_block=block, cmp_stride=block // 2, dense_len=0)
-    if "sel_block" not in layer.settings:                                              # it picks single tokens
+    given = dict(
+        n_kv_head=1,
+        window=block,
+        sel_block=block,
+        sel_topk=picks,
+        cmp_block=block,
+        cmp_stride=block // 2,
+        dense_len=0,
+    )
+    if "sel_block" not in layer.settings:  # it picks single tokens
         given["sel_topk"] = picks * block
-    if "window" in layer.settings:                                                     # that and the means count too
+    if "window" in layer.settings:  # that and the means count too
         given |= dict(sel_topk=picks - 3, cmp_block=2 * block, cmp_stride=block)
     given = {k: v for k, v in given.items() if k in layer.settings}
     return given | dict(sel_local=2) if "dense_len" in given else given
 
 
 def pattern_of(name, keys=128, block=16):
-    """'gated_deltanet*3 msa' -> a layer pattern whose sparse layers read few keys. OPTIONS have names of their own."""
+    """'gated_deltanet*3 msa' -> a layer pattern whose sparse layers read few keys. OPTIONS have names of
+    their own."""
     def with_settings(match):
         values = ", ".join(f"{k}={v}" for k, v in few_keys(match[0], keys, block).items())
         return match[0] + f"({values})" * bool(values)
@@ -633,36 +724,65 @@ def pattern_of(name, keys=128, block=16):
 
 def make_layer(name, T, n_head, head_dim, device, dtype, keys=1024, block=64):
     config = ModelConfig(n_embd=n_head * head_dim, n_head=n_head, n_layer=1, block_size=T)
-    torch._dynamo.reset()                                                              # else from the 9th shape on it runs eagerly
+    torch._dynamo.reset()  # else from the 9th shape on it runs eagerly
     (layer, values), = parse_layers(pattern_of(name, keys, block), 1)
     return ATTENTION[layer](override(config, values)).to(device, dtype)
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # crossover: AR against masked diffusion on few unique tokens
 
 # Byte tokens: a small vocabulary, so that the few parameters are in the trunk and not in the embedding.
 SHARED["few"] = dict(
-    scale=("auto", str), dataset=("docs-byte", str), unique_tokens=(30_000, int), epochs=(160.0, float),
-    minutes=(4.5, float), evals=(12, int), n_layer=(3, int), n_head=(4, int), n_embd=(96, int), block_size=(64, int),
-    batch_tokens=(2048, int), lr=(2e-3, float), workers=(2, int), out=(None, str))
-FEW_GPU = dict(dataset="docs", unique_tokens=1_000_000, epochs=300.0, minutes=None, n_layer=6, n_head=6, n_embd=384,
-               block_size=512, batch_tokens=32_768, lr=1e-3, workers=1)
+    scale=("auto", str),
+    dataset=("docs-byte", str),
+    unique_tokens=(30_000, int),
+    epochs=(160.0, float),
+    minutes=(4.5, float),
+    evals=(12, int),
+    n_layer=(3, int),
+    n_head=(4, int),
+    n_embd=(96, int),
+    block_size=(64, int),
+    batch_tokens=(2048, int),
+    lr=(2e-3, float),
+    workers=(2, int),
+    out=(None, str),
+)
+FEW_GPU = dict(
+    dataset="docs",
+    unique_tokens=1_000_000,
+    epochs=300.0,
+    minutes=None,
+    n_layer=6,
+    n_head=6,
+    n_embd=384,
+    block_size=512,
+    batch_tokens=32_768,
+    lr=1e-3,
+    workers=1,
+)
 OBJECTIVES = {"ar": dict(objective="ar"), "mdm": dict(objective="mdm")}
 TUNED = {**{f"ar wd {w}": dict(objective="ar", weight_decay=w) for w in (0.4, 0.8, 1.6)},
          "ar dropout 0.1": dict(objective="ar", dropout=0.1),
          "ar input mask 0.1": dict(objective="ar", input_mask=0.1), "mixed": dict(objective="mixed")}
 MEASURED = {"ar": "exact", "mdm": "bound", "block": "bound", "mixed": "smaller of exact and bound"}
-AXES = {"epoch": "epochs over the same tokens", "step": "steps", "tokens": "tokens trained on", "flops": "FLOPs",
-        "seconds": "seconds of training"}
+AXES = {
+    "epoch": "epochs over the same tokens",
+    "step": "steps",
+    "tokens": "tokens trained on",
+    "flops": "FLOPs",
+    "seconds": "seconds of training",
+}
 
 
 def crossing(diff, mdm, level=None):
-    """Where the diffusion bound passes below `diff`: the AR losses at the same steps, or one number (`level`).
+    """Where the diffusion bound passes below `diff`: the AR losses at the same steps, or one number
+    (`level`).
 
-    A crossing counts when the gap exceeds 2 standard errors of the bound at two successive evaluations; its place is
-    where the gap changes sign, interpolated in log epochs. Returns {"epoch", "step", "tokens", "flops"} or None.
-    """
-    if level is None:                                                                  # only steps at which both were evaluated
+    A crossing counts when the gap exceeds 2 standard errors of the bound at two successive evaluations; its
+    place is where the gap changes sign, interpolated in log epochs. Returns {"epoch", "step", "tokens",
+    "flops"} or None."""
+    if level is None:  # only steps at which both were evaluated
         at = {a["step"]: a["loss"] for a in diff}
         mdm = [d for d in mdm if d["step"] in at]
     gap = [(at[d["step"]] if level is None else level) - d["loss"] for d in mdm]
@@ -670,7 +790,7 @@ def crossing(diff, mdm, level=None):
     i = next((i for i in range(len(sure) - 1) if sure[i] and sure[i + 1]), None)
     if i is None:
         return None
-    while i > 0 and gap[i - 1] > 0:                                                    # the change of sign may lie before
+    while i > 0 and gap[i - 1] > 0:  # the change of sign may lie before
         i -= 1
     if i == 0:
         return {"before": True, **{k: mdm[0][k] for k in ("epoch", "step", "tokens", "flops")}}
@@ -683,7 +803,8 @@ def crossing(diff, mdm, level=None):
 def tell(c, until):
     if c is None:
         return f"none up to epoch {until:.0f}"
-    where = f"epoch {c['epoch']:.1f} (step {c['step']:,}, {c['tokens'] / 1e6:.2f}M tokens, {c['flops']:.2e} FLOPs)"
+    tokens = f"{c['tokens'] / 1e6:.2f}M tokens, {c['flops']:.2e} FLOPs"
+    where = f"epoch {c['epoch']:.1f} (step {c['step']:,}, {tokens})"
     return "at or before " * bool(c.get("before")) + where
 
 
@@ -691,9 +812,20 @@ def study(name, few):
     """(folder of the runs, the flags that all runs of an experiment with few unique tokens have)."""
     data = data_folder(few["dataset"])
     root = Path(few["out"] or f"out/{name}-{few['scale']}")
-    same = ("dataset", "unique_tokens", "epochs", "n_layer", "n_head", "n_embd", "block_size", "batch_tokens", "lr")
-    flags = {k: few[k] for k in same} | dict(max_minutes=few["minutes"], eval_epochs=f"geometric:{few['evals']}",
-                                             log_every=100, save_every=500)
+    same = (
+        "dataset",
+        "unique_tokens",
+        "epochs",
+        "n_layer",
+        "n_head",
+        "n_embd",
+        "block_size",
+        "batch_tokens",
+        "lr",
+    )
+    flags = {k: few[k] for k in same} | dict(
+        max_minutes=few["minutes"], eval_epochs=f"geometric:{few['evals']}", log_every=100, save_every=500
+    )
     print(f"{few['unique_tokens']:,} unique tokens of {few['dataset']}, {few['epochs']:g} epochs an arm"
           + (f", at most {few['minutes']:g} minutes of training each" if few["minutes"] else ""))
     return root / f"{data.name}-U{few['unique_tokens']}-{few['n_layer']}x{few['n_embd']}", flags
@@ -718,7 +850,9 @@ def own_arms(texts):
     for text in texts:
         name, colon, flags = text.partition(":")
         if not colon or not name.strip():
-            raise ValueError(f"--arm '{text}': expected 'name: flags of train.py', such as 'dropout: --dropout 0.3'")
+            raise ValueError(
+                f"--arm '{text}': expected 'name: flags of train.py', such as 'dropout: --dropout 0.3'"
+            )
         arms[name.strip()] = train.parse_flags(shlex.split(flags))
     return arms
 
@@ -733,7 +867,8 @@ def mean_curve(runs, x, y):
 
 
 def draw_curves(ax, runs, x, y, **style):
-    """A line for each name, a band from the lowest to the highest seed. runs: {name: [evaluations of each seed]}."""
+    """A line for each name, a band from the lowest to the highest seed. runs: {name: [evaluations of each
+    seed]}."""
     for i, (name, seeds) in enumerate(runs.items()):
         xs, mean, low, high = mean_curve(seeds, x, y)
         colour = {"ar": "tab:red", "mdm": "tab:blue"}.get(name, f"C{(i + 4) % 10}")
@@ -745,17 +880,26 @@ def draw_curves(ax, runs, x, y, **style):
 
 
 def crossover_picture(plt, result):
-    """Losses of all arms and, below, whether they tell true ends of passages from others; x is the axis of --x."""
+    """Losses of all arms and, below, whether they tell true ends of passages from others; x is the axis of
+    --x."""
     rows, x = result["rows"], result["flags"].get("x", "epoch")
     arms = dict.fromkeys(r["arm"] for r in rows if r["arm"] != "crossing")
     runs = {a: [r["evals"] for r in rows if r["arm"] == a] for a in arms}
     probes = {k: v for k, v in dict(probe_accuracy="true end found", probe_gap="gap, nats").items()
               if all(k in seed[0] for seeds in runs.values() for seed in seeds)}
-    figure, axes = plt.subplots(1 + len(probes), 1, figsize=(8, 5 + 2 * len(probes)), sharex=True, squeeze=False,
-                                height_ratios=[5] + [2] * len(probes))
+    figure, axes = plt.subplots(
+        1 + len(probes),
+        1,
+        figsize=(8, 5 + 2 * len(probes)),
+        sharex=True,
+        squeeze=False,
+        height_ratios=[5] + [2] * len(probes),
+    )
     top, *below = axes[:, 0]
     draw_curves(top, runs, x, "loss")
-    draw_curves(top, {a: runs[a] for a in OBJECTIVES}, x, "train_loss", marker="", lw=0.8, alpha=0.7, label=None)
+    draw_curves(
+        top, {a: runs[a] for a in OBJECTIVES}, x, "train_loss", marker="", lw=0.8, alpha=0.7, label=None
+    )
     best = min(r["best"] for r in rows if r["arm"] == "ar")
     top.axhline(best, color="0.45", lw=1, ls="--", label=f"AR's best, {best:.3f}")
     for kind, ls in (("curve", ":"), ("honest", "-.")):
@@ -771,8 +915,11 @@ def crossover_picture(plt, result):
             ax.annotate("chance", (0.01, 0.25), xycoords=("axes fraction", "data"), va="bottom", fontsize=9)
     first = max(seed[0]["loss"] for a in OBJECTIVES for seed in runs[a])
     flags = result["flags"]
-    top.set_title(f"{flags['unique_tokens']:,} unique tokens of {flags['dataset']}, {flags['n_layer']} layers of "
-                  f"{flags['n_embd']}; thin: on the training text", fontsize=10)
+    top.set_title(
+        f"{flags['unique_tokens']:,} unique tokens of {flags['dataset']}, {flags['n_layer']} layers of "
+        f"{flags['n_embd']}; thin: on the training text",
+        fontsize=10,
+    )
     top.set(xscale="log", ylabel="nats per token (mdm: a bound)", ylim=(None, first * 1.05))
     axes[-1, 0].set_xlabel(AXES[x])
     plain_log(axes[-1, 0].xaxis)
@@ -782,7 +929,19 @@ def crossover_picture(plt, result):
 
 def crossings(result):
     """The table of the arms, and where the curves cross."""
-    shown = ("arm", *["seed"] * (len(result["seeds"]) > 1), "measure", "lr", "best", "best_epoch", "last", "epochs", "se", "probe_accuracy", "probe_gap")
+    shown = (
+        "arm",
+        *["seed"] * (len(result["seeds"]) > 1),
+        "measure",
+        "lr",
+        "best",
+        "best_epoch",
+        "last",
+        "epochs",
+        "se",
+        "probe_accuracy",
+        "probe_gap",
+    )
     arms = [r for r in result["rows"] if r["arm"] != "crossing"]
     text = markdown([{k: r.get(k) for k in shown} for r in arms]) + "\n"
     kinds = {"curve": "curve crossing (diffusion below AR at the same epoch)",
@@ -797,15 +956,25 @@ def crossings(result):
 
 
 @experiment(named=("scale",), show=crossings, picture=crossover_picture, gpu=FEW_GPU)
-def crossover(arms=("ar", "mdm"), arm: list = (), tuned=False, seeds=1, seed=1337, schedule="constant", lr_sweep=False,
-              x="epoch", **few):
-    """AR against masked diffusion on the same few unique tokens, for many epochs: where do the validation losses cross?
+def crossover(
+    arms=("ar", "mdm"),
+    arm: list = (),
+    tuned=False,
+    seeds=1,
+    seed=1337,
+    schedule="constant",
+    lr_sweep=False,
+    x="epoch",
+    **few,
+):
+    """AR against masked diffusion on the same few unique tokens, for many epochs: where do the validation
+    losses cross?
 
-    The curve crossing is where diffusion passes below AR at the same epoch, the honest one where it passes below the
-    best loss that AR ever reached.
+    The curve crossing is where diffusion passes below AR at the same epoch, the honest one where it passes
+    below the best loss that AR ever reached.
 
     arms: ar,mdm and any of: ar wd 0.4, ar wd 0.8, ar wd 1.6, ar dropout 0.1, ar input mask 0.1, mixed
-    arm: one of your own, any flags of train.py: "name: --layers 'gated_deltanet*3 full' --dropout 0.3"; may be repeated
+    arm: one of your own, any flags of train.py: "name: --layers 'kda*3 full' --dropout 0.3"; may be repeated
     tuned: all of these arms
     schedule: constant | wsd | cosine: with the last two AR's best epoch gets an annealed run of its own
     lr_sweep: try 1/2, 1 and 2 times the rate with the first seed, and keep each arm's best
@@ -822,7 +991,15 @@ def crossover(arms=("ar", "mdm"), arm: list = (), tuned=False, seeds=1, seed=133
 
     def flags(a, s, rate, epochs=None):
         out = root / f"{file_part(a)}-s{s}-lr{rate:g}" / (f"annealed-{epochs}" if epochs else "")
-        given = {**common, "schedule": schedule, "eval_windows": 256, "probe_every": 1, "seed": s, "lr": rate, **arms[a]}
+        given = {
+            **common,
+            "schedule": schedule,
+            "eval_windows": 256,
+            "probe_every": 1,
+            "seed": s,
+            "lr": rate,
+            **arms[a],
+        }
         return given | dict(out=str(out), epochs=epochs or given["epochs"])
     rates = dict.fromkeys(arms, few["lr"])
     if lr_sweep:
@@ -833,7 +1010,7 @@ def crossover(arms=("ar", "mdm"), arm: list = (), tuned=False, seeds=1, seed=133
     evals = yield {label(a, s): flags(a, s, rates[a]) for s, a in all_runs}
     done = {(a, s): outcome(evals[label(a, s)]) for s, a in all_runs}
     floor = {run: row["best"] for run, row in done.items()}
-    if schedule != "constant":                                                         # AR stopped at its best epoch, annealed
+    if schedule != "constant":  # AR stopped at its best epoch, annealed
         short = {(a, s): max(1, round(row["best_epoch"])) for (a, s), row in done.items()
                  if arms[a].get("objective", "ar") != "mdm" and row["best"] < row["last"]}
         evals = yield {f"{label(a, s)} annealed": flags(a, s, rates[a], n) for (a, s), n in short.items()}
@@ -844,8 +1021,15 @@ def crossover(arms=("ar", "mdm"), arm: list = (), tuned=False, seeds=1, seed=133
             row, objective = done[a, s], arms[a].get("objective", "ar")
             best, last = lowest(row["evals"]), row["evals"][-1]
             yield dict(arm=a, seed=s), dict(
-                lr=rates[a], measure=MEASURED[objective], train=last["train_loss"], se=best["se"], bpb=best["bpb"],
-                probe_accuracy=last.get("probe_accuracy"), probe_gap=last.get("probe_gap"), **row) | dict(best=floor[a, s])
+                lr=rates[a],
+                measure=MEASURED[objective],
+                train=last["train_loss"],
+                se=best["se"],
+                bpb=best["bpb"],
+                probe_accuracy=last.get("probe_accuracy"),
+                probe_gap=last.get("probe_gap"),
+                **row,
+            ) | dict(best=floor[a, s])
         mdm = done["mdm", s]["evals"]
         found = dict(curve=crossing(done["ar", s]["evals"], mdm), honest=crossing(None, mdm, floor["ar", s]))
         pure = [floor[a, s] for a in arms if arms[a].get("objective", "ar") == "ar"]
@@ -858,7 +1042,8 @@ def crossover(arms=("ar", "mdm"), arm: list = (), tuned=False, seeds=1, seed=133
             print(f"\n--- a sample of {a}\n{text.read_text(encoding='utf-8').strip()}")
     return dict(cut=any(row["epochs"] < few["epochs"] - 1 for row in done.values()))
 
-# ---------------------------------------------------------------------------------------------------------------------
+
+# ------------------------------------------------------------------------------------------------------------
 # compare: any training runs
 
 def compare_picture(plt, result):
@@ -884,17 +1069,18 @@ def compare(runs, x="epoch", y="loss"):
             raise ValueError(f"{run} holds no evaluation with '{y}': expected the folder of a training run")
         yield dict(run=run), outcome(evals)
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # sparsity: total against active parameters as an axis of the crossover
 
 def match_experts(base, match, ratio=8, k=2):
-    """(dense, mixture): ModelConfigs on one trunk with the same active, or the same total, parameters (within 3%).
+    """(dense, mixture): ModelConfigs on one trunk with the same active, or the same total, parameters (within
+    3%).
 
-    The mixture is the same for both: as many active parameters as the dense model of `base` and `ratio` times as many in
-    all, by the width and the number of its experts, k active (1B dense, 8B with 1B active). match active compares it with
-    that dense model, match total with one whose MLP is wide enough to have all of them (8B dense).
-    """
-    def solve(goal, field, low, high, count="num_params", **given):                    # counts are linear in each of the fields
+    The mixture is the same for both: as many active parameters as the dense model of `base` and `ratio` times
+    as many in all, by the width and the number of its experts, k active (1B dense, 8B with 1B active). match
+    active compares it with that dense model, match total with one whose MLP is wide enough to have all of
+    them (8B dense)."""
+    def solve(goal, field, low, high, count="num_params", **given):  # counts are linear in each of the fields
         size = lambda n: getattr(LM(ModelConfig(**base, **given, **{field: n})), count)()
         with torch.device("meta"):
             a, b = size(low), size(high)
@@ -902,20 +1088,24 @@ def match_experts(base, match, ratio=8, k=2):
 
     choose("match", [match], ("active", "total"))
     if not 1 < ratio < math.inf:
-        raise ValueError(f"--ratio {ratio:g} must be above 1: the mixture's parameters in all, to its active ones")
+        raise ValueError(
+            f"--ratio {ratio:g} must be above 1: the mixture's parameters in all, to its active ones"
+        )
     with torch.device("meta"):
         goal = LM(ModelConfig(**base)).num_params()
     experts, width = 4 * k, None
-    for _ in range(3):                                                                 # the router grows with the experts
+    for _ in range(3):  # the router grows with the experts
         width = solve(goal, "expert_inner", 8, 64, "active_params", n_expert=experts, n_expert_active=k)
         experts = solve(ratio * goal, "n_expert", k, 8 * k, expert_inner=width, n_expert_active=k)
     mixture = dict(n_expert=experts, n_expert_active=k, expert_inner=width)
     with torch.device("meta"):
         lm = LM(ModelConfig(**base, **mixture))
         total = lm.num_params()
-    if abs(lm.active_params() / goal - 1) > 0.03:                                      # grouped_mm wants widths in steps of 8
-        raise ValueError(f"experts of {width} give {lm.active_params():,} active parameters, not {goal:,} within 3%: "
-                         "take a larger --n_embd")
+    if abs(lm.active_params() / goal - 1) > 0.03:  # grouped_mm wants widths in steps of 8
+        raise ValueError(
+            f"experts of {width} give {lm.active_params():,} active parameters, not {goal:,} within 3%: "
+            "take a larger --n_embd"
+        )
     dense = {} if match == "active" else dict(n_inner=solve(total, "n_inner", 8, 256))
     return dense, mixture
 
@@ -939,13 +1129,15 @@ def sparsity_table(result):
     text = markdown(rows) + "\n"
     for ar, mdm in (rows[:2], rows[2:]):
         curve, honest = crossing(ar["evals"], mdm["evals"]), crossing(None, mdm["evals"], ar["best"])
-        text += f"\n{ar['model']}: curve crossing {tell(curve, mdm['epochs'])}; honest {tell(honest, mdm['epochs'])}  "
+        until = mdm["epochs"]
+        text += f"\n{ar['model']}: curve crossing {tell(curve, until)}; honest {tell(honest, until)}  "
     return text
 
 
 @experiment(named=("scale", "match"), show=sparsity_table, picture=sparsity_picture, gpu=FEW_GPU)
 def sparsity(match="active", ratio=8.0, **few):
-    """Dense against mixture of experts with the same active or total parameters, AR and diffusion, few unique tokens.
+    """Dense against mixture of experts with the same active or total parameters, AR and diffusion, few unique
+    tokens.
 
     match: what the dense model has as many of as the mixture: active | total parameters
     ratio: total to active parameters of the mixture
@@ -955,8 +1147,11 @@ def sparsity(match="active", ratio=8.0, **few):
     base["vocab_size"] = prepare.load_tokenizer(data_folder(few["dataset"])).n_vocab
     dense, mixture = match_experts(base, match, ratio)
     jobs = {}
-    for (kind, values), objective in itertools.product({"dense": dense, "mixture": mixture}.items(), OBJECTIVES):
-        run = "_".join([objective, kind, *(f"{k}{v}" for k, v in values.items())])     # both matches share the mixture's runs
+    for (kind, values), objective in itertools.product(
+        {"dense": dense, "mixture": mixture}.items(), OBJECTIVES
+    ):
+        # Both matches share the mixture's runs.
+        run = "_".join([objective, kind, *(f"{k}{v}" for k, v in values.items())])
         jobs[f"{objective} {kind}"] = common | dict(
             objective=objective, set=[f"{k}={v}" for k, v in values.items()] or None, schedule="constant",
             out=str(root / run))
@@ -970,16 +1165,24 @@ def sparsity(match="active", ratio=8.0, **few):
             se=lowest(row["evals"])["se"] or None, flops=row["evals"][-1]["flops"], **row)
     return dict(dense=dense, mixture=mixture)
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # presets: sizes of the published models
 
-PUBLISHED = {"gpt2": "124M", "llama": "8.03B", "llada": "8B", "qwen3-next": "80B-A3B", "kimi-linear": "48B-A3B",
-             "deepseek-v3": "671B-A37B", "gpt-oss": "20.9B-A3.6B"}
+PUBLISHED = {
+    "gpt2": "124M",
+    "llama": "8.03B",
+    "llada": "8B",
+    "qwen3-next": "80B-A3B",
+    "kimi-linear": "48B-A3B",
+    "deepseek-v3": "671B-A37B",
+    "gpt-oss": "20.9B-A3.6B",
+}
 
 
 def published_costs():
-    """Published figures beside ours: bytes per token of a cache in bf16 (DeepSeek-AI, 2505.09343 table 1), and how many
-    times fewer keys NSA reads than dense attention (2502.11089 table 4: compressed + selected + window)."""
+    """Published figures beside ours: bytes per token of a cache in bf16 (DeepSeek-AI, 2505.09343 table 1),
+    and how many times fewer keys NSA reads than dense attention (2502.11089 table 4: compressed + selected +
+    window)."""
     mla = {k: v for k, v in PRESETS["deepseek-v3"].items() if k not in ("layers", "n_layer")}
     gqa8 = dict(n_kv_head=8, head_dim=128)
     caches = (("DeepSeek-V3", "mla", mla, 61, 70_272),
@@ -991,7 +1194,9 @@ def published_costs():
             layer = ATTENTION[kind](override(ModelConfig(), values))
             rows.append(dict(model=name, what="cache, bytes per token", published=published,
                              ours=layers * layer.cache_bytes(1, torch.bfloat16)))
-        nsa = ATTENTION["nsa"](override(ModelConfig(), dict(n_embd=2560, n_head=64, n_kv_head=4, head_dim=128)))
+        nsa = ATTENTION["nsa"](
+            override(ModelConfig(), dict(n_embd=2560, n_head=64, n_kv_head=4, head_dim=128))
+        )
     for T, ratio in ((8192, 4.0), (16384, 6.4), (32768, 9.1), (65536, 11.6)):
         rows.append(dict(model="NSA 27B", what=f"keys read, dense / sparse at {T // 1024}k", published=ratio,
                          ours=round(T / nsa.reads(T), 1)))
@@ -1000,11 +1205,25 @@ def published_costs():
 
 def preset_table(result):
     billions = lambda n: f"{n / 1e9:.2f}B"
-    rows = [dict(preset=r["preset"], published=r["published"], total=billions(r["total"]), active=billions(r["active"]),
-                 mixers=r["mixers"], **{"cache bytes per token": round(r["cache_bytes_per_token_64k"]),
-                                        "against multi-head": f"{r['vs_mha']:+.0%}"}) for r in result["rows"]]
-    return (markdown(rows) + "\n\nFrom the papers, and from `cache_bytes` and `reads` at the published settings:\n\n"
-            + markdown(result["published_costs"]))
+    rows = [
+        dict(
+            preset=r["preset"],
+            published=r["published"],
+            total=billions(r["total"]),
+            active=billions(r["active"]),
+            mixers=r["mixers"],
+            **{
+                "cache bytes per token": round(r["cache_bytes_per_token_64k"]),
+                "against multi-head": f"{r['vs_mha']:+.0%}",
+            },
+        )
+        for r in result["rows"]
+    ]
+    return (
+        markdown(rows)
+        + "\n\nFrom the papers, and from `cache_bytes` and `reads` at the published settings:\n\n"
+        + markdown(result["published_costs"])
+    )
 
 
 @experiment(show=preset_table)
@@ -1016,7 +1235,7 @@ def presets():
             lm = LM(from_preset(name))
         c, cache = lm.config, lm.cache_bytes(T, torch.bfloat16) / T
         D = c.head_dim or c.n_embd // c.n_head
-        if c.qk_nope_head_dim:                                                         # MLA: the heads it stands for
+        if c.qk_nope_head_dim:  # MLA: the heads it stands for
             D = (c.qk_nope_head_dim + c.v_head_dim) // 2
         mha = 2 * 2 * c.n_layer * c.n_head * D
         yield dict(preset=name), dict(
@@ -1026,17 +1245,26 @@ def presets():
             cache_bytes_per_token_64k=cache, vs_mha=cache / mha - 1, vs_gqa8=cache / (mha * 8 / c.n_head) - 1)
     return dict(published_costs=published_costs(), context=T, cache_dtype="bfloat16")
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # attention: time and memory of a layer against length
 
 SWEEP = ("full", "full gqa", "full window", *(name for name in ATTENTION if name != "full"))
 
 
-@experiment(named=("device", "bidirectional"), finish=lambda rows: compared(rows, "layer", "full", ("forward_ms", "both_ms")),
+@experiment(named=("device", "bidirectional"), finish=lambda rows: compared(rows, "layer", "full", PASSES),
             show=lambda result: [r for r in result["rows"] if r["T"] == max(r["T"] for r in result["rows"])],
-            picture=lines("T", "both_ms", "layer", "tokens", "ms, forward + backward", "one layer, {n_head} heads of {head_dim}"))
-def attention(lengths=(512, 1024, 2048, 4096, 8192), layers=SWEEP, n_head=4, head_dim=64, repeat=3, bidirectional=False,
-              device="auto", threads=1):
+            picture=lines("T", "both_ms", "layer", "tokens", "ms, forward + backward",
+                           "one layer, {n_head} heads of {head_dim}"))
+def attention(
+    lengths=(512, 1024, 2048, 4096, 8192),
+    layers=SWEEP,
+    n_head=4,
+    head_dim=64,
+    repeat=3,
+    bidirectional=False,
+    device="auto",
+    threads=1,
+):
     """Every layer: forward and forward + backward against length, ratio to `full`, keys read, cache.
 
     lengths: tokens
@@ -1047,7 +1275,9 @@ def attention(lengths=(512, 1024, 2048, 4096, 8192), layers=SWEEP, n_head=4, hea
     dtype = torch.bfloat16 if cuda else torch.float32
     kernels = ("full cudnn", "full flash")
     choose("layers", layers, (*SWEEP, *kernels))
-    for T, name in itertools.product(lengths, dict.fromkeys(["full", *layers, *kernels * (cuda and layers == SWEEP)])):
+    for T, name in itertools.product(
+        lengths, dict.fromkeys(["full", *layers, *kernels * (cuda and layers == SWEEP)])
+    ):
         def measure():
             layer = make_layer("full" if name in kernels else name, T, n_head, head_dim, device, dtype)
             run = torch.compile(layer, dynamic=False) if cuda else layer
@@ -1059,7 +1289,8 @@ def attention(lengths=(512, 1024, 2048, 4096, 8192), layers=SWEEP, n_head=4, hea
                               cache_vs_mha=cache / (4 * width * T))
         yield dict(layer=name, T=T), measure
 
-# ---------------------------------------------------------------------------------------------------------------------
+
+# ------------------------------------------------------------------------------------------------------------
 # context: one decoded token against the length of the cache
 
 @experiment(named=("device",), finish=lambda rows: compared(rows, "layer", "full", ("ms",)),
@@ -1078,8 +1309,11 @@ def context(lengths=(1024, 4096, 16384, 65536), batches=(1,), layers=SWEEP, n_he
     for T, name, B in itertools.product(lengths, layers, batches):
         def measure():
             layer = make_layer(name, T, n_head, head_dim, device, dtype).eval()
-            cache, x = layer.init_cache(B, T, device, dtype), torch.randn(B, 1, width, device=device, dtype=dtype)
-            for a in (a for a in vars(cache).values() if torch.is_tensor(a)):          # as if T - 1 tokens had been read
+            cache, x = layer.init_cache(B, T, device, dtype), torch.randn(
+                B, 1, width, device=device, dtype=dtype
+            )
+            # As if T - 1 tokens had been read.
+            for a in (a for a in vars(cache).values() if torch.is_tensor(a)):
                 if a.is_floating_point():
                     a.normal_()
                 elif a is cache.pos:
@@ -1087,11 +1321,11 @@ def context(lengths=(1024, 4096, 16384, 65536), batches=(1,), layers=SWEEP, n_he
                 else:
                     a.copy_(torch.arange(T - 1 - a.size(1), T - 1))
                 if cuda:
-                    torch._dynamo.mark_static_address(a)                               # else a CUDA graph copies it
+                    torch._dynamo.mark_static_address(a)  # else a CUDA graph copies it
             f = torch.compile(layer, dynamic=False, fullgraph=True, mode="reduce-overhead") if cuda else layer
 
             def step():
-                cache.used = T - 1                                                     # the same step again, in the last slot
+                cache.used = T - 1  # the same step again, in the last slot
                 cache.pos.fill_(T - 1)
                 f(x, cache=cache)
             with torch.no_grad():
@@ -1100,7 +1334,7 @@ def context(lengths=(1024, 4096, 16384, 65536), batches=(1,), layers=SWEEP, n_he
             return dict(ms=ms, tok_per_s=B / ms * 1e3, reads=layer.reads(T), cache_mib=cache_mib)
         yield dict(layer=name, T=T, batch=B), measure
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # functions: the mixers as pure functions of (q, k, v, beta, g, gc)
 
 def peers():
@@ -1124,26 +1358,38 @@ def dense(causal=True):
 
 
 def flex_dense(q, k, v, *_):
-    """Causal attention of all tokens by FlexAttention, as the sparse one; whole tiles below the diagonal without a mask."""
+    """Causal attention of all tokens by FlexAttention, as the sparse one; whole tiles below the diagonal
+    without a mask."""
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
     tile = torch.arange(q.size(2) // 128, dtype=torch.int32, device=q.device)
     one, index = torch.ones_like(tile)[None, None], tile.expand(len(tile), -1)
     others = ((tile[:, None] + tile) % len(tile))[None, None].int()
-    mask = BlockMask.from_kv_blocks(one, others, tile[None, None], index[None, None].contiguous(), BLOCK_SIZE=128,
-                                    mask_mod=lambda b, h, t, s: t >= s, seq_lengths=(q.size(2), k.size(2)))
+    mask = BlockMask.from_kv_blocks(
+        one,
+        others,
+        tile[None, None],
+        index[None, None].contiguous(),
+        BLOCK_SIZE=128,
+        mask_mod=lambda b, h, t, s: t >= s,
+        seq_lengths=(q.size(2), k.size(2)),
+    )
     return flex_attention(q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1))
 
 
 def block_sparse(block, topk, tile, causal=True, picks=None):
-    """MoBA's choice (arXiv 2502.13189), queries against mean keys, made once for each `tile` queries; or given picks.
+    """MoBA's choice (arXiv 2502.13189), queries against mean keys, made once for each `tile` queries; or
+    given picks.
 
-    Causal too: a tile then looks at its own later queries, which is fine for a measurement and forbidden in a layer."""
+    Causal too: a tile then looks at its own later queries, which is fine for a measurement and forbidden in a
+    layer."""
     def run(q, k, v, *_):
         T, slots = q.size(2), torch.arange(q.size(2), device=q.device)[None]
         limit, sel = slots + 1 if causal else torch.full_like(slots, T), picks
         if sel is None:
             means = k.detach().unflatten(2, (-1, block)).mean(3)
-            score = lambda r: compressed_scores(q.detach()[:, :, r], means, limit[:, r], T, block, block, block, "max")
+            score = lambda r: compressed_scores(
+                q.detach()[:, :, r], means, limit[:, r], T, block, block, block, "max"
+            )
             sel = select_blocks(score, slots, limit, T // block, block, topk, tile=tile)
         return block_sparse_attention(q, k, v, sel, block, causal, tile, limit, topk)
     return run
@@ -1164,10 +1410,23 @@ SPARSE = ("block-sparse", "block-sparse, with selection", "block-sparse, both wa
 ON_GPU = ("sdpa cudnn", "sdpa flash", "dense flex")
 
 
-@experiment(named=("device",), finish=lambda rows: compared(rows, "function", "sdpa", ("forward_ms", "both_ms")))
-def functions(lengths=(1024, 4096, 8192), functions=(), n_head=4, n_kv_head=4, head_dim=64, batch=1, block=128, topk=8,
-              tile=128, repeat=5, device="auto", threads=1):
-    """Mixers as pure functions, and block-sparse attention: against SDPA and transformers, time and memory against length.
+@experiment(named=("device",), finish=lambda rows: compared(rows, "function", "sdpa", PASSES))
+def functions(
+    lengths=(1024, 4096, 8192),
+    functions=(),
+    n_head=4,
+    n_kv_head=4,
+    head_dim=64,
+    batch=1,
+    block=128,
+    topk=8,
+    tile=128,
+    repeat=5,
+    device="auto",
+    threads=1,
+):
+    """Mixers as pure functions, and block-sparse attention: against SDPA and transformers, time and memory
+    against length.
 
     functions: names, comma-separated (default: all; sdpa, the reference, is always there)
     block: keys in a block of the block-sparse ones
@@ -1178,14 +1437,21 @@ def functions(lengths=(1024, 4096, 8192), functions=(), n_head=4, n_kv_head=4, h
     cuda = device.startswith("cuda")
     dtype, others = torch.bfloat16 if cuda else torch.float32, peers()
     known = (*FUNCTIONS, *others, *SPARSE, *ON_GPU * cuda)
-    for T, name in itertools.product(lengths, dict.fromkeys(["sdpa", *choose("functions", functions or known, known)])):
+    for T, name in itertools.product(
+        lengths, dict.fromkeys(["sdpa", *choose("functions", functions or known, known)])
+    ):
         if name in SPARSE and (T % math.lcm(block, tile) or topk * block > T):
-            raise ValueError(f"--lengths {T}: block-sparse attention takes multiples of --block {block} and --tile {tile}, and "
-                             f"at least --topk {topk} blocks")
+            raise ValueError(
+                f"--lengths {T}: block-sparse attention takes multiples of --block {block}, of --tile {tile}, and "
+                f"at least --topk {topk} blocks"
+            )
 
         def measure():
             shape = lambda heads, *more: (batch, heads, T, *more)
-            q, k, v = (torch.randn(shape(h, head_dim), device=device, dtype=dtype) for h in (n_head, n_kv_head, n_kv_head))
+            q, k, v = (
+                torch.randn(shape(h, head_dim), device=device, dtype=dtype)
+                for h in (n_head, n_kv_head, n_kv_head)
+            )
             beta, g = torch.rand(2, *shape(n_head), device=device)
             gc = torch.rand(shape(n_head, head_dim), device=device)                    # log decay in [-1, 0]
             inputs = F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, beta, -g, -gc
@@ -1194,16 +1460,19 @@ def functions(lengths=(1024, 4096, 8192), functions=(), n_head=4, n_kv_head=4, h
                 causal, picks = "both ways" not in name, None
                 if "selection" not in name:
                     slots = torch.arange(T, device=device)[None]
-                    score = lambda r: torch.rand(batch, n_kv_head, r.stop - r.start, T // block, device=device)
+                    score = lambda r: torch.rand(
+                        batch, n_kv_head, r.stop - r.start, T // block, device=device
+                    )
                     picks = select_blocks(score, slots, slots + 1, T // block, block, topk, tile=tile)
                 f = block_sparse(block, topk, tile, causal, picks)
             torch._dynamo.reset()
-            ours = cuda and name not in others                                         # as train.py does; peers as they come
+            ours = cuda and name not in others  # as train.py does; peers as they come
             return time_passes(torch.compile(f, dynamic=False) if ours else f, inputs, device, repeat,
                                kernel=name.removeprefix("sdpa "))
         yield dict(function=name, T=T), measure
 
-# ---------------------------------------------------------------------------------------------------------------------
+
+# ------------------------------------------------------------------------------------------------------------
 # train: speed and memory of training
 
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
@@ -1213,19 +1482,22 @@ def nanogpt(folder, config, device):
     """(model, optimizers, loss of tokens (B, T + 1)) of a nanoGPT checkout, of the same shape."""
     sys.path.insert(0, folder)
     sys.modules.pop("model")
-    from model import GPT, GPTConfig                                                   # noqa: nanoGPT's, not ours
+    from model import GPT, GPTConfig  # noqa: nanoGPT's, not ours
     shape = {k: getattr(config, k) for k in SIZES}
     lm = GPT(GPTConfig(**shape, dropout=0.0, bias=False)).to(device)
     optimizers = [lm.configure_optimizers(0.1, 1e-3, (0.9, 0.95), torch.device(device).type)]
     return lm, optimizers, lambda x, noise: lm(x[:, :-1].contiguous(), x[:, 1:].contiguous())[1]
 
 
-def throughput(kind, preset, sizes, batch, iters, warmup, device, compile, dtype, threads, optimizer, sdpa_kernel, vs):
-    """One process, one model ("ar", "mdm" or "nanoGPT"): times optimizer steps on random tokens; prints one JSON line."""
+def throughput(
+    kind, preset, sizes, batch, iters, warmup, device, compile, dtype, threads, optimizer, sdpa_kernel, vs
+):
+    """One process, one model ("ar", "mdm" or "nanoGPT"): times optimizer steps on random tokens; prints one
+    JSON line."""
     cuda, gen, ticks = device.startswith("cuda"), torch.Generator().manual_seed(0), []
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    torch.set_float32_matmul_precision("high")                                         # as train.py and nanoGPT do
+    torch.set_float32_matmul_precision("high")  # as train.py and nanoGPT do
     config = override(ModelConfig(), {**PRESETS[preset], **sizes})
     T = config.block_size
     if kind == "nanoGPT":
@@ -1244,7 +1516,8 @@ def throughput(kind, preset, sizes, batch, iters, warmup, device, compile, dtype
     pin = torch.Tensor.pin_memory if cuda else torch.Tensor.contiguous
 
     def tick():
-        """CPU time: robust on a busy machine. On a GPU an event in its queue: nothing waits between steps, as in training."""
+        """CPU time: robust on a busy machine. On a GPU an event in its queue: nothing waits between steps, as
+        in training."""
         if cuda:
             ticks.append(torch.cuda.Event(enable_timing=True))
             ticks[-1].record()
@@ -1253,7 +1526,7 @@ def throughput(kind, preset, sizes, batch, iters, warmup, device, compile, dtype
     with sdpa(sdpa_kernel, only=False):
         for i in range(warmup + iters):
             if i == warmup and kind != "nanoGPT":
-                torch.compiler.set_stance("fail_on_recompile")                         # after the warm-up there is none, or stop
+                torch.compiler.set_stance("fail_on_recompile")  # after the warm-up there is none, or stop
             x = pin(torch.randint(config.vocab_size, (batch, T + 1), generator=gen))
             noise = [pin(a) for a in diffusion.mdm_noise(batch, T, generator=gen)]
             tick()
@@ -1269,7 +1542,7 @@ def throughput(kind, preset, sizes, batch, iters, warmup, device, compile, dtype
                 loss.item()
             tick()
     if cuda:
-        torch.cuda.synchronize()                                                       # step to step: gaps between count
+        torch.cuda.synchronize()  # step to step: gaps between count
         times = [a.elapsed_time(b) / 1e3 for a, b in zip(ticks[::2], ticks[2::2])][warmup:]
         memory = torch.cuda.max_memory_allocated()
     else:
@@ -1277,11 +1550,15 @@ def throughput(kind, preset, sizes, batch, iters, warmup, device, compile, dtype
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     seconds, params = statistics.median(times), sum(p.numel() for p in lm.parameters())
     speed, peak = batch * T / seconds, train.peak_flops(device)
-    flops = 6 * params + 12 * config.n_layer * config.n_embd * T                       # per token, nanoGPT's own formula
+    flops = 6 * params + 12 * config.n_layer * config.n_embd * T  # per token, nanoGPT's own formula
     mfu = speed * flops / peak if peak else None
     if mfu and mfu > 1:
-        raise ValueError(f"{speed:,.0f} tokens/s would be {mfu:.0%} of this GPU's peak: the clock or the FLOP count is wrong")
-    print(json.dumps(dict(params=params, ms=1e3 * seconds, tok_per_s=speed, peak_mib=memory / 2 ** 20, mfu=mfu)))
+        raise ValueError(
+            f"{speed:,.0f} tokens/s would be {mfu:.0%} of this GPU's peak: the clock or the FLOPs are wrong"
+        )
+    print(
+        json.dumps(dict(params=params, ms=1e3 * seconds, tok_per_s=speed, peak_mib=memory / 2**20, mfu=mfu))
+    )
 
 
 def speed_table(result):
@@ -1289,10 +1566,14 @@ def speed_table(result):
     runs = collections.defaultdict(list)
     for r in result["rows"]:
         runs[r["model"]].append(r)
-    median = lambda model, key: statistics.median(r[key] for r in runs[model]) if runs[model][0][key] else None
+    median = lambda model, key: (
+        statistics.median(r[key] for r in runs[model]) if runs[model][0][key] else None
+    )
     rows = []
     for model in list(runs):
-        row = dict(model=model) | {key: median(model, key) for key in ("params", "tok_per_s", "ms", "peak_mib", "mfu")}
+        row = dict(model=model) | {
+            key: median(model, key) for key in ("params", "tok_per_s", "ms", "peak_mib", "mfu")
+        }
         if "nanoGPT" in runs:
             row["speed_vs_nanoGPT"] = median("nanoGPT", "ms") / row["ms"]
             row["memory_vs_nanoGPT"] = row["peak_mib"] / median("nanoGPT", "peak_mib")
@@ -1301,9 +1582,26 @@ def speed_table(result):
 
 
 @experiment(named=("device",), show=speed_table)
-def train_(preset="gpt2", n_layer: int = None, n_head: int = None, n_embd: int = None, block_size: int = None,
-           vocab_size: int = None, objectives=("ar", "mdm"), batch=12, iters=40, warmup=5, rounds=3, compile="auto",
-           dtype="auto", optimizer="adamw", sdpa="default", vs: str = None, device="auto", threads=1):
+def train_(
+    preset="gpt2",
+    n_layer: int = None,
+    n_head: int = None,
+    n_embd: int = None,
+    block_size: int = None,
+    vocab_size: int = None,
+    objectives=("ar", "mdm"),
+    batch=12,
+    iters=40,
+    warmup=5,
+    rounds=3,
+    compile="auto",
+    dtype="auto",
+    optimizer="adamw",
+    sdpa="default",
+    vs: str = None,
+    device="auto",
+    threads=1,
+):
     """Training speed, memory and MFU, with --vs beside nanoGPT: alternating runs in processes of their own.
 
     preset: model; the sizes are its own where none is given
@@ -1325,26 +1623,45 @@ def train_(preset="gpt2", n_layer: int = None, n_head: int = None, n_embd: int =
         raise ValueError(f"--vs {vs} holds no model.py: name the folder of a nanoGPT checkout")
     given = dict(zip(SIZES, (n_layer, n_head, n_embd, block_size, vocab_size)))
     sizes = {k: v for k, v in given.items() if v is not None}
-    how = dict(preset=preset, sizes=sizes, batch=batch, iters=iters, warmup=warmup, device=device, compile=compile,
-               dtype=dtype, threads=threads, optimizer=optimizer, sdpa_kernel=sdpa, vs=vs and str(Path(vs).resolve()))
+    how = dict(
+        preset=preset,
+        sizes=sizes,
+        batch=batch,
+        iters=iters,
+        warmup=warmup,
+        device=device,
+        compile=compile,
+        dtype=dtype,
+        threads=threads,
+        optimizer=optimizer,
+        sdpa_kernel=sdpa,
+        vs=vs and str(Path(vs).resolve()),
+    )
     for i, kind in itertools.product(range(rounds), kinds):
         def measure():
             code = "import json, sys, bench; bench.throughput(**json.loads(sys.argv[1]))"
             p = subprocess.run([sys.executable, "-c", code, json.dumps(dict(how, kind=kind))], cwd=HERE,
                                capture_output=True, text=True)
             if p.returncode:
-                raise ValueError(f"{kind}: {p.stderr.strip().splitlines()[-1] if p.stderr.strip() else 'failed'}")
+                raise ValueError(
+                    f"{kind}: {p.stderr.strip().splitlines()[-1] if p.stderr.strip() else 'failed'}"
+                )
             return json.loads(p.stdout.strip().splitlines()[-1])
         yield dict(model=kind, round=i + 1), measure
     return dict(clock="GPU events, step to step" if device.startswith("cuda") else "process CPU time",
                 mfu="nanoGPT's formula, 6 N + 12 L C T per token, over the GPU's dense bf16 peak")
 
-# ---------------------------------------------------------------------------------------------------------------------
+
+# ------------------------------------------------------------------------------------------------------------
 # quality: the same small model with every mixer
 
 def bigram_loss(train_data, val_windows, V):
-    """Nats per token of a bigram model with add-one smoothing, the first token of a window from the unigram."""
-    pairs = np.bincount(np.asarray(train_data[:-1], np.int64) * V + train_data[1:], minlength=V * V).reshape(V, V) + 1.0
+    """Nats per token of a bigram model with add-one smoothing, the first token of a window from the
+    unigram."""
+    pairs = (
+        np.bincount(np.asarray(train_data[:-1], np.int64) * V + train_data[1:], minlength=V * V).reshape(V, V)
+        + 1.0
+    )
     uni = np.log(pairs.sum(axis=1) / pairs.sum())
     bi = np.log(pairs / pairs.sum(axis=1, keepdims=True))
     x = val_windows.numpy()
@@ -1352,7 +1669,8 @@ def bigram_loss(train_data, val_windows, V):
 
 
 def same_size(pattern, base):
-    """n_inner with which a model of this layer pattern has as many parameters as one of `full`, to steps of 8."""
+    """n_inner with which a model of this layer pattern has as many parameters as one of `full`, to steps of
+    8."""
     size = lambda layers, n: LM(override(ModelConfig(**base), dict(layers=layers, n_inner=n))).num_params()
     with torch.device("meta"):
         goal = LM(ModelConfig(**base, layers="full")).num_params()
@@ -1367,14 +1685,30 @@ def joined(result):
         row = rows.setdefault(r["mixer"], dict(mixer=f"`{r['mixer']}`"))
         row[f"{r['objective']} reads"] = r["reads"]
         spread = f" +- {r['std']:.3f}" if r["std"] else ""
-        row[{"ar": "AR", "mdm": "masked diffusion (a bound)"}[r["objective"]]] = f"{r['loss']:.3f}{spread} ({r['seeds']})"
+        row[{"ar": "AR", "mdm": "masked diffusion (a bound)"}[r["objective"]]] = (
+            f"{r['loss']:.3f}{spread} ({r['seeds']})"
+        )
     return sorted(rows.values(), key=lambda row: row.get("AR", "9"))
 
 
 @experiment(named=("device", "dtype"), show=joined, partial=True)
-def quality(mixers=(*ATTENTION, "full window", "gated_deltanet alternate", "gated_deltanet forward", *MIXTURES),
-            objectives=("ar", "mdm"), seeds=3, seed=1337, dataset="docs-byte", steps=1200, n_layer=4, n_embd=128,
-            block_size=512, batch_tokens=512, lr=4e-3, workers=1, out="out/quality", device="auto", dtype="auto"):
+def quality(
+    mixers=(*ATTENTION, "full window", "gated_deltanet alternate", "gated_deltanet forward", *MIXTURES),
+    objectives=("ar", "mdm"),
+    seeds=3,
+    seed=1337,
+    dataset="docs-byte",
+    steps=1200,
+    n_layer=4,
+    n_embd=128,
+    block_size=512,
+    batch_tokens=512,
+    lr=4e-3,
+    workers=1,
+    out="out/quality",
+    device="auto",
+    dtype="auto",
+):
     """The same small model with every mixer, AR and diffusion: validation loss, keys read, equal parameters.
 
     mixers: layers, the names in the default, or any layer patterns, comma-separated
@@ -1387,18 +1721,33 @@ def quality(mixers=(*ATTENTION, "full window", "gated_deltanet alternate", "gate
     V = prepare.load_tokenizer(folder).n_vocab
     bigram = bigram_loss(train_data, train.fixed_windows(val_data, T, 64).long(), V)
     shape = dict(n_layer=n_layer, n_head=4, n_embd=n_embd, block_size=T)
-    jobs, patterns, steps_of = {}, {}, {"ar": steps, "mdm": 3 * steps}                 # diffusion learns slowly
+    jobs, patterns, steps_of = {}, {}, {"ar": steps, "mdm": 3 * steps}  # diffusion learns slowly
     for name in mixers:
         pattern = patterns[name] = pattern_of(name, T // 4, 16)
         n_inner = same_size(pattern, dict(shape, vocab_size=V, qk_norm=True))
         for o, s in itertools.product(objectives, range(seed, seed + seeds)):
-            if o == "mdm" or "bidir" not in pattern:                                   # causal they are all the same
+            if o == "mdm" or "bidir" not in pattern:  # causal they are all the same
                 run = f"{file_part(name)}-{o}-{steps_of[o]}-s{s}" + f"-{dtype}" * (dtype != "auto")
                 jobs[f"{name} {o} {s}"] = dict(
-                    shape, dataset=str(folder), objective=o, layers=pattern, set=["qk_norm=true", f"n_inner={n_inner}"],
-                    seed=s, max_steps=steps_of[o], batch_tokens=batch_tokens, optimizer="muon", lr=lr, eval_every=0,
-                    eval_windows=64, log_every=100, save_every=200, device=device, dtype=dtype, out=f"{out}/{run}")
-    jobs = dict(sorted(jobs.items(), key=lambda job: job[1]["seed"]))                  # a table of all after the first seed
+                    shape,
+                    dataset=str(folder),
+                    objective=o,
+                    layers=pattern,
+                    set=["qk_norm=true", f"n_inner={n_inner}"],
+                    seed=s,
+                    max_steps=steps_of[o],
+                    batch_tokens=batch_tokens,
+                    optimizer="muon",
+                    lr=lr,
+                    eval_every=0,
+                    eval_windows=64,
+                    log_every=100,
+                    save_every=200,
+                    device=device,
+                    dtype=dtype,
+                    out=f"{out}/{run}",
+                )
+    jobs = dict(sorted(jobs.items(), key=lambda job: job[1]["seed"]))  # a table of all after the first seed
     evals = yield jobs
     for o, name in itertools.product(objectives, mixers):
         runs = [f"{name} {o} {s}" for s in range(seed, seed + seeds)]
@@ -1407,17 +1756,25 @@ def quality(mixers=(*ATTENTION, "full window", "gated_deltanet alternate", "gate
             lm, _ = train.load_model(jobs[runs[0]]["out"], "last")
             losses = [e["loss"] for e in last]
             yield dict(mixer=name, objective=o), dict(
-                measure="exact" if o == "ar" else "bound", loss=statistics.mean(losses),
-                std=statistics.stdev(losses) if len(losses) > 1 else None, seeds=len(losses), losses=losses,
-                se=last[0]["se"] or None, params=lm.num_params(), below_bigram=bigram - statistics.mean(losses),
-                reads=max(b.mixer.reads(T, o == "ar") for b in lm.blocks))
+                measure="exact" if o == "ar" else "bound",
+                loss=statistics.mean(losses),
+                std=statistics.stdev(losses) if len(losses) > 1 else None,
+                seeds=len(losses),
+                losses=losses,
+                se=last[0]["se"] or None,
+                params=lm.num_params(),
+                below_bigram=bigram - statistics.mean(losses),
+                reads=max(b.mixer.reads(T, o == "ar") for b in lm.blocks),
+            )
     return dict(bigram=bigram, T=T, steps=steps_of, patterns=patterns)
 
-# ---------------------------------------------------------------------------------------------------------------------
+
+# ------------------------------------------------------------------------------------------------------------
 # switch: a dense checkpoint run sparse
 
 def switch_arms(T):
-    """{arm: layer pattern}: the same parameters as `full`, a query reads the share of T that is named, or less."""
+    """{arm: layer pattern}: the same parameters as `full`, a query reads the share of T that is named, or
+    less."""
     sparse = "infllm(sel_block=16, sel_topk={}, sel_local=2, cmp_block=16, cmp_stride=8, dense_len=0)"
     return {"dense": "full", **{f"infllm, 1/{n}": sparse.format(max(3, T // n // 16)) for n in (4, 16)},
             **{f"window, 1/{n}": f"full(window={T // n})" for n in (4, 16)}}
@@ -1429,13 +1786,27 @@ def switch_table(result):
 
 
 @experiment(named=("device",), show=switch_table)
-def switch(dataset="docs-byte", steps=1200, adapt=150, n_layer=2, n_embd=128, block_size=1024, batch_tokens=1024, lr=4e-3,
-           windows=64, workers=1, device="auto", out="out/switch"):
-    """InfLLM-V2's claim (2509.24663) in small: a dense AR checkpoint run sparse, before and after N steps of adaptation.
+def switch(
+    dataset="docs-byte",
+    steps=1200,
+    adapt=150,
+    n_layer=2,
+    n_embd=128,
+    block_size=1024,
+    batch_tokens=1024,
+    lr=4e-3,
+    windows=64,
+    workers=1,
+    device="auto",
+    out="out/switch",
+):
+    """InfLLM-V2's claim (2509.24663) in small: a dense AR checkpoint run sparse, before and after N steps of
+    adaptation.
 
-    Nothing is added to the parameters: the checkpoint is copied with another layer name, and train.py goes on from it.
-    All arms take the same N batches at the same rates; `dense` goes on dense. `window` reads as many keys, without a
-    choice. gap: to dense at the same step, on the same windows; late: of the tokens behind the first quarter.
+    Nothing is added to the parameters: the checkpoint is copied with another layer name, and train.py goes on
+    from it. All arms take the same N batches at the same rates; `dense` goes on dense. `window` reads as many
+    keys, without a choice. gap: to dense at the same step, on the same windows; late: of the tokens behind
+    the first quarter.
 
     steps: of dense training
     adapt: steps of adaptation, N
@@ -1443,15 +1814,31 @@ def switch(dataset="docs-byte", steps=1200, adapt=150, n_layer=2, n_embd=128, bl
     """
     root, T = Path(out) / f"{n_layer}x{n_embd}-T{block_size}-{steps}", block_size
     # Muon, QK norm and small batches: with them a few minutes of training buy most.
-    base = dict(dataset=str(data_folder(dataset)), n_layer=n_layer, n_head=4, n_embd=n_embd, block_size=T, layers="full",
-                set=["qk_norm=true"], batch_tokens=batch_tokens, optimizer="muon", lr=lr, eval_every=0, device=device,
-                eval_windows=windows, log_every=50, save_every=100, max_steps=steps, out=str(root / "base"))
+    base = dict(
+        dataset=str(data_folder(dataset)),
+        n_layer=n_layer,
+        n_head=4,
+        n_embd=n_embd,
+        block_size=T,
+        layers="full",
+        set=["qk_norm=true"],
+        batch_tokens=batch_tokens,
+        optimizer="muon",
+        lr=lr,
+        eval_every=0,
+        device=device,
+        eval_windows=windows,
+        log_every=50,
+        save_every=100,
+        max_steps=steps,
+        out=str(root / "base"),
+    )
     yield {"base": base}
     jobs = {}
     for arm, pattern in switch_arms(T).items():
         folder = root / f"{file_part(arm)}-{adapt}"
         jobs[arm] = dict(base, layers=pattern, max_steps=steps + adapt, out=str(folder))
-        if not (folder / "ckpt_last.pt").exists():                                     # the dense checkpoint under another name
+        if not (folder / "ckpt_last.pt").exists():  # the dense checkpoint under another name
             state = train.load_checkpoint(root / "base")
             state["config"]["layers"] = pattern
             state["flags"] |= dict(layers=pattern, out=str(folder))
@@ -1463,7 +1850,9 @@ def switch(dataset="docs-byte", steps=1200, adapt=150, n_layer=2, n_embd=128, bl
     @torch.no_grad()
     def nats(lm):
         """(windows, T): exact, of every token."""
-        return torch.cat([diffusion.ar_loss(lm, b, lm.mask_id, reduction="none") for b in x.split(8)]).double()
+        return torch.cat(
+            [diffusion.ar_loss(lm, b, lm.mask_id, reduction="none") for b in x.split(8)]
+        ).double()
     _, start = train.load_model(root / "base", "last")
     for arm, job in jobs.items():
         lm, state = train.load_model(job["out"], "last")
@@ -1478,30 +1867,34 @@ def switch(dataset="docs-byte", steps=1200, adapt=150, n_layer=2, n_embd=128, bl
         yield dict(arm=arm), row | dict(minutes=(state["seconds"] - start["seconds"]) / 60)
     return dict(base_minutes=start["seconds"] / 60)
 
-# ---------------------------------------------------------------------------------------------------------------------
+
+# ------------------------------------------------------------------------------------------------------------
 # recall: keys and values seen once, asked for later
 
-KEYS, VALUES, TEXT = 128, 32, 8                                                        # ids: keys, values, letters of the text
-RECALL = dict(n_head=2, n_embd=64, tied=False, position="none")                        # a linear layer's state: 2 heads of 32 x 32
+KEYS, VALUES, TEXT = 128, 32, 8  # ids: keys, values, letters of the text
+RECALL = dict(n_head=2, n_embd=64, tied=False, position="none")  # a linear layer's state: 2 heads of 32 x 32
 NEEDLES, LENGTHS, PAIRS = 4, (256, 512, 1024, 2048, 4096), (4, 8, 16, 32, 64, 128)
-# Every model starts with a layer that sees one neighbour (linear layers have that in their short convolution), so that
-# the key stands in its value's vector, and has one layer of the kind behind it, a 3:1 hybrid four: one state, one cache
-# are measured. Sparse layers read at most a quarter of 512 tokens, so they are not asked at 256.
+# Every model starts with a layer that sees one neighbour (linear layers have that in their short
+# convolution), so that the key stands in its value's vector, and has one layer of the kind behind it, a 3:1
+# hybrid four: one state, one cache are measured. Sparse layers read at most a quarter of 512 tokens, so they
+# are not asked at 256.
 ARENA = (*ATTENTION, *MIXTURES)
 
 
 def draw_recall(B, T, n, generator, text=None):
-    """x (B, T) and which of its tokens are answers (B, T) bool: n pairs (key, value), keys distinct, then queries.
+    """x (B, T) and which of its tokens are answers (B, T) bool: n pairs (key, value), keys distinct, then
+    queries.
 
-    text None: multi-query associative recall (Zoology, arXiv 2312.04927), pairs in front and queries (key, answer) to
-    the end. Else a needle in generated text: pairs at random even places of T letters of this language, and T / 8
-    queries at the end. Where Zoology has a random token an answer is hidden, so a query helps no later one, and AR and
-    diffusion read the same.
-    """
+    text None: multi-query associative recall (Zoology, arXiv 2312.04927), pairs in front and queries (key,
+    answer) to the end. Else a needle in generated text: pairs at random even places of T letters of this
+    language, and T / 8 queries at the end. Where Zoology has a random token an answer is hidden, so a query
+    helps no later one, and AR and diffusion read the same."""
     asks = T // 2 - n if text is None else T // 8
     if T % 8 or not 1 <= n <= min(KEYS, T // 2 - asks) or asks < 1:
-        raise ValueError(f"{n} pairs do not fit into {T} tokens with their queries: expected a multiple of 8 tokens, at "
-                         f"least {2 * n + 8}, and at most {KEYS} pairs")
+        raise ValueError(
+            f"{n} pairs do not fit into {T} tokens with their queries: expected a multiple of 8 tokens, at "
+            f"least {2 * n + 8}, and at most {KEYS} pairs"
+        )
     keys = torch.rand(B, KEYS, generator=generator).argsort(1)[:, :n]
     values = KEYS + torch.randint(VALUES, (B, n), generator=generator)
     pairs = torch.stack([keys, values], dim=-1)                                        # (B, n, 2)
@@ -1516,25 +1909,28 @@ def draw_recall(B, T, n, generator, text=None):
 
 
 def recall_logits(f, x, answer, mask_id, causal, aux=None):
-    """(N, V) logits and (N,) ids of the answers, all hidden: AR says them at their query, diffusion at their own place."""
+    """(N, V) logits and (N,) ids of the answers, all hidden: AR says them at their query, diffusion at their
+    own place."""
     z = f(torch.where(answer, mask_id, x), causal=causal, aux=aux)
     return (z[:, :-1][answer[:, 1:]] if causal else z[answer]), x[answer]
 
 
 @torch.no_grad()
 def recall_accuracy(f, T, n, mask_id, causal, text=None, device="cpu"):
-    """(share of right answers, its standard error over sequences). Guessing gives 1 / VALUES, among values seen 1 / n."""
+    """(share of right answers, its standard error over sequences). Guessing gives 1 / VALUES, among values
+    seen 1 / n."""
     right, gen = [], torch.Generator().manual_seed(T * KEYS + n)
     for _ in range(4):
         x, answer = (a.to(device) for a in draw_recall(max(1, 4096 // T), T, n, gen, text))
         z, y = recall_logits(f, x, answer, mask_id, causal)
-        right += (z.argmax(-1) == y).double().view(len(x), -1).mean(1).tolist()        # each sequence asks equally often
+        # Each sequence asks equally often.
+        right += (z.argmax(-1) == y).double().view(len(x), -1).mean(1).tolist()
     return statistics.mean(right), statistics.stdev(right) / len(right) ** 0.5
 
 
 def learn_recall(lm, objective, steps, tokens, lengths, path, label):
-    """Short sequences first: copying is found in seconds with 8 pairs in 32 tokens and hardly ever in 512. Later both
-    tasks in turn."""
+    """Short sequences first: copying is found in seconds with 8 pairs in 32 tokens and hardly ever in 512.
+    Later both tasks in turn."""
     text, device = Bigram(TEXT), lm.embed.weight.device
     sparse = [b.mixer for b in lm.blocks if hasattr(b.mixer, "stage")]
 
@@ -1547,7 +1943,7 @@ def learn_recall(lm, objective, steps, tokens, lengths, path, label):
         needle = step % 2 and done > 0.5
         n = pairs[torch.randint(len(pairs), (), generator=gen)]
         x, answer = draw_recall(max(1, tokens // T), T, n, gen, text if needle else None)
-        for mixer in sparse:                                                           # its indexer learns beside dense attention
+        for mixer in sparse:  # its indexer learns beside dense attention
             mixer.stage = "warmup" if done < 0.6 else "sparse"
         aux = {}
         z, y = recall_logits(lm, x.to(device), answer.to(device), lm.mask_id, objective == "ar", aux)
@@ -1562,19 +1958,34 @@ def recall_picture(plt, result):
     point = lambda r: (r["task"] == "needle", r["T"], r["pairs"])
     points = sorted(set(map(point, rows)))
     at = {(r["objective"], r["layers"], point(r)): r["accuracy"] for r in rows}
-    figure, axes = plt.subplots(len(objectives), 1, figsize=(8, len(objectives) * (1 + 0.3 * len(layers))), squeeze=False)
+    figure, axes = plt.subplots(
+        len(objectives), 1, figsize=(8, len(objectives) * (1 + 0.3 * len(layers))), squeeze=False
+    )
     for ax, objective in zip(axes[:, 0], objectives):
         share = np.array([[at.get((objective, layer, p), np.nan) for p in points] for layer in layers])
         ax.imshow(share, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
         for (i, j), v in np.ndenumerate(share):
             if not np.isnan(v):
                 text = f"{100 * v:.0f}" if v < 0.99 else f"{100 * v:.1f}".replace("100.0", "100")
-                ax.text(j, i, text, ha="center", va="center", fontsize=9, color="black" if 0.15 < v < 0.85 else "white")
+                ax.text(
+                    j,
+                    i,
+                    text,
+                    ha="center",
+                    va="center",
+                    fontsize=9,
+                    color="black" if 0.15 < v < 0.85 else "white",
+                )
         ax.axvline(sum(not needle for needle, *_ in points) - 0.5, color="black")
         ax.set_xticks(range(len(points)), [f"{T}" if needle else f"{n}" for needle, T, n in points])
         ax.set_yticks(range(len(layers)), layers)
-        ax.set_title({"ar": "causal (AR): right answers, %", "mdm": "bidirectional (masked diffusion): right answers, %"}
-                     [objective], fontsize=10)
+        ax.set_title(
+            {
+                "ar": "causal (AR): right answers, %",
+                "mdm": "bidirectional (masked diffusion): right answers, %",
+            }[objective],
+            fontsize=10,
+        )
     ax.set_xlabel(f"pairs to recall in 512 tokens   |   length of text with {NEEDLES} needles")
     return figure
 
@@ -1588,9 +1999,18 @@ def recall_table(result):
 
 
 @experiment(show=recall_table, picture=recall_picture)
-def recall(layers=ARENA, objectives=("ar", "mdm"), steps=600, lengths=LENGTHS, batch_tokens=2048, device="auto", threads=1,
-           out="out/recall"):
-    """Associative recall and a needle in generated text: accuracy of every layer against pairs and length, in %.
+def recall(
+    layers=ARENA,
+    objectives=("ar", "mdm"),
+    steps=600,
+    lengths=LENGTHS,
+    batch_tokens=2048,
+    device="auto",
+    threads=1,
+    out="out/recall",
+):
+    """Associative recall and a needle in generated text: accuracy of every layer against pairs and length, in
+    %.
 
     layers: names or any layer patterns, comma-separated
     lengths: of the text with needles; also trained on
@@ -1603,30 +2023,50 @@ def recall(layers=ARENA, objectives=("ar", "mdm"), steps=600, lengths=LENGTHS, b
     grid = [("pairs", 512, n) for n in PAIRS] + [("needle", T, NEEDLES) for T in lengths]
     for name, objective in itertools.product(layers, objectives):
         pattern = "linear(linear_decay=none)" if name == "linear" else pattern_of(name, 128)
-        config = override(ModelConfig(), dict(RECALL, vocab_size=KEYS + VALUES + TEXT, block_size=max(512, *lengths),
-                                              n_layer=5 if "*3" in name else 2,
-                                              layers=f"full(window=2, position=rotary) {pattern}"))
+        config = override(
+            ModelConfig(),
+            dict(
+                RECALL,
+                vocab_size=KEYS + VALUES + TEXT,
+                block_size=max(512, *lengths),
+                n_layer=5 if "*3" in name else 2,
+                layers=f"full(window=2, position=rotary) {pattern}",
+            ),
+        )
         with torch.device("meta"):
             mixers, ar = [b.mixer for b in LM(config).blocks], objective == "ar"
 
         @functools.cache
-        def model():                                                                   # nothing to measure, nothing to learn
+        def model():  # nothing to measure, nothing to learn
             torch.manual_seed(1337)
             lm = LM(config).to(device)
-            learn_recall(lm, objective, steps, batch_tokens, lengths, folder / f"{objective}-{file_part(name)}.pt",
-                         f"{objective} {name}")
+            learn_recall(
+                lm,
+                objective,
+                steps,
+                batch_tokens,
+                lengths,
+                folder / f"{objective}-{file_part(name)}.pt",
+                f"{objective} {name}",
+            )
             return lm
         for task, T, n in grid:
             def measure():
                 lm, text = model(), Bigram(TEXT) if task == "needle" else None
                 accuracy, se = recall_accuracy(lm, T, n, lm.mask_id, ar, text, device)
-                return dict(accuracy=accuracy, se=se, reads=max(m.reads(T, ar) for m in mixers), blocks=config.n_layer,
-                            params=lm.num_params())
+                return dict(
+                    accuracy=accuracy,
+                    se=se,
+                    reads=max(m.reads(T, ar) for m in mixers),
+                    blocks=config.n_layer,
+                    params=lm.num_params(),
+                )
             if max((m.reads(T, ar) for m in mixers if hasattr(m, "topk")), default=0) <= T // 4:
                 yield dict(layers=name, objective=objective, task=task, T=T, pairs=n), measure
     return dict(chance=1 / VALUES)
 
-# ---------------------------------------------------------------------------------------------------------------------
+
+# ------------------------------------------------------------------------------------------------------------
 # theory: token error and sequence error (Feng et al. 2502.09622)
 
 class Parity:
@@ -1648,17 +2088,19 @@ class Parity:
     def __call__(self, x, causal=False):
         x = x.view(len(x), -1, 3)
         known = x < 2
-        others = known.sum(-1, keepdim=True) - known.long() == 2                       # both others of the triple are there
+        others = known.sum(-1, keepdim=True) - known.long() == 2  # both others of the triple are there
         one = torch.where(others, ((x * known).sum(-1, keepdim=True) - x * known) % 2, 0.5).flatten(1)
         return torch.stack([1 - one, one], dim=-1).log()
 
     def inputs(self, x):
-        """What a trained model reads: letters of their own for each place of a triple, so that it need not count."""
+        """What a trained model reads: letters of their own for each place of a triple, so that it need not
+        count."""
         return x + 3 * (torch.arange(x.size(1)) % 3)
 
     def theory(self, N, L):
-        """Closed forms. tie: the last step of a triple reveals two or three of its bits; half of these come out invalid.
-        ter averages log p over schedules, as an ELBO does; ter_marginal is the paper's: log of p averaged over them."""
+        """Closed forms. tie: the last step of a triple reveals two or three of its bits; half of these come
+        out invalid. ter averages log p over schedules, as an ELBO does; ter_marginal is the paper's: log of p
+        averaged over them."""
         tie = (3 * N - 1) / (2 * N * N)
         return {"ter": 2 ** ((2 + tie) / 3), "ter_marginal": 2 ** ((2 - math.log2(1 - tie / 2)) / 3),
                 "ser": 1 - (1 - tie / 2) ** (L / 3)}
@@ -1672,7 +2114,7 @@ class Bigram:
         self.V, gen = V, torch.Generator().manual_seed(seed)
         p = -torch.rand(V, V, generator=gen, dtype=torch.float64).log()
         p[torch.rand(V, V, generator=gen).argsort(1) >= V // 2] = 0
-        self.p = p / p.sum(1, keepdim=True)                                            # (V, V): letter to next letter
+        self.p = p / p.sum(1, keepdim=True)  # (V, V): letter to next letter
         self.start = self.p.matrix_power(1 << 16).mean(0).clamp(min=0)
         self.start[self.start < 1e-12] = 0
 
@@ -1689,7 +2131,8 @@ class Bigram:
         return (self.start[x[:, 0]] > 0) & (self.p[x[:, :-1], x[:, 1:]] > 0).all(1)
 
     def __call__(self, x, causal=False):
-        """Forward-backward; a letter's own evidence does not count. Where nothing is legal any more: uniform."""
+        """Forward-backward; a letter's own evidence does not count. Where nothing is legal any more:
+        uniform."""
         (B, T), V, p = x.shape, self.V, self.p.float()
         seen = ((x[..., None] == torch.arange(V)) | (x[..., None] == V)).float()       # (B, T, V)
         unit = lambda a: a / a.sum(-1, keepdim=True).clamp(min=1e-30)
@@ -1706,14 +2149,17 @@ class Bigram:
         return x
 
     def theory(self, N, L, far=32):
-        """Closed form: a letter that is revealed when each other one is open with probability t knows its nearest
-        neighbours at distances a and b, and -log p is on average H(x0 | x-a, xb). Beyond `far` one says nothing."""
-        power = torch.stack([self.p.matrix_power(d) for d in range(1, far + 1)] + [self.start.expand_as(self.p)])
+        """Closed form: a letter that is revealed when each other one is open with probability t knows its
+        nearest neighbours at distances a and b, and -log p is on average H(x0 | x-a, xb). Beyond `far` one
+        says nothing."""
+        power = torch.stack(
+            [self.p.matrix_power(d) for d in range(1, far + 1)] + [self.start.expand_as(self.p)]
+        )
         joint = torch.einsum("u,auv,bvw->abuvw", self.start, power, power)             # p(x-a, x0, xb)
         H = entropy(joint.flatten(2)) - entropy(joint.sum(3).flatten(2))               # (far + 1, far + 1)
         t = torch.arange(1, N + 1, dtype=torch.float64) / N
-        d, edge = torch.arange(far), torch.arange(L)[:, None].clamp(max=far)           # edge: letters on the left
-        near = (1 - t)[:, None, None] * t[:, None, None] ** d * (d < edge)             # (N, L, far): distance d + 1
+        d, edge = torch.arange(far), torch.arange(L)[:, None].clamp(max=far)  # edge: letters on the left
+        near = (1 - t)[:, None, None] * t[:, None, None] ** d * (d < edge)  # (N, L, far): distance d + 1
         near = torch.cat([near, 1 - near.sum(-1, keepdim=True)], dim=-1)
         return {"ter": torch.einsum("tia,ab,tib->ti", near, H, near.flip(1)).mean().exp().item()}
 
@@ -1724,21 +2170,27 @@ def entropy(p):
 
 @torch.no_grad()
 def nats_by_hidden(f, x, mask_id, generator, batch=512):
-    """(M, L) for sequences x (M, L): column n - 1 is the mean -log p of the hidden tokens when n random ones are hidden."""
+    """(M, L) for sequences x (M, L): column n - 1 is the mean -log p of the hidden tokens when n random ones
+    are hidden."""
     M, L = x.shape
     n = torch.arange(1, L + 1).repeat(M)
     hidden = diffusion.smallest(torch.rand(M * L, L, generator=generator), n)
     x = x.repeat_interleave(L, dim=0)
-    nats = torch.cat([diffusion.masked_nll(f, rows, mask_id, part) for rows, part in zip(x.split(batch), hidden.split(batch))])
+    nats = torch.cat(
+        [
+            diffusion.masked_nll(f, rows, mask_id, part)
+            for rows, part in zip(x.split(batch), hidden.split(batch))
+        ]
+    )
     return ((nats * hidden).sum(1) / n).view(M, L).double()
 
 
 def token_error(nats, N):
     """(TER averaged over schedules, its s.e.) of a sampler of N steps, from `nats_by_hidden`.
 
-    When a token is revealed, each other one is still open with probability t = j/N, j uniform on 1..N: the number of
-    open ones is 1 + Binomial(L-1, t). So one table over n gives every N; N -> infinity weights all n alike: the bound.
-    """
+    When a token is revealed, each other one is still open with probability t = j/N, j uniform on 1..N: the
+    number of open ones is 1 + Binomial(L-1, t). So one table over n gives every N; N -> infinity weights all
+    n alike: the bound."""
     L = nats.size(1)
     k, t = torch.arange(L, dtype=torch.float64), torch.arange(1, N + 1, dtype=torch.float64)[:, None] / N
     ways = math.lgamma(L) - torch.lgamma(k + 1) - torch.lgamma(L - k)
@@ -1754,14 +2206,14 @@ def exp_mean(nats):
 
 @torch.no_grad()
 def sample_in_steps(f, B, L, N, mask_id, generator):
-    """The sampler of the theory: each token has its step of 1..N at random; those of one step are drawn independently.
-    Steps in which a row reveals nothing are skipped: f knows no time."""
+    """The sampler of the theory: each token has its step of 1..N at random; those of one step are drawn
+    independently. Steps in which a row reveals nothing are skipped: f knows no time."""
     step, order = torch.randint(N, (B, L), generator=generator).sort(dim=1)
     rank = F.pad(step.diff(dim=1) > 0, (1, 0)).cumsum(1)
     step = torch.empty_like(step).scatter_(1, order, rank)
     x = torch.full((B, L), mask_id)
     for k in range(int(step.max()) + 1):
-        rows = (step == k).any(1).nonzero()[:, 0]                                      # some rows are done earlier
+        rows = (step == k).any(1).nonzero()[:, 0]  # some rows are done earlier
         now = step[rows] == k
         part = x[rows]
         part[now] = diffusion.draw(f(part, causal=False)[now], generator=generator)
@@ -1782,12 +2234,15 @@ def learn(language, objective, lengths, steps, path):
         if objective == "ar":
             return diffusion.ar_loss(f, x, lm.mask_id)
         return diffusion.mdm_loss(f, x, lm.mask_id, generator=gen)
-    fit(lm, loss_at, steps, {**train.DEFAULTS, "lr": 3e-3, "warmup": 50}, path, f"{language.name} {objective}")
+    fit(
+        lm, loss_at, steps, {**train.DEFAULTS, "lr": 3e-3, "warmup": 50}, path, f"{language.name} {objective}"
+    )
     return f
 
 
 def theory_picture(plt, result):
-    """Above token errors, which do not grow with length, below wrong sequences, which do; a column for each language."""
+    """Above token errors, which do not grow with length, below wrong sequences, which do; a column for each
+    language."""
     rows = result["rows"]
     languages = list(dict.fromkeys(r["language"] for r in rows))
     figure, axes = plt.subplots(2, len(languages), figsize=(8, 7), sharex=True, squeeze=False)
@@ -1795,11 +2250,16 @@ def theory_picture(plt, result):
              "mdm": dict(marker="x", ls="--", lw=1), "ar": dict(marker="*", ls="", ms=10)}
     for (i, what), (j, language) in itertools.product(enumerate(("ter", "ser")), enumerate(languages)):
         ax = axes[i, j]
-        for (n, L), (kind, style) in itertools.product(enumerate(sorted({r["L"] for r in rows})), kinds.items()):
+        for (n, L), (kind, style) in itertools.product(
+            enumerate(sorted({r["L"] for r in rows})), kinds.items()
+        ):
             column = f"theory_{what}" if kind == "closed form" else what
             model = "oracle" if kind == "closed form" else kind
-            mine = [(r["N"], r[column]) for r in rows
-                    if (r["language"], r["model"], r["L"]) == (language, model, L) and r.get(column) is not None]
+            mine = [
+                (r["N"], r[column])
+                for r in rows
+                if (r["language"], r["model"], r["L"]) == (language, model, L) and r.get(column) is not None
+            ]
             if mine:
                 label = f"length {L}, {'trained ' * (kind in ('mdm', 'ar'))}{kind}"
                 ax.plot(*zip(*mine), color=f"C{n}", label=label, **style)
@@ -1817,16 +2277,18 @@ def theory_picture(plt, result):
 
 def theory_table(result):
     shown = ("language", "model", "L", "N", "ter", "theory_ter", "ser", "theory_ser")
-    return [{k: r.get(k) for k in shown} for r in result["rows"] if r["N"] in (1, 16, 256) or r["model"] == "ar"]
+    return [
+        {k: r.get(k) for k in shown} for r in result["rows"] if r["N"] in (1, 16, 256) or r["model"] == "ar"
+    ]
 
 
 @experiment(show=theory_table, picture=theory_picture)
 def theory(lengths=(24, 96), steps=1000, sequences=128, threads=1, out="out/theory"):
     """Token and sequence error rates against sampling steps and length: closed form, oracle, trained models.
 
-    TER, the perplexity of true sequences under the sampler, hardly depends on the length; SER, the share of impossible
-    sequences that it writes, is a matter of steps per token. TER is exact for AR, averaged over schedules (a bound) for
-    the others.
+    TER, the perplexity of true sequences under the sampler, hardly depends on the length; SER, the share of
+    impossible sequences that it writes, is a matter of steps per token. TER is exact for AR, averaged over
+    schedules (a bound) for the others.
 
     lengths: of sequences, multiples of 3
     steps: of training for a diffusion model, a quarter of them for AR
@@ -1856,9 +2318,13 @@ def theory(lengths=(24, 96), steps=1000, sequences=128, threads=1, out="out/theo
                     f = model()
                     if kind == "ar":
                         loss = diffusion.ar_loss(f, x, V, reduction="none").detach().double().mean(1)
-                        ter, y = exp_mean(loss), diffusion.sample_ar(f, torch.full((count, L), V), V, generator=gen, cache=False)
+                        ter, y = exp_mean(loss), diffusion.sample_ar(
+                            f, torch.full((count, L), V), V, generator=gen, cache=False
+                        )
                     else:
-                        ter, y = token_error(hidden(), N), sample_in_steps(f, count, L, N, V, torch.Generator().manual_seed(N))
+                        ter, y = token_error(hidden(), N), sample_in_steps(
+                            f, count, L, N, V, torch.Generator().manual_seed(N)
+                        )
                     ser = 1 - language.valid(y).double().mean().item()
                     closed = language.theory(N, L) if N else {}
                     return dict(best_ter=math.exp(language.nats(L) / L), ter=ter[0], ter_se=ter[1], ser=ser,
@@ -1866,17 +2332,31 @@ def theory(lengths=(24, 96), steps=1000, sequences=128, threads=1, out="out/theo
                                 **{f"theory_{k}": v for k, v in closed.items()})
                 yield dict(language=language.name, model=kind, L=L, N=N or L), measure
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # tools: a calculator inside an answer
 
-# Muon and QK norm: with AdamW the step from guessing to copying, which all this needs, comes several times later.
-CALCULATOR = dict(dataset="arithmetic", n_layer=2, n_head=4, n_embd=96, block_size=128, batch_tokens=2048, optimizer="muon",
-                  lr=4e-3, set=["qk_norm=true"], eval_every=400, log_every=100, save_every=200)
+# Muon and QK norm: with AdamW the step from guessing to copying, which all this needs, comes several times
+# later.
+CALCULATOR = dict(
+    dataset="arithmetic",
+    n_layer=2,
+    n_head=4,
+    n_embd=96,
+    block_size=128,
+    batch_tokens=2048,
+    optimizer="muon",
+    lr=4e-3,
+    set=["qk_norm=true"],
+    eval_every=400,
+    log_every=100,
+    save_every=200,
+)
 
 
-@experiment(show=lambda result: [{k: v for k, v in r.items() if k not in ("example", "loss")} for r in result["rows"]])
+@experiment(show=without("example", "loss"))
 def tools(steps=1000, problems=500, workers=1, device="auto", threads=1, out="out/tools"):
-    """Held-out arithmetic with and without a calculator, as AR and as block diffusion: share of right answers.
+    """Held-out arithmetic with and without a calculator, as AR and as block diffusion: share of right
+    answers.
 
     steps: of training for AR, three times as many for block diffusion
     problems: held-out ones to solve
@@ -1885,8 +2365,16 @@ def tools(steps=1000, problems=500, workers=1, device="auto", threads=1, out="ou
     tokenizer = prepare.load_tokenizer("data/arithmetic")
     texts = [t for t in tokenizer.decode(val.tolist()).split(prepare.EOT) if t][:problems]
     prompts = [tokenizer.encode(t[:t.index("?") + 1]) for t in texts]
-    jobs = {o: dict(CALCULATOR, max_steps=n, objective=o, diffusion_block=4 if o == "block" else None, out=f"{out}/{o}-{n}")
-            for o, n in (("ar", steps), ("block", 3 * steps))}                         # diffusion learns slowly
+    jobs = {
+        o: dict(
+            CALCULATOR,
+            max_steps=n,
+            objective=o,
+            diffusion_block=4 if o == "block" else None,
+            out=f"{out}/{o}-{n}",
+        )
+        for o, n in (("ar", steps), ("block", 3 * steps))
+    }  # diffusion learns slowly
     yield jobs
     cases = [("ar", "left"), ("block", "left"), ("block", "max_prob")]
     for (objective, order), tool in itertools.product(cases, ("none", "calculator")):
@@ -1904,19 +2392,27 @@ def tools(steps=1000, problems=500, workers=1, device="auto", threads=1, out="ou
             answer = lambda text: text.rpartition(" ")[2]
             right = torch.tensor([answer(t) == answer(w) for t, w in zip(texts, written)]).double()
             made = {(i, call) for i, call, *_ in hook.calls}
-            return dict(problems=len(texts), accuracy=right.mean().item(), se=(right.std() / len(texts) ** 0.5).item(),
-                        right_calls=sum((i, t[:t.index("?")]) in made for i, t in enumerate(texts)),
-                        failed_calls=sum(why is not None for *_, why in hook.calls), minutes=state["seconds"] / 60,
-                        loss=state["best"], example=written[0])
+            return dict(
+                problems=len(texts),
+                accuracy=right.mean().item(),
+                se=(right.std() / len(texts) ** 0.5).item(),
+                right_calls=sum((i, t[: t.index("?")]) in made for i, t in enumerate(texts)),
+                failed_calls=sum(why is not None for *_, why in hook.calls),
+                minutes=state["seconds"] / 60,
+                loss=state["best"],
+                example=written[0],
+            )
         yield dict(model=objective, order=order, tool=tool), measure
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # moe: speed against dense, load with and without the bias rule
 
 def moe_speed(E, k, device, repeat):
     """Tokens/s of the MoE layer against a dense MLP with the same active parameters, forward and backward."""
     cuda = device.startswith("cuda")
-    dtype, C, inner, tokens = (torch.bfloat16, 2048, 8192, 32768) if cuda else (torch.float32, 384, 1024, 4096)
+    dtype, C, inner, tokens = (
+        (torch.bfloat16, 2048, 8192, 32768) if cuda else (torch.float32, 384, 1024, 4096)
+    )
     config = ModelConfig(n_embd=C, n_inner=inner, n_expert=E, n_expert_active=k, expert_inner=inner // k)
     moe, mlp = MoE(config).to(device, dtype), MLP(config).to(device, dtype)
     for p in (*moe.parameters(), *mlp.parameters()):
@@ -1930,7 +2426,7 @@ def moe_speed(E, k, device, repeat):
     calls = [lambda: mlp(x), lambda: moe(x), lambda: moe.route(x.view(-1, C))[0]]
     calls = [torch.compile(f, dynamic=False) if cuda else f for f in calls]
     times = [[], [], []]
-    for _ in range(repeat + 2):                                                        # alternating: the machine's mood is shared
+    for _ in range(repeat + 2):  # alternating: the machine's mood is shared
         for t, f in zip(times, calls):
             t.append(seconds_of(lambda: step(f), device, 1))
     dense, sparse, route = (min(t[2:]) for t in times)
@@ -1954,9 +2450,22 @@ def skew_routers(out, windows):
 
 def balance(router, bias_step, steps, device, out):
     """The load of 32 experts from a skewed router on: [step, largest / mean load in the worst layer]."""
-    flags = dict(dataset=str(data_folder("docs-byte")), n_layer=2, n_head=4, n_embd=64, block_size=64, batch_tokens=1024, log_every=100,
-                 eval_every=0, max_steps=steps, save_every=500, schedule="constant", device=device, out=str(out),
-                 set=["n_expert=32", "n_expert_active=4", "expert_inner=64", f"router_bias_step={bias_step}"])
+    flags = dict(
+        dataset=str(data_folder("docs-byte")),
+        n_layer=2,
+        n_head=4,
+        n_embd=64,
+        block_size=64,
+        batch_tokens=1024,
+        log_every=100,
+        eval_every=0,
+        max_steps=steps,
+        save_every=500,
+        schedule="constant",
+        device=device,
+        out=str(out),
+        set=["n_expert=32", "n_expert_active=4", "expert_inner=64", f"router_bias_step={bias_step}"],
+    )
     if not (out / "ckpt_last.pt").exists():
         train.train({**flags, "max_steps": 1, "log_every": 1}, log=lambda *_: None)
         skew_routers(out, validation("docs-byte", 64, 16))
@@ -1985,42 +2494,62 @@ def load_picture(plt, result):
 
 
 def moe_tables(result):
-    of = lambda what: markdown([{k: v for k, v in r.items() if k != "what"} for r in result["rows"] if r["what"] == what])
+    of = lambda what: markdown(
+        [{k: v for k, v in r.items() if k != "what"} for r in result["rows"] if r["what"] == what]
+    )
     return of("speed") + "\n\n" + of("balance")
 
 
 @experiment(named=("device",), show=moe_tables, picture=load_picture)
 def moe(steps=2000, repeat=12, device="auto", threads=1, out="out/moe"):
-    """Mixture of experts: speed against a dense MLP of the same active parameters; load with and without the bias rule.
+    """Mixture of experts: speed against a dense MLP of the same active parameters; load with and without the
+    bias rule.
 
     steps: of the balance runs
     """
     if steps < 2:
-        raise ValueError(f"--steps {steps} must be at least 2: the first one comes before the routers are skewed")
+        raise ValueError(
+            f"--steps {steps} must be at least 2: the first one comes before the routers are skewed"
+        )
     for E, k in ((64, 8), (128, 8)) if device.startswith("cuda") else ((8, 2), (32, 4), (128, 8)):
         yield dict(what="speed", experts=E, active=k), lambda: moe_speed(E, k, device, repeat)
     for router, bias_step in (("bias rule", 1e-3), ("no balancing", 0.0)):
         folder = Path(out) / file_part(router)
         yield dict(what="balance", router=router), lambda: balance(router, bias_step, steps, device, folder)
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # decode, panel: what sampling costs and what it gives; the likelihoods of the same models
 
-# Bytes again; of 256 the first 32 are a prompt and 7 blocks of 32 are filled. Small batches and qk_norm: masked diffusion
-# leaves the plateau of single-byte frequencies three times sooner than with 1,024 tokens and without.
+# Bytes again; of 256 the first 32 are a prompt and 7 blocks of 32 are filled. Small batches and qk_norm:
+# masked diffusion leaves the plateau of single-byte frequencies three times sooner than with 1,024 tokens and
+# without.
 SHARED["models"] = dict(
-    scale=("auto", str), dataset=("docs-byte", str), n_layer=(4, int), n_head=(4, int), n_embd=(128, int),
-    block_size=(256, int), batch_tokens=(512, int), max_steps=(2000, int), lr=(2e-3, float), run_ar=(None, str),
-    run_mdm=(None, str), run_block=(None, str), workers=(2, int), device=("auto", str), threads=(1, int), out=(None, str))
+    scale=("auto", str),
+    dataset=("docs-byte", str),
+    n_layer=(4, int),
+    n_head=(4, int),
+    n_embd=(128, int),
+    block_size=(256, int),
+    batch_tokens=(512, int),
+    max_steps=(2000, int),
+    lr=(2e-3, float),
+    run_ar=(None, str),
+    run_mdm=(None, str),
+    run_block=(None, str),
+    workers=(2, int),
+    device=("auto", str),
+    threads=(1, int),
+    out=(None, str),
+)
 MODELS_GPU = dict(n_layer=6, n_head=6, n_embd=384, batch_tokens=16_384, max_steps=1500, lr=1e-3)
 ROLES = {"ar": dict(objective="ar"), "judge": dict(objective="ar", seed=1), "mdm": dict(objective="mdm"),
          "block": dict(objective="block", diffusion_block=16)}
-LONGER = {"mdm": 3, "block": 1.5}                                                      # times max_steps: diffusion learns slowly
+LONGER = {"mdm": 3, "block": 1.5}  # times max_steps: diffusion learns slowly
 
 
 def decode_runs(roles, models, judge=None):
-    """{role: run folder}: those given by a flag, the others trained, from where they were left. ValueError for a given
-    run of another objective, before anything is trained. A part of a generator."""
+    """{role: run folder}: those given by a flag, the others trained, from where they were left. ValueError
+    for a given run of another objective, before anything is trained. A part of a generator."""
     jobs, folders = {}, {}
     same = ("dataset", "n_layer", "n_head", "n_embd", "block_size", "batch_tokens", "lr")
     for role in roles:
@@ -2031,7 +2560,9 @@ def decode_runs(roles, models, judge=None):
         if given:
             objective = train.load_model(given, "last")[1]["flags"]["objective"]
             if objective != want and (want == "block" or objective != "mixed"):
-                raise ValueError(f"{given} is a run of --objective {objective}, and one of {want} is needed as --{flag}")
+                raise ValueError(
+                    f"{given} is a run of --objective {objective}, and one of {want} is needed as --{flag}"
+                )
             continue
         jobs[role] = {k: models[k] for k in same} | ROLES[role] | dict(
             max_steps=int(models["max_steps"] * LONGER.get(role, 1)), set=["qk_norm=true"], eval_every=1000,
@@ -2062,52 +2593,77 @@ def decoders(n, S=32):
     """The samplers that are compared: {family: [settings]} for n places to fill, blocks of S."""
     fewer = [max(1, n >> i) for i in range(5)]
     cached = dict(fill_block=S, cache=True)
-    return {"AR, cache": [dict()],
-            "diffusion, random order": [dict(order="random", steps=k) for k in fewer],
-            "diffusion, surest first": [dict(steps=k) for k in fewer[2:]],
-            "diffusion, threshold": [dict(threshold=p) for p in (0.9, 0.7, 0.5)],
-            "diffusion in blocks": [dict(fill_block=S, steps=k) for k in (fewer[0], fewer[2])],
-            "diffusion in blocks, dual cache": [dict(cached, steps=k) for k in fewer[:4]]
-            + [dict(cached, steps=n, refresh=8), dict(cached, threshold=0.7), dict(cached, fill_block=S // 4, steps=n)],
-            "block diffusion, exact cache": [dict(steps=k) for k in (16, 8, 4, 2)] + [dict(threshold=0.7)]}
+    return {
+        "AR, cache": [dict()],
+        "diffusion, random order": [dict(order="random", steps=k) for k in fewer],
+        "diffusion, surest first": [dict(steps=k) for k in fewer[2:]],
+        "diffusion, threshold": [dict(threshold=p) for p in (0.9, 0.7, 0.5)],
+        "diffusion in blocks": [dict(fill_block=S, steps=k) for k in (fewer[0], fewer[2])],
+        "diffusion in blocks, dual cache": [dict(cached, steps=k) for k in fewer[:4]]
+        + [
+            dict(cached, steps=n, refresh=8),
+            dict(cached, threshold=0.7),
+            dict(cached, fill_block=S // 4, steps=n),
+        ],
+        "block diffusion, exact cache": [dict(steps=k) for k in (16, 8, 4, 2)] + [dict(threshold=0.7)],
+    }
 
 
 def judged(judge, x, start):
     """(loss, its standard error, unigram entropy) of the tokens from `start` on, under an AR judge. x (N, T).
 
-    Entropy (nats, of the counts of one row, mean over rows) stands beside the loss because a sampler that repeats itself
-    gets a low loss."""
+    Entropy (nats, of the counts of one row, mean over rows) stands beside the loss because a sampler that
+    repeats itself gets a low loss."""
     with torch.no_grad():
-        nats = torch.cat([diffusion.ar_loss(judge, w, judge.mask_id, reduction="none")[:, start:].mean(1) for w in x.split(32)])
+        nats = torch.cat(
+            [
+                diffusion.ar_loss(judge, w, judge.mask_id, reduction="none")[:, start:].mean(1)
+                for w in x.split(32)
+            ]
+        )
     p = F.one_hot(x[:, start:], judge.V).float().mean(1)             # (N, V)
     return nats.mean().item(), (nats.std() / len(x) ** 0.5).item(), entropy(p).mean().item()
 
 
 def same_quality(rows):
     """A text's quality is that of the largest batch, whose rows alone were judged."""
-    setting = lambda r: [r.get(k) for k in ("sampler", "order", "steps", "threshold", "fill_block", "cache", "refresh")]
+    setting = lambda r: [
+        r.get(k) for k in ("sampler", "order", "steps", "threshold", "fill_block", "cache", "refresh")
+    ]
     for r in rows:
         if "tok_per_s" in r and "loss" not in r:
-            r |= {k: v for b in rows if setting(b) == setting(r) for k, v in b.items() if k in ("loss", "se", "entropy")}
+            r |= {
+                k: v
+                for b in rows
+                if setting(b) == setting(r)
+                for k, v in b.items()
+                if k in ("loss", "se", "entropy")
+            }
     return rows
 
 
 def decode_picture(plt, result):
-    """Quality against speed. Along a line the steps change: the further right, the fewer, or the lower the threshold."""
+    """Quality against speed. Along a line the steps change: the further right, the fewer, or the lower the
+    threshold."""
     figure, ax = plt.subplots(figsize=(8, 6))
     rows = [r for r in result["rows"] if "tok_per_s" in r]
     batches = sorted({r["batch"] for r in rows})
     for i, family in enumerate(dict.fromkeys(r["sampler"] for r in rows)):
         for B, style in ((batches[-1], dict(ls="-")), (batches[0], dict(ls=":", mfc="white"))):
-            points = sorted((r["tok_per_s"], r["loss"]) for r in rows if r["sampler"] == family and r["batch"] == B)
+            points = sorted(
+                (r["tok_per_s"], r["loss"]) for r in rows if r["sampler"] == family and r["batch"] == B
+            )
             label = family if B == batches[-1] else None
             ax.plot(*zip(*points), marker="*osD^vP"[i % 7], ms=6, lw=0.8, color=f"C{i}", label=label, **style)
     real = next(r["loss"] for r in result["rows"] if r["sampler"] == "real text")
     ax.axhline(real, color="0.45", lw=1, ls="--", label="real text")
     ax.set(xlabel="tokens/s", ylabel="loss under an AR judge, nats per token", xscale="log")
     plain_log(ax.xaxis)
-    ax.set_title(f"along a line: fewer steps, or a lower threshold, to the right\n{result['new']} new tokens; filled: "
-                 f"batch {batches[-1]}, hollow: batch {batches[0]}", fontsize=10)
+    ax.set_title(
+        f"along a line: fewer steps, or a lower threshold, to the right\n{result['new']} new tokens; filled: "
+        f"batch {batches[-1]}, hollow: batch {batches[0]}",
+        fontsize=10,
+    )
     ax.legend(fontsize=9)
     ax.grid(alpha=0.25)
     return figure
@@ -2128,7 +2684,10 @@ def decode_tables(result):
         row |= {k: r.get(k) for k in ("loss", "se", "entropy")}
     text = markdown(list(table.values()))
     if rest:
-        text += "\n\nThe dual cache against none, greedy, one token a step (agreement: share of equal tokens):\n\n" + markdown(rest)
+        text += (
+            "\n\nThe dual cache against none, greedy, one token a step; agreement: share of equal tokens\n\n"
+            + markdown(rest)
+        )
     return text
 
 
@@ -2150,11 +2709,13 @@ def decode(objective=("ar", "mdm"), batches=(1, 8, 64), judge: str = None, **mod
     clock = clock_of(device)
     trained = {role: train.load_model(folder, "last", device) for role, folder in folders.items()}
     judge, state = trained["judge"]
-    T, P = judge.config.block_size, judge.config.block_size // 8                       # the first P tokens are the prompt
+    T, P = judge.config.block_size, judge.config.block_size // 8  # the first P tokens are the prompt
     for role, (lm, _) in trained.items():
         if lm.V != judge.V or lm.config.block_size < T:
-            raise ValueError(f"{folders[role]} has {lm.V} tokens and a window of {lm.config.block_size}, the judge {judge.V} "
-                             f"and {T}: all must be trained on the same data set and window")
+            raise ValueError(
+                f"{folders[role]} has {lm.V} tokens, a window of {lm.config.block_size}, the judge {judge.V} "
+                f"and {T}: all must be trained on the same data set and window"
+            )
     if "mdm" in trained:
         sample.check_dual_cache(trained["mdm"][0].config)
     data = validation(state["flags"]["dataset"], T, most).to(device)
@@ -2178,16 +2739,27 @@ def decode(objective=("ar", "mdm"), batches=(1, 8, 64), judge: str = None, **mod
             y = diffusion.sample_mdm(f, x, f.mask_id, **how)
         return y, clock() - tic, f
     yield dict(sampler="real text"), lambda: quality(data)
-    families = {family: settings for family, settings in decoders(T - P).items() if ("ar" if family[0] == "A" else "mdm") in kinds}
+    families = {
+        family: settings
+        for family, settings in decoders(T - P).items()
+        if ("ar" if family[0] == "A" else "mdm") in kinds
+    }
     for family, settings in families.items():
         for setting, B in itertools.product(settings, batches):
+
             def measure():
-                # a batch smaller than 4 is repeated with other prompts: one row alone says little about a threshold
+                # a batch smaller than 4 is repeated with other prompts: one row alone says little about a
+                # threshold
                 runs = [go(family, setting, x) for x in canvas[:max(B, min(4, most))].split(B)]
                 seconds = sum(r[1] for r in runs)
                 texts = torch.cat([r[0] for r in runs])
-                return dict(passes=statistics.mean(r[2].passes for r in runs), tok_per_s=len(texts) * (T - P) / seconds,
-                            overhead=1 - sum(r[2].seconds for r in runs) / seconds, **quality(texts) if B == most else {})
+                return dict(
+                    passes=statistics.mean(r[2].passes for r in runs),
+                    tok_per_s=len(texts) * (T - P) / seconds,
+                    overhead=1 - sum(r[2].seconds for r in runs) / seconds,
+                    **quality(texts) if B == most else {},
+                )
+
             yield dict(sampler=family, **setting, batch=B), measure
     if "mdm" in kinds:
         cached, small = decoders(T - P)["diffusion in blocks, dual cache"], canvas[:16]
@@ -2199,15 +2771,20 @@ def decode(objective=("ar", "mdm"), batches=(1, 8, 64), judge: str = None, **mod
                 b, fast, _ = go("diffusion", setting, small, temperature=0)
                 return dict(speedup=slow / fast, agreement=(a == b)[:, P:].float().mean().item())
             yield dict(sampler="dual cache against none", **setting, batch=len(small)), measure
-    about = {role: dict(params=lm.num_params(), steps=s["step"], loss=(evaluations(folders[role]) or [{}])[-1].get("loss"))
-             for role, (lm, s) in trained.items()}
+    about = {
+        role: dict(
+            params=lm.num_params(), steps=s["step"], loss=(evaluations(folders[role]) or [{}])[-1].get("loss")
+        )
+        for role, (lm, s) in trained.items()
+    }
     return dict(models=about, prompt=P, new=T - P)
 
 
 @experiment(named=("scale",), gpu=MODELS_GPU,
-            show=lambda result: [{k: r[k] for k in ("run", "measure", "nats", "se", "bits_per_byte")} for r in result["rows"]])
+            show=without("params", "steps", "windows", "tokens"))
 def panel(windows=16, n_mc=64, **models):
-    """All likelihoods of the decode runs on the same validation windows: exact, bounds, chains; bits per byte.
+    """All likelihoods of the decode runs on the same validation windows: exact, bounds, chains; bits per
+    byte.
 
     windows: validation windows
     n_mc: masks per window of a bound, a multiple of 4
@@ -2221,17 +2798,25 @@ def panel(windows=16, n_mc=64, **models):
         bytes_per_token = prepare.load_tokenizer(folder).token_bytes[x.numpy()].sum() / x.numel()
         for measure, nats, se in sample.panel(lm, state["flags"], x.to(models["device"]), n_mc):
             yield dict(run=role, measure=measure), dict(
-                nats=nats, se=se or None, bits_per_byte=nats / math.log(2) / bytes_per_token, params=lm.num_params(),
-                steps=state["step"], windows=len(x), tokens=x.size(1))
+                nats=nats,
+                se=se or None,
+                bits_per_byte=nats / math.log(2) / bytes_per_token,
+                params=lm.num_params(),
+                steps=state["step"],
+                windows=len(x),
+                tokens=x.size(1),
+            )
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # tables: results/README.md from the JSON files
 
 def mixtures(folder, device="cpu"):
-    """Rows of full, linear and sparse layers and their mixtures, from the files of quality, recall, attention, context.
+    """Rows of full, linear and sparse layers and their mixtures, from the files of quality, recall,
+    attention, context.
 
-    Losses in nats per token and right answers in %, AR / diffusion; decoding of one token with the longest cache and
-    training at the longest length, how many times faster than full. A mixture's are the mean over its layers."""
+    Losses in nats per token and right answers in %, AR / diffusion; decoding of one token with the longest
+    cache and training at the longest length, how many times faster than full. A mixture's are the mean over
+    its layers."""
     def rows_of(file, column, *key):
         path = Path(folder) / f"{file}.json"
         rows = json.loads(path.read_text())["rows"] if path.exists() else []
@@ -2239,37 +2824,50 @@ def mixtures(folder, device="cpu"):
     quality = rows_of(f"quality_{device}", "loss", "mixer", "objective")
     recalls = rows_of("recall", "accuracy", "layers", "objective", "task", "pairs", "T")
     speed = rows_of(f"attention_{device}", "both_ms", "layer", "T")
-    decoding = {key[:2]: r for key, r in rows_of(f"context_{device}", "ms", "layer", "T", "batch").items() if key[2] == 1}
+    decoding = {
+        key[:2]: r
+        for key, r in rows_of(f"context_{device}", "ms", "layer", "T", "batch").items()
+        if key[2] == 1
+    }
     if not all((quality, recalls, speed, decoding)):
         return []
-    far, trained, tokens = (max(key[-1] for key in found if key[0] == "full") for found in (recalls, speed, decoding))
+    far, trained, tokens = (
+        max(key[-1] for key in found if key[0] == "full") for found in (recalls, speed, decoding)
+    )
     percent = lambda r: r and f"{100 * r['accuracy']:.0f}"
     both = lambda of: " / ".join(of(o) or "-" for o in OBJECTIVES)
     rows = []
     for name in dict.fromkeys(["full", *(mixer for mixer, _ in quality)]):
-        if name not in ATTENTION and "*" not in name:                                  # a setting of another row's layer
+        if name not in ATTENTION and "*" not in name:  # a setting of another row's layer
             continue
         layers = [n for n, _ in parse_layers(name, 4 if "*" in name else 1)]
         if not all((n, trained) in speed and (n, tokens) in decoding for n in layers):
             continue
         mean = lambda found, T, column: statistics.mean(found[n, T][column] for n in layers)
-        full = decoding["full", tokens]
-        rows.append({
-            "mixer": f"`{name}`",
-            "loss": both(lambda o: (name, o) in quality and f"{quality[name, o]['loss']:.3f}"),
-            "64 pairs": both(lambda o: percent(recalls.get((name, o, "pairs", 64, 512)))),
-            f"needles in {far:,}": both(lambda o: percent(recalls.get((name, o, "needle", NEEDLES, far)))),
-            f"decoding at {tokens:,}": f"{full['ms'] / mean(decoding, tokens, 'ms'):.1f}x",
-            "cache": f"{mean(decoding, tokens, 'cache_mib') / full['cache_mib']:.1%}",
-            f"training at {trained:,}": f"{speed['full', trained]['both_ms'] / mean(speed, trained, 'both_ms'):.2f}x"})
+        full, train_ms = decoding["full", tokens], speed["full", trained]["both_ms"]
+        rows.append(
+            {
+                "mixer": f"`{name}`",
+                "loss": both(lambda o: (name, o) in quality and f"{quality[name, o]['loss']:.3f}"),
+                "64 pairs": both(lambda o: percent(recalls.get((name, o, "pairs", 64, 512)))),
+                f"needles in {far:,}": both(
+                    lambda o: percent(recalls.get((name, o, "needle", NEEDLES, far)))
+                ),
+                f"decoding at {tokens:,}": f"{full['ms'] / mean(decoding, tokens, 'ms'):.1f}x",
+                "cache": f"{mean(decoding, tokens, 'cache_mib') / full['cache_mib']:.1%}",
+                f"training at {trained:,}": f"{train_ms / mean(speed, trained, 'both_ms'):.2f}x",
+            }
+        )
     return rows
 
 
 def told(result):
     """How a file was made, in a line."""
     seeds = ", ".join(map(str, result.get("seeds", ())))
-    return (f"`{result['command']}`: {result['device']}, torch {result['versions']['torch']}, {result['date']}, "
-            f"seed{'s' * (',' in seeds)} {seeds}" + ", **cut off by time**" * result["cut"])
+    return (
+        f"`{result['command']}`: {result['device']}, torch {result['versions']['torch']}, {result['date']}, "
+        f"seed{'s' * (',' in seeds)} {seeds}" + ", **cut off by time**" * result["cut"]
+    )
 
 
 @experiment()
@@ -2305,28 +2903,41 @@ def tables(results="results", pictures=False):
     write(page_file, text)
     print(f"wrote {page_file}")
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # choices: multiple choice by likelihood
 
-MEASURES = {"ar": ("exact",), "mdm": ("bound", "chain"), "block": ("bound", "chain"), "mixed": ("exact", "bound", "chain")}
-# The text, its continuations and the index of the right one: HellaSwag; PIQA and ARC; LAMBADA, whose one is right.
+MEASURES = {
+    "ar": ("exact",),
+    "mdm": ("bound", "chain"),
+    "block": ("bound", "chain"),
+    "mixed": ("exact", "bound", "chain"),
+}
+# The text, its continuations and the index of the right one: HellaSwag; PIQA and ARC; LAMBADA, whose one is
+# right.
 FORMS = {"ctx": ("endings", "label"), "query": ("choices", "gold"), "context": ("continuation", None)}
 
 
 def parse_item(r):
-    """An object of one of the FORMS -> (context, its possible continuations, index of the right one). ValueError: what
-    is wrong.
+    """An object of one of the FORMS -> (context, its possible continuations, index of the right one).
+    ValueError: what is wrong.
 
-    Continuations begin with a space and are tokenized on their own, as GPT-2's tokenizer would cut there. "Question: ..."
-    is followed by "Answer:", as in MosaicML's evaluation, where the files of that form come from."""
+    Continuations begin with a space and are tokenized on their own, as GPT-2's tokenizer would cut there.
+    "Question: ..." is followed by "Answer:", as in MosaicML's evaluation, where the files of that form come
+    from."""
     form = next((k for k in FORMS if isinstance(r, dict) and k in r), None)
     if form is None or any(k and k not in r for k in FORMS[form]):
         known = " or ".join(", ".join(k for k in (form, *keys) if k) for form, keys in FORMS.items())
         raise ValueError(f"is no object of the keys {known}")
     key, label = FORMS[form]
     context, answers = r[form], r[key] if label else [r[key]]
-    if not isinstance(context, str) or not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
-        raise ValueError(f"must have a text under '{form}' and {'a list of texts' if label else 'a text'} under '{key}'")
+    if (
+        not isinstance(context, str)
+        or not isinstance(answers, list)
+        or not all(isinstance(a, str) for a in answers)
+    ):
+        raise ValueError(
+            f"must have a text under '{form}' and {'a list of texts' if label else 'a text'} under '{key}'"
+        )
     gold = r[label] if label else 0
     if isinstance(gold, list) and len(gold) == 1:
         gold, = gold
@@ -2335,8 +2946,11 @@ def parse_item(r):
     answers = [a.strip() for a in answers]
     if (type(gold) is not int or not 0 <= gold < len(answers) or answers.count(answers[gold]) > 1
             or not all(answers) or label and len(answers) < 2):
-        raise ValueError(f"must have one right answer, all answers being different from it and none empty: '{label or key}' is "
-                         f"{json.dumps(r[label or key])[:40]}, and there are {len(answers)} answers")
+        raise ValueError(
+            f"must have one right answer, all answers being different from it and none empty: "
+            f"'{label or key}' is "
+            f"{json.dumps(r[label or key])[:40]}, and there are {len(answers)} answers"
+        )
     context = context.rstrip()
     if form == "query" and context.startswith("Question:"):
         context += "\nAnswer:"
@@ -2344,8 +2958,9 @@ def parse_item(r):
 
 
 def read_items(path, tokenizer, limit=None):
-    """The first `limit` items of a .jsonl file, read as prepare.py does: [{"context": ids, "ends": [ids, ...], "gold",
-    "bytes"}]. All is read before anything is computed: a bad line, named with its number, stops no evaluation."""
+    """The first `limit` items of a .jsonl file, read as prepare.py does: [{"context": ids, "ends": [ids,
+    ...], "gold", "bytes"}]. All is read before anything is computed: a bad line, named with its number, stops
+    no evaluation."""
     items = []
     for n, (line, _) in enumerate(prepare.text_lines(Path(path)), 1):
         if len(items) == limit:
@@ -2353,8 +2968,14 @@ def read_items(path, tokenizer, limit=None):
         try:
             if line.strip():
                 context, ends, gold = parse_item(json.loads(line))
-                items.append({"context": tokenizer.encode(context), "ends": [tokenizer.encode(e) for e in ends],
-                              "gold": gold, "bytes": [len(e.encode()) for e in ends]})
+                items.append(
+                    {
+                        "context": tokenizer.encode(context),
+                        "ends": [tokenizer.encode(e) for e in ends],
+                        "gold": gold,
+                        "bytes": [len(e.encode()) for e in ends],
+                    }
+                )
         except (json.JSONDecodeError, RecursionError, UnicodeEncodeError):
             raise ValueError(f"{path} line {n} is no JSON object of UTF-8 text") from None
         except ValueError as e:
@@ -2365,7 +2986,8 @@ def read_items(path, tokenizer, limit=None):
 
 
 def probe_as_items(flags, tokenizer, T, limit):
-    """train.py's probe as items: true ends of passages of the run's own validation text among three others."""
+    """train.py's probe as items: true ends of passages of the run's own validation text among three
+    others."""
     val, K = prepare.load_dataset(data_folder(flags["dataset"]))[1], max(1, min(16, T // 4))
     passages = train.probe_items(val, T, min(limit or 512, len(val) // T))
     return [{"context": p[0, :-K].tolist(), "ends": p[:, -K:].tolist(), "gold": 0,
@@ -2373,8 +2995,8 @@ def probe_as_items(flags, tokenizer, T, limit):
 
 
 def cut_item(item, T):
-    """(context, ends) that fit into a window of T tokens: the context, the same for all ends, loses its left. None if an
-    end does not fit."""
+    """(context, ends) that fit into a window of T tokens: the context, the same for all ends, loses its left.
+    None if an end does not fit."""
     room = T - max(map(len, item["ends"]))
     if room < 0:
         return None
@@ -2392,19 +3014,24 @@ def cache_rows(cache, rows):
 
 @torch.no_grad()
 def exact_nats(lm, batch):
-    """-log p of the ends of several items under an AR model. batch: [(context, ends)], the contexts of one length P.
+    """-log p of the ends of several items under an AR model. batch: [(context, ends)], the contexts of one
+    length P.
 
-    Each context is read once, into the cache. Then the ends are read side by side, those of similar length together, each
-    after its context's row of the cache and padded on the right, where nothing looks.
-    Returns a list of (nats of each end, is each of its tokens the most probable one?)."""
+    Each context is read once, into the cache. Then the ends are read side by side, those of similar length
+    together, each after its context's row of the cache and padded on the right, where nothing looks. Returns
+    a list of (nats of each end, is each of its tokens the most probable one?)."""
     device, P = lm.embed.weight.device, len(batch[0][0])
     kind = torch.device(device).type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else lm.embed.weight.dtype
-    context = diffusion.shift_right(torch.tensor([c + [0] for c, _ in batch]), lm.mask_id).to(device)  # (n, P + 1): BOS, context
+    # (n, P + 1): BOS, context.
+    context = diffusion.shift_right(torch.tensor([c + [0] for c, _ in batch]), lm.mask_id).to(device)
     if P:
         cache = lm.init_cache(len(batch), P + max(len(e) for _, ends in batch for e in ends), device, dtype)
         lm(context[:, :P], causal=True, cache=cache)
-    todo = sorted(((i, j, e) for i, (_, ends) in enumerate(batch) for j, e in enumerate(ends)), key=lambda ije: len(ije[2]))
+    todo = sorted(
+        ((i, j, e) for i, (_, ends) in enumerate(batch) for j, e in enumerate(ends)),
+        key=lambda ije: len(ije[2]),
+    )
     out = [([0.0] * len(ends), [False] * len(ends)) for _, ends in batch]
     while todo:
         now = [ije for ije in todo if len(ije[2]) <= 1.25 * len(todo[0][2]) + 1]
@@ -2414,7 +3041,7 @@ def exact_nats(lm, batch):
         for row, (*_, e) in zip(y, now):
             row[:len(e)] = torch.tensor(e)
         of, y = torch.tensor([i for i, *_ in now], device=device), y.to(device)
-        x = torch.cat([context[of, P:], y[:, :-1]], dim=1)                             # each token's predecessor
+        x = torch.cat([context[of, P:], y[:, :-1]], dim=1)  # each token's predecessor
         logits = lm(x, causal=True, **({"cache": cache_rows(cache, of)} if P else {}))
         real = torch.arange(y.size(1)) < length[:, None]
         nats = (diffusion.token_nll(logits, y).cpu().double() * real).sum(1).tolist()
@@ -2426,9 +3053,9 @@ def exact_nats(lm, batch):
 
 @torch.no_grad()
 def diffusion_nats(lm, context, ends, measure, n_mc, seed, block=None, batch_size=64):
-    """-log p of the ends of one item under a diffusion model, a list: the bound, all ends under the same n_mc masks (as far
-    as they have places in common), or the exact left-to-right chain. block: of a block-diffusion model; the last block's
-    places behind an end stay hidden."""
+    """-log p of the ends of one item under a diffusion model, a list: the bound, all ends under the same n_mc
+    masks (as far as they have places in common), or the exact left-to-right chain. block: of a
+    block-diffusion model; the last block's places behind an end stay hidden."""
     P, mask, device = len(context), lm.mask_id, lm.embed.weight.device
     length = torch.tensor([P + len(e) for e in ends])
     L = int(length.max())
@@ -2438,10 +3065,25 @@ def diffusion_nats(lm, context, ends, measure, n_mc, seed, block=None, batch_siz
         row[:P + len(e)] = torch.tensor(context + e)
     t = torch.arange(L)
     real = t < length[:, None]
-    x, scored, keywords = x.to(device), (real & (t >= P)).to(device), {} if block or real.all() else {"valid": real.to(device)}
+    x, scored, keywords = (
+        x.to(device),
+        (real & (t >= P)).to(device),
+        {} if block or real.all() else {"valid": real.to(device)},
+    )
     if measure == "bound":
-        nats, _ = diffusion.mdm_nll(lm, x, mask, n_mc, torch.Generator().manual_seed(seed), batch_size=batch_size,
-                                    noise_block=block, scored=scored, per_row=True, group=torch.zeros(len(ends), dtype=torch.int64), **keywords)
+        nats, _ = diffusion.mdm_nll(
+            lm,
+            x,
+            mask,
+            n_mc,
+            torch.Generator().manual_seed(seed),
+            batch_size=batch_size,
+            noise_block=block,
+            scored=scored,
+            per_row=True,
+            group=torch.zeros(len(ends), dtype=torch.int64),
+            **keywords,
+        )
     elif block:
         nats = sample.block_chain(lm, x, block, "left", scored).cpu()
     else:
@@ -2458,17 +3100,26 @@ def greedy_end(lm, context, end, block=None):
 
 
 def judge_items(lm, flags, items, measure, n_mc, batch_tokens):
-    """Yields [(item number, {"nats", "greedy" or "failed"})] in portions. Failed: an end is longer than the model's window."""
+    """Yields [(item number, {"nats", "greedy" or "failed"})] in portions. Failed: an end is longer than the
+    model's window."""
     fit = {i: cut_item(item, lm.config.block_size) for i, item in items.items()}
     for i in (i for i, f in fit.items() if f is None):
         longest = max(map(len, items[i]["ends"]))
-        yield [(i, {"failed": f"an answer of {longest} tokens is longer than the window of {lm.config.block_size}"})]
+        yield [
+            (
+                i,
+                {
+                    "failed": f"an answer of {longest} tokens is longer than the window of "
+                    f"{lm.config.block_size}"
+                },
+            )
+        ]
     fit = {i: f for i, f in fit.items() if f is not None}
     if measure == "exact":
-        length = lambda i: len(fit[i][0])                                              # of the context: the same in a pass
+        length = lambda i: len(fit[i][0])  # of the context: the same in a pass
         for _, same in itertools.groupby(sorted(fit, key=length), key=length):
             same = list(same)
-            while same:                                                                # as many as fit into a pass
+            while same:  # as many as fit into a pass
                 n = used = 0
                 while n < len(same) and (not n or used < batch_tokens):
                     context, ends = fit[same[n]]
@@ -2482,11 +3133,20 @@ def judge_items(lm, flags, items, measure, n_mc, batch_tokens):
         for i, (context, ends) in fit.items():
             rows = max(1, batch_tokens // (len(context) + max(map(len, ends))))
             nats = diffusion_nats(lm, context, ends, measure, n_mc, i, block, rows)
-            yield [(i, {"nats": nats, "greedy": greedy_end(lm, context, ends[0], block) if len(ends) == 1 else False})]
+            yield [
+                (
+                    i,
+                    {
+                        "nats": nats,
+                        "greedy": greedy_end(lm, context, ends[0], block) if len(ends) == 1 else False,
+                    },
+                )
+            ]
 
 
 def summary(items, results):
-    """Rates over the items that did not fail. With one answer (LAMBADA) accuracy is: does the model write it, greedily?
+    """Rates over the items that did not fail. With one answer (LAMBADA) accuracy is: does the model write it,
+    greedily?
 
     accuracy: the right answer has the smallest -log p; accuracy_norm: the smallest per byte. gap: the mean -log p of the
     wrong answers minus that of the right one, nats. loss: of the right answer, nats per token of it."""
@@ -2502,15 +3162,20 @@ def summary(items, results):
         if wrong:
             norm.append(all(nats[g] / item["bytes"][g] < nats[j] / item["bytes"][j] for j in wrong))
             gaps.append(statistics.mean(nats[j] for j in wrong) - nats[g])
-    p, se = statistics.mean(hits), lambda values: statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    p, se = statistics.mean(hits), lambda values: (
+        statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    )
     out |= dict(accuracy=p, se=(p * (1 - p) / len(done)) ** 0.5)
     if gaps:
         out |= dict(accuracy_norm=statistics.mean(norm), gap=statistics.mean(gaps), gap_se=se(gaps))
-    return out | dict(loss=sum(r["nats"][i["gold"]] for i, r in done) / sum(len(i["ends"][i["gold"]]) for i, _ in done))
+    return out | dict(
+        loss=sum(r["nats"][i["gold"]] for i, r in done) / sum(len(i["ends"][i["gold"]]) for i, _ in done)
+    )
 
 
 def read_judged(path):
-    """{item: its result} from a file of one a line; a half last line, of a process that was killed, is cut off."""
+    """{item: its result} from a file of one a line; a half last line, of a process that was killed, is cut
+    off."""
     if not path.exists():
         return {}
     lines = [line for line in path.open() if line.endswith("}\n")]
@@ -2519,8 +3184,9 @@ def read_judged(path):
 
 
 def judge_file(lm, flags, items, measure, n_mc, batch_tokens, path, label):
-    """{item: result}, written one a line as they get done, so that an interrupted evaluation goes on from there."""
-    results = {i: r for i, r in read_judged(path).items() if i in items}               # --limit may have been larger then
+    """{item: result}, written one a line as they get done, so that an interrupted evaluation goes on from
+    there."""
+    results = {i: r for i, r in read_judged(path).items() if i in items}  # --limit may have been larger then
     todo = {i: item for i, item in items.items() if i not in results}
     cost = {i: len(item["context"]) + sum(map(len, item["ends"])) for i, item in todo.items()}
     progress = prepare.Progress(f"{label}, {len(todo):,} items")
@@ -2544,7 +3210,19 @@ def judge_file(lm, flags, items, measure, n_mc, batch_tokens, path, label):
 
 def choice_table(result):
     """With how many items were left out, and why."""
-    shown = ("run", "step", "file", "measure", "items", "accuracy", "se", "accuracy_norm", "gap", "gap_se", "loss")
+    shown = (
+        "run",
+        "step",
+        "file",
+        "measure",
+        "items",
+        "accuracy",
+        "se",
+        "accuracy_norm",
+        "gap",
+        "gap_se",
+        "loss",
+    )
     rows = []
     for r in result["rows"]:
         left = f"{r['failed']:,}: {r['why']}" if r["failed"] else "0"
@@ -2553,16 +3231,26 @@ def choice_table(result):
 
 
 @experiment(show=choice_table)
-def choices(runs, files: list = ("probe",), measures=("exact", "bound", "chain"), n_mc=32, limit: int = None, which="best",
-            batch_tokens: int = None, device="auto", threads=0, out="out/choices"):
+def choices(
+    runs,
+    files: list = ("probe",),
+    measures=("exact", "bound", "chain"),
+    n_mc=32,
+    limit: int = None,
+    which="best",
+    batch_tokens: int = None,
+    device="auto",
+    threads=0,
+    out="out/choices",
+):
     """Multiple choice by likelihood, AR and diffusion: accuracy, and the gap between wrong and right answers.
 
-    accuracy: right answer most probable (one answer: it is what the model writes); gap: wrong minus right -log p, nats;
-    exact and chain are exact, bound is an upper bound. Files hold objects of {ctx, endings, label}, {query, choices,
-    gold} or {context, continuation}.
+    accuracy: right answer most probable (one answer: it is what the model writes); gap: wrong minus right
+    -log p, nats; exact and chain are exact, bound is an upper bound. Files hold objects of {ctx, endings,
+    label}, {query, choices, gold} or {context, continuation}.
 
     runs: run folder of train.py, or a checkpoint in one
-    files: .jsonl (.gz, .bz2, .xz), or probe: true ends of passages of the run's own validation data among three others
+    files: .jsonl (.gz, .bz2, .xz), or probe: true ends of passages of the validation data among three others
     measures: likelihoods, where a run has them
     n_mc: masks per item of the bound, a multiple of 4
     limit: first items of each file (default: all; probe: 512)
@@ -2577,14 +3265,16 @@ def choices(runs, files: list = ("probe",), measures=("exact", "bound", "chain")
         raise ValueError(f"--n_mc {n_mc} must be a multiple of 4")
     batch_tokens = batch_tokens or (65536 if device.startswith("cuda") else 4096)
     work = []
-    for run in runs:                                                                   # all input is read before the work begins
+    for run in runs:  # all input is read before the work begins
         lm, state = train.load_model(run, which, device)
         folder = Path(run) if Path(run).is_dir() else Path(run).parent
         flags, tokenizer = {**train.DEFAULTS, **state["flags"]}, prepare.load_tokenizer(folder)
         known = MEASURES[flags["objective"]]
         if not set(known) & set(measures):
-            raise ValueError(f"{run} is of objective {flags['objective']}, whose likelihoods are {','.join(known)}: "
-                             f"--measures {','.join(measures)} leaves none")
+            raise ValueError(
+                f"{run} is of objective {flags['objective']}, whose likelihoods are {','.join(known)}: "
+                f"--measures {','.join(measures)} leaves none"
+            )
         weights = hashlib.sha256(b"".join(v.numpy().tobytes() for v in state["model"].values())).hexdigest()
         for file in files:
             if file == "probe":
@@ -2605,18 +3295,22 @@ def choices(runs, files: list = ("probe",), measures=("exact", "bound", "chain")
             train.set_threads(threads, lm)
             tic = time.perf_counter()
             path = Path(out) / f"{name}-{label}-{measure}-{digest}.jsonl"
-            results, fresh = judge_file(lm, flags, items, measure, n_mc, batch_tokens, path, f"{name}, {label}, {measure}")
+            results, fresh = judge_file(
+                lm, flags, items, measure, n_mc, batch_tokens, path, f"{name}, {label}, {measure}"
+            )
             why = next((r["failed"] for r in results.values() if "failed" in r), None)
             return dict(n_mc=masks, **summary(items, results), why=why, params=lm.num_params(),
                         items_per_s=fresh / (time.perf_counter() - tic) if fresh else None)
         yield dict(run=name, objective=flags["objective"], step=step, file=label, measure=measure), evaluate
 
-# ---------------------------------------------------------------------------------------------------------------------
+
+# ------------------------------------------------------------------------------------------------------------
 # gpu: the queue
 
 @experiment()
 def gpu(minutes=9.0, results="results"):
-    """A queue of GPU measurements in order of value: skips what results/ holds, stops in time, goes on at the next call.
+    """A queue of GPU measurements in order of value: skips what results/ holds, stops in time, goes on at the
+    next call.
 
     With a checkout of nanoGPT in data/nanoGPT training is timed beside it.
 
@@ -2624,12 +3318,15 @@ def gpu(minutes=9.0, results="results"):
     """
     if not torch.cuda.is_available():
         raise ValueError("torch sees no CUDA device here: run this on a machine with an NVIDIA GPU")
-    study, speed = "bench.py crossover --scale gpu --results {r}", "bench.py train --rounds 1 --batch 64 --results {r}"
+    study, speed = (
+        "bench.py crossover --scale gpu --results {r}",
+        "bench.py train --rounds 1 --batch 64 --results {r}",
+    )
     peer = " --vs data/nanoGPT" * (HERE / "data" / "nanoGPT" / "model.py").exists()
     medium = f"{speed} --preset small --block_size 512 --vocab_size 4096 --iters 40"
     small = f"{medium} --n_layer 6 --n_head 6 --n_embd 384"
     wide, large = f"{speed} --preset gpt2 --n_head 6 --iters 20", "--n_head 16 --head_dim 128 --results {r}"
-    queue = [   # file that the entry leaves, command
+    queue = [  # file that the entry leaves, command
         ("gpu_tests.txt", "-m pytest test_all.py -q -m gpu"),
         ("train_cuda.json", f"{speed} --preset gpt2 --iters 20{peer}"),
         ("train_cuda_width128.json", f"{wide} --name train_cuda_width128"),
@@ -2642,24 +3339,32 @@ def gpu(minutes=9.0, results="results"):
         ("crossover_U1M_seeds.json", f"{study} --seeds 3 --name crossover_U1M_seeds"),
         ("decode_gpu.json", "bench.py decode --results {r}"),
         ("context_cuda.json", f"bench.py context --batches 1,64 {large}"),
-        ("sparse_cuda.json", f"bench.py functions --functions '{','.join((*ON_GPU, *SPARSE[:2]))}' --lengths 32768,65536,131072 "
-         "--n_head 32 --n_kv_head 2 --head_dim 128 --block 64 --topk 64 --tile 64 --name sparse_cuda --results {r}"),
+        (
+            "sparse_cuda.json",
+            f"bench.py functions --functions '{','.join((*ON_GPU, *SPARSE[:2]))}' "
+            "--lengths 32768,65536,131072 --n_head 32 --n_kv_head 2 --head_dim 128 --block 64 --topk 64 "
+            "--tile 64 --name sparse_cuda --results {r}",
+        ),
         ("attention_cuda.json", f"bench.py attention --lengths 2048,4096,8192,16384,32768,65536 {large}"),
         ("crossover_U2M.json", f"{study} --unique_tokens 2000000 --name crossover_U2M"),
         ("moe_cuda.json", "bench.py moe --results {r}"),
-        ("crossover_U5M.json", f"{study} --unique_tokens 5000000 --n_layer 10 --n_embd 512 --n_head 8 --name crossover_U5M"),
+        (
+            "crossover_U5M.json",
+            f"{study} --unique_tokens 5000000 --n_layer 10 --n_embd 512 --n_head 8 --name crossover_U5M",
+        ),
     ]
     end = time.time() + 60 * minutes
     missing = lambda: [file for file, _ in queue if not (Path(results) / file).exists()]
     for file in missing():
         command = dict(queue)[file]
         left = end - time.time()
-        if left < 60:                                                                  # compiling alone takes that
+        if left < 60:  # compiling alone takes that
             break
         print(f"\n=== {file}: {command}   ({train.clock(left)} left)", flush=True)
         words = shlex.split(command.format(r=results))
         p = subprocess.Popen([sys.executable, *words], cwd=HERE, start_new_session=True)
-        for patience, number in ((left - 40, signal.SIGINT), (30, signal.SIGKILL)):    # runs save and go on at the next call
+        # Runs save and go on at the next call.
+        for patience, number in ((left - 40, signal.SIGINT), (30, signal.SIGKILL)):
             try:
                 p.wait(timeout=patience)
                 break
@@ -2670,7 +3375,7 @@ def gpu(minutes=9.0, results="results"):
             (Path(results) / file).write_text(f"passed on {device_name('cuda')}, torch {torch.__version__}\n")
     print("\nnot measured yet: " + (", ".join(missing()) or "nothing"))
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Command line
 
 def main(argv=None):
@@ -2678,7 +3383,8 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True, parser_class=prepare.Parser)
     for name, about in EXPERIMENTS.items():
         text = re.sub(r"^    \w+: .*\n", "", about.run.__doc__, flags=re.M)
-        add_flags(commands.add_parser(name, help=text.partition("\n")[0], description=text), about)
+        summary = " ".join(text.partition("\n\n")[0].split())
+        add_flags(commands.add_parser(name, help=summary, description=text), about)
     try:
         typed = vars(parser.parse_args(argv))
         return perform(typed.pop("command"), typed) or 0
