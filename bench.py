@@ -1442,7 +1442,8 @@ def functions(
     ):
         if name in SPARSE and (T % math.lcm(block, tile) or topk * block > T):
             raise ValueError(
-                f"--lengths {T}: block-sparse attention takes multiples of --block {block}, of --tile {tile}, and "
+                f"--lengths {T}: block-sparse attention takes multiples of --block {block} and "
+                f"--tile {tile}, and "
                 f"at least --topk {topk} blocks"
             )
 
@@ -3148,8 +3149,8 @@ def summary(items, results):
     """Rates over the items that did not fail. With one answer (LAMBADA) accuracy is: does the model write it,
     greedily?
 
-    accuracy: the right answer has the smallest -log p; accuracy_norm: the smallest per byte. gap: the mean -log p of the
-    wrong answers minus that of the right one, nats. loss: of the right answer, nats per token of it."""
+    accuracy: the right answer has the smallest -log p; accuracy_norm: the smallest per byte. gap: the mean
+    -log p of the wrong answers minus that of the right one, nats. loss: of the right answer, nats per token."""
     done = [(items[i], r) for i, r in sorted(results.items()) if "failed" not in r]
     out = dict(items=len(done), failed=len(results) - len(done))
     if not done:
