@@ -224,9 +224,9 @@ def block_chain(lm, x, S, order, scored=None):
 # To look at
 
 def canvas_text(ids, tokenizer, mask_id):
-    """Token ids as text, places that are still open as blocks. Decoding run by run keeps a character's bytes
-    together."""
-    runs = itertools.groupby(ids, mask_id.__eq__)
+    """Token ids as text, places that are still open as blocks, without the ends of text. Decoding run by run
+    keeps a character's bytes together."""
+    runs = itertools.groupby(filter(tokenizer.eot.__ne__, ids), mask_id.__eq__)
     return "".join("░" * len([*run]) if is_open else tokenizer.decode(run) for is_open, run in runs)
 
 
@@ -275,7 +275,7 @@ def moving_picture(path, panels, frames=60, width=40, height=16):
             figure.text(s="\n\n" + text, **how)
         canvas.draw()
         image = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba())
-        images.append(image.convert("L").quantize(16))
+        images.append(image.convert("L").point(lambda grey: grey | 31))  # 8 greys: less than half the bytes
     with prepare.whole_file(path) as f:
         pauses = [100] * (frames - 1) + [3000]                  # milliseconds
         images[0].save(f, "GIF", save_all=True, append_images=images[1:], loop=0, duration=pauses)
@@ -428,7 +428,6 @@ def parse_args(argv):
     args.do, args.runs = score if scoring else generate, [args.run]
     if not scoring:
         need(args.num_samples > 0, f"--num_samples {args.num_samples} must be at least 1")
-        need(0 <= args.seed, f"--seed {args.seed} must be at least 0")
         need(0 <= args.pause < 3600, f"--pause {args.pause}: expected seconds")
         need(args.gif or not args.beside, "--beside is a second run for the picture: give --gif FILE too")
         args.runs += [args.beside] * bool(args.beside)

@@ -9,6 +9,7 @@ import doctest
 import functools
 import gzip
 import hashlib
+import http.server
 import io
 import itertools
 import json
@@ -3752,6 +3753,42 @@ def test_download(tmp_path, monkeypatch):
     meta = prepare.load_dataset(folder)[2]
     assert meta["train_bytes"] + meta["val_bytes"] == len(PREP_TEXT.encode())
     assert [f.name for f in (tmp_path / "data" / "raw" / "shakespeare").iterdir()] == ["input.txt"]
+
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    """GET /FILE: what ANSWERS says, (bytes, the length it claims or None)."""
+    body = b"a few words of text\n" * 99
+    answers = {"whole.txt": (body, len(body)), "half.txt": (body[:99], len(body)), "more.txt": (body, 99),
+               "page.txt": (b" <HTML><body>please log in", 26), "no_length.txt": (body, None),
+               "broken.gz": (gzip.compress(body)[:-9], 90), "broken.zip": (b"PK" + body, len(body) + 2)}
+
+    def do_GET(self):
+        body, size = self.answers[self.path[1:]]
+        self.send_response(200)
+        if size is not None:
+            self.send_header("Content-Length", str(size))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_downloads_that_go_wrong_leave_nothing(tmp_path):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    sha, there = hashlib.sha256(Answers.body).hexdigest(), f"http://127.0.0.1:{server.server_port}/"
+    for name, digest, message in [
+            ("half.txt", sha, "99 of 1,980 bytes"), ("more.txt", sha, "sha256"), ("page.txt", None, "web page"),
+            ("page.txt", sha, "web page"), ("no_length.txt", None, "neither its checksum"), ("broken.gz", None, "cannot"),
+            ("broken.zip", None, "cannot"), ("whole.txt", None, "neither its checksum"), ("whole.txt", "0" * 64, sha)]:
+        with pytest.raises(ValueError, match=message) as error:
+            prepare.download(there + name, tmp_path / "raw", digest)
+        assert there + name in str(error.value) and not list((tmp_path / "raw").iterdir())
+    for name in ("whole.txt", "no_length.txt"):
+        assert prepare.download(there + name, tmp_path / "raw", sha).read_bytes() == Answers.body
+    server.shutdown()
+    server.server_close()
 
 
 def test_shards(tmp_path, monkeypatch):
