@@ -199,15 +199,22 @@ def load_tokenizer(path):
         if meta["tokenizer"] != "byte":
             lines = file.read_bytes().splitlines()
             ranks = {base64.b64decode(token): int(i) for token, i in map(bytes.split, lines)}
-            tok = Tokenizer(meta["tokenizer"], ranks, meta.get("pattern"))
+            tok, sums = Tokenizer(meta["tokenizer"], ranks, meta.get("pattern")), tokenizer_sums(file, meta)
             whole = [*ranks.values()] == [*range(tok.eot)] and all(bytes([b]) in ranks for b in range(256))
-            need(whole and meta.get("tokenizer_sha256") in (None, file_sha256(file)), "it or meta.json is "
-                 "damaged")
+            need(whole and tok.pattern and all(meta.get(key, now) == now for key, now in sums.items()),
+                 "it or meta.json is damaged")
         need(tok.n_vocab == meta["vocab_size"],
              f"it has {tok.n_vocab} tokens, and meta.json says {meta['vocab_size']}")
     except (OSError, ValueError) as e:
         raise ValueError(f"cannot read {file} ({e}); copy it from the dataset folder") from e
     return tok
+
+
+def tokenizer_sums(file, meta):
+    """What meta.json says of its tokenizer's file and pattern, to be checked by load_tokenizer."""
+    pattern = hashlib.sha256(repr(meta.get("pattern")).encode()).hexdigest()
+    need(isinstance(meta.get("pattern"), str), "the pattern in meta.json is damaged")
+    return dict(tokenizer_sha256=file_sha256(file), pattern_sha256=pattern)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -571,7 +578,7 @@ def prepare(source="docs", name=None, tokenizer=None, out_dir="data", text=(), v
         if tok.ranks:  # in tiktoken's own format; a dataset or a run needs no network later
             with whole_file(temp / "tokenizer.tiktoken") as f:
                 f.writelines(b"%s %d\n" % (base64.b64encode(t), i) for i, t in enumerate(tok.vocab[:-1]))
-            meta["tokenizer_sha256"] = file_sha256(temp / "tokenizer.tiktoken")
+            meta |= tokenizer_sums(temp / "tokenizer.tiktoken", meta)
         with whole_file(temp / "meta.json") as f:
             f.write(json.dumps(meta, indent=1).encode())
         temp.chmod(0o755)

@@ -3004,9 +3004,11 @@ def test_every_flipped_bit_of_a_checkpoint_is_seen(dataset, tmp_path):
     assert refused > 75
     path.write_bytes(raw)
     state = train.load_checkpoint(path)
-    torch.save({**state, "version": 1}, path)
-    with pytest.raises(ValueError, match="another version"):
-        train.load_checkpoint(path)
+    for change, message in (({"version": 1}, "another version"), ({"version": torch.zeros(2)}, "damaged"),
+                            ({"digest": torch.zeros(2)}, "damaged"), ({"digest": None}, "damaged")):
+        torch.save(state | change, path)
+        with pytest.raises(ValueError, match=message):
+            train.load_checkpoint(path)
 
 
 @pytest.mark.parametrize("damage", ("truncated", "missing", "all"))
@@ -3637,20 +3639,25 @@ def test_damage_is_one_line_that_names_the_file(tmp_path, capsys):
     """Every byte of every file of a dataset changed in turn (a sample of them): refused, or the same tokens and tokenizer."""
     assert prep_make(tmp_path, "--tokenizer", "bpe:280", "--name", "d") == 0
     folder, rng = tmp_path / "data" / "d", random.Random(0)
-    good = [np.array(a).tolist() for a in prepare.load_dataset(folder)[:2]], prepare.load_tokenizer(folder).vocab
+    good = [np.array(a).tolist() for a in prepare.load_dataset(folder)[:2]], [getattr(prepare.load_tokenizer(folder), key) for key in ("vocab", "pattern")]
     for name in ("train.bin", "val.bin", "tokenizer.tiktoken", "meta.json"):
         raw, refused = (folder / name).read_bytes(), 0
         for damaged in [b"", b"[" * 9999, raw[:-1], raw[1:], raw * 2, *(raw[:i] + bytes([raw[i] ^ 1 << rng.randrange(8)]) + raw[i + 1:]
                                                               for i in rng.sample(range(len(raw)), 40))]:
             (folder / name).write_bytes(damaged)
             try:
-                now = [np.array(a).tolist() for a in prepare.load_dataset(folder)[:2]], prepare.load_tokenizer(folder).vocab
+                now = [np.array(a).tolist() for a in prepare.load_dataset(folder)[:2]], [getattr(prepare.load_tokenizer(folder), key) for key in ("vocab", "pattern")]
                 assert now == good and name == "meta.json" or damaged == raw
             except ValueError as e:
                 refused += 1
                 assert name in str(e) and "\n" not in str(e)
         assert refused > (40 if name != "meta.json" else 9)
         (folder / name).write_bytes(raw)
+    meta = json.loads((folder / "meta.json").read_text())
+    for pattern in (None, 5, "", "(", meta["pattern"][1:]):
+        (folder / "meta.json").write_text(json.dumps(meta | {"pattern": pattern}))
+        with pytest.raises(ValueError, match="meta.json is damaged"):
+            prepare.load_tokenizer(folder)
 
 
 def test_large_tokens_are_mapped_and_checked_by_a_sample(tmp_path, monkeypatch):

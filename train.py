@@ -553,10 +553,11 @@ def load_checkpoint(path):
         raise ValueError(f"cannot read {path}: {e.strerror}") from None
     except Exception:
         raise ValueError(damaged) from None
-    need(isinstance(state, dict) and "version" in state, damaged)
+    need(isinstance(state, dict) and isinstance(state.get("version"), int), damaged)
     need(state["version"] == VERSION, f"{path} was written by another version of train.py "
                                       f"({state['version']}; this one reads {VERSION})")
-    need(state.pop("digest", None) == digest(state), damaged)
+    found = state.pop("digest", None)
+    need(isinstance(found, int) and found == digest(state), damaged)
     return state
 
 
