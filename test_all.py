@@ -87,7 +87,7 @@ def close(a, b, tol=None):
 # Size
 
 BUDGET = {"attention.py": 21_000, "model.py": 6_500, "diffusion.py": 5_500, "train.py": 12_500, "sample.py": 4_050,
-          "prepare.py": 8_000, "bench.py": 36_000, "test_all.py": 72_000}
+          "prepare.py": 8_000, "bench.py": 29_700, "test_all.py": 72_000}
 NARROW = ("diffusion.py", "prepare.py", "sample.py", "train.py")
 
 
@@ -4055,6 +4055,8 @@ def test_crossover_is_what_its_runs_say(dataset, tmp_path, arms_here, capsys):
     assert rows["own"]["lr"] == min(sweep, key=sweep.get) and rows["own"]["best"] <= min(sweep.values())
     run, = tmp_path.glob(f"runs/*/own-s1337-lr{rows['own']['lr']:g}")
     assert train.load_model(run, "last")[0].config.layers == "linear"
+    short = [e["loss"] for folder in tmp_path.glob(f"runs/*/ar-s1337-lr{rows['ar']['lr']:g}/annealed-*") for e in bench.evaluations(folder)]
+    assert rows["ar"]["best"] == min(short + [e["loss"] for e in rows["ar"]["evals"]])
     assert bench.main(["compare", str(run), "--x", "seconds", "--results", str(tmp_path)]) == 0
     assert json.loads((tmp_path / "compare.json").read_text())["rows"][0]["evals"] == rows["own"]["evals"]
     assert bench.main(["compare", str(tmp_path)]) == 2 and "no evaluation" in capsys.readouterr().err
