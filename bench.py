@@ -3150,7 +3150,7 @@ def summary(items, results):
     greedily?
 
     accuracy: the right answer has the smallest -log p; accuracy_norm: the smallest per byte. gap: the mean
-    -log p of the wrong answers minus that of the right one, nats. loss: the right answer's, nats per token."""
+    -log p of the wrong answers minus that of the right one, nats. loss: the right answer's, per token."""
     done = [(items[i], r) for i, r in sorted(results.items()) if "failed" not in r]
     out = dict(items=len(done), failed=len(results) - len(done))
     if not done:
