@@ -1,24 +1,24 @@
 """Token mixers of today's language models: one flat file, plain torch, no hand-written kernels.
 
     layer = ATTENTION["full"](LayerConfig(n_embd=64))   # or any object with the attributes of layer.settings
-    y = layer(x)                                    # (B, T, C) -> (B, T, C), causal
-    y = layer(x, causal=False)                      # bidirectional, for diffusion models
+    y = layer(x)                                        # (B, T, C) -> (B, T, C), causal
+    y = layer(x, causal=False)                          # bidirectional, for diffusion models
     cache = layer.init_cache(batch_size=2, max_len=512)
-    y = layer(x, cache=cache)                       # prefill or decode: any number of tokens, the cache advances
+    y = layer(x, cache=cache)                           # prefill or decode any number of tokens
 
 layer           paper                               definition                      fast form
-full            1706.03762, grouped 2305.13245      softmax_attention               sdpa, flex_window_attention
+full            1706.03762, grouped 2305.13245      softmax_attention               sdpa, flex_window_
 mla             DeepSeek-V2 2405.04434              MLA.attend, naive               MLA.attend, absorbed
 linear          2006.16236, RetNet, Mamba-2, GLA    linear_attention_recurrent      linear_attention
 deltanet        2406.06484                          delta_rule_recurrent            delta_rule
 gated_deltanet  2412.06464                          delta_rule_recurrent            delta_rule
 kda             Kimi Delta Attention 2510.26692     delta_rule_recurrent            delta_rule
-nsa             2502.11089                          block_sparse_attention          gather_, flex_block_attention
-infllm          InfLLM-V2 2509.24663, MoBA          block_sparse_attention          gather_, flex_block_attention
-msa             MiniMax 2606.13392                  block_sparse_attention          gather_, flex_block_attention
-dsa             DeepSeek-V3.2                       DSA.mix                         gather_attention (decoding)
+nsa             2502.11089                          block_sparse_attention          gather_, flex_block_
+infllm          InfLLM-V2 2509.24663, MoBA          block_sparse_attention          gather_, flex_block_
+msa             MiniMax 2606.13392                  block_sparse_attention          gather_, flex_block_
+dsa             DeepSeek-V3.2                       DSA.mix                         gather_attention, decoding
 
-B batch, T tokens, C = n_embd, H heads, G = n_head // n_kv_head, D head width. This file imports nothing of ours.
+B batch, T tokens, C = n_embd, H heads, G = n_head // n_kv_head, D head width. It imports nothing of ours.
 """
 import contextlib
 import functools
@@ -52,11 +52,11 @@ class LayerConfig:
     attn_gate: bool = False
     window: int | None = None       # sliding window, the token itself counted
     sink: bool = False
-    # layers `linear`, `deltanet`, `gated_deltanet`, `kda`: None takes n_head, n_head, n_embd / heads, the key width
-    linear_n_head: int | None = None    # query and key heads
-    linear_n_v_head: int | None = None  # value heads, a multiple: each q, k head serves several
-    linear_key_dim: int | None = None
-    linear_value_dim: int | None = None
+    # layers `linear`, `deltanet`, `gated_deltanet`, `kda`
+    linear_n_head: int | None = None    # query and key heads; None: n_head
+    linear_n_v_head: int | None = None  # value heads, a multiple: q and k heads serve several; None: as many
+    linear_key_dim: int | None = None   # None: n_embd / heads
+    linear_value_dim: int | None = None     # None: the key width
     linear_decay: str | None = None     # linear: None | fixed (RetNet) | head (Mamba-2) | channel (GLA)
     decay_gate: str = "auto"            # softplus | lower (a lower bound g_min); auto: the published one
     g_min: float = -5.0
@@ -76,7 +76,7 @@ class LayerConfig:
     sel_topk: int | None = None     # blocks read by a query, the forced ones among them (dsa: tokens)
     sel_init: int | None = None     # forced: the first blocks
     sel_local: int | None = None    # forced: the blocks up to the query's own
-    sel_tile: int | None = None     # neighbouring queries that share their picks when not causal; None: sel_block
+    sel_tile: int | None = None     # queries that share their picks when not causal; None: sel_block
     cmp_block: int = 32             # nsa, infllm: tokens in a compression window
     cmp_stride: int = 16            # and between two windows
     dense_len: int = 8192           # infllm: a query that sees no more tokens reads all of them
@@ -102,7 +102,8 @@ def check_values(values):
     for field, value in values.items():
         if field in CHOICES:
             choices = CHOICES[field]
-            need(value in choices or value is None and "none" in choices,       # a pattern's position=none is None here
+            # a pattern's position=none is None here
+            need(value in choices or value is None and "none" in choices,
                  f"{field}={value} is no choice: one of {', '.join(map(str, choices)).lower()}")
         elif field in RANGES:
             low, high = RANGES[field]
@@ -120,8 +121,9 @@ def check_settings(name, values):
     own = {field: value for field, value in values.items() if field in LayerConfig.__dataclass_fields__}
     read = getattr(ATTENTION[name], "settings", None) or own
     for field, value in own.items():
-        need(field in read, f"layer '{name}' does not read {field}: {field}={value} would change nothing. It reads "
-                            f"{', '.join(read)}")
+        need(field in read,
+             f"layer '{name}' does not read {field}: {field}={value} would change nothing. "
+             f"It reads {', '.join(read)}")
     check_values(own)
 
 
@@ -132,7 +134,7 @@ def check_settings(name, values):
 class Step:
     """What one call is about, worked out once for all layers of a model by `step_of`.
 
-    Tokens sit in slots 0, 1, 2, ... of their sequence. What query t may read is a prefix of them, slots < limit[t].
+    Tokens sit in slots 0, 1, 2, ... of their sequence. Query t may read a prefix of them, slots < limit[t].
     """
     causal: bool
     commit: bool                    # False: leave the cache as it was (a noisy block, a draft)
@@ -163,31 +165,38 @@ class Step:
 
 
 def step_of(x, cache=None, causal=True, commit=True, pos=None, valid=None, mask=None, aux=None):
-    """The Step of a call on x (B, T, ...), for the counters of `cache`. The keywords are those of every layer:
+    """The Step of a call on x (B, T, ...), for the counters of `cache`.
+
+    The keywords are those of every layer:
 
     cache   from init_cache; None computes the whole sequence at once
     commit  False: read cache + x, but leave the cache as it was (a noisy block, a draft)
-    pos     (T,) or (B, T) positions, by default counted on. With a cache they name slots, rising and without a gap
-            behind what is there; `mla` and `full` without a window may also compute slots in use anew
+    pos     (T,) or (B, T) positions, by default counted on. With a cache they name slots, rising and without
+            a gap behind what is there; `mla` and `full` without a window may also compute slots in use anew
     valid   (B, T) bool, False = padding on the right: hidden from every other token
     mask    (T, T) bool, True = visible, instead of causal: `full` and `mla` only, without a cache
     aux     dict to which a layer adds named scalars
     """
-    (B, T), device = x.shape[:2], x.device
+    B, T = x.shape[:2]
+    device = x.device
     eager = not torch.compiler.is_compiling()
     if pos is not None:
-        need(pos.shape in ((T,), (1, T), (B, T)), f"pos has shape {tuple(pos.shape)}, expected ({T},) or ({B}, {T})")
+        need(pos.shape in ((T,), (1, T), (B, T)),
+             f"pos has shape {tuple(pos.shape)}, expected ({T},) or ({B}, {T})")
         pos = pos.view(-1, T)
     if valid is not None:
         need(valid.shape == (B, T), f"valid has shape {tuple(valid.shape)}, expected ({B}, {T})")
-        need(not eager or not bool((valid[:, 1:] & ~valid[:, :-1]).any()), "valid: padding stands on the right only")
+        risen = valid[:, 1:] & ~valid[:, :-1]
+        need(not eager or not bool(risen.any()), "valid: padding stands on the right only")
     if mask is not None:
         need(cache is None, "a layer takes a mask= or a cache=, not both")
         need(mask.shape[-2:] == (T, T), f"mask has shape {tuple(mask.shape)}, expected ({T}, {T})")
     if cache is None:
         slots = torch.arange(T, device=device)[None]
         end = slots.new_full((1, 1), T) if valid is None else valid.sum(1, keepdim=True)
-        length, plain, rewrites = T, mask is None and (causal or valid is None), False
+        length = T
+        plain = mask is None and (causal or valid is None)
+        rewrites = False
     else:
         slots, rewrites = cache.place(B, T, pos, valid)
         end = cache.end(slots, valid)[:, None]
@@ -196,26 +205,32 @@ def step_of(x, cache=None, causal=True, commit=True, pos=None, valid=None, mask=
         plain = eager and cache.stays_dense(pos, valid) and (not causal or T == 1 and pos is None)
         if length == T:                                             # the new tokens are all there is
             plain = causal or valid is None
+    moved = pos is not None
+    if not moved or cache is not None:
+        pos = slots
     limit = slots + 1 if causal and mask is None else end.expand(-1, T)
-    return Step(causal, commit, slots if pos is None or cache is not None else pos, slots, limit.clamp(min=1), length,
-                plain, pos is not None, rewrites, valid, mask, aux)
+    limit = limit.clamp(min=1)
+    return Step(causal, commit, pos, slots, limit, length, plain, moved, rewrites, valid, mask, aux)
 
 
 class Cache:
-    """What a layer or a whole model remembers: tensors of fixed shape, so that a compiled step never recompiles.
+    """What a layer or a whole model remembers: tensors of fixed shape, so that no compiled step recompiles.
 
-    pos (B,) int64 counts the valid tokens of each row. used is an upper bound of pos.max() that the host knows: asking
-    the device would stall every step. dense: the host also knows that every row holds `used` tokens; it is False for
-    good after a call with valid, or with pos into a cache that is not full. A compiled step cannot count on the host:
-    it leaves the bound max_len and dense False. A model's cache counts for all its layers, whose own are buffers alone.
+    pos (B,) int64 counts the valid tokens of each row. used is an upper bound of pos.max() that the host
+    knows: asking the device would stall every step. dense: the host also knows that every row holds `used`
+    tokens; it is False for good after a call with valid, or with pos into a cache that is not full. A
+    compiled step cannot count on the host: it leaves the bound max_len and dense False. A model's cache
+    counts for all its layers, whose own are buffers alone.
     """
     def __init__(self, batch_size, max_len, device=None, **buffers):
         self.pos = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self.max_len, self.used, self.dense = max_len, 0, True
+        self.max_len = max_len
+        self.used = 0
+        self.dense = True
         self.__dict__.update(buffers)
 
     def place(self, B, T, pos=None, valid=None):
-        """(B, T) slots of the next T tokens, those that pos names or the next ones; do they lie among those in use?
+        """(B, T) slots of T tokens, those that pos names or the next ones; do they lie among those in use?
 
         With valid, a step of one token may hold rows that are full, as padding.
         """
@@ -227,27 +242,35 @@ class Cache:
                 taken = self.used
                 if valid is not None and T == 1:
                     taken = int(self.pos.masked_fill(~valid[:, 0], 0).max())
-                need(taken + T <= self.max_len, f"the cache holds {self.max_len} tokens and {taken} are taken: {T} more "
-                                                f"do not fit, make it with init_cache(max_len >= {taken + T})")
+                need(taken + T <= self.max_len,
+                     f"the cache holds {self.max_len} tokens and {taken} are taken: {T} more do not fit, "
+                     f"make it with init_cache(max_len >= {taken + T})")
             slots = self.pos[:, None] + torch.arange(T, device=self.pos.device)
-            return (slots if valid is None else slots.clamp(max=self.max_len - 1)), False
+            if valid is not None:
+                slots = slots.clamp(max=self.max_len - 1)
+            return slots, False
         pos = pos.expand(B, T)
         if not eager or not pos.numel():
             return pos, False
-        low, high = pos.min(), pos.max()
-        need(low >= 0 and high < self.max_len, f"pos {int(low if low < 0 else high)} lies outside the cache of max_len "
-                                               f"{self.max_len}: the last position is {self.max_len - 1}")
+        low = pos.min()
+        high = pos.max()
+        need(low >= 0 and high < self.max_len,
+             f"pos {int(low if low < 0 else high)} lies outside the cache of max_len {self.max_len}: "
+             f"the last position is {self.max_len - 1}")
         new = pos >= self.pos[:, None]
-        new = new if valid is None else new & valid
+        old = ~new
+        if valid is not None:
+            new = new & valid
+            old = old & valid
         gap = (self.pos + new.sum(1) != self.end(pos, valid)) | (pos.diff(dim=1) <= 0).any(1)
         need(not bool(gap.any()), "pos must rise without a gap behind what the cache holds")
-        old = ~new if valid is None else ~new & valid
         return pos, bool(old.any())
 
     def end(self, slots, valid=None):
-        """(B,) tokens of each row once those in slots (B, T) are there; the invalid ones among them do not count."""
+        """(B,) tokens of each row once those in slots (B, T) are there; the invalid ones do not count."""
         end = slots + 1 if valid is None else torch.where(valid, slots + 1, 0)
-        return torch.maximum(self.pos, F.pad(end, (0, 1)).amax(dim=1))          # a pad: amax of no tokens is an error
+        end = F.pad(end, (0, 1))                # a pad: amax of no tokens is an error
+        return torch.maximum(self.pos, end.amax(dim=1))
 
     def stays_dense(self, pos, valid):
         return self.dense and valid is None and (pos is None or self.used == self.max_len)
@@ -256,7 +279,8 @@ class Cache:
         """Count the tokens of a step as seen."""
         self.pos.copy_(self.end(step.slots, step.valid))
         if torch.compiler.is_compiling():
-            self.used, self.dense = self.max_len, False
+            self.used = self.max_len
+            self.dense = False
         else:
             self.dense = self.stays_dense(step.pos if step.moved else None, step.valid)
             self.used = min(self.max_len, self.used + step.slots.size(1))
@@ -268,17 +292,18 @@ def write_slots(buffer, new, slots):
 
 
 def put(cache, new, step, block=1):
-    """Put new {name: (B, h, T, D)} into the cache, if there is one -> what the queries may read, (B, h, S, D) each.
+    """Put new {name: (B, h, T, D)} into the cache, if there is one -> what is read, (B, h, S, D) each.
 
-    S is step.length, up to a multiple of `block`: slots from step.limit on hold garbage. Padding is not written.
-    Without commit the new entries lie behind cache.pos, where nothing reads them later and the next call overwrites
-    them; where they replace entries in use, a copy is read.
+    S is step.length, up to a multiple of `block`: slots from step.limit on hold garbage. Padding is not
+    written. Without commit the new entries lie behind cache.pos, where nothing reads them later and the next
+    call overwrites them; where they replace entries in use, a copy is read.
     """
     if cache is None:
         return list(new.values())
     read = []
     for name, a in new.items():
-        buffer, at = getattr(cache, name), step.slots[:, None, :, None].expand_as(a)
+        buffer = getattr(cache, name)
+        at = step.slots[:, None, :, None].expand_as(a)
         entry = a.to(buffer.dtype)
         if step.valid is not None:
             entry = torch.where(step.valid[:, None, :, None], entry, buffer.gather(2, at))
@@ -292,15 +317,18 @@ def put(cache, new, step, block=1):
 
 
 def put_ring(cache, k, v, step, window):
-    """As put, for a sliding window: the cache keeps the last W tokens in a ring, slot = position % W. -> k, v, mask.
+    """As put, for a sliding window: the cache keeps the last W tokens in a ring, slot = position % W.
 
-    The ring has one slot more, W, that takes what is not kept and is never read.
+    Returns k, v and the mask. The ring has one slot more, W, that takes what is not kept and is never read.
     """
-    new, ok = (k, v), step.valid
+    new = k, v
+    ok = step.valid
     ok = torch.ones_like(step.slots, dtype=torch.bool) if ok is None else ok
     if cache is not None:
-        old, T = (cache.k, cache.v), k.size(2)
-        W, first = old[0].size(2) - 1, step.slots[:, :1]            # (B, 1) tokens seen before
+        old = cache.k, cache.v
+        T = k.size(2)
+        W = old[0].size(2) - 1
+        first = step.slots[:, :1]  # (B, 1) tokens seen before
         s = torch.arange(W, device=k.device)
         k_pos = first - 1 - (first - 1 - s) % W                     # (B, W); negative: nothing is there yet
         if step.length > T:
@@ -318,10 +346,11 @@ def put_ring(cache, k, v, step, window):
 
 
 class Mixer(nn.Module):
-    """What every layer has. A layer says its settings, mix(x, step, cache) and state(T), reads(T, causal), flops(T, causal).
+    """What every layer has.
 
-    state: {buffer: shape per sequence of T tokens}; reads: keys that the last query reads; flops: of one forward pass of
-    one sequence, without projections.
+    A layer says its settings, mix(x, step, cache) and state(T), reads(T, causal), flops(T, causal). state:
+    {buffer: shape per sequence of T tokens}; reads: keys that the last query reads; flops: of one forward
+    pass of one sequence, without projections.
     """
     family = "softmax"              # or "linear", "sparse"
     settings = ()                   # fields of the config that the layer reads
@@ -336,16 +365,16 @@ class Mixer(nn.Module):
         check_values({field: getattr(config, field) for field in self.settings})
 
     def forward(self, x, causal=True, cache=None, step=None, **keywords):
-        """(B, T, C) -> (B, T, C). The keywords are those of `step_of`; a model passes a step for all its layers."""
+        """(B, T, C) -> (B, T, C). The keywords are those of `step_of`; a model passes a step to all layers."""
         own = step is None
         if own:
             step = step_of(x, cache, causal, **keywords)
         if step.mask is not None and not self.takes_mask:
-            raise ValueError(f"layer '{self.name}' takes no mask=: only 'full' and 'mla' can read one (block diffusion's "
-                             "two streams)")
+            raise ValueError(f"layer '{self.name}' takes no mask=: only 'full' and 'mla' can read one "
+                             "(block diffusion's two streams)")
         if step.rewrites and not self.rewrites:
-            raise ValueError(f"layer '{self.name}' reads its cache in order: pos must go on behind it, and only 'mla' and "
-                             "'full' without a window compute a slot in use anew")
+            raise ValueError(f"layer '{self.name}' reads its cache in order: pos must go on behind it, and only "
+                             "'mla' and 'full' without a window compute a slot in use anew")
         if x.numel() == 0:
             return x
         y = self.mix(x, step, cache)
@@ -361,12 +390,15 @@ class Mixer(nn.Module):
 
     def dtypes(self, dtype):
         """{buffer: dtype} of a cache in dtype."""
-        return {name: torch.promote_types(dtype, torch.float32) if name in self.wide else dtype for name in self.state(1)}
+        wide = torch.promote_types(dtype, torch.float32)
+        return {name: wide if name in self.wide else dtype for name in self.state(1)}
 
     def buffers_for(self, batch_size, max_len, device=None, dtype=None):
         """{name: zeros (batch_size, ...)}: what the layer keeps of max_len tokens."""
-        dtypes, out = self.dtypes(dtype or torch.get_default_dtype()), {}
-        for name, (*lead, n, width) in self.state(-(-max_len // self.block) * self.block).items():
+        dtypes = self.dtypes(dtype or torch.get_default_dtype())
+        out = {}
+        slots = -(-max_len // self.block) * self.block
+        for name, (*lead, n, width) in self.state(slots).items():
             shape = batch_size, *lead, n + (name in self.spare), width
             out[name] = torch.zeros(shape, device=device, dtype=dtypes[name])
         return out
@@ -385,13 +417,15 @@ def itemsize(dtype):
 
 
 def widen(x):
-    """float32 for what bf16 would spoil (gates, norms, states: it has no number between 0.996 and 1); float64 stays."""
+    """float32 for what bf16 would spoil (it has no number between 0.996 and 1); float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def no_autocast(x):
-    """Inside, autocast is off on x's device: what must be float32 stays float32. The meta device has no autocast."""
-    return contextlib.nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
+    """Inside, autocast is off on x's device: what must be float32 stays float32."""
+    if x.device.type == "meta":     # has no autocast
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def visible(q_pos, k_pos, causal=True, window=None, k_valid=None):
@@ -410,25 +444,29 @@ def visible(q_pos, k_pos, causal=True, window=None, k_valid=None):
 
 
 def count_visible(T, causal=True, window=None):
-    """Number of visible (query, key) pairs in a sequence of T tokens: the sum over queries of the keys they read."""
+    """Number of visible (query, key) pairs in a sequence of T tokens."""
     w = T if window is None else min(window, T)
     one_side = w * (w + 1) // 2 + (T - w) * w               # queries before the window is full, and after
     return one_side if causal else 2 * one_side - T
 
 
 def rotary(x, pos, dim=None, base=10_000.0, interleaved=False):
-    """Rotary position embedding of the first `dim` channels (RoFormer, arXiv 2104.09864; partial as in GPT-NeoX).
+    """Rotary position embedding of the first `dim` channels (RoFormer, arXiv 2104.09864).
 
-    x (B, H, T, D), pos (T,) or (B, T). Pairs are channels (i, i + dim/2), the layout of Llama and transformers, or
-    (2i, 2i + 1) when interleaved (DeepSeek). Angles in float32: bf16 has no integer above 256 next to each other.
+    x (B, H, T, D), pos (T,) or (B, T). Pairs are channels (i, i + dim/2), the layout of Llama and
+    transformers, or (2i, 2i + 1) when interleaved (DeepSeek). Angles in float32: bf16 has no integer above
+    256 next to each other.
     """
     dim = x.size(-1) if dim is None else dim
     freq = base ** (-torch.arange(0, dim, 2, device=x.device, dtype=torch.float32) / dim)
     angle = (pos[..., None].float() * freq).unsqueeze(-3)   # (1 or B, 1, T, dim/2)
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    r, rest = x[..., :dim], x[..., dim:]
+    cos = angle.cos().to(x.dtype)
+    sin = angle.sin().to(x.dtype)
+    r = x[..., :dim]
+    rest = x[..., dim:]
     if interleaved:
-        a, b = r[..., 0::2], r[..., 1::2]
+        a = r[..., 0::2]
+        b = r[..., 1::2]
         r = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
     else:
         a, b = r.chunk(2, dim=-1)
@@ -436,28 +474,36 @@ def rotary(x, pos, dim=None, base=10_000.0, interleaved=False):
     return torch.cat([r, rest], dim=-1) if rest.size(-1) else r
 
 
+def heads(x, n):
+    """(B, T, n D) -> (B, n, T, D)."""
+    return x.unflatten(-1, (n, -1)).transpose(1, 2)
+
+
 def head_width(config):
     if config.head_dim is not None:
         return config.head_dim
-    need(config.n_embd % config.n_head == 0, f"n_embd {config.n_embd} must be a multiple of n_head {config.n_head}, or "
-                                             "give head_dim")
+    need(config.n_embd % config.n_head == 0,
+         f"n_embd {config.n_embd} must be a multiple of n_head {config.n_head}, or give head_dim")
     return config.n_embd // config.n_head
 
 # ------------------------------------------------------------------------------------------------------------
 # Softmax attention
 
 def softmax_attention(q, k, v, causal=True, window=None, sink=None, scale=None, mask=None):
-    """softmax(scale q k^T) v. q (B, H, T, D); k, v (B, H_kv, S, D): grouped queries when H_kv < H -> (B, H, T, Dv).
+    """softmax(scale q k^T) v: q (B, H, T, D), k and v (B, H_kv, S, D) -> (B, H, T, Dv).
 
-    With S > T the queries are the last T of the S positions. mask: bool, broadcastable to (B, H, T, S), True = visible,
-    in place of causal and window. sink (H,): a learned logit per head that takes part in the softmax and reads nothing,
-    so that a head can attend to no token (gpt-oss). scale defaults to D ** -0.5.
+    Queries are grouped when H_kv < H. With S > T the queries are the last T of the S positions. mask: bool,
+    broadcastable to (B, H, T, S), True = visible, in place of causal and window. sink (H,): a learned logit
+    per head that takes part in the softmax and reads nothing, so that a head can attend to no token
+    (gpt-oss). scale defaults to D ** -0.5.
     """
-    T, S = q.size(-2), k.size(-2)
+    T = q.size(-2)
+    S = k.size(-2)
     if q.numel() == 0:
         return q.new_zeros(*q.shape[:-1], v.size(-1))
     if mask is None:
-        need(T <= S or not causal, f"{T} queries are more than {S} keys: causal queries are the last of the positions")
+        need(T <= S or not causal,
+             f"{T} queries are more than {S} keys: causal queries are the last of the positions")
         if window is not None and S > 2 * max(window, 128):
             return long_window_attention(q, k, v, causal, window, sink, scale)
         if window is not None and window < S or sink is not None or causal and 1 < T < S:
@@ -465,9 +511,10 @@ def softmax_attention(q, k, v, causal=True, window=None, sink=None, scale=None, 
             mask = visible(t[S - T:], t, causal, window)
     if sink is None:
         return sdpa(q, k, v, causal, scale, mask)
-    # SDPA has no sink and does not return its normaliser, so this is the definition, with its (T, S) scores in memory.
+    # SDPA has no sink and does not return its normaliser, so this is the definition, with its (T, S) scores
+    # in memory.
     k, v = (a.repeat_interleave(q.size(1) // a.size(1), dim=1) for a in (k, v))
-    scores = widen(q @ k.transpose(-1, -2)) * (scale or q.size(-1) ** -0.5)     # (B, H, T, S)
+    scores = widen(q @ k.mT) * (scale or q.size(-1) ** -0.5)     # (B, H, T, S)
     scores = scores.masked_fill(~mask, -math.inf)
     null = sink.to(scores.dtype).view(1, -1, 1, 1).expand(q.size(0), -1, T, 1)
     return torch.cat([scores, null], dim=-1).softmax(dim=-1)[..., :-1].to(v.dtype) @ v
@@ -476,10 +523,10 @@ def softmax_attention(q, k, v, causal=True, window=None, sink=None, scale=None, 
 class Full(Mixer):
     """Multi-head attention with the options of current models: each is off by default.
 
-    n_kv_head < n_head: grouped queries (arXiv 2305.13245), 1 = multi-query. qk_norm: RMSNorm of queries and keys per
-    head (Qwen3). attn_gate: the output times sigmoid(W x), per channel (arXiv 2505.06708, Qwen3-Next). window: sliding
-    window, with a ring cache of that size. sink: a learned null logit per head (gpt-oss). rotary_fraction: share of the
-    head's channels that are rotated (Qwen3-Next: 0.25).
+    n_kv_head < n_head: grouped queries (arXiv 2305.13245), 1 = multi-query. qk_norm: RMSNorm of queries and
+    keys per head (Qwen3). attn_gate: the output times sigmoid(W x), per channel (arXiv 2505.06708,
+    Qwen3-Next). window: sliding window, with a ring cache of that size. sink: a learned null logit per head
+    (gpt-oss). rotary_fraction: share of the head's channels that are rotated (Qwen3-Next: 0.25).
     """
     settings = ("n_embd", "n_head", "n_kv_head", "head_dim", "bias", "norm_eps", "position", "rope_base",
                 "rotary_fraction", "qk_norm", "attn_gate", "window", "sink")
@@ -487,14 +534,17 @@ class Full(Mixer):
 
     def __init__(self, config):
         super().__init__(config)
-        C, H = config.n_embd, config.n_head
-        self.H, self.Hkv = H, config.n_kv_head or H
+        C = config.n_embd
+        H = config.n_head
+        self.H = H
+        self.Hkv = config.n_kv_head or H
         need(H % self.Hkv == 0, f"n_head {H} must be a multiple of n_kv_head {self.Hkv}")
         self.D = head_width(config)
         self.rope_base = config.rope_base
         self.rope_dim = int(self.D * config.rotary_fraction) if config.position == "rotary" else 0
-        need(self.rope_dim % 2 == 0, f"head width {self.D} x rotary_fraction {config.rotary_fraction} rotates "
-                                     f"{self.rope_dim} channels: it must be an even number")
+        need(self.rope_dim % 2 == 0,
+             f"head width {self.D} x rotary_fraction {config.rotary_fraction} rotates "
+             f"{self.rope_dim} channels: it must be an even number")
         self.window = config.window if "window" in self.settings else None
         self.rewrites = self.window is None
         self.spare = () if self.window is None else ("k", "v")
@@ -517,9 +567,11 @@ class Full(Mixer):
 
     def project(self, x, pos):
         """(B, T, C) -> q (B, H, T, D), k and v (B, Hkv, T, D), normalised and rotated."""
-        q, k, v = self.qkv_proj(x).unflatten(-1, (-1, self.D)).transpose(1, 2).split([self.H, self.Hkv, self.Hkv], dim=1)
+        qkv = heads(self.qkv_proj(x), self.H + 2 * self.Hkv)
+        q, k, v = qkv.split([self.H, self.Hkv, self.Hkv], dim=1)
         if self.q_norm is not None:
-            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+            q = self.q_norm(q).to(v.dtype)
+            k = self.k_norm(k).to(v.dtype)
         if self.rope_dim:
             q = rotary(q, pos, self.rope_dim, self.rope_base)
             k = rotary(k, pos, self.rope_dim, self.rope_base)
@@ -544,14 +596,15 @@ class Full(Mixer):
 
 
 class MLA(Mixer):
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434). The cache holds one latent and one rotated key per token.
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434).
 
-    c = RMSNorm(W_kv_a x) is kv_lora_rank wide; keys and values of all heads are linear in c. A rotation between W_k_b
-    and the query would break that, so positions live in qk_rope_head_dim channels more, their key shared by all heads.
-    Two forms, equal up to rounding: naive expands c to keys and values (training); absorbed moves W_k_b into the query
-    and W_v_b behind the softmax and attends to c itself, one K/V head (decoding).
-    Widths left None take DeepSeek-V3's ratios to the head width D: kv_lora_rank 4 D, qk_nope_head_dim D,
-    qk_rope_head_dim D / 2, v_head_dim D. q_lora_rank None: full-rank queries (V2-Lite; V3 has 12 D).
+    The cache holds one latent and one rotated key per token. c = RMSNorm(W_kv_a x) is kv_lora_rank wide; keys
+    and values of all heads are linear in c. A rotation between W_k_b and the query would break that, so
+    positions live in qk_rope_head_dim channels more, their key shared by all heads. Two forms, equal up to
+    rounding: naive expands c to keys and values (training); absorbed moves W_k_b into the query and W_v_b
+    behind the softmax and attends to c itself, one K/V head (decoding). Widths left None take DeepSeek-V3's
+    ratios to the head width D: kv_lora_rank 4 D, qk_nope_head_dim D, qk_rope_head_dim D / 2, v_head_dim D.
+    q_lora_rank None: full-rank queries (V2-Lite; V3 has 12 D).
     """
     settings = ("n_embd", "n_head", "head_dim", "bias", "norm_eps", "position", "rope_base", "q_lora_rank",
                 "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
@@ -559,7 +612,8 @@ class MLA(Mixer):
 
     def __init__(self, config):
         super().__init__(config)
-        C, self.H = config.n_embd, config.n_head
+        C = config.n_embd
+        self.H = config.n_head
         fields = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
         given = [getattr(config, field) for field in fields]
         D = head_width(config) if None in given else 0
@@ -585,12 +639,12 @@ class MLA(Mixer):
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def project(self, x, pos):
-        """(B, T, C) -> q (B, H, T, nope + rope), latent (B, 1, T, R + rope) and q's source (B, T, q_lora_rank or C)."""
+        """(B, T, C) -> q (B, H, T, nope + rope), latent (B, 1, T, R + rope), what q is made of (B, T, .)."""
         source = x
         if self.q_a_proj is not None:
             source = self.q_a_proj(x)
             source = self.q_a_norm(source).to(source.dtype)
-        q = self.q_b_proj(source).unflatten(-1, (self.H, -1)).transpose(1, 2)
+        q = heads(self.q_b_proj(source), self.H)
         q, q_rope = q.split([self.nope, self.rope], dim=-1)
         c, k_rope = self.kv_a_proj(x).unsqueeze(1).split([self.R, self.rope], dim=-1)
         if self.rope_base:
@@ -600,11 +654,14 @@ class MLA(Mixer):
         return torch.cat([q, q_rope], dim=-1), latent, source
 
     def attend(self, q, latent, attention, absorbed=None):
-        """Run attention(q, k, v, scale=) in one of the two forms over latents (B, 1, S, R + rope) -> (B, H, T, Dv).
+        """attention(q, k, v, scale=) in either form, over latents (B, 1, S, R + rope) -> (B, H, T, Dv).
 
-        absorbed None: the cheaper one. Naive pays R (nope + Dv) once per key, absorbed wider scores and values per pair.
+        absorbed None: the cheaper one. Naive pays R (nope + Dv) once per key, absorbed wider scores and
+        values per pair.
         """
-        R, nope, Dv = self.R, self.nope, self.Dv
+        R = self.R
+        nope = self.nope
+        Dv = self.Dv
         if absorbed is None:
             absorbed = q.size(2) * (2 * R - nope - Dv) < R * (nope + Dv)
         w = self.kv_b_proj.weight.to(q.dtype).unflatten(0, (self.H, -1))
@@ -612,12 +669,13 @@ class MLA(Mixer):
         if absorbed:
             q, q_rope = q.split([nope, self.rope], dim=-1)
             q = torch.cat([q @ w_k, q_rope], dim=-1)
-            # The values are the whole latents, cut afterwards: SDPA is fast where keys and values have one width.
+            # The values are the whole latents, cut afterwards: SDPA is fast where keys and values have one
+            # width.
             y = attention(q, latent, latent, scale=self.scale)      # (B, H, T, R + rope)
-            return y[..., :R] @ w_v.transpose(1, 2)
+            return y[..., :R] @ w_v.mT
         c, k_rope = latent.split([R, self.rope], dim=-1)
-        k = torch.cat([c @ w_k.transpose(1, 2), k_rope.expand(-1, self.H, -1, -1)], dim=-1)
-        return attention(q, k, c @ w_v.transpose(1, 2), scale=self.scale)
+        k = torch.cat([c @ w_k.mT, k_rope.expand(-1, self.H, -1, -1)], dim=-1)
+        return attention(q, k, c @ w_v.mT, scale=self.scale)
 
     def state(self, T):
         return dict(latent=(1, T, self.R + self.rope))
@@ -631,8 +689,8 @@ class MLA(Mixer):
 # ------------------------------------------------------------------------------------------------------------
 # Linear attention and the delta rule: the definition
 
-def delta_rule_recurrent(q, k, v, beta, g=None, state=None, causal=True, g_min=None, reset=None, chunk_size=None,
-                         scale=None):
+def delta_rule_recurrent(q, k, v, beta, g=None, state=None, causal=True, g_min=None, reset=None,
+                         chunk_size=None, scale=None):
     """The delta rule token by token: the definition, and the decode step.
 
         S = exp(g_t) S                          decay; g None: DeltaNet, no decay
@@ -640,11 +698,12 @@ def delta_rule_recurrent(q, k, v, beta, g=None, state=None, causal=True, g_min=N
         S = S + k_t u^T                         write
         o_t = scale S^T q_t                     read
 
-    q, k (B, H, T, K), v (B, H, T, V), beta (B, H, T) in [0, 2]; k is used as given: the layers L2-normalise it.
-    g: log decay <= 0, (B, H, T) for Gated DeltaNet, (B, H, T, K) for Kimi Delta Attention. state (B, H, K, V): float32,
-    where to start. reset (B, T) bool: a document starts here and nothing crosses its border. scale: K ** -0.5.
-    causal=False adds a second scan from the right that reads before it writes, so that the own token counts once; state
-    seeds and returns the scan from the left. Returns (o (B, H, T, V), state after the last token).
+    q, k (B, H, T, K), v (B, H, T, V), beta (B, H, T) in [0, 2]; k is used as given: the layers L2-normalise
+    it. g: log decay <= 0, (B, H, T) for Gated DeltaNet, (B, H, T, K) for Kimi Delta Attention. state (B, H,
+    K, V): float32, where to start. reset (B, T) bool: a document starts here and nothing crosses its border.
+    scale: K ** -0.5. causal=False adds a second scan from the right that reads before it writes, so that the
+    own token counts once; state seeds and returns the scan from the left. Returns (o (B, H, T, V), state
+    after the last token).
     """
     return two_way(token_by_token, q, k, v, beta, g, state, causal, reset, scale)
 
@@ -658,37 +717,49 @@ def token_by_token(q, k, v, beta, g, S, own, reset, scale):
     q, k, v = (a.to(S.dtype) for a in (q, k, v))
     out = []
     for t in range(q.size(2)):
-        qt, kt, u = q[:, :, t, None], k[:, :, t, :, None], v[:, :, t, None]     # (B, H, 1, K), (.., K, 1), (.., 1, V)
+        qt = q[:, :, t, None]                                                   # (B, H, 1, K)
+        kt = k[:, :, t, :, None]                                                # (B, H, K, 1)
+        u = v[:, :, t, None]                                                    # (B, H, 1, V)
         if reset is not None:
             S = S.masked_fill(reset[:, t, None, None, None], 0)
         if g is not None:
             S = S * g[:, :, t].exp().unsqueeze(-1)                              # g (B, H, T, 1 or K)
         if beta is not None:
             u = beta[:, :, t, None, None].to(S.dtype) * (u - kt.mT @ S)
-        before, S = S, S + kt * u
+        before = S
+        S = S + kt * u
         read = S if own is None else torch.where(own[:, None, None, None], S, before)
         out.append(scale * qt @ read)
     return torch.cat(out, dim=2), S
 
 
 def check_shapes(q, k, v, beta, g, state, reset):
-    (B, H, T, K), V = q.shape, v.size(-1)
-    legal = dict(k=[(B, H, T, K)], v=[(B, H, T, V)], beta=[(B, H, T)], g=[(B, H, T), (B, H, T, K)], state=[(B, H, K, V)],
-                 reset=[(B, T)])
-    for (name, shapes), a in zip(legal.items(), (k, v, beta, g, state, reset)):
+    B, H, T, K = q.shape
+    V = v.size(-1)
+    legal = dict(
+        k=(k, (B, H, T, K)),
+        v=(v, (B, H, T, V)),
+        beta=(beta, (B, H, T)),
+        g=(g, (B, H, T), (B, H, T, K)),
+        state=(state, (B, H, K, V)),
+        reset=(reset, (B, T)))
+    for name, (a, *shapes) in legal.items():
         need(a is None or tuple(a.shape) in shapes,
-             f"{name} has shape {tuple(getattr(a, 'shape', ()))}, expected {' or '.join(map(str, shapes))} beside q "
-             f"{tuple(q.shape)}: (B, H, T, K). Tensors in fla's order, (B, T, H, .), need transpose(1, 2)")
+             f"{name} has shape {tuple(getattr(a, 'shape', ()))}, expected {' or '.join(map(str, shapes))} "
+             f"beside q {tuple(q.shape)}: (B, H, T, K). Tensors in fla's order, (B, T, H, .), need "
+             "transpose(1, 2)")
 
 
 def two_way(core, q, k, v, beta, g, state, causal, reset, scale, **settings):
-    """Run core(q, k, v, beta, g, S, own, reset, scale), beta None for linear attention, after checks and defaults.
+    """Run core(q, k, v, beta, g, S, own, reset, scale) after checks and defaults.
 
-    When not causal it runs on [x ; flip(x)] along the batch; own (2 B,) is False for the flipped half, which reads
-    before it writes.
+    beta None is linear attention. When not causal it runs on [x ; flip(x)] along the batch; own (2 B,) is
+    False for the flipped half, which reads before it writes.
     """
     check_shapes(q, k, v, beta, g, state, reset)
-    (B, H, T, K), V, own = q.shape, v.size(-1), None
+    B, H, T, K = q.shape
+    V = v.size(-1)
+    own = None
     f = torch.promote_types(q.dtype, torch.float32)
     S = q.new_zeros(B, H, K, V, dtype=f) if state is None else state.to(f)
     scale = K ** -0.5 if scale is None else scale
@@ -698,38 +769,42 @@ def two_way(core, q, k, v, beta, g, state, causal, reset, scale, **settings):
         g = g.to(f)
         g = g.unsqueeze(-1) if g.dim() == 3 else g
         if settings.get("g_min") is None:
-            g = g.clamp(min=-1e3)                                               # still exp = 0; sums stay exact
+            g = g.clamp(min=-1e3)                                       # still exp = 0; sums stay exact
     if not causal:
         q, k, v, beta, g = (None if a is None else torch.cat([a, a.flip(2)]) for a in (q, k, v, beta, g))
-        if reset is not None:                                                   # backwards it starts at its end
-            reset = torch.cat([reset, F.pad(reset[:, 1:], (0, 1)).flip(1)])
+        if reset is not None:                                           # backwards it starts at its end
+            ends = F.pad(reset[:, 1:], (0, 1))
+            reset = torch.cat([reset, ends.flip(1)])
         S = torch.cat([S, torch.zeros_like(S)])
         own = torch.arange(2 * B, device=q.device) < B
     with no_autocast(q):                                                        # the inverse in bf16 is wrong
         o, S = core(q, k, v, beta, g, S, own, reset, scale, **settings)
     if not causal:
-        o, S = o[:B] + o[B:].flip(2), S[:B]
+        o = o[:B] + o[B:].flip(2)
+        S = S[:B]
     return o.to(q.dtype), S
 
 # ------------------------------------------------------------------------------------------------------------
 # Linear attention and the delta rule: the layers
 
 class FixedState(Mixer):
-    """What the four layers share: convolution, gates, output norm, and a cache whose size does not depend on T.
+    """What the four layers share: convolution, gates, output norm, and a cache of one size for any T.
 
         q, k, v = silu(conv(W x)), q and k L2-normalised; beta = sigmoid(W x) for the delta rule
         log decay: softplus  g = -exp(A_log) softplus(W x + dt_bias)         (Mamba-2, Gated DeltaNet)
-                   lower     g = g_min sigmoid(exp(A_log) (W x + dt_bias))   (GLM-5, Kimi K3: a bound makes KDA fast)
+                   lower     g = g_min sigmoid(exp(A_log) (W x + dt_bias))   (GLM-5, Kimi K3: makes KDA fast)
         y = W (norm(o) * act(W x)), the norm per head
 
-    neg_eigval doubles beta, so that a write can flip the sign of what was stored (arXiv 2411.12537, OLMo-Hybrid).
-    linear_n_v_head > linear_n_head: heads of values share queries and keys (Qwen3-Next: 32 and 16). linear_key_dim,
-    linear_value_dim: width of a head. conv_size 4 as everywhere, 1 is none. out_gate_rank: low-rank gate, 0 full.
-    bidir, for causal=False: sum = scans from both ends added before the norm; forward, backward = one of them: the
-    pattern "kda(bidir=forward) kda(bidir=backward)" alternates at half the cost.
+    neg_eigval doubles beta, so that a write can flip the sign of what was stored (arXiv 2411.12537,
+    OLMo-Hybrid). linear_n_v_head > linear_n_head: heads of values share queries and keys (Qwen3-Next: 32 and
+    16). linear_key_dim, linear_value_dim: width of a head. conv_size 4 as everywhere, 1 is none.
+    out_gate_rank: low-rank gate, 0 full. bidir, for causal=False: sum = scans from both ends added before the
+    norm; forward, backward = one of them: the pattern "kda(bidir=forward) kda(bidir=backward)" alternates at
+    half the cost.
 
-    Initialised here for good: A_log, dt_bias, conv_weight, o_norm (no weight decay on them); the model initialises the
-    nn.Linear. Cached calls are for inference. The state is float32 whatever the dtype of the cache.
+    Initialised here for good: A_log, dt_bias, conv_weight, o_norm (no weight decay on them); the model
+    initialises the nn.Linear. Cached calls are for inference. The state is float32 whatever the dtype of the
+    cache.
     """
     family = "linear"
     settings = ("n_embd", "n_head", "norm_eps", "linear_n_head", "linear_n_v_head", "linear_key_dim",
@@ -741,23 +816,28 @@ class FixedState(Mixer):
 
     def __init__(self, config):
         super().__init__(config)
-        C, self.H = config.n_embd, config.linear_n_head or config.n_head
+        C = config.n_embd
+        self.H = config.linear_n_head or config.n_head
         self.Hv = config.linear_n_v_head or self.H
-        need(self.Hv % self.H == 0, f"linear_n_v_head {self.Hv} must be a multiple of the {self.H} heads of queries and keys")
-        need(config.linear_key_dim or C % self.H == 0, f"n_embd {C} must be a multiple of {self.H} heads, or give "
-                                                       "linear_key_dim")
+        need(self.Hv % self.H == 0,
+             f"linear_n_v_head {self.Hv} must be a multiple of the {self.H} heads of queries and keys")
+        need(config.linear_key_dim or C % self.H == 0,
+             f"n_embd {C} must be a multiple of {self.H} heads, or give linear_key_dim")
         self.K = config.linear_key_dim or C // self.H
         self.V = config.linear_value_dim or self.K
-        self.bidir, self.out_gate = config.bidir, self.own_or(config.out_gate, self.out_gate)
+        self.bidir = config.bidir
+        self.out_gate = self.own_or(config.out_gate, self.out_gate)
         if "linear_decay" in self.settings:
             self.decay = config.linear_decay
         if "decay_gate" in self.settings:
-            self.gate, self.g_min = self.own_or(config.decay_gate, self.gate), config.g_min
+            self.gate = self.own_or(config.decay_gate, self.gate)
+            self.g_min = config.g_min
         self.beta_max = 2.0 if "neg_eigval" in self.settings and config.neg_eigval else 1.0
         self.sizes = [self.H * self.K, self.H * self.K, self.Hv * self.V]       # q, k, v
         self.qkv_proj = nn.Linear(C, sum(self.sizes), bias=False)
         bound = config.conv_size ** -0.5                                        # nn.Conv1d's own
-        self.conv_weight = nn.Parameter(torch.empty(sum(self.sizes), config.conv_size).uniform_(-bound, bound))
+        taps = torch.empty(sum(self.sizes), config.conv_size)
+        self.conv_weight = nn.Parameter(taps.uniform_(-bound, bound))
         if self.delta:
             self.beta_proj = nn.Linear(C, self.Hv, bias=False)
         if self.decay in ("head", "channel"):
@@ -767,10 +847,14 @@ class FixedState(Mixer):
             # dt_bias = 1 (transformers' Qwen3-Next) it would be a tenth of a token.
             dt = torch.empty(self.Hv * per_head).uniform_(math.log(1e-3), math.log(0.1)).exp()
             self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))      # softplus(dt_bias) = dt
-            A = torch.ones(self.Hv) if self.gate == "lower" else torch.empty(self.Hv).uniform_(1, 16)
+            A = torch.ones(self.Hv)
+            if self.gate != "lower":
+                A.uniform_(1, 16)
             self.A_log = nn.Parameter(A.log())
         if self.out_gate:
-            rank = self.low_rank_gate * self.V if config.out_gate_rank is None else config.out_gate_rank
+            rank = config.out_gate_rank
+            if rank is None:
+                rank = self.low_rank_gate * self.V
             self.gate_proj = low_rank(C, self.Hv * self.V, rank)
         self.o_norm = nn.RMSNorm(self.V, eps=config.norm_eps)
         self.o_proj = nn.Linear(self.Hv * self.V, C, bias=False)
@@ -781,37 +865,44 @@ class FixedState(Mixer):
 
     def mix(self, x, step, cache):
         if step.causal or self.bidir != "backward":
-            return self.scan(x, step.valid, not step.causal and self.bidir == "sum", cache, step.commit)
-        need(cache is None, f"layer '{self.name}' with bidir=backward starts at the end of the text and has no "
-                            "cache: use bidir=sum or causal=True")
+            both = not step.causal and self.bidir == "sum"
+            return self.scan(x, step.valid, both, cache, step.commit)
+        need(cache is None,
+             f"layer '{self.name}' with bidir=backward starts at the end of the text and has no cache: "
+             "use bidir=sum or causal=True")
         valid = None if step.valid is None else step.valid.flip(1)
         return self.scan(x.flip(1), valid, False).flip(1)
 
     def scan(self, x, valid, both, cache=None, commit=True):
-        """The layer itself, from the left or from both ends. Tokens that are not valid write nothing and decay nothing."""
+        """The layer, from the left or from both ends. Tokens that are not valid write and decay nothing."""
         qkv = self.qkv_proj(x)
         if valid is not None:
             qkv = qkv.masked_fill(~valid[:, :, None], 0)
         W = self.conv_weight.size(1)
-        before = qkv.new_zeros(qkv.size(0), W - 1, qkv.size(2)) if cache is None else cache.conv.to(qkv.dtype)
-        qkv = torch.cat([before, qkv], dim=1)
-        q, k, v = F.silu(short_conv(qkv, self.conv_weight, both)).split(self.sizes, dim=-1)
-        q = l2_norm(q.unflatten(2, (self.H, self.K)).transpose(1, 2))           # (B, H, T, K)
-        k = l2_norm(k.unflatten(2, (self.H, self.K)).transpose(1, 2))
-        v = v.unflatten(2, (self.Hv, self.V)).transpose(1, 2)                   # (B, Hv, T, V)
+        if cache is None:
+            qkv = F.pad(qkv, (0, 0, W - 1, 0))
+        else:
+            qkv = torch.cat([cache.conv.to(qkv.dtype), qkv], dim=1)
+        mixed = F.silu(short_conv(qkv, self.conv_weight, both))
+        q, k, v = mixed.split(self.sizes, dim=-1)
+        q = l2_norm(heads(q, self.H))                                           # (B, H, T, K)
+        k = l2_norm(heads(k, self.H))
+        v = heads(v, self.Hv)                                                   # (B, Hv, T, V)
         if self.Hv > self.H:
             q, k = (a.repeat_interleave(self.Hv // self.H, dim=1) for a in (q, k))
         g = self.log_decay(x)
         if valid is not None and g is not None:
             g = g.masked_fill(~valid.view(valid.size(0), 1, -1, *[1] * (g.dim() - 3)), 0)
-        o, S = self.rule(x, q, k, v, g, valid, None if cache is None else cache.state, not both)
+        state = None if cache is None else cache.state
+        o, S = self.rule(x, q, k, v, g, valid, state, not both)
         if cache is not None and commit:
             cache.conv.copy_(last_tokens(qkv, W - 1, valid))
             cache.state.copy_(S)
         y = self.o_norm(o.transpose(1, 2).to(self.o_norm.weight.dtype))         # (B, T, Hv, V)
         if self.out_gate:
             z = self.gate_proj(x).view_as(y)
-            y = y * (F.silu(z) if self.out_gate == "silu" else torch.sigmoid(z))
+            gate = F.silu if self.out_gate == "silu" else torch.sigmoid
+            y = y * gate(z)
         return self.o_proj(y.flatten(2).to(x.dtype))
 
     def log_decay(self, x):
@@ -824,19 +915,26 @@ class FixedState(Mixer):
             return None
         f = (self.decay_proj(x) + widen(self.dt_bias)).view(B, T, self.Hv, -1).transpose(1, 2)
         A = widen(self.A_log).exp().view(-1, 1, 1)
-        g = self.g_min * torch.sigmoid(A * f) if self.gate == "lower" else -A * F.softplus(f)
+        if self.gate == "lower":
+            g = self.g_min * torch.sigmoid(A * f)
+        else:
+            g = -A * F.softplus(f)
         return g if self.decay == "channel" else g.squeeze(-1)
 
     def rule(self, x, q, k, v, g, valid, state, causal):
         one = q.size(2) == 1
         if self.delta:
-            beta = self.beta_max * torch.sigmoid(widen(self.beta_proj(x))).transpose(1, 2)      # (B, Hv, T)
+            beta = self.beta_max * torch.sigmoid(widen(self.beta_proj(x)))
+            beta = beta.transpose(1, 2)                                         # (B, Hv, T)
             if valid is not None:
                 beta = beta.masked_fill(~valid[:, None], 0)
             rule = delta_rule_recurrent if one else delta_rule
-            return rule(q, k, v, beta, g, state, causal, self.g_min if self.gate == "lower" else None)
+            g_min = self.g_min if self.gate == "lower" else None
+            return rule(q, k, v, beta, g, state, causal, g_min)
         if self.decay == "head" and self.gate == "softplus":
-            v = v * (-g / self.A_log.exp()[:, None]).unsqueeze(-1).to(v.dtype)  # Mamba-2 writes dt v, g = -A dt
+            # Mamba-2 writes dt v, g = -A dt
+            dt = -g / self.A_log.exp()[:, None]
+            v = v * dt.unsqueeze(-1).to(v.dtype)
         if valid is not None:
             v = v.masked_fill(~valid[:, None, :, None], 0)
         rule = linear_attention_recurrent if one else linear_attention
@@ -851,40 +949,51 @@ class FixedState(Mixer):
         return self.K * (1 if causal or self.bidir != "sum" else 2)
 
     def flops(self, T, causal=True):
-        """The chunk-parallel form as computed, in chunks of C = 64 tokens, and the convolution; both scans count."""
-        C, K, V = min(64, T), self.K, self.V
+        """The chunk-parallel form in chunks of C = 64 tokens, and the convolution; both scans count."""
+        C = min(64, T)
+        K = self.K
+        V = self.V
         scans = 1 if causal or self.bidir != "sum" else 2
-        head = 2 * C * (K + V) + 4 * K * V                                      # scores, their use; S' and S q
+        head = 2 * C * (K + V) + 4 * K * V                              # scores, their use; S' and S q
         if self.delta:
             head += 2 * C * (2 * K + V) + 2 * C * C // 3 + 2 * K * V            # system, inverse, U, W; W S
         elif self.decay is None and scans == 2:
-            head, scans = 4 * K * V, 1                                          # one matrix for all tokens
-        return T * (scans * self.Hv * head + 2 * self.conv_weight.size(1) * scans * sum(self.sizes))
+            head = 4 * K * V
+            scans = 1                                                           # one matrix for all tokens
+        conv = 2 * self.conv_weight.size(1) * sum(self.sizes)
+        return T * scans * (self.Hv * head + conv)
 
 
 class Linear(FixedState):
-    """Linear attention, S += k v^T, with linear_decay None; fixed (RetNet, Lightning); head (Mamba-2: it writes dt v);
-    channel (GLA: its g = logsigmoid(-f) / 16 is the softplus form with A = 1/16)."""
+    """Linear attention, S += k v^T, with linear_decay None; fixed (RetNet, Lightning); head (Mamba-2: it
+    writes dt v); channel (GLA: its g = logsigmoid(-f) / 16 is the softplus form with A = 1/16)."""
     settings = FixedState.settings + ("linear_decay", "decay_gate", "g_min")
-    delta, gate, out_gate = False, "softplus", "silu"
+    delta = False
+    gate = "softplus"
+    out_gate = "silu"
 
 
 class DeltaNet(FixedState):
-    """DeltaNet (arXiv 2406.06484): a write replaces what the state held for its key. No decay, no output gate."""
+    """DeltaNet (arXiv 2406.06484): a write replaces what the state held for its key. No decay, no gate."""
     settings = FixedState.settings + ("neg_eigval",)
 
 
 class GatedDeltaNet(FixedState):
     """Gated DeltaNet (arXiv 2412.06464): one decay per head. Qwen3-Next, Qwen3.5, OLMo-Hybrid."""
     settings = FixedState.settings + ("decay_gate", "g_min", "neg_eigval")
-    decay, gate, out_gate = "head", "softplus", "silu"
+    decay = "head"
+    gate = "softplus"
+    out_gate = "silu"
 
 
 class KDA(FixedState):
-    """Kimi Delta Attention (arXiv 2510.26692): a decay per channel, low-rank gates. GLM-5.3-Flash; Kimi Linear has
-    decay_gate=softplus, without a bound on the decay."""
+    """Kimi Delta Attention (arXiv 2510.26692): a decay per channel, low-rank gates. GLM-5.3-Flash; Kimi
+    Linear has decay_gate=softplus, without a bound on the decay."""
     settings = FixedState.settings + ("decay_gate", "g_min", "neg_eigval")
-    decay, gate, out_gate, low_rank_gate = "channel", "lower", "sigmoid", True
+    decay = "channel"
+    gate = "lower"
+    out_gate = "sigmoid"
+    low_rank_gate = True
 
 
 def low_rank(n_in, n_out, rank):
@@ -895,7 +1004,7 @@ def low_rank(n_in, n_out, rank):
 
 
 def l2_norm(x):
-    """x / sqrt(sum x^2 + 1e-6) in float32: the eps of fla and of every model since, added and not a maximum."""
+    """x / sqrt(sum x^2 + 1e-6) in float32: the eps of fla and of every model since, added, not a maximum."""
     w = widen(x)
     return (w * torch.rsqrt(w.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
@@ -909,16 +1018,18 @@ def last_tokens(x, n, valid):
 
 
 def short_conv(x, weight, symmetric=False):
-    """Depthwise convolution over time. x (B, W-1+T, D) with the W-1 tokens before, weight (D, W) -> (B, T, D).
+    """Depthwise convolution over time: x (B, W-1+T, D), weight (D, W) -> (B, T, D).
 
-    The last tap is the token itself, as in nn.Conv1d of the published models. symmetric: tap W-1-d also reads d tokens
-    ahead, so that one weight serves both directions, as one decay does; beyond the end are zeros.
+    x begins with the W-1 tokens before. The last tap is the token itself, as in nn.Conv1d of the published
+    models. symmetric: tap W-1-d also reads d tokens ahead, so that one weight serves both directions, as one
+    decay does; beyond the end are zeros.
     """
     if symmetric:
         weight = torch.cat([weight, weight[:, :-1].flip(1)], dim=1)             # (D, 2W-1)
         x = F.pad(x, (0, 0, 0, weight.size(1) // 2))
-    if torch.compiler.is_compiling():               # one kernel with what surrounds it, and x is not turned around
-        T, weight = x.size(1) - weight.size(1) + 1, weight.to(x.dtype)
+    if torch.compiler.is_compiling():       # one kernel with what surrounds it, and x is not turned around
+        T = x.size(1) - weight.size(1) + 1
+        weight = weight.to(x.dtype)
         return sum(x[:, i:i + T] * w for i, w in enumerate(weight.unbind(1)))
     if x.device.type == "cpu" and x.dtype == weight.dtype:
         return Taps.apply(x, weight)
@@ -927,11 +1038,12 @@ def short_conv(x, weight, symmetric=False):
 # ------------------------------------------------------------------------------------------------------------
 # Linear attention and the delta rule: how they are made fast
 
-def delta_rule(q, k, v, beta, g=None, state=None, causal=True, g_min=None, reset=None, chunk_size=None, scale=None):
+def delta_rule(q, k, v, beta, g=None, state=None, causal=True, g_min=None, reset=None, chunk_size=None,
+               scale=None):
     """delta_rule_recurrent, whose arguments it has, in chunks of tokens side by side.
 
-    g_min: a bound g >= g_min >= -5 that the caller guarantees for per-channel g: about twice as fast. Only first
-    derivatives are right: see r and c in chunked.
+    g_min: a bound g >= g_min >= -5 that the caller guarantees for per-channel g: about twice as fast. Only
+    first derivatives are right: see r and c in chunked.
     """
     chunk_size = pick_chunk(chunk_size, q, g_min)
     return two_way(chunked, q, k, v, beta, g, state, causal, reset, scale, g_min=g_min, chunk_size=chunk_size)
@@ -940,23 +1052,28 @@ def delta_rule(q, k, v, beta, g=None, state=None, causal=True, g_min=None, reset
 def linear_attention(q, k, v, g=None, state=None, causal=True, chunk_size=None, scale=None):
     """S_t = exp(g_t) S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t, in O(T). No feature map, no normaliser.
 
-    Shapes as in delta_rule_recurrent. g: log decay <= 0. None: none (arXiv 2006.16236). (B, H, T): one per head (RetNet
-    2307.08621, Mamba-2 2405.21060, Lightning 2401.04658). (B, H, T, K): one per channel (GLA 2312.06635).
-    causal=False without decay is one matrix for all tokens.
+    Shapes as in delta_rule_recurrent. g: log decay <= 0. None: none (arXiv 2006.16236). (B, H, T): one per
+    head (RetNet 2307.08621, Mamba-2 2405.21060, Lightning 2401.04658). (B, H, T, K): one per channel (GLA
+    2312.06635). causal=False without decay is one matrix for all tokens.
     """
     chunk_size = pick_chunk(chunk_size, q)
     if g is None and not causal:
         check_shapes(q, k, v, None, g, state, None)
         with no_autocast(q):
-            S = widen(k).mT @ widen(v) + (0 if state is None else state)
-            return (q @ S.to(q.dtype)) * (q.size(-1) ** -0.5 if scale is None else scale), S
+            S = widen(k).mT @ widen(v)
+            if state is not None:
+                S = S + state
+            if scale is None:
+                scale = q.size(-1) ** -0.5
+            return (q @ S.to(q.dtype)) * scale, S
     return two_way(chunked, q, k, v, None, g, state, causal, None, scale, g_min=None, chunk_size=chunk_size)
 
 
 def pick_chunk(chunk_size, q, g_min=None):
-    """Checks, and the default: 64, but 32 on the CPU, where the caches are small (measured, 10 to 30% faster)."""
-    need(g_min is None or -5 <= g_min <= 0, f"g_min {g_min} must lie in [-5, 0]: more decay overflows float32 within 16 "
-                                            "tokens; leave it out, and the exact form is used")
+    """Checks, and the default: 64, but 32 on the CPU, where the caches are small (10 to 30% faster)."""
+    need(g_min is None or -5 <= g_min <= 0,
+         f"g_min {g_min} must lie in [-5, 0]: more decay overflows float32 within 16 tokens; "
+         "leave it out, and the exact form is used")
     if chunk_size is None:
         return 32 if q.device.type == "cpu" and not torch.compiler.is_compiling() else 64
     need(chunk_size >= 16 and not chunk_size & (chunk_size - 1),
@@ -971,10 +1088,12 @@ def chunked(q, k, v, beta, g, S, own, reset, scale, g_min, chunk_size):
         u_i = beta_i (v_i - e^G_i S^T k_i - sum_{j<i} D_ij (k_i . k_j) u_j)
         o_i = e^G_i S^T q_i + sum_{j<=i} D_ij (q_i . k_j) u_j
         S'  = e^G_C S + sum_j e^(G_C - G_j) k_j u_j^T
-    (DeltaNet arXiv 2406.06484, Gated DeltaNet 2412.06464, Kimi Delta Attention 2510.26692). Decays, scores, inverse and
-    state are float32, the rest has the dtype of q.
+    (DeltaNet arXiv 2406.06484, Gated DeltaNet 2412.06464, Kimi Delta Attention 2510.26692). Decays, scores,
+    inverse and state are float32, the rest has the dtype of q.
     """
-    (B, H, T, K), low, f = q.shape, q.dtype, S.dtype
+    B, H, T, K = q.shape
+    low = q.dtype
+    f = S.dtype
     C = min(chunk_size, max(16, 1 << (T - 1).bit_length()))
     N = -(-T // C)
     size = 1 << N.bit_length() // 2 if torch.compiler.is_compiling() else 1     # chunks in a group, ~ sqrt(N)
@@ -983,27 +1102,39 @@ def chunked(q, k, v, beta, g, S, own, reset, scale, g_min, chunk_size):
     def chunks(a):                                                              # -> (P, N, C, .), P = B H
         a = F.pad(a, (0, 0, 0, pad)) if pad else a
         return a.reshape(B * H, -1, C, a.size(-1))
-    q, k, v, S = chunks(q).to(f), chunks(k).to(f), chunks(v), S.flatten(0, 1)
+    q = chunks(q).to(f)
+    k = chunks(k).to(f)
+    v = chunks(v)
+    S = S.flatten(0, 1)
     # After a strong decay G_i - G_j is a small difference of large numbers: float64 where the device has it.
     G = chunks(q.new_zeros(B, H, T, 1) if g is None else g.detach())
-    G = G.cumsum(-2, dtype=f if G.device.type == "mps" else torch.float64)
+    exact = f if G.device.type == "mps" else torch.float64
+    G = G.cumsum(-2, dtype=exact)
     r = c = last = 1.0
     row_k = k
     if g is not None:
-        # The gradient of G is what decayed from its row minus what decayed to it: dG = q dq - k dk (GLA, arXiv
-        # 2312.06635). r and c have the value 1 and carry it, so that no exponential needs a gradient.
-        z = (chunks(g) - chunks(g).detach()).cumsum(-2)
-        r, c, last = 1 + z, 1 - z, 1 + z[:, :, -1:]
+        # The gradient of G is what decayed from its row minus what decayed to it: dG = q dq - k dk (GLA,
+        # arXiv 2312.06635). r and c have the value 1 and carry it, so that no exponential needs a gradient.
+        z = chunks(g) - chunks(g).detach()
+        z = z.cumsum(-2)
+        r = 1 + z
+        c = 1 - z
+        last = 1 + z[:, :, -1:]
         k = k * c
     rows = [q * (r * scale)]
-    through = (G[:, :, -1:].exp().to(f) * last).mT                              # (P, N, 1 or K, 1)
+    through = G[:, :, -1:].exp().to(f) * last
+    through = through.mT                                                        # (P, N, 1 or K, 1)
     if beta is not None:
         beta = chunks(beta.unsqueeze(-1)).to(f)
         rows.append(row_k * (r * -beta))
     args = rows, k, G, last
-    scores, ins, k_out = head_scores(*args) if G.size(-1) == 1 else channel_scores(*args, g_min)
+    if G.size(-1) == 1:
+        scores, ins, k_out = head_scores(*args)
+    else:
+        scores, ins, k_out = channel_scores(*args, g_min)
     if own is not None:                                                         # (B,) False: read, then write
-        hide = torch.eye(C, dtype=torch.bool, device=q.device) & ~own.repeat_interleave(H)[:, None, None, None]
+        later = ~own.repeat_interleave(H)[:, None, None, None]
+        hide = torch.eye(C, dtype=torch.bool, device=q.device) & later
         scores[0] = scores[0].masked_fill(hide, 0)
     if reset is not None:
         doc = chunks(reset[:, None, :, None].expand(B, H, T, 1)).cumsum(-2)
@@ -1011,9 +1142,11 @@ def chunked(q, k, v, beta, g, S, own, reset, scale, g_min, chunk_size):
         ins = [a * (doc == 0) for a in ins]
         k_out = k_out * (doc == doc[:, :, -1:])
         through = through * (doc[:, :, -1:] == 0)
-    U, W = v, None
+    U = v
+    W = None
     if beta is not None:
-        X = inverse_of_one_minus(scores[1].flatten(0, 1)).view_as(scores[1]).to(low)
+        X = inverse_of_one_minus(scores[1].flatten(0, 1))
+        X = X.view_as(scores[1]).to(low)
         U = X @ (beta * v).to(low)
         W = X @ ins[1].to(low)
     if size == 1:
@@ -1025,9 +1158,10 @@ def chunked(q, k, v, beta, g, S, own, reset, scale, g_min, chunk_size):
 
 
 def scan_chunks(through, k_out, U, W, S):
-    """u = U + W S, S' = through S + k_out^T u -> S before each chunk (P, N, K, V), u of each chunk, the last S."""
-    states, us = [], []
-    W = [None] * U.size(1) if W is None else W.unbind(1)                        # None: linear attention, u = v
+    """u = U + W S, S' = through S + k_out^T u -> S before each chunk (P, N, K, V), each u, the last S."""
+    states = []
+    us = []
+    W = [None] * U.size(1) if W is None else W.unbind(1)                # None: linear attention, u = v
     for d, kT, u, w in zip(through.unbind(1), k_out.mT.unbind(1), U.unbind(1), W):
         u = u if w is None else torch.baddbmm(u, w, S.to(u.dtype))
         states.append(S)
@@ -1037,31 +1171,37 @@ def scan_chunks(through, k_out, U, W, S):
 
 
 def head_scores(rows, k, G, last):
-    """Scores with one decay per head: rows is [q] or [q, erase], all (P, N, C, K); G (P, N, C, 1). See chunked."""
+    """One decay per head: rows is [q] or [q, erase], all (P, N, C, K); G (P, N, C, 1). See chunked."""
     f = k.dtype
-    D = (G - G.mT).to(f).exp_().tril_()                                         # above the diagonal: maybe inf
-    into, out = G.exp().to(f), (G[:, :, -1:] - G).exp().to(f) * last
+    D = (G - G.mT).to(f).exp_().tril_()                                 # above the diagonal: maybe inf
+    into = G.exp().to(f)
+    out = (G[:, :, -1:] - G).exp().to(f) * last
     scores = [(a @ k.mT) * d for a, d in zip(rows, (D, D.tril(-1)))]
     return scores, [a * into for a in rows], k * out
 
 
 def channel_scores(rows, k, G, last, g_min):
-    """Scores with a decay per channel: rows is [q] or [q, erase], all and G (P, N, C, K). See chunked.
+    """A decay per channel: rows is [q] or [q, erase], all and G (P, N, C, K). See chunked.
 
-    sum_d q_id k_jd exp(G_id - G_jd) is a matmul once the exponent is split at a reference between j and i. Below the
-    diagonal that is G at the first row of the lower tile: both factors are at most 1 whatever g is, and no row looks at
-    a later one (a reference in the middle leaks the future through rounding). Tiles double in size from c rows. With
-    c = 1 this is exact for every g; with g >= -5 the factors of c = 16 rows also fit in float32, exp(5 * 15) = 4e32.
+    sum_d q_id k_jd exp(G_id - G_jd) is a matmul once the exponent is split at a reference between j and i.
+    Below the diagonal that is G at the first row of the lower tile: both factors are at most 1 whatever g is,
+    and no row looks at a later one (a reference in the middle leaks the future through rounding). Tiles
+    double in size from c rows. With c = 1 this is exact for every g; with g >= -5 the factors of c = 16 rows
+    also fit in float32, exp(5 * 15) = 4e32.
     """
-    C, f = G.size(-2), k.dtype
+    C = G.size(-2)
+    f = k.dtype
     c = 1 if g_min is None else 16
     k, G, *rows = (a.unflatten(2, (-1, c)) for a in (k, G, *rows))              # (P, N, C/c, c, K)
     R = G[..., :1, :]
     if c > 1:
         down = (G - R).to(f)
-        k, rows = k * (-down).exp(), [a * down.exp() for a in rows]
-    into, out = R.exp().to(f), (G[:, :, -1:, -1:] - R).exp().to(f) * last.unsqueeze(2)
-    ins, k_out = [(a * into).flatten(2, 3) for a in rows], (k * out).flatten(2, 3)
+        k = k * (-down).exp()
+        rows = [a * down.exp() for a in rows]
+    into = R.exp().to(f)
+    out = (G[:, :, -1:, -1:] - R).exp().to(f) * last.unsqueeze(2)
+    ins = [(a * into).flatten(2, 3) for a in rows]
+    k_out = (k * out).flatten(2, 3)
     scores = [(a @ k.mT).tril(-i) for i, a in enumerate(rows)]                  # (P, N, n, c, c), n tiles
     while scores[0].size(2) > 1:
         n = scores[0].size(2) // 2                                              # merge n pairs of s * c rows
@@ -1069,32 +1209,40 @@ def channel_scores(rows, k, G, last, g_min):
 
         def half(a, i):
             return a.unflatten(2, (n, 2, s)).unbind(3)[i]                       # (P, N, n, s, c, K)
-        R0, R1 = half(R, 0), half(R, 1)
-        down = (R1 - R1[:, :, :, :1]).exp().to(f)
-        k_up = (half(k, 0) * (R1[:, :, :, :1] - R0).exp().to(f)).flatten(3, 4)
+        R0 = half(R, 0)
+        R1 = half(R, 1)
+        border = R1[:, :, :, :1]
+        down = (R1 - border).exp().to(f)
+        up = (border - R0).exp().to(f)
+        k_up = (half(k, 0) * up).flatten(3, 4)
         for i, (a, A) in enumerate(zip(rows, scores)):
             upper, lower = A.unflatten(2, (n, 2)).unbind(3)
-            scores[i] = stack_lower(upper, lower, (half(a, 1) * down).flatten(3, 4) @ k_up.mT)
+            row = (half(a, 1) * down).flatten(3, 4)
+            scores[i] = stack_lower(upper, lower, row @ k_up.mT)
     return [A.squeeze(2) for A in scores], ins, k_out
 
 
 def stack_lower(A, B, low):
     """[[A, 0], [low, B]] for square A, B and low of the same size."""
-    return torch.cat([F.pad(A, (0, A.size(-1))), torch.cat([low, B], dim=-1)], dim=-2)
+    top = F.pad(A, (0, A.size(-1)))
+    bottom = torch.cat([low, B], dim=-1)
+    return torch.cat([top, bottom], dim=-2)
 
 
 def inverse_of_one_minus(N):
     """(I - N)^-1 for strictly lower triangular N (P, C, C), C a power of two, by block doubling.
 
-    The inverse of [[A, 0], [-L, B]] is [[A', 0], [B' L A', B']], from 1 x 1 tiles upwards: only true inverses are ever
-    multiplied, so it is as accurate as substitution. The power series I + N + N^2 + ... is not: with correlated keys
-    its terms reach 1e7 before they cancel, even when it is summed by doubling.
+    The inverse of [[A, 0], [-L, B]] is [[A', 0], [B' L A', B']], from 1 x 1 tiles upwards: only true inverses
+    are ever multiplied, so it is as accurate as substitution. The power series I + N + N^2 + ... is not: with
+    correlated keys its terms reach 1e7 before they cancel, even when it is summed by doubling.
     """
-    n, s = N.detach(), 1
+    n = N.detach()
+    s = 1
     X = torch.ones_like(n[:, :, :1]).unsqueeze(-1)                              # (P, C, 1, 1): the tiles
     while X.size(1) > 1:
         pairs = X.size(1) // 2
-        low = n.view(-1, pairs, 2, s, pairs, 2, s)[:, :, 1, :, :, 0]            # below the diagonal of a pair
+        tiles = n.view(-1, pairs, 2, s, pairs, 2, s)
+        low = tiles[:, :, 1, :, :, 0]                                           # below the diagonal of a pair
         low = low.diagonal(dim1=1, dim2=3).movedim(-1, 1)                       # (P, pairs, s, s)
         A, B = X.unflatten(1, (pairs, 2)).unbind(2)
         X = stack_lower(A, B, B @ low @ A)
@@ -1104,46 +1252,56 @@ def inverse_of_one_minus(N):
     return torch.baddbmm(X, X, (N - n) @ X) if N.requires_grad else X
 
 # ------------------------------------------------------------------------------------------------------------
-# Sparse softmax attention: a cheap score chooses the blocks of keys that a query reads, the rest is softmax attention
+# Sparse softmax attention: a cheap score chooses the blocks of keys that a query reads
 #
-# `sel` (B, H_kv, T, NB) bool says which blocks a query reads; all heads of a group choose together (NSA: each key is then
-# loaded once per group). With tile > 1 so do neighbouring queries, sel (B, H_kv, ceil(T / tile), NB): the keys of a tile
-# become one dense matrix. Such a pick has looked at every query of the tile, so the layers share picks only where nothing
-# is causal. Slots and limits as in Step.
+# `sel` (B, H_kv, T, NB) bool says which blocks a query reads; all heads of a group choose together (NSA: each
+# key is then loaded once per group). With tile > 1 so do neighbouring queries, sel (B, H_kv, ceil(T / tile),
+# NB): the keys of a tile become one dense matrix. Such a pick has looked at every query of the tile, so the
+# layers share picks only where nothing is causal. Slots and limits as in Step.
 
-def block_sparse_attention(q, k, v, sel, key_block, causal=True, tile=1, limit=None, most=None, scale=None, path=None):
+def block_sparse_attention(q, k, v, sel, key_block, causal=True, tile=1, limit=None, most=None, scale=None,
+                           path=None):
     """Softmax attention over chosen blocks of keys. q (B, H, T, D); k, v (B, H_kv, S, D) -> (B, H, T, Dv).
 
-    sel (B, H_kv, ceil(T / tile), ceil(S / key_block)) bool; a query with nothing to read gives 0. limit (1 or B, T):
-    query t reads slots < limit[t]; default from causal, the queries being the last T of S. most: a bound on the picks of
-    a row, which torch.compile cannot count. path, all three exact and equal up to rounding:
+    sel (B, H_kv, ceil(T / tile), ceil(S / key_block)) bool; a query with nothing to read gives 0. limit
+    (1 or B, T): query t reads slots < limit[t]; default from causal, the queries being the last T of S. most:
+    a bound on the picks of a row, which torch.compile cannot count. path, all three exact and equal up to
+    rounding:
         "dense"   a (T, S) mask: the definition, any device
         "gather"  copies the picked blocks of each tile side by side: shared picks, and decoding
         "flex"    FlexAttention, CUDA: skips the blocks that no query of a tile picked
-    None: flex on CUDA where flex_pays, gather if it reads at most half of S and not once per query, else dense.
+    None: flex on CUDA where flex_pays, gather if it reads at most half of S and not once per query, or dense.
 
     >>> q, k, v = torch.randn(3, 1, 2, 100, 16)                        # B 1, H 2, T 100, D 16
     >>> means = F.pad(k, (0, 0, 0, 4)).unflatten(2, (13, 8)).mean(3)   # one key for each of 13 blocks of 8
     >>> slots = torch.arange(100)[None]
-    >>> sel = select_blocks(lambda rows: q[:, :, rows] @ means.mT, slots, limit=slots + 1, n_blocks=13, key_block=8, topk=4)
+    >>> score = lambda rows: q[:, :, rows] @ means.mT
+    >>> sel = select_blocks(score, slots, limit=slots + 1, n_blocks=13, key_block=8, topk=4)
     >>> sel.shape, block_sparse_attention(q, k, v, sel, key_block=8).shape
     (torch.Size([1, 2, 100, 13]), torch.Size([1, 2, 100, 16]))
     """
-    (B, H, T, _), (Hkv, S) = q.shape, k.shape[1:3]
+    B, H, T, _ = q.shape
+    Hkv, S = k.shape[1:3]
     shape = B, Hkv, -(-T // tile), -(-S // key_block)
-    need(sel.shape == shape, f"sel has shape {tuple(sel.shape)}, expected (B, H_kv, ceil(T / tile), ceil(S / key_block)), "
-                             f"which is {shape}")
+    need(sel.shape == shape,
+         f"sel has shape {tuple(sel.shape)}, expected (B, H_kv, ceil(T / tile), ceil(S / key_block)), "
+         f"which is {shape}")
     if limit is None:
         t = torch.arange(T, device=q.device)[None]
-        limit = t + 1 + S - T if causal else torch.full_like(t, S)
+        limit = torch.full_like(t, S)
+        if causal:
+            limit = t + 1 + S - T
     need(path in (None, "dense", "gather", "flex"), f"path '{path}' is unknown: dense, gather, flex or None")
-    whole = 128 % (H // Hkv) == 0 and 0 in (key_block % 128, 128 % key_block)   # tokens and blocks in tiles of 128 x 128
-    need(path != "flex" or whole, f"path 'flex' needs H / H_kv = {H // Hkv} to divide 128, and key_block {key_block} to "
-                                  "divide 128 or be a multiple of it: use dense or gather")
+    # Do tokens and blocks fill tiles of 128 x 128?
+    whole = 128 % (H // Hkv) == 0 and 0 in (key_block % 128, 128 % key_block)
+    need(path != "flex" or whole,
+         f"path 'flex' needs H / H_kv = {H // Hkv} to divide 128, and key_block {key_block} to divide 128 "
+         "or be a multiple of it: use dense or gather")
     if path is None and flex_pays(q, v) and whole and q.size(-1) <= 256:
-        path = "flex"                                                           # wider heads (absorbed MLA) do not fit
+        path = "flex"                                       # wider heads (absorbed MLA) do not fit
     if path == "gather" or path is None and (tile >= 16 or T <= 16):
-        if not torch.compiler.is_compiling() and (most is None or q.device.type == "cpu"):      # elsewhere a wait
+        # To count on another device is to wait for it.
+        if not torch.compiler.is_compiling() and (most is None or q.device.type == "cpu"):
             most = max(int(sel.sum(-1).amax()), 1) if sel.numel() else 1
         most = sel.size(-1) if most is None else most
         if path == "gather" or 2 * most * key_block <= S:
@@ -1152,31 +1310,36 @@ def block_sparse_attention(q, k, v, sel, key_block, causal=True, tile=1, limit=N
         sel = sel.repeat_interleave(tile, dim=2)[:, :, :T]
     if path == "flex":
         return flex_block_attention(q, k, v, sel, key_block, limit, scale)
-    q = q.unflatten(1, (Hkv, -1)).flatten(0, 1)                                 # groups as rows: one mask each
+    q = q.unflatten(1, (Hkv, -1)).flatten(0, 1)  # groups as rows: one mask each
     k, v = (a.flatten(0, 1).unsqueeze(1) for a in (k, v))                       # (B Hkv, 1, S, D)
-    y, slots = [], torch.arange(S, device=q.device)
+    y = []
+    slots = torch.arange(S, device=q.device)
     for rows in row_slices(T, cuda=q.is_cuda):
-        mask = sel[:, :, rows].repeat_interleave(key_block, dim=3)[..., :S] & (slots < limit[:, None, rows, None])
-        y.append(softmax_attention(q[:, :, rows], k, v, mask=mask.flatten(0, 1).unsqueeze(1), scale=scale))
-    return torch.cat(y, dim=2).unflatten(0, (B, Hkv)).flatten(1, 2)
+        picked = sel[:, :, rows].repeat_interleave(key_block, dim=3)[..., :S]
+        mask = picked & (slots < limit[:, None, rows, None])
+        mask = mask.flatten(0, 1).unsqueeze(1)
+        y.append(softmax_attention(q[:, :, rows], k, v, mask=mask, scale=scale))
+    y = torch.cat(y, dim=2)
+    return y.unflatten(0, (B, Hkv)).flatten(1, 2)
 
 
 def row_slices(T, step=1024, cuda=False):
-    """Slices of the queries: what takes (T, S) memory runs `step` queries at a time; more on a GPU, where a compiled graph
-    holds every slice."""
+    """Slices of the queries: what takes (T, S) memory runs `step` queries at a time; more on a GPU, where a
+    compiled graph holds every slice."""
     step = 4 * step if cuda else step
     return [slice(i, min(i + step, T)) for i in range(0, max(T, 1), step)]
 
 
 def top_k(scores, k):
-    """The k largest along the last dim, -inf meaning invisible: (index (..., k'), picked (..., k') bool), k' = min(k, S).
+    """The k largest along the last dim, -inf meaning invisible: (index (..., k'), picked (..., k') bool), k'
+    = min(k, S).
 
-    Descending, ties to the earliest index, exactly min(k, visible) picked. Ties are common (ReLU scores, bf16) and
-    torch.topk breaks them by memory layout, so parallel and cached selection would differ. Each float32 score is mapped
-    to an integer of the same order, with the index in the low bits: no two are equal.
+    Descending, ties to the earliest index, exactly min(k, visible) picked. Ties are common (ReLU scores,
+    bf16) and torch.topk breaks them by memory layout, so parallel and cached selection would differ. Each
+    float32 score is mapped to an integer of the same order, with the index in the low bits: no two are equal.
     """
     S = scores.size(-1)
-    bits = (scores.detach().float() + 0.0).view(torch.int32).long()             # + 0.0: -0.0 and 0.0 are a tie
+    bits = (scores.detach().float() + 0.0).view(torch.int32).long()  # + 0.0: -0.0 and 0.0 are a tie
     order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     key = (order << 32) + (S - 1 - torch.arange(S, device=scores.device))
     index = key.topk(min(k, S), dim=-1).indices
@@ -1187,14 +1350,18 @@ def top_k(scores, k):
 def select_blocks(score, slots, limit, n_blocks, key_block, topk, init=0, local=1, tile=1, dense_len=0):
     """Which blocks each query reads -> sel (b, h, ceil(T / tile), n_blocks) bool.
 
-    score(rows) -> (b, h, t, n_blocks) for a slice of the queries, some at a time: the scores of 64k tokens fit in memory.
-    slots, limit (b, T): where a query sits and how many slots it may read. Forced are the first `init` blocks, the
-    `local` ones up to the query's own (and as many behind it, if it sees them), and all when limit <= dense_len; they
-    count among the topk. The queries of a tile add up their scores, and force what any of them forces.
+    score(rows) -> (b, h, t, n_blocks) for a slice of the queries, some at a time: the scores of 64k tokens
+    fit in memory. slots, limit (b, T): where a query sits and how many slots it may read. Forced are the
+    first `init` blocks, the `local` ones up to the query's own (and as many behind it, if it sees them), and
+    all when limit <= dense_len; they count among the topk. The queries of a tile add up their scores, and
+    force what any of them forces.
     """
-    sel, j = [], torch.arange(n_blocks, device=slots.device)
+    sel = []
+    j = torch.arange(n_blocks, device=slots.device)
     for rows in row_slices(slots.size(1), max(1024 // tile, 1) * tile, slots.is_cuda):
-        s, at, lim = score(rows), slots[:, rows], limit[:, rows]
+        s = score(rows)
+        at = slots[:, rows]
+        lim = limit[:, rows]
         first = last = own = torch.minimum(at, lim - 1) // key_block
         if tile > 1:
             t = at.size(1)
@@ -1202,7 +1369,9 @@ def select_blocks(score, slots, limit, n_blocks, key_block, topk, init=0, local=
             s = F.pad(s, (0, 0, 0, -t % tile)).unflatten(2, (-1, tile)).sum(dim=3)
             fill = torch.arange(t + -t % tile, device=at.device).clamp(max=t - 1)
             own, lim = (a[:, fill].unflatten(1, (-1, tile)) for a in (own, lim))        # (b, nt, tile)
-            first, last, lim = own.amin(2), own.amax(2), lim.amax(2)
+            first = own.amin(2)
+            last = own.amax(2)
+            lim = lim.amax(2)
         first, last, lim = (a[:, None, :, None] for a in (first, last, lim))    # (b, 1, nt, 1)
         visible = j * key_block < lim
         near = (j > first - local) & (j < last + local)
@@ -1230,19 +1399,27 @@ class BlockSparse(Full):
         need(self.topk >= forced, f"sel_topk {self.topk} must be at least sel_init + sel_local = {self.init} + {self.local}: "
                                   "the first and the local blocks are always read and count among the sel_topk")
         self.most = max(self.topk, forced + self.local + self.tile // self.block)       # picks of a row
-        self.size, self.stride, self.dense_len = size, stride, 0
+        self.size = size
+        self.stride = stride
+        self.dense_len = 0
         need(size % stride == 0 and self.block % stride == 0,
              f"cmp_stride {stride} must divide both cmp_block {size} and sel_block {self.block}")
-        self.rewrites, self.spare = False, ("ck", "cv")
+        self.rewrites = False
+        self.spare = ("ck", "cv")
 
     def read(self, x, step, cache, **more):
-        """Project x and put it into the cache, with `more` buffers -> q (B, H, T, D) and all that can be read."""
+        """Project x and put it into the cache, with `more` buffers -> q (B, H, T, D) and all that can be
+        read.
+        """
         q, k, v = self.project(x, step.pos)
         return q, *put(cache, {"k": k, "v": v, **more}, step, self.block)
 
     def selected(self, score, q, k, v, step):
-        """Attention of q to the blocks with the best score(rows), see select_blocks -> (B, H, T, D), sel, tile."""
-        tile, n = 1 if step.causal else self.tile, -(-k.size(2) // self.block)
+        """Attention of q to the blocks with the best score(rows), see select_blocks -> (B, H, T, D), sel,
+        tile.
+        """
+        tile = 1 if step.causal else self.tile
+        n = -(-k.size(2) // self.block)
         sel = select_blocks(score, step.slots, step.limit, n, self.block, self.topk, self.init, self.local, tile,
                             self.dense_len)
         y = block_sparse_attention(q, k, v, sel, self.block, step.causal, tile, step.limit, self.most)
@@ -1254,16 +1431,21 @@ class BlockSparse(Full):
                                               pool)
 
     def compress(self, f, name, k, step, cache):
-        """f(window) for every complete window of k (B, h, S, D) -> (B, h, NC, D), one at least, perhaps not visible.
+        """f(window) for every complete window of k (B, h, S, D) -> (B, h, NC, D), one at least, perhaps not
+        visible.
 
-        With a cache only the windows that the new tokens complete are computed, from k, which is its own running tail.
-        Windows that are not complete are garbage, computed again later; the buffer's last slot takes what is left over.
+        With a cache only the windows that the new tokens complete are computed, from k, which is its own
+        running tail. Windows that are not complete are garbage, computed again later; the buffer's last slot
+        takes what is left over.
         """
-        (B, _, S, _), (size, stride) = k.shape, (self.size, self.stride)
+        B, _, S, _ = k.shape
+        size = self.size
+        stride = self.stride
         n = max(self.windows_at(S), 1)
         if cache is None:
             return f(key_windows(k, torch.arange(n, device=k.device).expand(B, n), size, stride))
-        buffer, T = getattr(cache, name), step.slots.size(1)
+        buffer = getattr(cache, name)
+        T = step.slots.size(1)
         first = ((step.slots[:, :1] - size) // stride + 1).clamp(min=0)
         i = first + torch.arange(-(-T // stride), device=k.device)
         write_slots(buffer, f(key_windows(k, i, size, stride)), i.clamp(max=buffer.size(2) - 1))
@@ -1274,8 +1456,9 @@ class BlockSparse(Full):
         return max((T - self.size) // self.stride + 1, 0)
 
     def block_reads(self, T, causal):
-        """Keys in the chosen blocks of the last of T queries, its own, perhaps partial, block among them; bidirectional: of
-        the query that reads most, in a long text. The blocks that a tile touches are forced: a wide tile exceeds the topk."""
+        """Keys in the chosen blocks of the last of T queries, its own, perhaps partial, block among them;
+        bidirectional: of the query that reads most, in a long text. The blocks that a tile touches are
+        forced: a wide tile exceeds the topk."""
         own = (T - 1) // self.block
         if causal:
             return min(own, self.topk - 1) * self.block + T - own * self.block
@@ -1284,13 +1467,15 @@ class BlockSparse(Full):
 
 
 class NSA(BlockSparse):
-    """Native sparse attention (DeepSeek, arXiv 2502.11089): three branches over one K/V, mixed by sigmoid gates.
+    """Native sparse attention (DeepSeek, arXiv 2502.11089): three branches over one K/V, mixed by sigmoid
+    gates.
 
-    Compressed: every cmp_stride tokens an MLP turns cmp_block keys (values) and their places in the window into one.
-    Selected: the sel_topk blocks with most compressed attention, the first and two local ones forced.
-    Window: the last `window` tokens. Only the compressed branch trains the compression: the choice has no gradient.
-    Published: sel_block 64, sel_topk 16, sel_init 1, sel_local 2, cmp 32/16, window 512. The paper has a K/V for each
-    branch; like all public code we share one, and compress keys after their rotation (as fla does).
+    Compressed: every cmp_stride tokens an MLP turns cmp_block keys (values) and their places in the window
+    into one. Selected: the sel_topk blocks with most compressed attention, the first and two local ones
+    forced. Window: the last `window` tokens. Only the compressed branch trains the compression: the choice
+    has no gradient. Published: sel_block 64, sel_topk 16, sel_init 1, sel_local 2, cmp 32/16, window 512. The
+    paper has a K/V for each branch; like all public code we share one, and compress keys after their rotation
+    (as fla does).
     """
     settings = BlockSparse.settings + ("window", "cmp_block", "cmp_stride")
 
@@ -1299,7 +1484,7 @@ class NSA(BlockSparse):
         self.configure(config, block=64, topk=16, init=1, local=2, size=config.cmp_block, stride=config.cmp_stride)
         self.near = config.window or 512
         self.window = None                                                      # the cache is no ring
-        self.window_pos = nn.Parameter(torch.zeros(2, self.size, self.D))       # place in the window: keys, values
+        self.window_pos = nn.Parameter(torch.zeros(2, self.size, self.D))  # place in the window: keys, values
         self.k_compress, self.v_compress = (nn.Sequential(
             nn.Linear(self.size * self.D, self.D, bias=False), nn.GELU(), nn.Linear(self.D, self.D, bias=False)) for _ in "kv")
         self.branch_proj = nn.Linear(config.n_embd, 3 * self.H, bias=config.bias)
@@ -1310,41 +1495,47 @@ class NSA(BlockSparse):
         ck = self.compress(lambda w: self.k_compress((w + place[0]).flatten(-2)), "ck", k, step, cache)
         cv = self.compress(lambda w: self.v_compress((w + place[1]).flatten(-2)), "cv", v, step, cache)
         complete = torch.arange(ck.size(2), device=x.device) * self.stride + self.size <= step.limit[..., None]
-        compressed = softmax_attention(q, ck, cv, mask=complete.unsqueeze(1))   # 0 before the first complete window
+        # 0 before the first complete window
+        compressed = softmax_attention(q, ck, cv, mask=complete.unsqueeze(1))
         selected, _, _ = self.selected(self.compressed(q, ck, step, k.size(2), "sum"), q, k, v, step)
         if step.plain and step.length == x.size(1):
             near = softmax_attention(q, k, v, step.causal, self.near)
         else:
             near = window_attention(q, k, v, step.slots, step.limit, self.near, step.causal)
-        gate = torch.sigmoid(self.branch_proj(x)).unflatten(-1, (3, self.H, 1)).permute(2, 0, 3, 1, 4)  # (3, B, H, T, 1)
+        # (3, B, H, T, 1)
+        gate = torch.sigmoid(self.branch_proj(x)).unflatten(-1, (3, self.H, 1)).permute(2, 0, 3, 1, 4)
         return self.output(gate[0] * compressed + gate[1] * selected + gate[2] * near, x)
 
     def state(self, T):
-        kv, ckv = (self.Hkv, T, self.D), (self.Hkv, self.windows_at(T), self.D)
+        kv = (self.Hkv, T, self.D)
+        ckv = (self.Hkv, self.windows_at(T), self.D)
         return dict(k=kv, v=kv, ck=ckv, cv=ckv)
 
     def reads(self, T, causal=True):
         return self.windows_at(T) + self.block_reads(T, causal) + min(T, self.near if causal else 2 * self.near - 1)
 
-    def flops(self, T, causal=True):                        # 1.5: the scores of compressed keys are computed twice
+    def flops(self, T, causal=True):  # 1.5: the scores of compressed keys are computed twice
         pairs = total(lambda t: 1.5 * self.windows_at(t) + self.block_reads(t, causal), T, causal)
         return int(4 * self.H * self.D * (pairs + count_visible(T, causal, self.near)))
 
 
 class InfLLM(BlockSparse):
-    """InfLLM-V2 (MiniCPM4, arXiv 2509.24663): block selection without parameters, so that a checkpoint of `full` loads.
+    """InfLLM-V2 (MiniCPM4, arXiv 2509.24663): block selection without parameters, so that a checkpoint of
+    `full` loads.
 
-    Blocks are chosen by attention to mean-pooled keys; a query that sees at most dense_len tokens reads them all.
-    Published (MiniCPM4.1): sel_block 64, sel_topk 64, sel_init 1, window 2048 = sel_local 33, cmp 32/16, dense_len 8192.
-    MoBA (arXiv 2502.13189) is the setting cmp_block = cmp_stride = sel_block, sel_init=0, sel_local=1, dense_len=0 and
-    sel_per_head=True: each head chooses for itself (the paper: blocks of 512, sel_topk=3).
+    Blocks are chosen by attention to mean-pooled keys; a query that sees at most dense_len tokens reads them
+    all. Published (MiniCPM4.1): sel_block 64, sel_topk 64, sel_init 1, window 2048 = sel_local 33, cmp 32/16,
+    dense_len 8192. MoBA (arXiv 2502.13189) is the setting cmp_block = cmp_stride = sel_block, sel_init=0,
+    sel_local=1, dense_len=0 and sel_per_head=True: each head chooses for itself (the paper: blocks of 512,
+    sel_topk=3).
     """
     settings = BlockSparse.settings + ("cmp_block", "cmp_stride", "dense_len", "sel_per_head")
 
     def __init__(self, config):
         super().__init__(config)
         self.configure(config, block=64, topk=64, init=1, local=33, size=config.cmp_block, stride=config.cmp_stride)
-        self.dense_len, self.per_head = config.dense_len, config.sel_per_head
+        self.dense_len = config.dense_len
+        self.per_head = config.sel_per_head
         self.most = max(self.most, -(-self.dense_len // self.block))
 
     def mix(self, x, step, cache):
@@ -1368,16 +1559,19 @@ class InfLLM(BlockSparse):
     def flops(self, T, causal=True):
         if T <= max(self.dense_len, self.topk * self.block):
             return super().flops(T, causal)
-        pairs = total(lambda t: self.reads(t, causal) + self.windows_at(t) / 2, T, causal)      # scores without values
+        # scores without values
+        pairs = total(lambda t: self.reads(t, causal) + self.windows_at(t) / 2, T, causal)
         return int(4 * self.H * self.D * pairs)
 
 
 class MSA(BlockSparse):
-    """MiniMax sparse attention (MiniMax-M3, arXiv 2606.13392): an index head per group picks blocks of 128 keys.
+    """MiniMax sparse attention (MiniMax-M3, arXiv 2606.13392): an index head per group picks blocks of 128
+    keys.
 
-    A block's score is the best raw product of the group's index query with its index keys, one key for all groups. The
-    index learns from aux["indexer_kl"] alone, from the group's mean attention to what it chose; layer.stage as in DSA.
-    Published: sel_block 128, sel_topk 16, sel_local 1, index_head_dim 128 (None: the head width), qk_norm=True.
+    A block's score is the best raw product of the group's index query with its index keys, one key for all
+    groups. The index learns from aux["indexer_kl"] alone, from the group's mean attention to what it chose;
+    layer.stage as in DSA. Published: sel_block 128, sel_topk 16, sel_local 1, index_head_dim 128 (None: the
+    head width), qk_norm=True.
     """
     settings = BlockSparse.settings + ("index_head_dim",)
 
@@ -1393,14 +1587,16 @@ class MSA(BlockSparse):
         self.stage = "sparse"
 
     def mix(self, x, step, cache):
-        qi = self.index_q_proj(x.detach()).unflatten(-1, (self.Hkv, -1)).transpose(1, 2)        # (B, Hkv, T, Di)
-        ki = self.index_k_proj(x.detach()).unsqueeze(1)                                         # (B, 1, T, Di)
-        qi, ki = self.index_q_norm(qi).to(qi.dtype), self.index_k_norm(ki).to(ki.dtype)
+        qi = self.index_q_proj(x.detach()).unflatten(-1, (self.Hkv, -1)).transpose(1, 2)  # (B, Hkv, T, Di)
+        ki = self.index_k_proj(x.detach()).unsqueeze(1)  # (B, 1, T, Di)
+        qi = self.index_q_norm(qi).to(qi.dtype)
+        ki = self.index_k_norm(ki).to(ki.dtype)
         if self.rope_dim:
             qi = rotary(qi, step.pos, self.rope_dim, self.rope_base)
             ki = rotary(ki, step.pos, self.rope_dim, self.rope_base)
         q, k, v, ki = self.read(x, step, cache, ki=ki)
-        sel, tile = None, 1
+        sel = None
+        tile = 1
         if self.stage != "sparse" or k.size(2) <= self.topk * self.block:
             y = read_all(q, k, v, step)
         else:
@@ -1411,13 +1607,17 @@ class MSA(BlockSparse):
         return self.output(y, x)
 
     def learn(self, qi, ki, q, k, sel, tile, step):
-        """Put the KL of the index into aux, over the keys that were read; sel None: over all that are visible."""
-        s, t, kl = torch.arange(k.size(2), device=k.device), torch.arange(q.size(2), device=k.device), []
+        """Put the KL of the index into aux, over the keys that were read; sel None: over all that are
+        visible.
+        """
+        s = torch.arange(k.size(2), device=k.device)
+        t = torch.arange(q.size(2), device=k.device)
+        kl = []
         for r in row_slices(len(t), cuda=k.is_cuda):
             mask = (s < step.limit[:, r, None]).unsqueeze(1)                    # (b, 1, t, S)
             if sel is not None:
                 mask = mask & sel[:, :, t[r] // tile][..., s // self.block]     # (B, Hkv, t, S)
-            kl.append(indexer_kl(qi[:, :, r] @ ki.transpose(-1, -2), q[:, :, r], k, mask))
+            kl.append(indexer_kl(qi[:, :, r] @ ki.mT, q[:, :, r], k, mask))
         add_indexer_kl(step.aux, kl, step.valid)
 
     def state(self, T):
@@ -1433,7 +1633,8 @@ class MSA(BlockSparse):
 
 
 class DSA(MLA):
-    """DeepSeek sparse attention (DeepSeek-V3.2): on MLA, a lightning indexer picks sel_topk single tokens for each query.
+    """DeepSeek sparse attention (DeepSeek-V3.2): on MLA, a lightning indexer picks sel_topk single tokens for
+    each query.
 
     The indexer's heads share one key. It reads detached inputs and learns from aux["indexer_kl"] alone. layer.stage:
         "dense"   plain MLA, no indexer loss
@@ -1461,8 +1662,8 @@ class DSA(MLA):
 
     def mix(self, x, step, cache):
         q, latent, source = self.project(x, step.pos)
-        qi = self.index_q_proj(source.detach()).unflatten(-1, (self.Hi, -1)).transpose(1, 2)    # (B, Hi, T, Di)
-        ki = self.index_k_norm(self.index_k_proj(x.detach())).to(q.dtype).unsqueeze(1)          # (B, 1, T, Di)
+        qi = self.index_q_proj(source.detach()).unflatten(-1, (self.Hi, -1)).transpose(1, 2)  # (B, Hi, T, Di)
+        ki = self.index_k_norm(self.index_k_proj(x.detach())).to(q.dtype).unsqueeze(1)  # (B, 1, T, Di)
         if self.rope_base:
             qi = rotary(qi, step.pos, self.rope, self.rope_base)
             ki = rotary(ki, step.pos, self.rope, self.rope_base)
@@ -1472,10 +1673,12 @@ class DSA(MLA):
         dense = self.stage != "sparse" or S <= self.topk
         learn = step.aux is not None and self.stage != "dense"
 
-        def attention(q, k, v, scale):                      # naive: k has all heads; absorbed: one, the latent
-            y, kl = [], []
+        def attention(q, k, v, scale):  # naive: k has all heads; absorbed: one, the latent
+            y = []
+            kl = []
             for r in row_slices(x.size(1), cuda=x.is_cuda) if learn or not dense else ():
-                score, limit = lightning_scores(qi[:, :, r], ki, w[:, r]), step.limit[:, r]     # (B, 1, t, S)
+                score = lightning_scores(qi[:, :, r], ki, w[:, r])
+                limit = step.limit[:, r]  # (B, 1, t, S)
                 mask = (torch.arange(S, device=x.device) < limit[..., None]).unsqueeze(1)
                 if not dense:                               # bidirectional: the own token is always read
                     mask = select_blocks(lambda _: score, step.slots[:, r], limit, S, 1, self.topk,
@@ -1505,59 +1708,71 @@ class DSA(MLA):
 
 
 def key_windows(k, i, size, stride):
-    """(B, h, S, D) -> (B, h, m, size, D): windows i (B, m); window i covers slots [i stride, i stride + size)."""
+    """(B, h, S, D) -> (B, h, m, size, D): windows i (B, m); window i covers slots [i stride, i stride +
+    size).
+    """
     at = (i[:, :, None] * stride + torch.arange(size, device=k.device)).clamp(0, k.size(2) - 1).flatten(1)
     at = at[:, None, :, None].expand(-1, k.size(1), -1, k.size(3))
     return k.gather(2, at).unflatten(2, (-1, size))
 
 
 def compressed_scores(q, ck, limit, S, key_block, size, stride, pool):
-    """Block scores from attention to compressed keys: q (B, H, T, D), ck (B, h, NC, D) -> (B, h, T, ceil(S / key_block)).
+    """Block scores from attention to compressed keys: q (B, H, T, D), ck (B, h, NC, D) -> (B, h, T, ceil(S /
+    key_block)).
 
-    Softmax over the complete windows, added up over the heads of a group, then pooled to blocks. pool "sum" (NSA, arXiv
-    2502.11089 eq. 9-10): a window counts by how many strides of it lie in the block, 1 2 2 2 1 for 32/16/64. pool "max"
-    (InfLLM-V2, arXiv 2509.24663): the best of the windows that touch the block.
+    Softmax over the complete windows, added up over the heads of a group, then pooled to blocks. pool "sum"
+    (NSA, arXiv 2502.11089 eq. 9-10): a window counts by how many strides of it lie in the block, 1 2 2 2 1
+    for 32/16/64. pool "max" (InfLLM-V2, arXiv 2509.24663): the best of the windows that touch the block.
     """
-    s = (q.unflatten(1, (ck.size(1), -1)) @ ck.unsqueeze(2).transpose(-1, -2)).float() * q.size(-1) ** -0.5
+    s = (q.unflatten(1, (ck.size(1), -1)) @ ck.unsqueeze(2).mT).float() * q.size(-1) ** -0.5
     hidden = (torch.arange(ck.size(2), device=q.device) * stride + size > limit[..., None])[:, None, None]
-    p = s.masked_fill(hidden, -math.inf).softmax(dim=-1).masked_fill(hidden, 0).sum(dim=2)      # (B, h, T, NC); no key: 0
-    a, b, n = size // stride, key_block // stride, -(-S // key_block)   # windows j b - a + 1 ... j b + b - 1 touch block j
+    # (B, h, T, NC); no key: 0
+    p = s.masked_fill(hidden, -math.inf).softmax(dim=-1).masked_fill(hidden, 0).sum(dim=2)
+    a = size // stride
+    b = key_block // stride
+    n = -(-S // key_block)  # windows j b - a + 1 ... j b + b - 1 touch block j
     p = F.pad(p, (a - 1, max(n * b - p.size(-1), 0)))
     p = p.unfold(-1, a + b - 1, b)[..., :n, :]                                  # (B, h, T, n, a + b - 1)
     if pool == "max":
         return p.amax(dim=-1)
-    o = torch.arange(1 - a, b, device=q.device)                                 # overlap of [o, o + a) and [0, b)
+    o = torch.arange(1 - a, b, device=q.device)  # overlap of [o, o + a) and [0, b)
     return p @ ((o + a).clamp(max=b) - o.clamp(min=0)).to(p.dtype)
 
 
 def index_block_scores(q, k, limit, key_block):
-    """MSA (arXiv 2606.13392): a block's best raw score. q (B, h, T, D), k (B, 1, S, D) -> (B, h, T, ceil(S / key_block))."""
-    s = (q @ k.transpose(-1, -2)).float()
+    """MSA (arXiv 2606.13392): a block's best raw score. q (B, h, T, D), k (B, 1, S, D) -> (B, h, T, ceil(S /
+    key_block)).
+    """
+    s = (q @ k.mT).float()
     s = s.masked_fill(torch.arange(k.size(2), device=q.device) >= limit[:, None, :, None], -math.inf)
     return F.pad(s, (0, -s.size(-1) % key_block), value=-math.inf).unflatten(-1, (-1, key_block)).amax(dim=-1)
 
 
 def lightning_scores(q, k, w):
-    """DSA's indexer: sum_h w_h relu(q_h . k / sqrt(D)). q (B, h, T, D), k (B, 1, S, D), w (B, T, h) -> (B, 1, T, S).
+    """DSA's indexer: sum_h w_h relu(q_h . k / sqrt(D)). q (B, h, T, D), k (B, 1, S, D), w (B, T, h) -> (B, 1,
+    T, S).
 
     Scores of exactly 0 are common (all heads at 0): only top_k's rule for ties makes the choice well defined.
     """
-    s = F.relu(q @ k.transpose(-1, -2) * q.size(-1) ** -0.5)                    # (B, h, T, S)
+    s = F.relu(q @ k.mT * q.size(-1) ** -0.5)                    # (B, h, T, S)
     return (s * w.transpose(1, 2).unsqueeze(-1)).sum(dim=1, keepdim=True)
 
 
 def indexer_kl(scores, q, k, mask, scale=None):
-    """KL(p || softmax(scores)) of each query, (B, h, T): p is the mean attention of the heads that an index head serves.
+    """KL(p || softmax(scores)) of each query, (B, h, T): p is the mean attention of the heads that an index
+    head serves.
 
-    scores (B, h, T, S); q (B, H, T, D), k (B, H_kv, S, D) of the attention itself, to which no gradient flows. mask (B or
-    1, h or 1, T, S) bool: the visible keys (DSA's warm-up) or the chosen ones (its sparse stage), one at least per query.
+    scores (B, h, T, S); q (B, H, T, D), k (B, H_kv, S, D) of the attention itself, to which no gradient
+    flows. mask (B or 1, h or 1, T, S) bool: the visible keys (DSA's warm-up) or the chosen ones (its sparse
+    stage), one at least per query.
     """
     scores = widen(scores)
     with torch.no_grad():
-        a = q.unflatten(1, (k.size(1), -1)) @ k.unsqueeze(2).transpose(-1, -2) * (scale or q.size(-1) ** -0.5)
+        a = q.unflatten(1, (k.size(1), -1)) @ k.unsqueeze(2).mT * (scale or q.size(-1) ** -0.5)
         a = a.flatten(1, 2).unflatten(1, (scores.size(1), -1)).to(scores.dtype)         # (B, h, H / h, T, S)
         p = a.masked_fill(~mask.unsqueeze(2), -math.inf).softmax(dim=-1).mean(dim=2)
-    log_q = scores.masked_fill(~mask, -math.inf).log_softmax(dim=-1).masked_fill(~mask, 0)      # never 0 times -inf
+    # never 0 times -inf
+    log_q = scores.masked_fill(~mask, -math.inf).log_softmax(dim=-1).masked_fill(~mask, 0)
     return (p * (p.clamp(min=1e-30).log() - log_q)).sum(dim=-1)
 
 
@@ -1571,7 +1786,8 @@ def add_indexer_kl(aux, kl, valid):
 
 def read_all(q, k, v, step, scale=None):
     """Dense attention to all slots below the limit; k and v may go on behind step.length."""
-    k, v = k[:, :, :step.length], v[:, :, :step.length]
+    k = k[:, :, :step.length]
+    v = v[:, :, :step.length]
     return softmax_attention(q, k, v, step.causal, mask=step.hidden(), scale=scale)
 
 
@@ -1596,18 +1812,24 @@ ATTENTION = {"full": Full, "mla": MLA, "nsa": NSA, "infllm": InfLLM, "dsa": DSA,
              "linear": Linear, "deltanet": DeltaNet, "gated_deltanet": GatedDeltaNet, "kda": KDA}
 
 # ------------------------------------------------------------------------------------------------------------
-# Fast forms for one device or the compiler: SDPA's shapes, FlexAttention, gathered blocks, a convolution, grouped chunks
+# Fast forms for one device or the compiler: SDPA's shapes, FlexAttention, gathered blocks, a convolution,
+# grouped chunks
 
 SAFE_UNDER_MASK = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def sdpa(q, k, v, causal, scale, mask):
-    """torch's fused kernel, asked in the shapes in which it is fast. See softmax_attention; S = T when causal."""
-    (B, H, T, D), Dv, h = q.shape, v.size(-1), k.size(1)
+    """torch's fused kernel, asked in the shapes in which it is fast. See softmax_attention; S = T when
+    causal.
+    """
+    B, H, T, D = q.shape
+    Dv = v.size(-1)
+    h = k.size(1)
     if Dv < D and T > 16:
         v = F.pad(v, (0, D - Dv))                           # MLA: the fast kernels want one width
     if H != h and (T == 1 or T < D and (mask is not None or not causal)):
-        # A few queries: for enable_gqa SDPA may copy all keys once per query head. As rows of one head they share them.
+        # A few queries: for enable_gqa SDPA may copy all keys once per query head. As rows of one head they
+        # share them.
         if mask is not None:
             mask = mask.expand(B, H, T, k.size(2)).unflatten(1, (h, -1)).flatten(2, 3)
         y = sdpa(q.unflatten(1, (h, -1)).flatten(2, 3), k, v, False, scale, mask)
@@ -1620,10 +1842,13 @@ def sdpa(q, k, v, causal, scale, mask):
 
 def long_window_attention(q, k, v, causal, window, sink, scale):
     """A stretch of queries at a time against the keys around it: O(T window), and never a (T, S) mask."""
-    T, S = q.size(2), k.size(2)
+    T = q.size(2)
+    S = k.size(2)
     if sink is None and flex_pays(q, v) and T == S:
         return flex_window_attention(q, k, v, causal, window, scale)
-    t, size, y = torch.arange(S, device=q.device), max(window, 128), []
+    t = torch.arange(S, device=q.device)
+    size = max(window, 128)
+    y = []
     for i in range(S - T, S, size):
         j = min(i + size, S)
         keys = slice(max(0, i - window + 1), j if causal else min(S, j + window - 1))
@@ -1634,8 +1859,9 @@ def long_window_attention(q, k, v, causal, window, sink, scale):
 
 
 def flex_pays(q, v):
-    """On CUDA, for the head widths that its kernel takes. It is compiled anew for every shape, some seconds each, and beyond
-    eight shapes torch gives up and runs it with all scores in memory: outside of a compiled graph for long inputs only."""
+    """On CUDA, for the head widths that its kernel takes. It is compiled anew for every shape, some seconds
+    each, and beyond eight shapes torch gives up and runs it with all scores in memory: outside of a compiled
+    graph for long inputs only."""
     least = 128 if torch.compiler.is_compiling() else 1024
     return q.is_cuda and q.size(-2) >= least and min(q.size(-1), v.size(-1)) >= 16
 
@@ -1643,26 +1869,32 @@ def flex_pays(q, v):
 @functools.lru_cache
 def compiled_flex():
     from torch.nn.attention.flex_attention import flex_attention
-    return torch.compile(flex_attention, dynamic=False)     # torch 2.13 generates broken code for symbolic shapes
+    # torch 2.13 generates broken code for symbolic shapes
+    return torch.compile(flex_attention, dynamic=False)
 
 
 def flex(q, k, v, mask, scale):
-    """flex_attention: compiled, but on the CPU, which has its forward pass only, and inside a graph, which is anyway."""
+    """flex_attention: compiled, but on the CPU, which has its forward pass only, and inside a graph, which is
+    anyway.
+    """
     from torch.nn.attention.flex_attention import flex_attention
     run = compiled_flex() if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
     return run(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.size(1) != k.size(1))
 
 
 def in_memory(a):
-    """a, put into memory by as_strided where a graph is compiled. Inductor fails for CUDA on a FlexAttention mask that it would
-    have to compute on the fly: results of pointwise operations in mask_mod (torch 2.11), numbers of tiles by arange (2.13).
-    For the CPU it is the other way round: there it fails on such a view."""
+    """a, put into memory by as_strided where a graph is compiled. Inductor fails for CUDA on a FlexAttention
+    mask that it would have to compute on the fly: results of pointwise operations in mask_mod (torch 2.11),
+    numbers of tiles by arange (2.13). For the CPU it is the other way round: there it fails on such a view.
+    """
     a = a.contiguous()
     return a.as_strided(a.shape, a.stride()) if a.is_cuda else a
 
 
 def flex_window_attention(q, k, v, causal, window, scale):
-    """A sliding window by FlexAttention: only the tiles of 128 x 128 that the band touches. T = S; mask_mod makes it exact."""
+    """A sliding window by FlexAttention: only the tiles of 128 x 128 that the band touches. T = S; mask_mod
+    makes it exact.
+    """
     from torch.nn.attention.flex_attention import BlockMask
     T = q.size(2)
     tile = in_memory(torch.arange(-(-T // 128), device=q.device))
@@ -1678,23 +1910,31 @@ def flex_window_attention(q, k, v, causal, window, scale):
 
 
 def flex_block_attention(q, k, v, sel, key_block, limit, scale):
-    """The flex path. The G heads of a group are folded into the rows, row = t G + g: a tile of 128 rows is 128 / G tokens,
-    neighbours whose picks overlap, and loads each key once per group, as NSA's own kernel does.
+    """The flex path. The G heads of a group are folded into the rows, row = t G + g: a tile of 128 rows is
+    128 / G tokens, neighbours whose picks overlap, and loads each key once per group, as NSA's own kernel
+    does.
 
-    Tiles are 128 x 128 at least: without max_autotune the backward kernel takes no smaller ones. mask_mod keeps the choice
-    exact per token. Never create_block_mask here: on a mask that depends on data it evaluates all T x S.
+    Tiles are 128 x 128 at least: without max_autotune the backward kernel takes no smaller ones. mask_mod
+    keeps the choice exact per token. Never create_block_mask here: on a mask that depends on data it
+    evaluates all T x S.
     """
     from torch.nn.attention.flex_attention import BlockMask
-    (B, H, T, _), (Hkv, S), wide = q.shape, k.shape[1:3], max(key_block, 128)
-    G, per_tile = H // Hkv, wide // key_block
+    B, H, T, _ = q.shape
+    Hkv, S = k.shape[1:3]
+    wide = max(key_block, 128)
+    G = H // Hkv
+    per_tile = wide // key_block
     q = q.unflatten(1, (Hkv, G)).transpose(2, 3).flatten(2, 3)                  # (B, Hkv, T G, D)
-    sel, limit = in_memory(sel), in_memory(limit.expand(B, T))
+    sel = in_memory(sel)
+    limit = in_memory(limit.expand(B, T))
     tiles = F.pad(sel, (0, -sel.size(3) % per_tile, 0, -T % (128 // G)))
-    tiles = tiles.unflatten(3, (-1, per_tile)).any(4).unflatten(2, (-1, 128 // G)).any(3)      # (B, Hkv, rows, columns)
-    index = tiles.int().sort(dim=-1, descending=True, stable=True).indices.int()        # all columns: flex transposes it
+    # (B, Hkv, rows, columns)
+    tiles = tiles.unflatten(3, (-1, per_tile)).any(4).unflatten(2, (-1, 128 // G)).any(3)
+    # all columns: flex transposes it
+    index = tiles.int().sort(dim=-1, descending=True, stable=True).indices.int()
 
-    # CPU inductor 2.13 gives wrong results, silently, when mask_mod reads the direct output of a scatter in the same
-    # graph: select_blocks ends in pointwise operations.
+    # CPU inductor 2.13 gives wrong results, silently, when mask_mod reads the direct output of a scatter in
+    # the same graph: select_blocks ends in pointwise operations.
     def mask_mod(b, h, r, s):
         return sel[b, h, r // G, s // key_block] & (s < limit[b, r // G])
     mask = BlockMask.from_kv_blocks(tiles.sum(-1, dtype=torch.int32), index, BLOCK_SIZE=(128, wide), mask_mod=mask_mod,
@@ -1703,23 +1943,31 @@ def flex_block_attention(q, k, v, sel, key_block, limit, scale):
 
 
 def pad_slots(a, n):
-    """(B, h, S, D) -> (B, h, n, D), zeros at the end; a itself when S = n, where F.pad would copy a whole cache."""
+    """(B, h, S, D) -> (B, h, n, D), zeros at the end; a itself when S = n, where F.pad would copy a whole
+    cache.
+    """
     return a if a.size(2) == n else F.pad(a, (0, 0, 0, n - a.size(2)))
 
 
 def gather_attention(q, k, v, sel, key_block, tile, limit, n, scale):
     """The gather path; no row of sel picks more than n blocks."""
-    (B, _, T, _), Hkv, nt = q.shape, k.size(1), sel.size(2)
-    index, picked = top_k(torch.zeros(sel.shape, device=q.device).masked_fill(~sel, -math.inf), n)      # ascending
-    index, picked = index.flatten(0, 2), picked.flatten(0, 2)                   # (R, n) with rows R = B Hkv nt
+    B, _, T, _ = q.shape
+    Hkv = k.size(1)
+    nt = sel.size(2)
+    # ascending
+    index, picked = top_k(torch.zeros(sel.shape, device=q.device).masked_fill(~sel, -math.inf), n)
+    index = index.flatten(0, 2)
+    picked = picked.flatten(0, 2)  # (R, n) with rows R = B Hkv nt
     q = pad_slots(q, nt * tile).unflatten(2, (nt, tile)).unflatten(1, (Hkv, -1))
     q = q.transpose(2, 3).flatten(0, 2)                                         # (R, G, tile, D)
     limit = F.pad(limit, (0, nt * tile - T)).view(-1, 1, nt, tile)
     limit = limit.expand(B, Hkv, -1, -1).flatten(0, 2)                          # (R, tile)
     k, v = (pad_slots(a, sel.size(3) * key_block).unflatten(2, (-1, key_block)) for a in (k, v))
-    inside, y = torch.arange(key_block, device=q.device), []
+    inside = torch.arange(key_block, device=q.device)
+    y = []
     rows = torch.arange(len(index), device=q.device)
-    few = q.device.type == "cpu" and not torch.compiler.is_compiling()          # the keys of 64 rows fit into a CPU's cache
+    # the keys of 64 rows fit into a CPU's cache
+    few = q.device.type == "cpu" and not torch.compiler.is_compiling()
     for r in rows.split(64) if few else [rows]:
         at = (r // (nt * Hkv))[:, None], (r // nt % Hkv)[:, None], index[r]
         kr, vr = (a[at].flatten(1, 2).unsqueeze(1) for a in (k, v))             # (r, 1, n key_block, D)
@@ -1731,13 +1979,15 @@ def gather_attention(q, k, v, sel, key_block, tile, limit, n, scale):
 
 
 class Taps(torch.autograd.Function):
-    """Depthwise convolution for CPUs: 256 tokens at a time, which stay in the cache, and tokens outermost in the result, as
-    all that follows wants them. conv1d turns x around; with it a layer takes 1.1 to 1.6 times as long.
+    """Depthwise convolution for CPUs: 256 tokens at a time, which stay in the cache, and tokens outermost in
+    the result, as all that follows wants them. conv1d turns x around; with it a layer takes 1.1 to 1.6 times
+    as long.
     """
     @staticmethod
     def forward(ctx, x, weight):
         ctx.save_for_backward(x, weight)
-        T, taps = x.size(1) - weight.size(1) + 1, weight.mT.contiguous()        # (W, D)
+        T = x.size(1) - weight.size(1) + 1
+        taps = weight.mT.contiguous()  # (W, D)
         y = x.new_empty(x.size(0), T, x.size(2))
         for t in range(0, T, 256):
             out = torch.mul(x[:, t:min(t + 256, T)], taps[0], out=y[:, t:t + 256])
@@ -1748,8 +1998,10 @@ class Taps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        T, taps = grad.size(1), weight.mT.contiguous()
-        dx, dtaps = torch.zeros_like(x), torch.zeros_like(taps)
+        T = grad.size(1)
+        taps = weight.mT.contiguous()
+        dx = torch.zeros_like(x)
+        dtaps = torch.zeros_like(taps)
         for t in range(0, T, 256):
             out = grad[:, t:t + 256]
             for i, tap in enumerate(taps):
@@ -1762,11 +2014,13 @@ class Taps(torch.autograd.Function):
 def scan_groups(through, k_out, U, W, S, size):
     """scan_chunks in about 2 sqrt(N) steps instead of N, for torch.compile, whose graph holds every step.
 
-    A chunk is the affine map S -> M S + A. Compose the maps along each group of `size` chunks, all groups at once; walk
-    over the groups; apply the partial compositions to the state at the start of each group.
+    A chunk is the affine map S -> M S + A. Compose the maps along each group of `size` chunks, all groups at
+    once; walk over the groups; apply the partial compositions to the state at the start of each group.
     """
-    (P, K, V), n = S.shape, U.size(1) // size
-    A, M = k_out.mT @ U.to(S.dtype), through.expand(-1, -1, K, 1)
+    P, K, V = S.shape
+    n = U.size(1) // size
+    A = k_out.mT @ U.to(S.dtype)
+    M = through.expand(-1, -1, K, 1)
     step = lambda m, s, a: a + m * s
     if W is not None:
         M = k_out.mT @ W.to(S.dtype) + through * torch.eye(K, dtype=S.dtype, device=S.device)
@@ -1774,7 +2028,8 @@ def scan_groups(through, k_out, U, W, S, size):
 
     def split(a):                                           # -> size x (P n, K, .)
         return a.unflatten(1, (n, size)).movedim(2, 0).flatten(1, 2).unbind(0)
-    M, A = split(M), split(A)
+    M = split(M)
+    A = split(A)
     maps = [(M[0], A[0])]
     for m, a in zip(M[1:], A[1:]):
         m0, a0 = maps[-1]
