@@ -3655,7 +3655,7 @@ def test_damage_is_one_line_that_names_the_file(tmp_path, capsys):
         (folder / name).write_bytes(raw)
     meta = json.loads((folder / "meta.json").read_text())
     for pattern in (None, 5, "", "(", meta["pattern"][1:]):
-        for sums in ({}, {"pattern_sha256": None})[:1 if pattern else 2]:                   # None: of an older prepare.py
+        for sums in ({}, {"pattern_sha256": None})[:1 if pattern in ("(", meta["pattern"][1:]) else 2]:  # None: of an older prepare.py
             now = {key: value for key, value in (meta | {"pattern": pattern} | sums).items() if value is not None}
             (folder / "meta.json").write_text(json.dumps(now))
             with pytest.raises(ValueError, match="meta.json is damaged"):
