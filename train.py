@@ -921,7 +921,7 @@ def load_optimizers(optimizers, states):
 # ------------------------------------------------------------------------------------------------------------
 # A step
 
-LOSSES = ("ar", "mdm", "indexer_kl")  # what a step measures, and the norm of its gradient
+LOSSES = ("ar", "mdm", "indexer_kl")  # what a step measures, beside the norm of its gradient
 
 
 def set_stage(lm, flags, step):
@@ -945,7 +945,7 @@ class Batch:
         self.flags, self.windows, self.here = flags, windows, here
         T = windows.T
         self.B = B = flags["batch_tokens"] // T
-        # tokens of one noise level
+        # Tokens that share one noise level.
         self.block = flags["diffusion_block"] if flags["objective"] == "block" else T
         need(T % self.block == 0, f"--diffusion_block {self.block} must divide block_size {T}")
         self.ar_rows = {"ar": B, "mixed": round(flags["ar_frac"] * B)}.get(flags["objective"], 0)
@@ -962,6 +962,7 @@ class Batch:
 
     def attach(self, lm):
         self.lm = lm
+        self.used = {}                                      # the parameters that get a gradient, by stage
         self.passes = {"ar": self.ar_pass, "mdm": self.mdm_pass}
         if self.here.compiled and self.flags["fsdp"] == "off":
             self.passes = {k: torch.compile(f, dynamic=False, fullgraph=True) for k, f in self.passes.items()}
@@ -995,9 +996,8 @@ class Batch:
         over layers."""
         flags, here, B = self.flags, self.here, self.B
         per_row = self.windows.T // self.block              # noise levels
-        # the noise of the whole global batch
+        # Noise belongs to the global batch, dropout to a process; both are functions of the step, so they resume.
         gen = torch.Generator().manual_seed((flags["seed"] << 32) + step)
-        # dropout: so it resumes exactly
         torch.manual_seed(-1 - (flags["seed"] << 32) - step * here.world - here.rank)
         x = inputs = self.windows.read(self.windows.starts(step * B, B))        # (B, T)
         noise = diffusion.mdm_noise(B * per_row, self.block, generator=gen)
@@ -1021,31 +1021,30 @@ class Batch:
             if "indexer_kl" in aux:
                 losses["indexer_kl"] += aux["indexer_kl"].detach() * share
         if here.world > 1:
-            self.add_up(losses)
+            self.add_up(losses, stage)
         return losses
 
-    def add_up(self, losses):
+    def add_up(self, losses, stage):
         """Sums over processes, in one bucket: losses, expert counts, and the gradients where FSDP has not
         done it."""
-        params = [] if self.flags["fsdp"] == "on" else list(self.lm.parameters())
-        used = torch.tensor([float(p.grad is not None) for p in params], device=self.here.device)
-        for p in params:
-            if p.grad is None:  # this process's rows did not need it, another's may
+        if stage not in self.used:                          # by any process; what none uses has no gradient
+            params = [] if self.flags["fsdp"] == "on" else list(self.lm.parameters())
+            used = torch.tensor([float(p.grad is not None) for p in params], device=self.here.device)
+            torch.distributed.all_reduce(used)
+            self.used[stage] = [p for p, n in zip(params, used.tolist()) if n]
+        for p in self.used[stage]:
+            if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        tensors = [p.grad for p in params] + [m.count for m in self.lm.moes()] + [*losses.values(), used]
+        tensors = [p.grad for p in self.used[stage]] + [m.count for m in self.lm.moes()] + [*losses.values()]
         flat = torch.cat([t.reshape(-1) for t in tensors])
         torch.distributed.all_reduce(flat)
         for t, f in zip(tensors, flat.split([t.numel() for t in tensors])):
             t.copy_(f.view_as(t))
-        for p, n in zip(params, used.tolist()):
-            if n == 0:
-                p.grad = None
 
     def flops_per_token(self):
         """Training FLOPs per token, over the kinds of rows."""
         T, B = self.windows.T, self.B
         ar, mdm = (self.lm.flops_per_token(T, causal=c) for c in (True, False))
-        # two streams
         if self.block < T:
             return 2 * ar                                   # two streams
         return (self.ar_rows * ar + (B - self.ar_rows) * mdm) / B
