@@ -996,7 +996,7 @@ class Batch:
         over layers."""
         flags, here, B = self.flags, self.here, self.B
         per_row = self.windows.T // self.block              # noise levels
-        # Noise belongs to the global batch, dropout to a process; both are functions of the step, so they resume.
+        # Noise belongs to the global batch, dropout to a process; both are functions of the step and resume.
         gen = torch.Generator().manual_seed((flags["seed"] << 32) + step)
         torch.manual_seed(-1 - (flags["seed"] << 32) - step * here.world - here.rank)
         x = inputs = self.windows.read(self.windows.starts(step * B, B))        # (B, T)
