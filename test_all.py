@@ -2822,6 +2822,8 @@ def one_of_two(rank, dataset, out, init, flags):
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{init}", rank=rank, world_size=2)
+    if rank:
+        train.load_model = None         # what rank 0 writes, the other does not wait for
     go(dataset, out, threads=1, **flags)
 
 

@@ -1373,7 +1373,8 @@ def train(given, log=print):
             keep()
         if here.rank == 0:
             draw(run.rows, run.folder / "loss.png")
-        if flags["fsdp"] == "on":  # one process alone cannot run a model that is shared out
+        if flags["fsdp"] == "on" and here.rank == 0:
+            # one process alone cannot run a model that is shared out, and the others do not wait for the file
             lm = load_model(run.folder, "last")[0]
     if at.step < total:
         log(f"{leave} at step {at.step} of {total}: saved. Go on with: python train.py --resume auto --out "
