@@ -250,12 +250,16 @@ def text_lines(file, longest=-1):
         with open(file, "rb") as raw:
             code = "UTF-16" if raw.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff") else "LATIN1"
             lines = io.TextIOWrapper(PACKED.get(file.suffix.lower(), lambda raw: raw)(raw), "utf-8-sig")
-            while line := lines.readline(longest):
+            line = lines.readline(longest)
+            need("\0" not in line[:64], "it begins with zero bytes: no text, or UTF-16 without its mark")
+            while line:
                 yield line, raw.tell()
+                line = lines.readline(longest)
     except UnicodeDecodeError as e:
-        name = shlex.quote(str(file))
-        raise ValueError(f"{file} is no UTF-8 text; if it is {code}, type: iconv -f {code} -t UTF-8 {name} > "
-                         f"{name}.utf8.txt") from e
+        old, new = (shlex.quote(str(path)) for path in (file, file.with_name(f"utf8-{file.name}")))
+        how = ("unpack it, and write it as UTF-8" if file.suffix.lower() in PACKED else
+               f"if it is {code}, type: iconv -f {code} -t UTF-8 {old} > {new}")
+        raise ValueError(f"{file} is no UTF-8 text; {how}") from e
     except Exception as e:                      # every way of packing has its own errors
         raise ValueError(f"cannot read {file}: {e or type(e).__name__}") from e
 
@@ -277,8 +281,10 @@ def json_documents(file):
             if line.strip():
                 yield json.loads(line)["text"].encode("utf-8", "replace").decode(), True, at
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            how = ('; to make lines of a list, type: python -c "import json, sys; [print(json.dumps(x)) for '
-                   f'x in json.load(sys.stdin)]" < {file} > lines.jsonl') * line.strip().startswith("[")
+            how = ('; to make lines of a list of objects, type: python -c "import json, sys; '
+                   '[print(json.dumps(x)) for x in json.load(sys.stdin)]" '
+                   f'< {shlex.quote(str(file))} > lines.jsonl')
+            how *= line.strip().startswith("[")
             raise ValueError(f'cannot read {file}: line {n} is no JSON object with a string under the key '
                              f'"text"{how}') from None
 

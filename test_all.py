@@ -3621,7 +3621,8 @@ def test_one_reader_of_text(tmp_path, runs, capsys):
 
 
 @pytest.mark.parametrize("name, raw, words", [
-    ("a.txt", "naïve".encode("latin-1"), ["iconv -f LATIN1 -t UTF-8"]), ("a b.txt", "text".encode("utf-16"), ["iconv -f UTF-16", "a b.txt'"]),
+    ("a.txt", "naïve".encode("latin-1"), ["iconv -f LATIN1 -t UTF-8"]), ("a b.txt", "text".encode("utf-16"), ["iconv -f UTF-16", "utf8-a b.txt'"]),
+    ("a.txt.gz", gzip.compress(b"\xff"), ["unpack it"]), ("a.txt", "text".encode("utf-16-le"), ["zero bytes", "a.txt"]), ("a b.json", b"[1]", ["a b.json'"]),
     ("a.json", b'[{"text": "x"}]', ["line 1", "python -c", "a.json"]), ("a.csv", b"a,b", ["no plain text", ".jsonl"]), ("a.jsonl", b"[" * 10**5, ["line 1"]),
     ("a.txt.xz", b"no", ["a.txt.xz"]), ("a.zip", b"PK", ["a.zip"]), ("folder/x.png", b"", ["no plain text", "folder"]), ("none.txt", None, ["no such file"])])
 def test_what_is_no_text(tmp_path, runs, capsys, name, raw, words):
