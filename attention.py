@@ -29,7 +29,7 @@ from typing import Optional
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend, flex_attention, sdpa_kernel
 
 # ------------------------------------------------------------------------------------------------------------
 # Settings
@@ -85,10 +85,17 @@ class LayerConfig:
     index_head_dim: int | None = None   # dsa, msa: None: the head width
 
 
-CHOICES = dict(position=("rotary", "learned", "none"), linear_decay=(None, "fixed", "head", "channel"),
-               decay_gate=("auto", "softplus", "lower"), out_gate=("auto", None, "silu", "sigmoid"),
-               bidir=("sum", "forward", "backward"))
-RANGES = dict(rotary_fraction=(0, 1), g_min=(-5, 0), norm_eps=(0, 1), rope_base=(1, math.inf))
+CHOICES = dict(
+    position=("rotary", "learned", "none"),
+    linear_decay=(None, "fixed", "head", "channel"),
+    decay_gate=("auto", "softplus", "lower"),
+    out_gate=("auto", None, "silu", "sigmoid"),
+    bidir=("sum", "forward", "backward"))
+RANGES = dict(
+    rotary_fraction=(0, 1),
+    g_min=(-5, 0),
+    norm_eps=(0, 1),
+    rope_base=(1, math.inf))
 MAY_BE_0 = ("out_gate_rank", "qk_rope_head_dim", "sel_init", "dense_len")
 
 
@@ -153,7 +160,7 @@ class Step:
     def below(self):
         """(1 or B, 1, T, length) bool: which slots a query may read."""
         if self.seen is None:
-            slots = torch.arange(self.length, device=self.limit.device)
+            slots = count_to(self.length, self.limit)
             self.seen = (slots < self.limit[..., None]).unsqueeze(1)
             if self.mask is not None:
                 self.seen = self.seen & self.mask
@@ -179,7 +186,7 @@ def step_of(x, cache=None, causal=True, commit=True, pos=None, valid=None, mask=
     """
     B, T = x.shape[:2]
     device = x.device
-    eager = not torch.compiler.is_compiling()
+    eager = not compiling()
     if pos is not None:
         need(pos.shape in ((T,), (1, T), (B, T)),
              f"pos has shape {tuple(pos.shape)}, expected ({T},) or ({B}, {T})")
@@ -234,7 +241,7 @@ class Cache:
 
         With valid, a step of one token may hold rows that are full, as padding.
         """
-        eager = not torch.compiler.is_compiling()
+        eager = not compiling()
         need(B == len(self.pos), f"the cache has {len(self.pos)} rows, and the batch {B}")
         if pos is None:
             if eager and self.used + T > self.max_len:
@@ -245,7 +252,7 @@ class Cache:
                 need(taken + T <= self.max_len,
                      f"the cache holds {self.max_len} tokens and {taken} are taken: {T} more do not fit, "
                      f"make it with init_cache(max_len >= {taken + T})")
-            slots = self.pos[:, None] + torch.arange(T, device=self.pos.device)
+            slots = self.pos[:, None] + count_to(T, self.pos)
             if valid is not None:
                 slots = slots.clamp(max=self.max_len - 1)
             return slots, False
@@ -262,8 +269,9 @@ class Cache:
         if valid is not None:
             new = new & valid
             old = old & valid
-        gap = (self.pos + new.sum(1) != self.end(pos, valid)) | (pos.diff(dim=1) <= 0).any(1)
-        need(not bool(gap.any()), "pos must rise without a gap behind what the cache holds")
+        gap = self.pos + new.sum(1) != self.end(pos, valid)
+        falls = (pos.diff(dim=1) <= 0).any(1)
+        need(not bool((gap | falls).any()), "pos must rise without a gap behind what the cache holds")
         return pos, bool(old.any())
 
     def end(self, slots, valid=None):
@@ -278,7 +286,7 @@ class Cache:
     def advance(self, step):
         """Count the tokens of a step as seen."""
         self.pos.copy_(self.end(step.slots, step.valid))
-        if torch.compiler.is_compiling():
+        if compiling():
             self.used = self.max_len
             self.dense = False
         else:
@@ -311,8 +319,10 @@ def put(cache, new, step, block=1):
             buffer = buffer.scatter(2, at, entry)
         else:
             buffer.scatter_(2, at, entry)
-        S = -(-step.length // block) * block
-        read.append(a if step.length == a.size(2) else buffer[:, :, :S].to(a.dtype))
+        if step.length != a.size(2):
+            S = -(-step.length // block) * block
+            a = buffer[:, :, :S].to(a.dtype)
+        read.append(a)
     return read
 
 
@@ -323,22 +333,23 @@ def put_ring(cache, k, v, step, window):
     """
     new = k, v
     ok = step.valid
-    ok = torch.ones_like(step.slots, dtype=torch.bool) if ok is None else ok
+    if ok is None:
+        ok = torch.ones_like(step.slots, dtype=torch.bool)
     if cache is not None:
         old = cache.k, cache.v
         T = k.size(2)
-        W = old[0].size(2) - 1
-        first = step.slots[:, :1]  # (B, 1) tokens seen before
-        s = torch.arange(W, device=k.device)
-        k_pos = first - 1 - (first - 1 - s) % W                     # (B, W); negative: nothing is there yet
+        W = cache.k.size(2) - 1
+        last = step.slots[:, :1] - 1                                # (B, 1) the last token seen before
+        k_pos = last - (last - count_to(W, k)) % W                  # (B, W); negative: nothing is there yet
         if step.length > T:
             k, v = (torch.cat([b[:, :, :W].to(a.dtype), a], dim=2) for a, b in zip(new, old))
         if step.commit:
-            keep = ok & (torch.arange(T, device=k.device) >= ok.sum(1, keepdim=True) - W)
+            keep = ok & (count_to(T, k) >= ok.sum(1, keepdim=True) - W)
             for a, b in zip(new, old):
                 write_slots(b, a, torch.where(keep, step.slots % W, W))
         if step.length > T:
-            k_pos, k_ok = torch.cat([k_pos, step.slots], dim=1), torch.cat([k_pos >= 0, ok], dim=1)
+            k_ok = torch.cat([k_pos >= 0, ok], dim=1)
+            k_pos = torch.cat([k_pos, step.slots], dim=1)
             return k, v, visible(step.slots, k_pos, step.causal, window, k_ok).unsqueeze(1)
     if step.plain and not step.moved:
         return k, v, None
@@ -365,7 +376,7 @@ class Mixer(nn.Module):
         check_values({field: getattr(config, field) for field in self.settings})
 
     def forward(self, x, causal=True, cache=None, step=None, **keywords):
-        """(B, T, C) -> (B, T, C). The keywords are those of `step_of`; a model passes a step to all layers."""
+        """(B, T, C) -> (B, T, C). The keywords are those of `step_of`; a model passes its own step."""
         own = step is None
         if own:
             step = step_of(x, cache, causal, **keywords)
@@ -373,8 +384,8 @@ class Mixer(nn.Module):
             raise ValueError(f"layer '{self.name}' takes no mask=: only 'full' and 'mla' can read one "
                              "(block diffusion's two streams)")
         if step.rewrites and not self.rewrites:
-            raise ValueError(f"layer '{self.name}' reads its cache in order: pos must go on behind it, and only "
-                             "'mla' and 'full' without a window compute a slot in use anew")
+            raise ValueError(f"layer '{self.name}' reads its cache in order: pos must go on behind it, and "
+                             "only 'mla' and 'full' without a window compute a slot in use anew")
         if x.numel() == 0:
             return x
         y = self.mix(x, step, cache)
@@ -390,8 +401,7 @@ class Mixer(nn.Module):
 
     def dtypes(self, dtype):
         """{buffer: dtype} of a cache in dtype."""
-        wide = torch.promote_types(dtype, torch.float32)
-        return {name: wide if name in self.wide else dtype for name in self.state(1)}
+        return {name: at_least_float32(dtype) if name in self.wide else dtype for name in self.state(1)}
 
     def buffers_for(self, batch_size, max_len, device=None, dtype=None):
         """{name: zeros (batch_size, ...)}: what the layer keeps of max_len tokens."""
@@ -409,16 +419,30 @@ class Mixer(nn.Module):
     def cache_bytes(self, T, dtype):
         """Of one sequence of T tokens."""
         dtypes = self.dtypes(dtype)
-        return sum(math.prod(shape) * itemsize(dtypes[name]) for name, shape in self.state(T).items())
+        sizes = {name: math.prod(shape) for name, shape in self.state(T).items()}
+        return sum(size * itemsize(dtypes[name]) for name, size in sizes.items())
+
+
+def compiling():
+    return torch.compiler.is_compiling()
+
+
+def count_to(n, x):
+    """0, 1, ..., n - 1 on the device of x."""
+    return torch.arange(n, device=x.device)
 
 
 def itemsize(dtype):
     return torch.empty(0, dtype=dtype).element_size()
 
 
-def widen(x):
+def at_least_float32(dtype):
     """float32 for what bf16 would spoil (it has no number between 0.996 and 1); float64 stays."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return torch.promote_types(dtype, torch.float32)
+
+
+def widen(x):
+    return x.to(at_least_float32(x.dtype))
 
 
 def no_autocast(x):
@@ -464,14 +488,17 @@ def rotary(x, pos, dim=None, base=10_000.0, interleaved=False):
     sin = angle.sin().to(x.dtype)
     r = x[..., :dim]
     rest = x[..., dim:]
-    if interleaved:
-        a = r[..., 0::2]
-        b = r[..., 1::2]
-        r = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
-    else:
-        a, b = r.chunk(2, dim=-1)
-        r = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    a, b = r.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else r.chunk(2, dim=-1)
+    pair = a * cos - b * sin, b * cos + a * sin
+    r = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
     return torch.cat([r, rest], dim=-1) if rest.size(-1) else r
+
+
+def linear_map(n_in, n_out, rank=0):
+    """Without a bias; in two steps through `rank` channels unless rank is 0."""
+    if not rank:
+        return nn.Linear(n_in, n_out, bias=False)
+    return nn.Sequential(linear_map(n_in, rank), linear_map(rank, n_out))
 
 
 def heads(x, n):
@@ -507,7 +534,7 @@ def softmax_attention(q, k, v, causal=True, window=None, sink=None, scale=None, 
         if window is not None and S > 2 * max(window, 128):
             return long_window_attention(q, k, v, causal, window, sink, scale)
         if window is not None and window < S or sink is not None or causal and 1 < T < S:
-            t = torch.arange(S, device=q.device)
+            t = count_to(S, q)
             mask = visible(t[S - T:], t, causal, window)
     if sink is None:
         return sdpa(q, k, v, causal, scale, mask)
@@ -516,8 +543,10 @@ def softmax_attention(q, k, v, causal=True, window=None, sink=None, scale=None, 
     k, v = (a.repeat_interleave(q.size(1) // a.size(1), dim=1) for a in (k, v))
     scores = widen(q @ k.mT) * (scale or q.size(-1) ** -0.5)     # (B, H, T, S)
     scores = scores.masked_fill(~mask, -math.inf)
-    null = sink.to(scores.dtype).view(1, -1, 1, 1).expand(q.size(0), -1, T, 1)
-    return torch.cat([scores, null], dim=-1).softmax(dim=-1)[..., :-1].to(v.dtype) @ v
+    null = sink.to(scores.dtype).view(1, -1, 1, 1)
+    null = null.expand(q.size(0), -1, T, 1)
+    weights = torch.cat([scores, null], dim=-1).softmax(dim=-1)
+    return weights[..., :-1].to(v.dtype) @ v
 
 
 class Full(Mixer):
@@ -550,7 +579,7 @@ class Full(Mixer):
         self.spare = () if self.window is None else ("k", "v")
         self.qkv_proj = nn.Linear(C, (H + 2 * self.Hkv) * self.D, bias=config.bias)
         self.o_proj = nn.Linear(H * self.D, C, bias=config.bias)
-        self.gate_proj = nn.Linear(C, H * self.D, bias=False) if config.attn_gate else None
+        self.gate_proj = linear_map(C, H * self.D) if config.attn_gate else None
         self.q_norm = nn.RMSNorm(self.D, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(self.D, eps=config.norm_eps) if config.qk_norm else None
         self.sink = nn.Parameter(torch.zeros(H)) if "sink" in self.settings and config.sink else None
@@ -625,10 +654,10 @@ class MLA(Mixer):
         rank = config.q_lora_rank
         self.q_a_proj = nn.Linear(C, rank, bias=config.bias) if rank else None
         self.q_a_norm = nn.RMSNorm(rank, eps=config.norm_eps) if rank else None
-        self.q_b_proj = nn.Linear(rank or C, self.H * (self.nope + self.rope), bias=False)
+        self.q_b_proj = linear_map(rank or C, self.H * (self.nope + self.rope))
         self.kv_a_proj = nn.Linear(C, self.R + self.rope, bias=config.bias)
         self.kv_a_norm = nn.RMSNorm(self.R, eps=config.norm_eps)
-        self.kv_b_proj = nn.Linear(self.R, self.H * (self.nope + self.Dv), bias=False)
+        self.kv_b_proj = linear_map(self.R, self.H * (self.nope + self.Dv))
         self.o_proj = nn.Linear(self.H * self.Dv, C, bias=config.bias)
 
     def mix(self, x, step, cache):
@@ -646,7 +675,8 @@ class MLA(Mixer):
             source = self.q_a_norm(source).to(source.dtype)
         q = heads(self.q_b_proj(source), self.H)
         q, q_rope = q.split([self.nope, self.rope], dim=-1)
-        c, k_rope = self.kv_a_proj(x).unsqueeze(1).split([self.R, self.rope], dim=-1)
+        latent = self.kv_a_proj(x).unsqueeze(1)
+        c, k_rope = latent.split([self.R, self.rope], dim=-1)
         if self.rope_base:
             q_rope = rotary(q_rope, pos, None, self.rope_base, interleaved=True)
             k_rope = rotary(k_rope, pos, None, self.rope_base, interleaved=True)
@@ -674,7 +704,8 @@ class MLA(Mixer):
             y = attention(q, latent, latent, scale=self.scale)      # (B, H, T, R + rope)
             return y[..., :R] @ w_v.mT
         c, k_rope = latent.split([R, self.rope], dim=-1)
-        k = torch.cat([c @ w_k.mT, k_rope.expand(-1, self.H, -1, -1)], dim=-1)
+        k_rope = k_rope.expand(-1, self.H, -1, -1)
+        k = torch.cat([c @ w_k.mT, k_rope], dim=-1)
         return attention(q, k, c @ w_v.mT, scale=self.scale)
 
     def state(self, T):
@@ -760,7 +791,7 @@ def two_way(core, q, k, v, beta, g, state, causal, reset, scale, **settings):
     B, H, T, K = q.shape
     V = v.size(-1)
     own = None
-    f = torch.promote_types(q.dtype, torch.float32)
+    f = at_least_float32(q.dtype)
     S = q.new_zeros(B, H, K, V, dtype=f) if state is None else state.to(f)
     scale = K ** -0.5 if scale is None else scale
     if v.numel() == 0:
@@ -771,12 +802,13 @@ def two_way(core, q, k, v, beta, g, state, causal, reset, scale, **settings):
         if settings.get("g_min") is None:
             g = g.clamp(min=-1e3)                                       # still exp = 0; sums stay exact
     if not causal:
-        q, k, v, beta, g = (None if a is None else torch.cat([a, a.flip(2)]) for a in (q, k, v, beta, g))
+        both = lambda a: None if a is None else torch.cat([a, a.flip(2)])
+        q, k, v, beta, g = (both(a) for a in (q, k, v, beta, g))
         if reset is not None:                                           # backwards it starts at its end
             ends = F.pad(reset[:, 1:], (0, 1))
             reset = torch.cat([reset, ends.flip(1)])
         S = torch.cat([S, torch.zeros_like(S)])
-        own = torch.arange(2 * B, device=q.device) < B
+        own = count_to(2 * B, q) < B
     with no_autocast(q):                                                        # the inverse in bf16 is wrong
         o, S = core(q, k, v, beta, g, S, own, reset, scale, **settings)
     if not causal:
@@ -834,18 +866,19 @@ class FixedState(Mixer):
             self.g_min = config.g_min
         self.beta_max = 2.0 if "neg_eigval" in self.settings and config.neg_eigval else 1.0
         self.sizes = [self.H * self.K, self.H * self.K, self.Hv * self.V]       # q, k, v
-        self.qkv_proj = nn.Linear(C, sum(self.sizes), bias=False)
+        self.qkv_proj = linear_map(C, sum(self.sizes))
         bound = config.conv_size ** -0.5                                        # nn.Conv1d's own
         taps = torch.empty(sum(self.sizes), config.conv_size)
         self.conv_weight = nn.Parameter(taps.uniform_(-bound, bound))
         if self.delta:
-            self.beta_proj = nn.Linear(C, self.Hv, bias=False)
+            self.beta_proj = linear_map(C, self.Hv)
         if self.decay in ("head", "channel"):
             per_head, rank = (1, 0) if self.decay == "head" else (self.K, self.K)
-            self.decay_proj = low_rank(C, self.Hv * per_head, rank)
+            self.decay_proj = linear_map(C, self.Hv * per_head, rank)
             # Mamba's start: dt log-uniform in [0.001, 0.1], A in [1, 16], a memory of 1 to 1000 tokens. With
             # dt_bias = 1 (transformers' Qwen3-Next) it would be a tenth of a token.
-            dt = torch.empty(self.Hv * per_head).uniform_(math.log(1e-3), math.log(0.1)).exp()
+            dt = torch.empty(self.Hv * per_head)
+            dt = dt.uniform_(math.log(1e-3), math.log(0.1)).exp()
             self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))      # softplus(dt_bias) = dt
             A = torch.ones(self.Hv)
             if self.gate != "lower":
@@ -855,9 +888,9 @@ class FixedState(Mixer):
             rank = config.out_gate_rank
             if rank is None:
                 rank = self.low_rank_gate * self.V
-            self.gate_proj = low_rank(C, self.Hv * self.V, rank)
+            self.gate_proj = linear_map(C, self.Hv * self.V, rank)
         self.o_norm = nn.RMSNorm(self.V, eps=config.norm_eps)
-        self.o_proj = nn.Linear(self.Hv * self.V, C, bias=False)
+        self.o_proj = linear_map(self.Hv * self.V, C)
 
     @staticmethod
     def own_or(given, own):
@@ -865,13 +898,15 @@ class FixedState(Mixer):
 
     def mix(self, x, step, cache):
         if step.causal or self.bidir != "backward":
-            both = not step.causal and self.bidir == "sum"
-            return self.scan(x, step.valid, both, cache, step.commit)
+            return self.scan(x, step.valid, self.two_scans(step.causal), cache, step.commit)
         need(cache is None,
              f"layer '{self.name}' with bidir=backward starts at the end of the text and has no cache: "
              "use bidir=sum or causal=True")
         valid = None if step.valid is None else step.valid.flip(1)
         return self.scan(x.flip(1), valid, False).flip(1)
+
+    def two_scans(self, causal):
+        return not causal and self.bidir == "sum"
 
     def scan(self, x, valid, both, cache=None, commit=True):
         """The layer, from the left or from both ends. Tokens that are not valid write and decay nothing."""
@@ -892,7 +927,8 @@ class FixedState(Mixer):
             q, k = (a.repeat_interleave(self.Hv // self.H, dim=1) for a in (q, k))
         g = self.log_decay(x)
         if valid is not None and g is not None:
-            g = g.masked_fill(~valid.view(valid.size(0), 1, -1, *[1] * (g.dim() - 3)), 0)
+            hide = ~valid[:, None]
+            g = g.masked_fill(hide if g.dim() == 3 else hide.unsqueeze(-1), 0)
         state = None if cache is None else cache.state
         o, S = self.rule(x, q, k, v, g, valid, state, not both)
         if cache is not None and commit:
@@ -910,10 +946,11 @@ class FixedState(Mixer):
         B, T, _ = x.shape
         if self.decay == "fixed":                                               # RetNet: 1 - 2^(-5 - head)
             h = torch.arange(self.Hv, device=x.device, dtype=torch.float32)
-            return torch.log1p(-2.0 ** (-5 - h)).view(1, -1, 1).expand(B, -1, T)
+            g = torch.log1p(-2.0 ** (-5 - h))
+            return g.view(1, -1, 1).expand(B, -1, T)
         if self.decay is None:
             return None
-        f = (self.decay_proj(x) + widen(self.dt_bias)).view(B, T, self.Hv, -1).transpose(1, 2)
+        f = heads(self.decay_proj(x) + widen(self.dt_bias), self.Hv)
         A = widen(self.A_log).exp().view(-1, 1, 1)
         if self.gate == "lower":
             g = self.g_min * torch.sigmoid(A * f)
@@ -942,18 +979,19 @@ class FixedState(Mixer):
         return rule(q, k, v, g, state, causal, scale=1.0)
 
     def state(self, T):
-        return dict(conv=(self.conv_weight.size(1) - 1, sum(self.sizes)), state=(self.Hv, self.K, self.V))
+        before = self.conv_weight.size(1) - 1
+        return dict(conv=(before, sum(self.sizes)), state=(self.Hv, self.K, self.V))
 
     def reads(self, T, causal=True):
         """Rows of the state, each as large as one key and value: K, whatever T; both scans have one."""
-        return self.K * (1 if causal or self.bidir != "sum" else 2)
+        return self.K * (1 + self.two_scans(causal))
 
     def flops(self, T, causal=True):
         """The chunk-parallel form in chunks of C = 64 tokens, and the convolution; both scans count."""
         C = min(64, T)
         K = self.K
         V = self.V
-        scans = 1 if causal or self.bidir != "sum" else 2
+        scans = 1 + self.two_scans(causal)
         head = 2 * C * (K + V) + 4 * K * V                              # scores, their use; S' and S q
         if self.delta:
             head += 2 * C * (2 * K + V) + 2 * C * C // 3 + 2 * K * V            # system, inverse, U, W; W S
@@ -965,8 +1003,11 @@ class FixedState(Mixer):
 
 
 class Linear(FixedState):
-    """Linear attention, S += k v^T, with linear_decay None; fixed (RetNet, Lightning); head (Mamba-2: it
-    writes dt v); channel (GLA: its g = logsigmoid(-f) / 16 is the softplus form with A = 1/16)."""
+    """Linear attention, S += k v^T, without a decay or with one.
+
+    linear_decay: fixed (RetNet, Lightning); head (Mamba-2: it writes dt v); channel (GLA: its
+    g = logsigmoid(-f) / 16 is the softplus form with A = 1/16).
+    """
     settings = FixedState.settings + ("linear_decay", "decay_gate", "g_min")
     delta = False
     gate = "softplus"
@@ -987,8 +1028,10 @@ class GatedDeltaNet(FixedState):
 
 
 class KDA(FixedState):
-    """Kimi Delta Attention (arXiv 2510.26692): a decay per channel, low-rank gates. GLM-5.3-Flash; Kimi
-    Linear has decay_gate=softplus, without a bound on the decay."""
+    """Kimi Delta Attention (arXiv 2510.26692): a decay per channel, low-rank gates. GLM-5.3-Flash.
+
+    Kimi Linear has decay_gate=softplus, without a bound on the decay.
+    """
     settings = FixedState.settings + ("decay_gate", "g_min", "neg_eigval")
     decay = "channel"
     gate = "lower"
@@ -996,24 +1039,18 @@ class KDA(FixedState):
     low_rank_gate = True
 
 
-def low_rank(n_in, n_out, rank):
-    """A bias-free linear map, in two steps through `rank` channels unless rank is 0."""
-    if not rank:
-        return nn.Linear(n_in, n_out, bias=False)
-    return nn.Sequential(nn.Linear(n_in, rank, bias=False), nn.Linear(rank, n_out, bias=False))
-
-
 def l2_norm(x):
     """x / sqrt(sum x^2 + 1e-6) in float32: the eps of fla and of every model since, added, not a maximum."""
     w = widen(x)
-    return (w * torch.rsqrt(w.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
+    square = w.square().sum(-1, keepdim=True)
+    return (w * torch.rsqrt(square + 1e-6)).to(x.dtype)
 
 
 def last_tokens(x, n, valid):
     """x (B, n + T, D) -> (B, n, D): the last n tokens, of each row the valid ones."""
     if valid is None:
         return x[:, x.size(1) - n:]
-    at = valid.sum(1)[:, None] + torch.arange(n, device=x.device)
+    at = valid.sum(1)[:, None] + count_to(n, x)
     return x.gather(1, at[:, :, None].expand(-1, -1, x.size(2)))
 
 
@@ -1027,7 +1064,7 @@ def short_conv(x, weight, symmetric=False):
     if symmetric:
         weight = torch.cat([weight, weight[:, :-1].flip(1)], dim=1)             # (D, 2W-1)
         x = F.pad(x, (0, 0, 0, weight.size(1) // 2))
-    if torch.compiler.is_compiling():       # one kernel with what surrounds it, and x is not turned around
+    if compiling():       # one kernel with what surrounds it, and x is not turned around
         T = x.size(1) - weight.size(1) + 1
         weight = weight.to(x.dtype)
         return sum(x[:, i:i + T] * w for i, w in enumerate(weight.unbind(1)))
@@ -1075,7 +1112,7 @@ def pick_chunk(chunk_size, q, g_min=None):
          f"g_min {g_min} must lie in [-5, 0]: more decay overflows float32 within 16 tokens; "
          "leave it out, and the exact form is used")
     if chunk_size is None:
-        return 32 if q.device.type == "cpu" and not torch.compiler.is_compiling() else 64
+        return 32 if q.device.type == "cpu" and not compiling() else 64
     need(chunk_size >= 16 and not chunk_size & (chunk_size - 1),
          f"chunk_size {chunk_size} must be a power of two, at least 16")
     return chunk_size
@@ -1096,7 +1133,7 @@ def chunked(q, k, v, beta, g, S, own, reset, scale, g_min, chunk_size):
     f = S.dtype
     C = min(chunk_size, max(16, 1 << (T - 1).bit_length()))
     N = -(-T // C)
-    size = 1 << N.bit_length() // 2 if torch.compiler.is_compiling() else 1     # chunks in a group, ~ sqrt(N)
+    size = 1 << N.bit_length() // 2 if compiling() else 1     # chunks in a group, ~ sqrt(N)
     pad = -T % (C * size)                                                       # zeros do not change S
 
     def chunks(a):                                                              # -> (P, N, C, .), P = B H
@@ -1154,7 +1191,8 @@ def chunked(q, k, v, beta, g, S, own, reset, scale, g_min, chunk_size):
     else:
         states, u, S = scan_groups(through, k_out, U, W, S, size)
     o = ins[0].to(low) @ states.to(low) + scores[0].to(low) @ u
-    return o.reshape(B, H, -1, o.size(-1))[:, :, :T], S.unflatten(0, (B, H))
+    o = o.reshape(B, H, -1, o.size(-1))
+    return o[:, :, :T], S.unflatten(0, (B, H))
 
 
 def scan_chunks(through, k_out, U, W, S):
@@ -1199,7 +1237,8 @@ def channel_scores(rows, k, G, last, g_min):
         k = k * (-down).exp()
         rows = [a * down.exp() for a in rows]
     into = R.exp().to(f)
-    out = (G[:, :, -1:, -1:] - R).exp().to(f) * last.unsqueeze(2)
+    out = (G[:, :, -1:, -1:] - R).exp().to(f)
+    out = out * last.unsqueeze(2)
     ins = [(a * into).flatten(2, 3) for a in rows]
     k_out = (k * out).flatten(2, 3)
     scores = [(a @ k.mT).tril(-i) for i, a in enumerate(rows)]                  # (P, N, n, c, c), n tiles
@@ -1287,7 +1326,7 @@ def block_sparse_attention(q, k, v, sel, key_block, causal=True, tile=1, limit=N
          f"sel has shape {tuple(sel.shape)}, expected (B, H_kv, ceil(T / tile), ceil(S / key_block)), "
          f"which is {shape}")
     if limit is None:
-        t = torch.arange(T, device=q.device)[None]
+        t = count_to(T, q)[None]
         limit = torch.full_like(t, S)
         if causal:
             limit = t + 1 + S - T
@@ -1301,7 +1340,7 @@ def block_sparse_attention(q, k, v, sel, key_block, causal=True, tile=1, limit=N
         path = "flex"                                       # wider heads (absorbed MLA) do not fit
     if path == "gather" or path is None and (tile >= 16 or T <= 16):
         # To count on another device is to wait for it.
-        if not torch.compiler.is_compiling() and (most is None or q.device.type == "cpu"):
+        if not compiling() and (most is None or q.device.type == "cpu"):
             most = max(int(sel.sum(-1).amax()), 1) if sel.numel() else 1
         most = sel.size(-1) if most is None else most
         if path == "gather" or 2 * most * key_block <= S:
@@ -1313,7 +1352,7 @@ def block_sparse_attention(q, k, v, sel, key_block, causal=True, tile=1, limit=N
     q = q.unflatten(1, (Hkv, -1)).flatten(0, 1)  # groups as rows: one mask each
     k, v = (a.flatten(0, 1).unsqueeze(1) for a in (k, v))                       # (B Hkv, 1, S, D)
     y = []
-    slots = torch.arange(S, device=q.device)
+    slots = count_to(S, q)
     for rows in row_slices(T, cuda=q.is_cuda):
         picked = sel[:, :, rows].repeat_interleave(key_block, dim=3)[..., :S]
         mask = picked & (slots < limit[:, None, rows, None])
@@ -1324,15 +1363,16 @@ def block_sparse_attention(q, k, v, sel, key_block, causal=True, tile=1, limit=N
 
 
 def row_slices(T, step=1024, cuda=False):
-    """Slices of the queries: what takes (T, S) memory runs `step` queries at a time; more on a GPU, where a
-    compiled graph holds every slice."""
+    """Slices of the queries: what takes (T, S) memory runs `step` queries at a time.
+
+    On a GPU four times as many, because a compiled graph holds every slice.
+    """
     step = 4 * step if cuda else step
     return [slice(i, min(i + step, T)) for i in range(0, max(T, 1), step)]
 
 
 def top_k(scores, k):
-    """The k largest along the last dim, -inf meaning invisible: (index (..., k'), picked (..., k') bool), k'
-    = min(k, S).
+    """The k largest along the last dim, -inf meaning invisible -> index and picked (bool), (..., min(k, S)).
 
     Descending, ties to the earliest index, exactly min(k, visible) picked. Ties are common (ReLU scores,
     bf16) and torch.topk breaks them by memory layout, so parallel and cached selection would differ. Each
@@ -1341,7 +1381,7 @@ def top_k(scores, k):
     S = scores.size(-1)
     bits = (scores.detach().float() + 0.0).view(torch.int32).long()  # + 0.0: -0.0 and 0.0 are a tie
     order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    key = (order << 32) + (S - 1 - torch.arange(S, device=scores.device))
+    key = (order << 32) + (S - 1 - count_to(S, scores))
     index = key.topk(min(k, S), dim=-1).indices
     return index, scores.gather(-1, index) > -math.inf
 
@@ -1357,7 +1397,7 @@ def select_blocks(score, slots, limit, n_blocks, key_block, topk, init=0, local=
     force what any of them forces.
     """
     sel = []
-    j = torch.arange(n_blocks, device=slots.device)
+    j = count_to(n_blocks, slots)
     for rows in row_slices(slots.size(1), max(1024 // tile, 1) * tile, slots.is_cuda):
         s = score(rows)
         at = slots[:, rows]
@@ -1366,8 +1406,9 @@ def select_blocks(score, slots, limit, n_blocks, key_block, topk, init=0, local=
         if tile > 1:
             t = at.size(1)
             s = s.masked_fill((at >= lim)[:, None, :, None], 0)                 # padding adds nothing
-            s = F.pad(s, (0, 0, 0, -t % tile)).unflatten(2, (-1, tile)).sum(dim=3)
-            fill = torch.arange(t + -t % tile, device=at.device).clamp(max=t - 1)
+            pad = -t % tile
+            s = F.pad(s, (0, 0, 0, pad)).unflatten(2, (-1, tile)).sum(dim=3)
+            fill = count_to(t + pad, at).clamp(max=t - 1)
             own, lim = (a[:, fill].unflatten(1, (-1, tile)) for a in (own, lim))        # (b, nt, tile)
             first = own.amin(2)
             last = own.amax(2)
@@ -1376,28 +1417,31 @@ def select_blocks(score, slots, limit, n_blocks, key_block, topk, init=0, local=
         visible = j * key_block < lim
         near = (j > first - local) & (j < last + local)
         forced = (j < init) | near | (lim <= dense_len)
-        index, picked = top_k(s.masked_fill(forced, math.inf).masked_fill(~visible, -math.inf), topk)
+        ranked = s.masked_fill(forced, math.inf).masked_fill(~visible, -math.inf)
+        index, picked = top_k(ranked, topk)
         best = torch.zeros_like(s, dtype=torch.bool).scatter(-1, index, picked)
         sel.append((best | forced) & visible)
     return torch.cat(sel, dim=2)
 
 
 class BlockSparse(Full):
-    """What nsa, infllm and msa share: the projections of `full`, the choice of blocks, caches cut at blocks."""
+    """What nsa, infllm and msa share: the projections of `full`, the choice of blocks, the caches."""
     family = "sparse"
     settings = tuple(f for f in Full.settings if f not in ("window", "sink")) + (
         "sel_block", "sel_topk", "sel_init", "sel_local", "sel_tile")
     takes_mask = False
 
     def configure(self, config, block, topk, init, local, size=1, stride=1):
-        """Read the sel_ and cmp_ fields; the numbers given are the published ones, for fields that are None."""
-        for key, value in dict(block=block, topk=topk, init=init, local=local, tile=None).items():
+        """Read the sel_ and cmp_ fields; the numbers given are the published ones, for fields left None."""
+        published = dict(block=block, topk=topk, init=init, local=local, tile=None)
+        for key, value in published.items():
             given = getattr(config, f"sel_{key}")
             setattr(self, key, value if given is None else given)
         self.tile = self.tile or self.block
         forced = self.init + self.local
-        need(self.topk >= forced, f"sel_topk {self.topk} must be at least sel_init + sel_local = {self.init} + {self.local}: "
-                                  "the first and the local blocks are always read and count among the sel_topk")
+        need(self.topk >= forced,
+             f"sel_topk {self.topk} must be at least sel_init + sel_local = {self.init} + {self.local}: "
+             "the first and the local blocks are always read and count among the sel_topk")
         self.most = max(self.topk, forced + self.local + self.tile // self.block)       # picks of a row
         self.size = size
         self.stride = stride
@@ -1408,31 +1452,26 @@ class BlockSparse(Full):
         self.spare = ("ck", "cv")
 
     def read(self, x, step, cache, **more):
-        """Project x and put it into the cache, with `more` buffers -> q (B, H, T, D) and all that can be
-        read.
-        """
+        """Project x and put it into the cache with `more` buffers -> q (B, H, T, D), all that can be read."""
         q, k, v = self.project(x, step.pos)
         return q, *put(cache, {"k": k, "v": v, **more}, step, self.block)
 
     def selected(self, score, q, k, v, step):
-        """Attention of q to the blocks with the best score(rows), see select_blocks -> (B, H, T, D), sel,
-        tile.
-        """
+        """Attention of q to the blocks with the best score(rows) -> (B, H, T, D), sel, tile."""
         tile = 1 if step.causal else self.tile
         n = -(-k.size(2) // self.block)
-        sel = select_blocks(score, step.slots, step.limit, n, self.block, self.topk, self.init, self.local, tile,
-                            self.dense_len)
+        sel = select_blocks(score, step.slots, step.limit, n, self.block, self.topk,
+                            self.init, self.local, tile, self.dense_len)
         y = block_sparse_attention(q, k, v, sel, self.block, step.causal, tile, step.limit, self.most)
         return y, sel, tile
 
     def compressed(self, q, ck, step, S, pool):
         """The score function of compressed keys, for `selected`."""
-        return lambda rows: compressed_scores(q[:, :, rows], ck, step.limit[:, rows], S, self.block, self.size, self.stride,
-                                              pool)
+        sizes = self.block, self.size, self.stride
+        return lambda rows: compressed_scores(q[:, :, rows], ck, step.limit[:, rows], S, *sizes, pool)
 
     def compress(self, f, name, k, step, cache):
-        """f(window) for every complete window of k (B, h, S, D) -> (B, h, NC, D), one at least, perhaps not
-        visible.
+        """f(window) for every complete window of k (B, h, S, D) -> (B, h, NC, D), one at least.
 
         With a cache only the windows that the new tokens complete are computed, from k, which is its own
         running tail. Windows that are not complete are garbage, computed again later; the buffer's last slot
@@ -1443,12 +1482,14 @@ class BlockSparse(Full):
         stride = self.stride
         n = max(self.windows_at(S), 1)
         if cache is None:
-            return f(key_windows(k, torch.arange(n, device=k.device).expand(B, n), size, stride))
+            i = count_to(n, k)
+            return f(key_windows(k, i.expand(B, n), size, stride))
         buffer = getattr(cache, name)
         T = step.slots.size(1)
         first = ((step.slots[:, :1] - size) // stride + 1).clamp(min=0)
-        i = first + torch.arange(-(-T // stride), device=k.device)
-        write_slots(buffer, f(key_windows(k, i, size, stride)), i.clamp(max=buffer.size(2) - 1))
+        i = first + count_to(-(-T // stride), k)
+        new = f(key_windows(k, i, size, stride))
+        write_slots(buffer, new, i.clamp(max=buffer.size(2) - 1))
         return buffer[:, :, :n].to(k.dtype)
 
     def windows_at(self, T):
@@ -1456,9 +1497,11 @@ class BlockSparse(Full):
         return max((T - self.size) // self.stride + 1, 0)
 
     def block_reads(self, T, causal):
-        """Keys in the chosen blocks of the last of T queries, its own, perhaps partial, block among them;
-        bidirectional: of the query that reads most, in a long text. The blocks that a tile touches are
-        forced: a wide tile exceeds the topk."""
+        """Keys in the chosen blocks of the last of T queries, its own, perhaps partial, block among them.
+
+        Bidirectional: of the query that reads most, in a long text. The blocks that a tile touches are
+        forced: a wide tile exceeds the topk.
+        """
         own = (T - 1) // self.block
         if causal:
             return min(own, self.topk - 1) * self.block + T - own * self.block
@@ -1467,8 +1510,7 @@ class BlockSparse(Full):
 
 
 class NSA(BlockSparse):
-    """Native sparse attention (DeepSeek, arXiv 2502.11089): three branches over one K/V, mixed by sigmoid
-    gates.
+    """Native sparse attention (DeepSeek, arXiv 2502.11089): three branches, mixed by sigmoid gates.
 
     Compressed: every cmp_stride tokens an MLP turns cmp_block keys (values) and their places in the window
     into one. Selected: the sel_topk blocks with most compressed attention, the first and two local ones
@@ -1481,47 +1523,58 @@ class NSA(BlockSparse):
 
     def __init__(self, config):
         super().__init__(config)
-        self.configure(config, block=64, topk=16, init=1, local=2, size=config.cmp_block, stride=config.cmp_stride)
+        self.configure(config, block=64, topk=16, init=1, local=2,
+                       size=config.cmp_block, stride=config.cmp_stride)
         self.near = config.window or 512
         self.window = None                                                      # the cache is no ring
-        self.window_pos = nn.Parameter(torch.zeros(2, self.size, self.D))  # place in the window: keys, values
-        self.k_compress, self.v_compress = (nn.Sequential(
-            nn.Linear(self.size * self.D, self.D, bias=False), nn.GELU(), nn.Linear(self.D, self.D, bias=False)) for _ in "kv")
+        # One vector for each place in the window, for keys and for values.
+        self.window_pos = nn.Parameter(torch.zeros(2, self.size, self.D))
+        self.k_compress = self.compressor()
+        self.v_compress = self.compressor()
         self.branch_proj = nn.Linear(config.n_embd, 3 * self.H, bias=config.bias)
+
+    def compressor(self):
+        return nn.Sequential(
+            linear_map(self.size * self.D, self.D),
+            nn.GELU(),
+            linear_map(self.D, self.D))
 
     def mix(self, x, step, cache):
         q, k, v = self.read(x, step, cache)
         place = self.window_pos.to(k.dtype)
-        ck = self.compress(lambda w: self.k_compress((w + place[0]).flatten(-2)), "ck", k, step, cache)
-        cv = self.compress(lambda w: self.v_compress((w + place[1]).flatten(-2)), "cv", v, step, cache)
-        complete = torch.arange(ck.size(2), device=x.device) * self.stride + self.size <= step.limit[..., None]
-        # 0 before the first complete window
-        compressed = softmax_attention(q, ck, cv, mask=complete.unsqueeze(1))
-        selected, _, _ = self.selected(self.compressed(q, ck, step, k.size(2), "sum"), q, k, v, step)
+        compress_k = lambda w: self.k_compress((w + place[0]).flatten(-2))
+        compress_v = lambda w: self.v_compress((w + place[1]).flatten(-2))
+        ck = self.compress(compress_k, "ck", k, step, cache)
+        cv = self.compress(compress_v, "cv", v, step, cache)
+        ends = count_to(ck.size(2), x) * self.stride + self.size
+        complete = ends <= step.limit[..., None]
+        compressed = softmax_attention(q, ck, cv, mask=complete.unsqueeze(1))   # 0 before the first window
+        score = self.compressed(q, ck, step, k.size(2), "sum")
+        selected, _, _ = self.selected(score, q, k, v, step)
         if step.plain and step.length == x.size(1):
             near = softmax_attention(q, k, v, step.causal, self.near)
         else:
             near = window_attention(q, k, v, step.slots, step.limit, self.near, step.causal)
-        # (3, B, H, T, 1)
-        gate = torch.sigmoid(self.branch_proj(x)).unflatten(-1, (3, self.H, 1)).permute(2, 0, 3, 1, 4)
+        gate = torch.sigmoid(self.branch_proj(x)).unflatten(-1, (3, self.H, 1))
+        gate = gate.permute(2, 0, 3, 1, 4)                                      # (3, B, H, T, 1)
         return self.output(gate[0] * compressed + gate[1] * selected + gate[2] * near, x)
 
     def state(self, T):
-        kv = (self.Hkv, T, self.D)
-        ckv = (self.Hkv, self.windows_at(T), self.D)
-        return dict(k=kv, v=kv, ck=ckv, cv=ckv)
+        compressed = self.Hkv, self.windows_at(T), self.D
+        return dict(super().state(T), ck=compressed, cv=compressed)
 
     def reads(self, T, causal=True):
-        return self.windows_at(T) + self.block_reads(T, causal) + min(T, self.near if causal else 2 * self.near - 1)
+        near = self.near if causal else 2 * self.near - 1
+        return self.windows_at(T) + self.block_reads(T, causal) + min(T, near)
 
-    def flops(self, T, causal=True):  # 1.5: the scores of compressed keys are computed twice
+    def flops(self, T, causal=True):
+        # 1.5: the scores of compressed keys are computed twice.
         pairs = total(lambda t: 1.5 * self.windows_at(t) + self.block_reads(t, causal), T, causal)
         return int(4 * self.H * self.D * (pairs + count_visible(T, causal, self.near)))
 
 
 class InfLLM(BlockSparse):
-    """InfLLM-V2 (MiniCPM4, arXiv 2509.24663): block selection without parameters, so that a checkpoint of
-    `full` loads.
+    """InfLLM-V2 (MiniCPM4, arXiv 2509.24663): no parameters of its own, so checkpoints of `full` load.
 
     Blocks are chosen by attention to mean-pooled keys; a query that sees at most dense_len tokens reads them
     all. Published (MiniCPM4.1): sel_block 64, sel_topk 64, sel_init 1, window 2048 = sel_local 33, cmp 32/16,
@@ -1533,7 +1586,8 @@ class InfLLM(BlockSparse):
 
     def __init__(self, config):
         super().__init__(config)
-        self.configure(config, block=64, topk=64, init=1, local=33, size=config.cmp_block, stride=config.cmp_stride)
+        self.configure(config, block=64, topk=64, init=1, local=33,
+                       size=config.cmp_block, stride=config.cmp_stride)
         self.dense_len = config.dense_len
         self.per_head = config.sel_per_head
         self.most = max(self.most, -(-self.dense_len // self.block))
@@ -1546,12 +1600,12 @@ class InfLLM(BlockSparse):
             return self.output(read_all(q, k, v, step), x)
         if self.per_head:
             k, v, ck = (a.repeat_interleave(self.H // self.Hkv, dim=1) for a in (k, v, ck))
-        y, _, _ = self.selected(self.compressed(q, ck, step, k.size(2), "max"), q, k, v, step)
+        score = self.compressed(q, ck, step, k.size(2), "max")
+        y, _, _ = self.selected(score, q, k, v, step)
         return self.output(y, x)
 
     def state(self, T):
-        kv = self.Hkv, T, self.D
-        return dict(k=kv, v=kv, ck=(self.Hkv, self.windows_at(T), self.D))
+        return dict(super().state(T), ck=(self.Hkv, self.windows_at(T), self.D))
 
     def reads(self, T, causal=True):                        # of k and v; the pooled keys are scanned besides
         return T if T <= self.dense_len else self.block_reads(T, causal)
@@ -1559,14 +1613,13 @@ class InfLLM(BlockSparse):
     def flops(self, T, causal=True):
         if T <= max(self.dense_len, self.topk * self.block):
             return super().flops(T, causal)
-        # scores without values
+        # Half, as compressed keys have scores but no values.
         pairs = total(lambda t: self.reads(t, causal) + self.windows_at(t) / 2, T, causal)
         return int(4 * self.H * self.D * pairs)
 
 
 class MSA(BlockSparse):
-    """MiniMax sparse attention (MiniMax-M3, arXiv 2606.13392): an index head per group picks blocks of 128
-    keys.
+    """MiniMax sparse attention (MiniMax-M3, arXiv 2606.13392): an index head per group picks blocks.
 
     A block's score is the best raw product of the group's index query with its index keys, one key for all
     groups. The index learns from aux["indexer_kl"] alone, from the group's mean attention to what it chose;
@@ -1579,16 +1632,17 @@ class MSA(BlockSparse):
         super().__init__(config)
         self.configure(config, block=128, topk=16, init=0, local=1)
         self.Di = config.index_head_dim or self.D
-        need(self.Di >= self.rope_dim, f"index_head_dim {self.Di} must be at least {self.rope_dim}, the rotated channels")
-        self.index_q_proj = nn.Linear(config.n_embd, self.Hkv * self.Di, bias=False)
-        self.index_k_proj = nn.Linear(config.n_embd, self.Di, bias=False)
+        need(self.Di >= self.rope_dim,
+             f"index_head_dim {self.Di} must be at least {self.rope_dim}, the rotated channels")
+        self.index_q_proj = linear_map(config.n_embd, self.Hkv * self.Di)
+        self.index_k_proj = linear_map(config.n_embd, self.Di)
         self.index_q_norm = nn.RMSNorm(self.Di, eps=config.norm_eps)
         self.index_k_norm = nn.RMSNorm(self.Di, eps=config.norm_eps)
         self.stage = "sparse"
 
     def mix(self, x, step, cache):
-        qi = self.index_q_proj(x.detach()).unflatten(-1, (self.Hkv, -1)).transpose(1, 2)  # (B, Hkv, T, Di)
-        ki = self.index_k_proj(x.detach()).unsqueeze(1)  # (B, 1, T, Di)
+        qi = heads(self.index_q_proj(x.detach()), self.Hkv)                     # (B, Hkv, T, Di)
+        ki = heads(self.index_k_proj(x.detach()), 1)                            # (B, 1, T, Di)
         qi = self.index_q_norm(qi).to(qi.dtype)
         ki = self.index_k_norm(ki).to(ki.dtype)
         if self.rope_dim:
@@ -1607,42 +1661,41 @@ class MSA(BlockSparse):
         return self.output(y, x)
 
     def learn(self, qi, ki, q, k, sel, tile, step):
-        """Put the KL of the index into aux, over the keys that were read; sel None: over all that are
-        visible.
-        """
-        s = torch.arange(k.size(2), device=k.device)
-        t = torch.arange(q.size(2), device=k.device)
+        """Put the KL of the index into aux, over the keys that were read: with sel None all visible ones."""
+        s = count_to(k.size(2), k)
+        t = count_to(q.size(2), k)
         kl = []
         for r in row_slices(len(t), cuda=k.is_cuda):
             mask = (s < step.limit[:, r, None]).unsqueeze(1)                    # (b, 1, t, S)
             if sel is not None:
                 mask = mask & sel[:, :, t[r] // tile][..., s // self.block]     # (B, Hkv, t, S)
-            kl.append(indexer_kl(qi[:, :, r] @ ki.mT, q[:, :, r], k, mask))
+            scores = qi[:, :, r] @ ki.mT
+            kl.append(indexer_kl(scores, q[:, :, r], k, mask))
         add_indexer_kl(step.aux, kl, step.valid)
 
     def state(self, T):
-        kv = self.Hkv, T, self.D
-        return dict(k=kv, v=kv, ki=(1, T, self.Di))
+        return dict(super().state(T), ki=(1, T, self.Di))
 
     def reads(self, T, causal=True):                        # of k and v; all index keys are scanned besides
         return self.block_reads(T, causal)
 
     def flops(self, T, causal=True):
-        main = 4 * self.H * self.D * total(lambda t: self.reads(t, causal), T, causal)
+        pairs = total(lambda t: self.reads(t, causal), T, causal)
+        main = 4 * self.H * self.D * pairs
         return main + 2 * self.Hkv * self.Di * count_visible(T, causal)
 
 
 class DSA(MLA):
-    """DeepSeek sparse attention (DeepSeek-V3.2): on MLA, a lightning indexer picks sel_topk single tokens for
-    each query.
+    """DeepSeek sparse attention (DeepSeek-V3.2): MLA whose indexer picks sel_topk single tokens per query.
 
-    The indexer's heads share one key. It reads detached inputs and learns from aux["indexer_kl"] alone. layer.stage:
+    The indexer's heads share one key. It reads detached inputs and learns from aux["indexer_kl"] alone.
+    layer.stage:
         "dense"   plain MLA, no indexer loss
-        "warmup"  still dense, the loss over all visible keys: train the indexer only (V3.2: 1000 steps, lr 1e-3)
-        "sparse"  attention to the chosen tokens, the loss over these: train everything on LM loss + aux["indexer_kl"]
-    Published: sel_topk 2048, index_n_head 64 (None: n_head / 2), index_head_dim 128 (None: v_head_dim). The rotated
-    channels come first and are half-split here, while MLA's are interleaved. Only decoding is faster than MLA: no two
-    queries pick the same tokens, so training masks, as DeepSeek's own short prefill does.
+        "warmup"  still dense, the loss over all visible keys: train the indexer only (V3.2: 1000 steps)
+        "sparse"  attention to the chosen tokens, the loss over these: train all, LM loss + aux["indexer_kl"]
+    Published: sel_topk 2048, index_n_head 64 (None: n_head / 2), index_head_dim 128 (None: v_head_dim). The
+    rotated channels come first and are half-split here, while MLA's are interleaved. Only decoding is faster
+    than MLA: no two queries pick the same tokens, so training masks, as DeepSeek's own short prefill does.
     """
     family = "sparse"
     settings = MLA.settings + ("sel_topk", "index_n_head", "index_head_dim")
@@ -1653,21 +1706,23 @@ class DSA(MLA):
         self.topk = config.sel_topk or 2048
         self.Hi = config.index_n_head or max(1, self.H // 2)
         self.Di = config.index_head_dim or max(self.Dv, self.rope)
-        need(self.Di >= self.rope, f"index_head_dim {self.Di} must be at least {self.rope}, the rotated channels")
-        self.index_q_proj = nn.Linear(self.q_b_proj.in_features, self.Hi * self.Di, bias=False)
-        self.index_k_proj = nn.Linear(config.n_embd, self.Di, bias=False)
+        need(self.Di >= self.rope,
+             f"index_head_dim {self.Di} must be at least {self.rope}, the rotated channels")
+        self.index_q_proj = linear_map(self.q_b_proj.in_features, self.Hi * self.Di)
+        self.index_k_proj = linear_map(config.n_embd, self.Di)
         self.index_k_norm = nn.LayerNorm(self.Di, eps=1e-6)
-        self.index_w_proj = nn.Linear(config.n_embd, self.Hi, bias=False)
+        self.index_w_proj = linear_map(config.n_embd, self.Hi)
         self.stage = "sparse"
 
     def mix(self, x, step, cache):
         q, latent, source = self.project(x, step.pos)
-        qi = self.index_q_proj(source.detach()).unflatten(-1, (self.Hi, -1)).transpose(1, 2)  # (B, Hi, T, Di)
-        ki = self.index_k_norm(self.index_k_proj(x.detach())).to(q.dtype).unsqueeze(1)  # (B, 1, T, Di)
+        qi = heads(self.index_q_proj(source.detach()), self.Hi)                 # (B, Hi, T, Di)
+        ki = self.index_k_norm(self.index_k_proj(x.detach()))
+        ki = ki.to(q.dtype).unsqueeze(1)                                        # (B, 1, T, Di)
         if self.rope_base:
             qi = rotary(qi, step.pos, self.rope, self.rope_base)
             ki = rotary(ki, step.pos, self.rope, self.rope_base)
-        w = self.index_w_proj(x.detach()).float() * self.Hi ** -0.5                             # (B, T, Hi)
+        w = self.index_w_proj(x.detach()).float() * self.Hi ** -0.5             # (B, T, Hi)
         latent, ki = put(cache, {"latent": latent, "ki": ki}, step)
         S = latent.size(2)
         dense = self.stage != "sparse" or S <= self.topk
@@ -1677,18 +1732,21 @@ class DSA(MLA):
             y = []
             kl = []
             for r in row_slices(x.size(1), cuda=x.is_cuda) if learn or not dense else ():
-                score = lightning_scores(qi[:, :, r], ki, w[:, r])
-                limit = step.limit[:, r]  # (B, 1, t, S)
-                mask = (torch.arange(S, device=x.device) < limit[..., None]).unsqueeze(1)
-                if not dense:                               # bidirectional: the own token is always read
-                    mask = select_blocks(lambda _: score, step.slots[:, r], limit, S, 1, self.topk,
-                                         local=0 if step.causal else 1)
-                    if k.size(1) > 1:
-                        y.append(softmax_attention(q[:, :, r], k, v, mask=mask, scale=scale))
-                    else:
-                        y.append(block_sparse_attention(q[:, :, r], k, v, mask, 1, step.causal, 1, limit, self.topk, scale))
+                qr = q[:, :, r]
+                limit = step.limit[:, r]
+                score = lightning_scores(qi[:, :, r], ki, w[:, r])              # (B, 1, t, S)
+                if dense:
+                    mask = (count_to(S, x) < limit[..., None]).unsqueeze(1)
+                else:
+                    own = 0 if step.causal else 1           # bidirectional: the own token is always read
+                    mask = select_blocks(lambda _: score, step.slots[:, r], limit, S, 1, self.topk, local=own)
+                if not dense and k.size(1) > 1:
+                    y.append(softmax_attention(qr, k, v, mask=mask, scale=scale))
+                elif not dense:
+                    y.append(block_sparse_attention(qr, k, v, mask, 1, step.causal, limit=limit,
+                                                    most=self.topk, scale=scale))
                 if learn:
-                    kl.append(indexer_kl(score, q[:, :, r], k, mask, scale))
+                    kl.append(indexer_kl(score, qr, k, mask, scale))
             if learn:
                 add_indexer_kl(step.aux, kl, step.valid)
             return read_all(q, k, v, step, scale) if dense else torch.cat(y, dim=2)
@@ -1697,70 +1755,72 @@ class DSA(MLA):
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def state(self, T):
-        return dict(latent=(1, T, self.R + self.rope), ki=(1, T, self.Di))
+        return dict(super().state(T), ki=(1, T, self.Di))
 
     def reads(self, T, causal=True):                        # of latents; all index keys are scanned besides
         return min(T, self.topk)
 
     def flops(self, T, causal=True):
-        main = 2 * self.H * (self.nope + self.rope + self.Dv) * total(lambda t: self.reads(t, causal), T, causal)
+        pairs = total(lambda t: self.reads(t, causal), T, causal)
+        main = 2 * self.H * (self.nope + self.rope + self.Dv) * pairs
         return main + 2 * self.Hi * (self.Di + 1) * count_visible(T, causal)
 
 
 def key_windows(k, i, size, stride):
-    """(B, h, S, D) -> (B, h, m, size, D): windows i (B, m); window i covers slots [i stride, i stride +
-    size).
-    """
-    at = (i[:, :, None] * stride + torch.arange(size, device=k.device)).clamp(0, k.size(2) - 1).flatten(1)
+    """Windows i (B, m) of k (B, h, S, D) -> (B, h, m, size, D): slots [i stride, i stride + size)."""
+    at = i[:, :, None] * stride + count_to(size, k)
+    at = at.clamp(0, k.size(2) - 1).flatten(1)
     at = at[:, None, :, None].expand(-1, k.size(1), -1, k.size(3))
     return k.gather(2, at).unflatten(2, (-1, size))
 
 
 def compressed_scores(q, ck, limit, S, key_block, size, stride, pool):
-    """Block scores from attention to compressed keys: q (B, H, T, D), ck (B, h, NC, D) -> (B, h, T, ceil(S /
-    key_block)).
+    """Block scores by compressed keys: q (B, H, T, D), ck (B, h, NC, D) -> (B, h, T, ceil(S / key_block)).
 
     Softmax over the complete windows, added up over the heads of a group, then pooled to blocks. pool "sum"
     (NSA, arXiv 2502.11089 eq. 9-10): a window counts by how many strides of it lie in the block, 1 2 2 2 1
     for 32/16/64. pool "max" (InfLLM-V2, arXiv 2509.24663): the best of the windows that touch the block.
     """
-    s = (q.unflatten(1, (ck.size(1), -1)) @ ck.unsqueeze(2).mT).float() * q.size(-1) ** -0.5
-    hidden = (torch.arange(ck.size(2), device=q.device) * stride + size > limit[..., None])[:, None, None]
-    # (B, h, T, NC); no key: 0
-    p = s.masked_fill(hidden, -math.inf).softmax(dim=-1).masked_fill(hidden, 0).sum(dim=2)
+    s = q.unflatten(1, (ck.size(1), -1)) @ ck.unsqueeze(2).mT                   # (B, h, G, T, NC)
+    s = s.float() * q.size(-1) ** -0.5
+    ends = count_to(ck.size(2), q) * stride + size
+    hidden = (ends > limit[..., None])[:, None, None]
+    p = s.masked_fill(hidden, -math.inf).softmax(dim=-1)
+    p = p.masked_fill(hidden, 0).sum(dim=2)                                     # (B, h, T, NC); no key: 0
     a = size // stride
     b = key_block // stride
-    n = -(-S // key_block)  # windows j b - a + 1 ... j b + b - 1 touch block j
+    n = -(-S // key_block)
+    # Windows j b - a + 1 ... j b + b - 1 touch block j.
     p = F.pad(p, (a - 1, max(n * b - p.size(-1), 0)))
     p = p.unfold(-1, a + b - 1, b)[..., :n, :]                                  # (B, h, T, n, a + b - 1)
     if pool == "max":
         return p.amax(dim=-1)
-    o = torch.arange(1 - a, b, device=q.device)  # overlap of [o, o + a) and [0, b)
-    return p @ ((o + a).clamp(max=b) - o.clamp(min=0)).to(p.dtype)
+    o = torch.arange(1 - a, b, device=q.device)
+    overlap = (o + a).clamp(max=b) - o.clamp(min=0)                             # of [o, o + a) and [0, b)
+    return p @ overlap.to(p.dtype)
 
 
 def index_block_scores(q, k, limit, key_block):
-    """MSA (arXiv 2606.13392): a block's best raw score. q (B, h, T, D), k (B, 1, S, D) -> (B, h, T, ceil(S /
-    key_block)).
-    """
+    """MSA's best raw score per block: q (B, h, T, D), k (B, 1, S, D) -> (B, h, T, ceil(S / key_block))."""
     s = (q @ k.mT).float()
-    s = s.masked_fill(torch.arange(k.size(2), device=q.device) >= limit[:, None, :, None], -math.inf)
-    return F.pad(s, (0, -s.size(-1) % key_block), value=-math.inf).unflatten(-1, (-1, key_block)).amax(dim=-1)
+    hidden = count_to(k.size(2), q) >= limit[:, None, :, None]
+    s = s.masked_fill(hidden, -math.inf)
+    s = F.pad(s, (0, -s.size(-1) % key_block), value=-math.inf)
+    return s.unflatten(-1, (-1, key_block)).amax(dim=-1)
 
 
 def lightning_scores(q, k, w):
-    """DSA's indexer: sum_h w_h relu(q_h . k / sqrt(D)). q (B, h, T, D), k (B, 1, S, D), w (B, T, h) -> (B, 1,
-    T, S).
+    """DSA's indexer, sum_h w_h relu(q_h . k / sqrt(D)), (B, 1, T, S).
 
-    Scores of exactly 0 are common (all heads at 0): only top_k's rule for ties makes the choice well defined.
+    q (B, h, T, D), k (B, 1, S, D), w (B, T, h). Scores of exactly 0 are common (all heads at 0): only top_k's
+    rule for ties makes the choice well defined.
     """
-    s = F.relu(q @ k.mT * q.size(-1) ** -0.5)                    # (B, h, T, S)
-    return (s * w.transpose(1, 2).unsqueeze(-1)).sum(dim=1, keepdim=True)
+    s = F.relu(q @ k.mT * q.size(-1) ** -0.5)               # (B, h, T, S)
+    return (s * w.mT.unsqueeze(-1)).sum(dim=1, keepdim=True)
 
 
 def indexer_kl(scores, q, k, mask, scale=None):
-    """KL(p || softmax(scores)) of each query, (B, h, T): p is the mean attention of the heads that an index
-    head serves.
+    """KL(p || softmax(scores)) of each query, (B, h, T); p: mean attention of the heads of an index head.
 
     scores (B, h, T, S); q (B, H, T, D), k (B, H_kv, S, D) of the attention itself, to which no gradient
     flows. mask (B or 1, h or 1, T, S) bool: the visible keys (DSA's warm-up) or the chosen ones (its sparse
@@ -1768,19 +1828,22 @@ def indexer_kl(scores, q, k, mask, scale=None):
     """
     scores = widen(scores)
     with torch.no_grad():
-        a = q.unflatten(1, (k.size(1), -1)) @ k.unsqueeze(2).mT * (scale or q.size(-1) ** -0.5)
-        a = a.flatten(1, 2).unflatten(1, (scores.size(1), -1)).to(scores.dtype)         # (B, h, H / h, T, S)
-        p = a.masked_fill(~mask.unsqueeze(2), -math.inf).softmax(dim=-1).mean(dim=2)
-    # never 0 times -inf
-    log_q = scores.masked_fill(~mask, -math.inf).log_softmax(dim=-1).masked_fill(~mask, 0)
+        a = q.unflatten(1, (k.size(1), -1)) @ k.unsqueeze(2).mT
+        a = a * (scale or q.size(-1) ** -0.5)
+        a = a.flatten(1, 2).unflatten(1, (scores.size(1), -1))                  # (B, h, H / h, T, S)
+        a = a.to(scores.dtype).masked_fill(~mask.unsqueeze(2), -math.inf)
+        p = a.softmax(dim=-1).mean(dim=2)
+    log_q = scores.masked_fill(~mask, -math.inf).log_softmax(dim=-1)
+    log_q = log_q.masked_fill(~mask, 0)                                         # never 0 times -inf
     return (p * (p.clamp(min=1e-30).log() - log_q)).sum(dim=-1)
 
 
 def add_indexer_kl(aux, kl, valid):
-    """Add a layer's mean KL per valid query, from a list of (B, h, t), to aux["indexer_kl"]: the layers' sum."""
+    """Add a layer's mean KL per valid query, from a list of (B, h, t), to aux["indexer_kl"]."""
     kl = torch.cat(kl, dim=-1)                                                  # (B, h, T)
     if valid is not None:
-        kl = kl.masked_fill(~valid[:, None], 0) * (valid.numel() / valid.sum().clamp(min=1))
+        share = valid.numel() / valid.sum().clamp(min=1)
+        kl = kl.masked_fill(~valid[:, None], 0) * share
     aux["indexer_kl"] = aux.get("indexer_kl", 0) + kl.mean()
 
 
@@ -1792,11 +1855,12 @@ def read_all(q, k, v, step, scale=None):
 
 
 def window_attention(q, k, v, slots, limit, window, causal):
-    """A sliding window over slots, of cached keys or with padding: only the keys around the queries are read."""
+    """A sliding window over slots, of cached keys or with padding: only keys around the queries are read."""
     size = q.size(2) + (window - 1) * (1 if causal else 2)
     slots = slots.expand(q.size(0), -1)
-    s = slots[:, :1] - (window - 1) + torch.arange(size, device=q.device)       # (B, size)
-    mask = visible(slots, s, causal, window, (s >= 0) & (s < limit.amax(dim=1, keepdim=True)))
+    s = slots[:, :1] - (window - 1) + count_to(size, q)       # (B, size)
+    used = (s >= 0) & (s < limit.amax(dim=1, keepdim=True))
+    mask = visible(slots, s, causal, window, used)
     k, v = (key_windows(a, s[:, :1], size, 1).squeeze(2) for a in (k, v))
     return softmax_attention(q, k, v, mask=mask.unsqueeze(1))
 
@@ -1812,16 +1876,13 @@ ATTENTION = {"full": Full, "mla": MLA, "nsa": NSA, "infllm": InfLLM, "dsa": DSA,
              "linear": Linear, "deltanet": DeltaNet, "gated_deltanet": GatedDeltaNet, "kda": KDA}
 
 # ------------------------------------------------------------------------------------------------------------
-# Fast forms for one device or the compiler: SDPA's shapes, FlexAttention, gathered blocks, a convolution,
-# grouped chunks
+# Fast forms for one device or the compiler: SDPA, FlexAttention, gathered blocks, a convolution, groups
 
 SAFE_UNDER_MASK = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def sdpa(q, k, v, causal, scale, mask):
-    """torch's fused kernel, asked in the shapes in which it is fast. See softmax_attention; S = T when
-    causal.
-    """
+    """torch's fused kernel, asked in the shapes in which it is fast; S = T when causal."""
     B, H, T, D = q.shape
     Dv = v.size(-1)
     h = k.size(1)
@@ -1831,13 +1892,16 @@ def sdpa(q, k, v, causal, scale, mask):
         # A few queries: for enable_gqa SDPA may copy all keys once per query head. As rows of one head they
         # share them.
         if mask is not None:
-            mask = mask.expand(B, H, T, k.size(2)).unflatten(1, (h, -1)).flatten(2, 3)
-        y = sdpa(q.unflatten(1, (h, -1)).flatten(2, 3), k, v, False, scale, mask)
+            mask = mask.expand(B, H, T, k.size(2))
+            mask = mask.unflatten(1, (h, -1)).flatten(2, 3)
+        q = q.unflatten(1, (h, -1)).flatten(2, 3)
+        y = sdpa(q, k, v, False, scale, mask)
         return y[..., :Dv].unflatten(2, (-1, T)).flatten(1, 2)              # from (B, h, G T, Dv)
     # cuDNN's kernel in torch 2.13 can return NaN gradients under a mask (huggingface/trl #7181)
+    causal = causal and mask is None and T > 1
     with sdpa_kernel(SAFE_UNDER_MASK) if mask is not None and q.is_cuda else contextlib.nullcontext():
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None and T > 1,
-                                              scale=scale, enable_gqa=H != h)[..., :Dv]
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=H != h)
+    return y[..., :Dv]
 
 
 def long_window_attention(q, k, v, causal, window, sink, scale):
@@ -1846,107 +1910,106 @@ def long_window_attention(q, k, v, causal, window, sink, scale):
     S = k.size(2)
     if sink is None and flex_pays(q, v) and T == S:
         return flex_window_attention(q, k, v, causal, window, scale)
-    t = torch.arange(S, device=q.device)
+    t = count_to(S, q)
     size = max(window, 128)
     y = []
     for i in range(S - T, S, size):
         j = min(i + size, S)
         keys = slice(max(0, i - window + 1), j if causal else min(S, j + window - 1))
         mask = visible(t[i:j], t[keys], causal, window)
-        y.append(softmax_attention(q[:, :, i - S + T:j - S + T], k[:, :, keys], v[:, :, keys], sink=sink, scale=scale,
-                                   mask=mask))
+        rows = slice(i - S + T, j - S + T)
+        part = q[:, :, rows], k[:, :, keys], v[:, :, keys]
+        y.append(softmax_attention(*part, sink=sink, scale=scale, mask=mask))
     return torch.cat(y, dim=2)
 
 
 def flex_pays(q, v):
-    """On CUDA, for the head widths that its kernel takes. It is compiled anew for every shape, some seconds
-    each, and beyond eight shapes torch gives up and runs it with all scores in memory: outside of a compiled
-    graph for long inputs only."""
-    least = 128 if torch.compiler.is_compiling() else 1024
+    """Is FlexAttention worth it? On CUDA, for the head widths that its kernel takes.
+
+    It is compiled anew for every shape, some seconds each, and beyond eight shapes torch gives up and runs it
+    with all scores in memory: outside of a compiled graph for long inputs only.
+    """
+    least = 128 if compiling() else 1024
     return q.is_cuda and q.size(-2) >= least and min(q.size(-1), v.size(-1)) >= 16
 
 
 @functools.lru_cache
 def compiled_flex():
-    from torch.nn.attention.flex_attention import flex_attention
     # torch 2.13 generates broken code for symbolic shapes
-    return torch.compile(flex_attention, dynamic=False)
+    return torch.compile(flex_attention.flex_attention, dynamic=False)
 
 
 def flex(q, k, v, mask, scale):
-    """flex_attention: compiled, but on the CPU, which has its forward pass only, and inside a graph, which is
-    anyway.
-    """
-    from torch.nn.attention.flex_attention import flex_attention
-    run = compiled_flex() if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
+    """flex_attention, compiled: not on the CPU, which has its forward pass only, and not twice in a graph."""
+    run = flex_attention.flex_attention
+    if q.is_cuda and not compiling():
+        run = compiled_flex()
     return run(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.size(1) != k.size(1))
 
 
 def in_memory(a):
-    """a, put into memory by as_strided where a graph is compiled. Inductor fails for CUDA on a FlexAttention
-    mask that it would have to compute on the fly: results of pointwise operations in mask_mod (torch 2.11),
-    numbers of tiles by arange (2.13). For the CPU it is the other way round: there it fails on such a view.
+    """a, put into memory by as_strided where a graph is compiled.
+
+    Inductor fails for CUDA on a FlexAttention mask that it would have to compute on the fly: results of
+    pointwise operations in mask_mod (torch 2.11), numbers of tiles by arange (2.13). For the CPU it is the
+    other way round: there it fails on such a view.
     """
     a = a.contiguous()
     return a.as_strided(a.shape, a.stride()) if a.is_cuda else a
 
 
 def flex_window_attention(q, k, v, causal, window, scale):
-    """A sliding window by FlexAttention: only the tiles of 128 x 128 that the band touches. T = S; mask_mod
-    makes it exact.
-    """
-    from torch.nn.attention.flex_attention import BlockMask
+    """A sliding window by FlexAttention, T = S: tiles of 128 x 128 that the band touches, then mask_mod."""
     T = q.size(2)
-    tile = in_memory(torch.arange(-(-T // 128), device=q.device))
+    tile = in_memory(count_to(-(-T // 128), q))
     first = (tile * 128 - window + 1).clamp(min=0) // 128
     last = tile if causal else ((tile * 128 + 126 + window) // 128).clamp(max=len(tile) - 1)
     index = (first[:, None] + tile) % len(tile)             # all columns: flex transposes it
 
     def mask_mod(b, h, t, s):
         return (t - s < window) & ((t >= s) if causal else (s - t < window))
-    mask = BlockMask.from_kv_blocks((last - first + 1)[None, None].int(), index[None, None].int(), BLOCK_SIZE=128,
-                                    mask_mod=mask_mod, seq_lengths=(T, T))
+    count = (last - first + 1)[None, None].int()
+    mask = flex_attention.BlockMask.from_kv_blocks(count, index[None, None].int(), BLOCK_SIZE=128,
+                                                   mask_mod=mask_mod, seq_lengths=(T, T))
     return flex(q, k, v, mask, scale)
 
 
 def flex_block_attention(q, k, v, sel, key_block, limit, scale):
-    """The flex path. The G heads of a group are folded into the rows, row = t G + g: a tile of 128 rows is
-    128 / G tokens, neighbours whose picks overlap, and loads each key once per group, as NSA's own kernel
-    does.
+    """The flex path. The G heads of a group are folded into the rows, row = t G + g.
 
-    Tiles are 128 x 128 at least: without max_autotune the backward kernel takes no smaller ones. mask_mod
-    keeps the choice exact per token. Never create_block_mask here: on a mask that depends on data it
-    evaluates all T x S.
+    A tile of 128 rows is 128 / G tokens, neighbours whose picks overlap, and loads each key once per group,
+    as NSA's own kernel does. Tiles are 128 x 128 at least: without max_autotune the backward kernel takes no
+    smaller ones. mask_mod keeps the choice exact per token. Never create_block_mask here: on a mask that
+    depends on data it evaluates all T x S.
     """
-    from torch.nn.attention.flex_attention import BlockMask
     B, H, T, _ = q.shape
     Hkv, S = k.shape[1:3]
-    wide = max(key_block, 128)
+    columns = max(key_block, 128)
     G = H // Hkv
-    per_tile = wide // key_block
+    per_tile = columns // key_block
     q = q.unflatten(1, (Hkv, G)).transpose(2, 3).flatten(2, 3)                  # (B, Hkv, T G, D)
     sel = in_memory(sel)
     limit = in_memory(limit.expand(B, T))
     tiles = F.pad(sel, (0, -sel.size(3) % per_tile, 0, -T % (128 // G)))
-    # (B, Hkv, rows, columns)
-    tiles = tiles.unflatten(3, (-1, per_tile)).any(4).unflatten(2, (-1, 128 // G)).any(3)
-    # all columns: flex transposes it
-    index = tiles.int().sort(dim=-1, descending=True, stable=True).indices.int()
+    tiles = tiles.unflatten(3, (-1, per_tile)).any(4)
+    tiles = tiles.unflatten(2, (-1, 128 // G)).any(3)                           # (B, Hkv, rows, columns)
+    index = tiles.int().sort(dim=-1, descending=True, stable=True).indices  # all columns: flex transposes it
 
     # CPU inductor 2.13 gives wrong results, silently, when mask_mod reads the direct output of a scatter in
     # the same graph: select_blocks ends in pointwise operations.
     def mask_mod(b, h, r, s):
         return sel[b, h, r // G, s // key_block] & (s < limit[b, r // G])
-    mask = BlockMask.from_kv_blocks(tiles.sum(-1, dtype=torch.int32), index, BLOCK_SIZE=(128, wide), mask_mod=mask_mod,
-                                    seq_lengths=(T * G, S))
-    return flex(q, k, v, mask, scale).unflatten(2, (T, G)).transpose(2, 3).flatten(1, 2)
+    count = tiles.sum(-1, dtype=torch.int32)
+    mask = flex_attention.BlockMask.from_kv_blocks(count, index.int(), BLOCK_SIZE=(128, columns),
+                                                   mask_mod=mask_mod, seq_lengths=(T * G, S))
+    y = flex(q, k, v, mask, scale).unflatten(2, (T, G))
+    return y.transpose(2, 3).flatten(1, 2)
 
 
 def pad_slots(a, n):
-    """(B, h, S, D) -> (B, h, n, D), zeros at the end; a itself when S = n, where F.pad would copy a whole
-    cache.
-    """
-    return a if a.size(2) == n else F.pad(a, (0, 0, 0, n - a.size(2)))
+    """(B, h, S, D) -> (B, h, n, D), zeros at the end; a itself when S = n, where F.pad would copy all."""
+    missing = n - a.size(2)
+    return F.pad(a, (0, 0, 0, missing)) if missing else a
 
 
 def gather_attention(q, k, v, sel, key_block, tile, limit, n, scale):
@@ -1954,40 +2017,45 @@ def gather_attention(q, k, v, sel, key_block, tile, limit, n, scale):
     B, _, T, _ = q.shape
     Hkv = k.size(1)
     nt = sel.size(2)
-    # ascending
-    index, picked = top_k(torch.zeros(sel.shape, device=q.device).masked_fill(~sel, -math.inf), n)
-    index = index.flatten(0, 2)
-    picked = picked.flatten(0, 2)  # (R, n) with rows R = B Hkv nt
+    ties = torch.zeros(sel.shape, device=q.device).masked_fill(~sel, -math.inf)
+    index, picked = top_k(ties, n)                                              # ascending
+    index = index.flatten(0, 2)                                                 # (R, n), rows R = B Hkv nt
+    picked = picked.flatten(0, 2)
     q = pad_slots(q, nt * tile).unflatten(2, (nt, tile)).unflatten(1, (Hkv, -1))
     q = q.transpose(2, 3).flatten(0, 2)                                         # (R, G, tile, D)
     limit = F.pad(limit, (0, nt * tile - T)).view(-1, 1, nt, tile)
     limit = limit.expand(B, Hkv, -1, -1).flatten(0, 2)                          # (R, tile)
-    k, v = (pad_slots(a, sel.size(3) * key_block).unflatten(2, (-1, key_block)) for a in (k, v))
-    inside = torch.arange(key_block, device=q.device)
+    S = sel.size(3) * key_block
+    k, v = (pad_slots(a, S).unflatten(2, (-1, key_block)) for a in (k, v))
+    inside = count_to(key_block, q)
     y = []
-    rows = torch.arange(len(index), device=q.device)
-    # the keys of 64 rows fit into a CPU's cache
-    few = q.device.type == "cpu" and not torch.compiler.is_compiling()
-    for r in rows.split(64) if few else [rows]:
-        at = (r // (nt * Hkv))[:, None], (r // nt % Hkv)[:, None], index[r]
+    rows = count_to(len(index), q)
+    parts = [rows]
+    if q.device.type == "cpu" and not compiling():
+        parts = rows.split(64)                              # their keys fit into the CPU's cache
+    for r in parts:
+        b = r // (nt * Hkv)
+        h = r // nt % Hkv
+        at = b[:, None], h[:, None], index[r]
         kr, vr = (a[at].flatten(1, 2).unsqueeze(1) for a in (k, v))             # (r, 1, n key_block, D)
         slot = (index[r][..., None] * key_block + inside).flatten(1)            # (r, n key_block)
-        mask = picked[r].repeat_interleave(key_block, dim=1)[:, None] & (slot[:, None] < limit[r][..., None])
+        chosen = picked[r].repeat_interleave(key_block, dim=1)
+        mask = chosen[:, None] & (slot[:, None] < limit[r][..., None])
         y.append(softmax_attention(q[r], kr, vr, mask=mask.unsqueeze(1), scale=scale))
     y = torch.cat(y).unflatten(0, (B, Hkv, nt)).transpose(2, 3)                 # (B, Hkv, G, nt, tile, Dv)
     return y.flatten(3, 4).flatten(1, 2)[:, :, :T]
 
 
 class Taps(torch.autograd.Function):
-    """Depthwise convolution for CPUs: 256 tokens at a time, which stay in the cache, and tokens outermost in
-    the result, as all that follows wants them. conv1d turns x around; with it a layer takes 1.1 to 1.6 times
-    as long.
+    """Depthwise convolution for CPUs: 256 tokens at a time, which stay in the cache, tokens outermost.
+
+    conv1d turns x around; with it a layer takes 1.1 to 1.6 times as long.
     """
     @staticmethod
     def forward(ctx, x, weight):
         ctx.save_for_backward(x, weight)
         T = x.size(1) - weight.size(1) + 1
-        taps = weight.mT.contiguous()  # (W, D)
+        taps = weight.mT.contiguous()                       # (W, D)
         y = x.new_empty(x.size(0), T, x.size(2))
         for t in range(0, T, 256):
             out = torch.mul(x[:, t:min(t + 256, T)], taps[0], out=y[:, t:t + 256])
@@ -2035,9 +2103,12 @@ def scan_groups(through, k_out, U, W, S, size):
         m0, a0 = maps[-1]
         maps.append((m * m0 if W is None else m @ m0, step(m, a0, a)))
     starts = []
-    for m, a in zip(*(x.view(P, n, K, -1).movedim(1, 0).contiguous().unbind(0) for x in maps[-1])):
+    whole = (x.view(P, n, K, -1).movedim(1, 0).contiguous().unbind(0) for x in maps[-1])
+    for m, a in zip(*whole):
         starts.append(S)
         S = step(m, S, a)
     starts = torch.stack(starts, 1).flatten(0, 1)           # (P n, K, V)
-    states = torch.stack([starts] + [step(m, starts, a) for m, a in maps[:-1]], 1).view(P, -1, K, V)
-    return states, U if W is None else U + W @ states.to(U.dtype), S
+    states = [starts] + [step(m, starts, a) for m, a in maps[:-1]]
+    states = torch.stack(states, 1).view(P, -1, K, V)
+    u = U if W is None else U + W @ states.to(U.dtype)
+    return states, u, S
