@@ -110,6 +110,9 @@ def generate(args, lm, tokenizer, flags):
              f"{window}: shorten one, or use --max_new_tokens")
         need(new > 0 or new == 0 and mask in ids, f"--max_new_tokens {new}: nothing to generate, use at "
              "least 1 or put [MASK] into the prompt")
+        size = len(prompts) * args.num_samples * (len(ids) + new)
+        need(size <= 1 << 24, f"--num_samples {args.num_samples}, --max_new_tokens {new}: {size:,} tokens, "
+             f"and at most {1 << 24:,} are written at once")
         rows += [ids + [mask] * new] * args.num_samples
     device, tic = lm.embed.weight.device, time.perf_counter()
     x, valid = (a.to(device) for a in diffusion.canvas(rows, 0, mask))
