@@ -99,6 +99,9 @@ class LM(nn.Module):
         start = 0 if cache is None or torch.compiler.is_compiling() else cache.used     # a graph cannot count
         if pos is None and start + T > self.config.block_size:
             self.beyond_block_size(start + T)
+        if self.embed_pos is not None and pos is not None and not torch.compiler.is_compiling():
+            need(pos.min() >= 0 and pos.max() < self.config.block_size,
+                 f"pos must lie between 0 and {self.config.block_size - 1}, where learned positions end")
         x = self.embed(idx)                         # (B, T, C)
         if self.embed_pos is not None:
             x = x + self.embed_pos(step.pos)
