@@ -1762,6 +1762,9 @@ def test_beyond_block_size():
         LM(tiny(block_size=16))(x)
     with pytest.raises(ValueError, match="learned positions"):
         LM(tiny(block_size=16, position="learned"))(x)
+    for pos in ([-1, 0], [15, 16]):
+        with pytest.raises(ValueError, match="pos must lie between 0 and 15"):
+            LM(tiny(block_size=16, position="learned"))(x[:, :2], pos=torch.tensor(pos))
 
 
 def test_init_knows_every_parameter(monkeypatch):
@@ -3147,6 +3150,12 @@ def test_half_written_checkpoint_never_gets_the_final_name(dataset, tmp_path, mo
     assert {f.name: f.read_bytes() for f in (tmp_path / "run").glob("ckpt*")} == before
 
 
+def test_a_picture_that_cannot_be_written_is_named(tmp_path):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(ValueError, match="cannot write .*loss.png"):
+        train.draw([], tmp_path / "none" / "loss.png")
+
+
 @pytest.mark.parametrize("number", ("SIGINT", "SIGHUP"))
 def test_signals_save(dataset, tmp_path, number):
     go_until(5, dataset, tmp_path / "run", getattr(signal, number))
@@ -3880,7 +3889,8 @@ def test_gif_shows_both_runs(runs, tmp_path, capsys):
     with Image.open(path) as one:
         assert one.size[0] < 0.6 * size[0]
     before = path.read_bytes()
-    for argv, message in ((["--beside", "x"], "--gif"), (["--gif", str(tmp_path / "no" / "a.gif")], "cannot write"), (["--gif", str(path), "--beside", "x"], "no checkpoint")):
+    for argv, message in ((["--beside", "x"], "--gif"), (["--max_new_tokens", "1e12"], "--max_new_tokens"), (["--num_samples", "1e12"], "--num_samples"),
+                          (["--gif", str(tmp_path / "no" / "a.gif")], "cannot write"), (["--gif", str(path), "--beside", "x"], "no checkpoint")):
         assert sample.main([str(runs / "ar"), *argv]) == 2 and message in capsys.readouterr().err
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.gif"]
 

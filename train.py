@@ -812,7 +812,8 @@ def draw(rows, path):
     top.set_ylabel("nats per token")
     below.set(xlabel="step", ylabel="learning rate")
     top.legend(frameon=False)
-    fig.savefig(path, dpi=110, bbox_inches="tight")
+    with prepare.whole_file(path) as f:
+        fig.savefig(f, format="png", dpi=110, bbox_inches="tight")
     plt.close(fig)
 
 
