@@ -3227,6 +3227,15 @@ def test_bad_input_is_one_line_and_status_2(dataset, tmp_path, capsys, line):
     assert status == 2 and BAD[line] in error and len(error.strip().splitlines()) == 1 and "Traceback" not in error
 
 
+def test_every_command_has_help(capsys):
+    commands = [(train, []), (prepare, []), (sample, []), (sample, ["score"]), (bench, []), *((bench, [name]) for name in bench.EXPERIMENTS)]
+    for script, words in commands:
+        with pytest.raises(SystemExit) as end:
+            script.main([*words, "--help"])
+        out = capsys.readouterr().out
+        assert end.value.code == 0 and "--help" in out and "%%" not in out
+
+
 def test_help_lists_at_most_45_flags(capsys):
     with pytest.raises(SystemExit):
         train.main(["--help"])
