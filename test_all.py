@@ -3078,11 +3078,12 @@ def test_a_damaged_log_is_told_and_repaired(dataset, tmp_path, damage):
 
 
 def test_readers_of_a_log_name_damaged_lines(tmp_path):
-    row = '{"kind": "train", "step": %d, "loss": 1.0}\n'
-    (tmp_path / "metrics.jsonl").write_text(row % 2 + "nonsense\n" + row % 1 + row % 2 + '{"kind": "tr')
+    row = '{"kind": "train", "step": %d, "epoch": 0.5, "loss": 1.0}\n'
+    bad = ["nonsense\n", *(row.replace("1.0", loss) % 9 for loss in ("NaN", '"1"', "null"))]
+    (tmp_path / "metrics.jsonl").write_text(row % 2 + "".join(bad) + row % 1 + row % 2 + '{"kind": "train", "step": 9}\n{"kind": "tr')
     told = []
     assert [r["step"] for r in train.read_log(tmp_path, told.append)] == [1, 2]
-    assert "metrics.jsonl: line 2, 5 damaged" in told[0] and train.read_log(tmp_path / "no") == []
+    assert "metrics.jsonl: line 2, 3, 4, 5, 8, 9 damaged" in told[0] and train.read_log(tmp_path / "no") == []
 
 
 def test_one_trainer_per_folder(dataset, tmp_path, monkeypatch):
@@ -4143,7 +4144,7 @@ def test_decode_runs_are_what_was_asked_for(dataset, runs, tmp_path, capsys, mon
         assert message in error and len(error.splitlines()) == 1, (argv, error)
     assert bench.main(f"panel {given} --workers 0".split()) == 2 and "--workers 0" in capsys.readouterr().err
     (tmp_path / "ar").mkdir()
-    (tmp_path / "ar" / "metrics.jsonl").write_text(json.dumps(dict(kind="eval", step=5, loss=1.0)) + "\n")
+    (tmp_path / "ar" / "metrics.jsonl").write_text(json.dumps(dict(kind="eval", step=5, epoch=1.0, loss=1.0)) + "\n")
     assert bench.main(f"panel --run_mdm {runs / 'mdm'} --run_block {runs / 'block'} --dataset {dataset} --max_steps 5 --n_embd 16 --out {tmp_path}".split()) == 130
     assert list(jobs[-1]) == ["ar"] and jobs[-1]["ar"]["n_embd"] == 16, "train.py --resume auto compares the settings"
 

@@ -614,7 +614,8 @@ def read_rows(path):
     for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         try:
             row = json.loads(line)
-            need(row["kind"] in ("train", "eval") and isinstance(row["step"], int), "no row")
+            known = row["kind"] in ("train", "eval") and type(row["step"]) is int
+            need(known and math.isfinite(row["epoch"]) and math.isfinite(row["loss"]), "no row")
             rows.append(row)
         except (ValueError, TypeError, KeyError):
             bad.append(number)
