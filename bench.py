@@ -3384,7 +3384,7 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True, parser_class=prepare.Parser)
     for name, about in EXPERIMENTS.items():
         text = re.sub(r"^    \w+: .*\n", "", about.run.__doc__, flags=re.M)
-        summary = " ".join(text.partition("\n\n")[0].split()).replace("%", "%%")   # argparse formats help with it
+        summary = " ".join(text.partition("\n\n")[0].split()).replace("%", "%%")  # argparse formats it
         add_flags(commands.add_parser(name, help=summary, description=text), about)
     try:
         typed = vars(parser.parse_args(argv))
