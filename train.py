@@ -878,7 +878,7 @@ def pick_device(name):
 def set_threads(asked, lm):
     """Sets and returns the number of CPU threads; asked 0: 1 below 5M parameters, where more slow a step
     down, else all."""
-    most = 4 * os.cpu_count()                               # torch starts as many as it is told and dies of it
+    most = 4 * os.cpu_count()                               # torch starts as many as it is told
     need(0 <= asked <= most, f"--threads {asked}: expected 0 to {most}, four per core")
     threads = asked or (1 if lm.num_params() < 5_000_000 else os.cpu_count())
     torch.set_num_threads(threads)
