@@ -719,23 +719,23 @@ class Run:
             self.find_best(state, source)
 
     def find_best(self, state, source):
-        """ckpt_best.pt is of the best evaluation in the log, or made again."""
+        """ckpt_best.pt is of the best evaluation in the log, or made again, or what it is of counts."""
         path = self.folder / "ckpt_best.pt"
-        best = min(self.evals(), key=lambda r: r["loss"], default=None)
-        if best is None:
-            return
+        losses = {r["step"]: r["loss"] for r in self.evals()}
+        best = min(losses, key=losses.get, default=None)
         try:
             kept = load_checkpoint(source.with_name(path.name))
         except ValueError:
+            kept = None
+        if state["step"] == best and (not kept or kept["step"] != best):
             kept = state
-        kept = kept if kept["step"] == best["step"] else state
-        if kept["step"] != best["step"]:
-            self.log(f"{path} is not of step {best['step']}, the best so far, and those weights are gone: "
-                     "the best from here on takes its place")
-            return
-        self.best = best["loss"]
-        if kept is state or source.parent != self.folder:
-            save_atomic(kept, path)
+        if kept and kept["step"] in losses:
+            self.best = losses[kept["step"]]
+            if kept is state or source.parent != self.folder:
+                save_atomic(kept, path)
+        if best is not None and self.best > losses[best]:
+            self.log(f"{path} is not of step {best}, the best so far, and those weights are gone: a better one "
+                     "from here on takes its place")
 
     def text(self):
         return "".join(json.dumps(r, allow_nan=False) + "\n" for r in self.rows)
