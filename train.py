@@ -734,8 +734,8 @@ class Run:
             if kept is state or source.parent != self.folder:
                 save_atomic(kept, path)
         if best is not None and self.best > losses[best]:
-            self.log(f"{path} is not of step {best}, the best so far, and those weights are gone: a better one "
-                     "from here on takes its place")
+            self.log(f"{path} is not of step {best}, the best so far: those weights are gone: a better one "
+                     "takes its place")
 
     def text(self):
         return "".join(json.dumps(r, allow_nan=False) + "\n" for r in self.rows)
