@@ -29,13 +29,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from attention import (ATTENTION, CHOICES, Cache, LayerConfig, check_settings, itemsize, no_autocast, step_of,
-                       top_k)
-
-
-def need(ok, message):
-    if not ok:
-        raise ValueError(message)
+from attention import (ATTENTION, CHOICES, Cache, LayerConfig, check_settings, itemsize, need, no_autocast,
+                       step_of, top_k)
 
 
 @dataclass

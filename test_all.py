@@ -2862,8 +2862,8 @@ def test_two_processes_equal_one(dataset, tmp_path, kind):
     assert a == pytest.approx(b, rel=1e-5)
 
 
-def test_no_lost_process(dataset, tmp_path):
-    """With dropout, another cut of the batch would be another run."""
+def test_dropout_ties_a_run_to_its_cut(dataset, tmp_path):
+    """With dropout, another micro-batch would be another run: refused on resume."""
     go(dataset, tmp_path / "run", max_steps=3, dropout=0.1)
     with pytest.raises(ValueError, match="--micro_batch"):
         go(dataset, tmp_path / "run", resume="auto", micro_batch=2, dropout=0.1)
