@@ -70,6 +70,7 @@ import train
 from attention import (ATTENTION, block_sparse_attention, compressed_scores, delta_rule, linear_attention,
                        select_blocks)
 from model import LM, MLP, PRESETS, ModelConfig, MoE, from_preset, nearest, override, parse_layers
+from prepare import need
 
 HERE = Path(__file__).resolve().parent
 
@@ -82,7 +83,8 @@ HERE = Path(__file__).resolve().parent
 #   {name: flags}  a grid of train.py runs: they are trained side by side, each from its checkpoint if any,
 #                  and the yield returns {name: rows of its evaluations}.
 # What it returns (a dictionary, or nothing) stands in the JSON file beside the rows.
-# The keyword arguments are the flags of the command, "    flag: text" in the docstring is their help.
+# Its keyword arguments are the flags of the command, "    flag: text" in its docstring is their help. The
+# annotation of a flag is its type, or the names that it may have.
 
 @dataclasses.dataclass
 class Experiment:
@@ -96,36 +98,34 @@ class Experiment:
 
 
 EXPERIMENTS = {}
-SHARED = {}                     # {"few": {flag: (default, type)}} of the experiments that end in **few
-HELP = {
-    "name": "name of the files in --results",
-    "results": "folder for numbers and pictures",
-    "out": "folder of the runs",
-    "device": "auto | cuda | cpu",
-    "threads": "CPU threads",
-    "repeat": "timed calls",
-    "seed": "the first seed",
-    "seeds": "number of seeds",
-    "workers": "runs at a time",
-    "scale": "auto (gpu where there is one) | cpu | gpu",
-    "dataset": "a name under data/ or a folder",
-    "n_layer": "blocks",
-    "n_head": "heads",
-    "n_kv_head": "key/value heads",
-    "n_embd": "width",
-    "head_dim": "width of a head",
-    "block_size": "tokens in a window",
-    "batch_tokens": "tokens in a step",
-    "lr": "peak rate",
-    "unique_tokens": "the first so many tokens of the text",
-    "epochs": "passes over them",
-    "minutes": "of training, at most, for each arm",
-    "evals": "evaluations, geometric in epochs",
-    "objectives": "ar, mdm or both",
-}
-
-
-COMMON = {"results": ("out", str), "name": (None, str)}  # flags of every experiment
+COMMON = {"results": ("out", str), "name": (None, str)}     # flags of every experiment
+SHARED = {}                     # {"few": {flag: default}} of the experiments that end in **few
+HELP = """
+    name: name of the files in --results
+    results: folder for numbers and pictures
+    out: folder of the runs
+    device: auto | cuda | cpu
+    threads: CPU threads
+    repeat: timed calls
+    seed: the first seed
+    seeds: number of seeds
+    workers: runs at a time
+    scale: auto (gpu where there is one) | cpu | gpu
+    dataset: a name under data/ or a folder
+    objectives: ar, mdm or both
+    n_layer: blocks
+    n_head: heads
+    n_kv_head: key/value heads
+    n_embd: width
+    head_dim: width of a head
+    block_size: tokens in a window
+    batch_tokens: tokens in a step
+    lr: peak rate
+    unique_tokens: the first so many tokens of the text
+    epochs: passes over them
+    minutes: of training, at most, for each arm
+    evals: evaluations, geometric in epochs
+"""
 
 
 def experiment(**about):
@@ -137,41 +137,41 @@ def experiment(**about):
 
 
 def parameters(run):
-    """{flag: (default, type)} of an experiment; without a default it is a list of positional arguments."""
+    """{flag: (default, its type or the names that it may have)}; what has no default is positional."""
     out = {}
-    for p in inspect.signature(run).parameters.values():
-        if p.kind is p.VAR_KEYWORD:
-            out |= SHARED[p.name]
-            continue
-        kind = type(p.default) if p.annotation is p.empty else p.annotation
-        out[p.name] = p.default, kind
+    for name, p in inspect.signature(run).parameters.items():
+        for flag, default in SHARED.get(name, {name: p.default}).items():
+            kind = str if default is None else type(default)
+            out[flag] = default, kind if p.annotation is p.empty else p.annotation
     return out
 
 
 def add_flags(parser, about):
     """The flags of an experiment; what was not typed stays out of the parser's answer."""
-    told = dict(re.findall(r"^    (\w+): (.*)$", about.run.__doc__, re.M))
+    told = dict(re.findall(r"^    (\w+): (.*)$", HELP + about.run.__doc__, re.M))
     for name, (default, kind) in (COMMON | parameters(about.run)).items():
-        text = told.get(name, HELP.get(name, "")).replace("%", "%%")
+        text = told.get(name, "").replace("%", "%%")
         if default is inspect.Parameter.empty:
             parser.add_argument(name, nargs="+", metavar=name.rstrip("s").upper(), help=text)
             continue
-        how = dict(default=argparse.SUPPRESS, help=text)
-        if kind is bool:
-            how["action"] = "store_true"
+        how = dict(metavar=name.upper(), type=kind if isinstance(kind, type) else str)
+        if default is False:
+            how = dict(action="store_true")
         elif kind is list:
-            how |= dict(action="extend", nargs="+")
-        else:
-            shown = ",".join(map(str, default)) if kind is tuple else default
-            how |= dict(type=items_like(default) if kind is tuple else kind, metavar=name.upper())
-            how["help"] += f" (default: {shown})" * (default is not None)
-        parser.add_argument(f"--{name}", **how)
+            how = dict(action="extend", nargs="+")
+        elif default is not None:
+            shown = default
+            if isinstance(default, tuple):
+                how["type"] = items_like(default)
+                shown = ",".join(map(str, default))
+            text += f" (default: {shown})"
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text, **how)
 
 
 def items_like(default):
     """A type of flags: '64,256' -> (64, 256), of the type of the default's items."""
     kind = type(default[0]) if default else str
-    read = str if kind is str else lambda item: prepare.Parser.number(item, kind)
+    read = str if kind is str else lambda item: prepare.number(item, kind)
     # No comma of layer(a=1,b=2).
     return lambda text: tuple(read(item) for item in re.split(r",(?! )(?![^(]*\))", text))
 
@@ -179,10 +179,7 @@ def items_like(default):
 def choose(flag, names, known):
     """The names, each of which must be known."""
     for name in names:
-        if name not in known:
-            raise ValueError(
-                f"--{flag} {name} is unknown{nearest(name, known)}: expected some of {', '.join(known)}"
-            )
+        need(name in known, f"--{flag} {name} is unknown{nearest(name, known)}: expected {', '.join(known)}")
     return names
 
 
@@ -191,24 +188,20 @@ def settle(about, typed):
     known = COMMON | parameters(about.run)
     flags = {name: default for name, (default, _) in known.items()} | typed
     if "scale" in flags:
-        if flags["scale"] not in ("auto", "cpu", "gpu"):
-            raise ValueError(f"--scale {flags['scale']} is unknown: auto, cpu or gpu")
-        if flags["scale"] == "auto":
-            flags["scale"] = "gpu" if torch.cuda.is_available() else "cpu"
-        if flags["scale"] == "gpu":
-            flags |= {k: v for k, v in about.gpu.items() if k not in typed}
-    for name, (default, kind) in known.items():  # numbers that count something
-        values = flags[name] if kind is tuple else [flags[name]]
-        for value in values if default != 0 and name not in ("seed", "warmup") else ():
-            if type(value) is int and value < 1:
-                raise ValueError(f"--{name} {value} must be at least 1")
+        scale, = choose("scale", [flags["scale"]], ("auto", "cpu", "gpu"))
+        if scale == "auto":
+            scale = "gpu" if torch.cuda.is_available() else "cpu"
+        flags |= {**(about.gpu if scale == "gpu" else {}), **typed, "scale": scale}
+    for name, (default, kind) in known.items():
+        values = flags[name] if isinstance(flags[name], tuple) else [flags[name]]
+        if not isinstance(kind, type):
+            choose(name, values, kind)
+        for value in values if default != 0 and name not in ("seed", "warmup") else ():  # what counts
+            need(type(value) is not int or value > 0, f"--{name} {value} must be at least 1")
     if "device" in flags:
         flags["device"] = train.pick_device(flags["device"])
-    threads = flags.get("threads", 0)
-    if not 0 <= threads <= 1024:
-        raise ValueError(f"--threads {threads}: expected 1 to 1024")
-    if threads:
-        torch.set_num_threads(threads)
+    if flags.get("threads"):
+        train.set_threads(flags["threads"], None)
     return flags
 
 
@@ -222,27 +215,32 @@ def file_name(command, about, flags):
     return flags["name"] or "_".join(parts)
 
 
-class Points:
-    """Rows measured so far, in a file of one JSON object a line that is there until the experiment is
-    complete."""
-    def __init__(self, path, settings):
-        self.path, self.settings, self.rows = path, settings, []
-        for n, line in enumerate(path.read_text().splitlines() if path.exists() else (), 1):
+class Journal:
+    """Results by their keys, in a file of one JSON list [key, result] a line, written as they come. A half
+    last line, of a process that was killed, is cut off."""
+    def __init__(self, path):
+        self.path = path
+        self.results = {}
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        if lines and not lines[-1].endswith("\n"):
+            write(path, "".join(lines[:-1]))
+        for n, line in enumerate(lines, 1):
             try:
-                self.rows.append(dict(json.loads(line)))
-            except ValueError:
-                raise ValueError(
-                    f"{path} line {n} is damaged: delete the line, or the file to begin anew"
-                ) from None
+                key, result = json.loads(line)
+            except (ValueError, TypeError):
+                need(not line.endswith("\n"),
+                     f"{path} line {n} is damaged: delete the line, or the file to begin anew")
+                continue
+            self.results[json.dumps(key)] = result
 
     def find(self, key):
-        """The row that was measured under this key with the same settings."""
-        wanted = json.loads(json.dumps([key, self.settings]))
-        return next((r["row"] for r in self.rows if [r["key"], r["settings"]] == wanted), None)
+        return self.results.get(json.dumps(key))
 
-    def add(self, key, row):
-        self.rows.append(dict(key=key, settings=self.settings, row=row))
-        write(self.path, "".join(json.dumps(r) + "\n" for r in self.rows))
+    def add(self, key, result):
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps([key, result]) + "\n")
+        self.results[json.dumps(key)] = result
 
 
 def write(path, content):
@@ -257,61 +255,25 @@ def attempt(measure, label):
     it."""
     try:
         return measure()
-    except RuntimeError as e:                                                          # out of memory is one
-        if not torch.cuda.is_available() or "CUDA error" in str(e):  # after that nothing runs any more
+    except RuntimeError as e:                   # out of memory is one
+        if not torch.cuda.is_available() or "CUDA error" in str(e):     # after that nothing runs any more
             raise
         why = "out of memory" if isinstance(e, torch.OutOfMemoryError) else str(e).strip().splitlines()[0]
         print(f"{label}: {why}", flush=True)
-        return {"failed": why}
+        return {"error": why}
 
 
 def perform(command, typed):
     """Runs an experiment: measures what is missing, prints the table, writes FILE.json and FILE.png."""
     about = EXPERIMENTS[command]
     flags = settle(about, typed)
-    if not inspect.isgeneratorfunction(about.run):
-        return about.run(**{k: flags[k] for k in parameters(about.run)})
-    path = Path(flags["results"]) / f"{file_name(command, about, flags)}.json"
     given = {k: flags[k] for k in parameters(about.run)}
-    shape = {
-        k: v for k, v in given.items() if not isinstance(v, tuple | list) and k not in ("out", "workers")
-    }
-    points = Points(path.with_suffix(".points.jsonl"), shape)
-    rows, cut, fresh, tic = [], False, 0, time.time()
-    total = None  # of points, where counting is cheap
-    if not {"workers", "runs"} & set(given):
-        total = sum(1 for _ in about.run(**given))
-    generator, answer = about.run(**given), None
-    while True:
-        try:
-            item = generator.send(answer)
-        except StopIteration as end:
-            more = end.value or {}
-            break
-        if isinstance(item, dict):
-            complete = run_arms(item, flags["workers"])
-            answer = {name: evaluations(f["out"]) for name, f in item.items()}
-            cut |= not complete
-            if cut and not about.partial:
-                raise KeyboardInterrupt
-            continue
-        key, measure = item
-        label = " ".join(map(str, key.values()))
-        row = points.find(key) if callable(measure) else key | measure
-        if row is None:
-            torch.manual_seed(flags.get("seed", 1337))
-            row = key | attempt(measure, label)
-            points.add(key, row)
-            fresh += 1
-            left = (time.time() - tic) / fresh * (total - len(rows) - 1) if total else 0
-            print(
-                f"{label}: {numbers_of(row, key)}" + (f" | {train.clock(left)} left" if left else ""),
-                flush=True,
-            )
-        rows.append(row)
-    failed = [r for r in rows if "failed" in r and isinstance(r["failed"], str)]
-    rows = about.finish([r for r in rows if r not in failed])
+    if not inspect.isgeneratorfunction(about.run):
+        return about.run(**given)
+    path = Path(flags["results"]) / f"{file_name(command, about, flags)}.json"
+    points = Journal(path.with_suffix(".points.jsonl"))
     seeds = [flags.get("seed", 1337) + i for i in range(flags.get("seeds", 1))]
+    rows, more, cut = walk(about, given, points, seeds[0])
     result = dict(
         experiment=command,
         command=shlex.join(["python", "bench.py", *sys.argv[1:]]),
@@ -323,15 +285,52 @@ def perform(command, typed):
         cut=cut,
         flags=given,
     )
+    failed = [r for r in rows if "error" in r]
+    rows = about.finish([r for r in rows if "error" not in r])
     result = json.loads(json.dumps(result | more | dict(failed=failed, rows=rows)))
     write(path, json.dumps(result, indent=1) + "\n")
-    print("\n" + page(about, result) + f"\nwrote {path}")
+    print(f"\n{page(about, result)}\nwrote {path}")
     draw(about, result, path)
     if result["cut"]:
         print("time was up, or a run was interrupted: the same command goes on from here")
-    points.path.unlink(missing_ok=True)  # the next call measures anew
+    points.path.unlink(missing_ok=True)         # the next call measures anew
     if cut:
         raise KeyboardInterrupt
+
+
+def walk(about, given, points, seed):
+    """Trains and measures what is missing: (rows, what the experiment returned, was a run interrupted?)."""
+    settings = {k: v for k, v in given.items() if not isinstance(v, tuple | list)
+                and k not in ("out", "workers")}
+    total = 0                                   # points, where counting them is cheap
+    if not {"workers", "runs"} & set(given):
+        total = sum(1 for _ in about.run(**given))
+    rows, cut, fresh, tic = [], False, 0, time.time()
+    generator, answer = about.run(**given), None
+    while True:
+        try:
+            item = generator.send(answer)
+        except StopIteration as end:
+            return rows, end.value or {}, cut
+        if isinstance(item, dict):
+            cut |= not run_arms(item, given["workers"])
+            if cut and not about.partial:
+                raise KeyboardInterrupt
+            answer = {name: evaluations(f["out"]) for name, f in item.items()}
+            continue
+        key, measure = item
+        row = points.find([key, settings]) if callable(measure) else key | measure
+        if row is None:
+            label = " ".join(map(str, key.values()))
+            torch.manual_seed(seed)
+            row = key | attempt(measure, label)
+            points.add([key, settings], row)
+            fresh += 1
+            numbers = {k: v for k, v in row.items() if k not in key and isinstance(v, int | float)}
+            line = f"{label}: " + ", ".join(f"{k} {show(v)}" for k, v in numbers.items())
+            left = (time.time() - tic) / fresh * (total - len(rows) - 1)
+            print(line + f" | {train.clock(left)} left" * (left > 0), flush=True)
+        rows.append(row)
 
 
 def page(about, result):
@@ -343,25 +342,22 @@ def page(about, result):
 PASSES = ("forward_ms", "both_ms")
 
 
-def compared(rows, name, reference, columns):
-    """Adds how many times faster a row is than the reference with the same other keys: columns of
-    milliseconds."""
-    other = lambda r: {k: v for k, v in r.items() if k in ("T", "batch", "block")}
-    for r, column in itertools.product(rows, columns):
-        base = next((b for b in rows if b[name] == reference and other(b) == other(r)), {})
-        label = f"{column.removesuffix('ms')}vs_{reference}"
-        r[label] = base[column] / r[column] if base.get(column) and r[column] else None
-    return rows
+def compared(name, reference, columns):
+    """What adds to rows how many times faster each is than the reference of the same length and batch:
+    columns of milliseconds."""
+    def finish(rows):
+        point = lambda r: (r["T"], r.get("batch"))
+        bases = {point(r): r for r in rows if r[name] == reference}
+        for r, column in itertools.product(rows, columns):
+            base = bases.get(point(r), {}).get(column)
+            r[f"{column.removesuffix('ms')}vs_{reference}"] = base / r[column] if base and r[column] else None
+        return rows
+    return finish
 
 
 def without(*columns):
     """A table of all but these columns."""
     return lambda result: [{k: v for k, v in r.items() if k not in columns} for r in result["rows"]]
-
-
-def numbers_of(row, key):
-    """The numbers of a row in a line."""
-    return ", ".join(f"{k} {show(v)}" for k, v in row.items() if k not in key and isinstance(v, int | float))
 
 
 def show(value):
@@ -394,13 +390,10 @@ def file_part(name):
 def device_name(device):
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name()
-    cpu = platform.processor()
-    if os.path.exists("/proc/cpuinfo"):
-        names = [
-            line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")
-        ]
-        cpu = names[0] if names else cpu
-    return f"{cpu or 'CPU'}, {os.cpu_count()} cores"
+    names = [platform.processor() or "CPU"]
+    if (info := Path("/proc/cpuinfo")).exists():
+        names = re.findall(r"model name\s*: (.*)", info.read_text()) + names
+    return f"{names[0]}, {os.cpu_count()} cores"
 
 # ------------------------------------------------------------------------------------------------------------
 # Pictures: functions of (matplotlib.pyplot, result) -> figure, all drawn from the JSON file alone
@@ -440,10 +433,21 @@ def label_ends(ax, labels):
     """Names lines where they end, moved apart where they would overlap. labels: [(x, y, text, colour)], y
     logarithmic."""
     low, high = ax.get_ylim()
-    at, step = -math.inf, math.log(high / low) / 24
+    step = math.log(high / low) / 22
+    at = -math.inf
     for x, y, text, colour in sorted(labels, key=lambda label: label[1]):
         at = max(math.log(y), at + step)
         ax.annotate(text, (x, y), (x * 1.06, math.exp(at)), color=colour, fontsize=9, va="center")
+    ax.set_ylim(low, max(high, math.exp(at + step)))
+
+
+def dress(ax, title, **labels):
+    """Title, labels of the axes, grid, and a legend where lines have names."""
+    ax.set(**labels)
+    ax.set_title(title, fontsize=10)
+    ax.grid(alpha=0.25)
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(fontsize=9)
 
 
 def lines(x, y, line, xlabel, ylabel, title):
@@ -451,22 +455,20 @@ def lines(x, y, line, xlabel, ylabel, title):
     def picture(plt, result):
         figure, ax = plt.subplots(figsize=(8, 5.5))
         colours = itertools.cycle((*plt.get_cmap("tab10").colors, *plt.get_cmap("Dark2").colors))
-        labels, xs = [], set()
-        rows = [r for r in result["rows"] if r.get("batch") == result["rows"][0].get("batch")]
+        rows = [r for r in result["rows"] if r.get("batch") == result["rows"][0].get("batch") and r[y]]
+        labels = []
         for name in dict.fromkeys(r[line] for r in rows):
-            mine = [(r[x], r[y]) for r in rows if r[line] == name and r[y]]
-            colour = "black" if name == "full" else next(colours)
-            ax.plot(*zip(*mine), marker="o", ms=3, lw=2.5 if name == "full" else 1.3, color=colour)
-            labels.append((*mine[-1], name, colour))
-            xs |= {a for a, _ in mine}
-        ax.set_yscale("log")
+            mine = [(r[x], r[y]) for r in rows if r[line] == name]
+            style = dict(color="black", lw=2.5) if name == "full" else dict(color=next(colours), lw=1.3)
+            ax.loglog(*zip(*mine), marker="o", ms=3, **style)
+            labels.append((*mine[-1], name, style["color"]))
+        xs = sorted({r[x] for r in rows})
         log_ticks(ax.xaxis, xs)
+        plain_log(ax.yaxis)
         label_ends(ax, labels)
-        ax.yaxis.set_major_formatter(lambda v, _: f"{v:,g}")
-        ax.set_xlim(right=max(xs) * (max(xs) / min(xs)) ** 0.25)
-        ax.set(xlabel=xlabel, ylabel=ylabel)
-        ax.set_title(title.format(**result["flags"]) + f"\n{result['device']}", fontsize=10)
-        ax.grid(alpha=0.25)
+        ax.set_xlim(right=xs[-1] * (xs[-1] / xs[0]) ** 0.25)
+        title_of = title.format(**result["flags"])
+        dress(ax, f"{title_of}\n{result['device']}", xlabel=xlabel, ylabel=ylabel)
         return figure
     return picture
 
@@ -733,20 +735,20 @@ def make_layer(name, T, n_head, head_dim, device, dtype, keys=1024, block=64):
 
 # Byte tokens: a small vocabulary, so that the few parameters are in the trunk and not in the embedding.
 SHARED["few"] = dict(
-    scale=("auto", str),
-    dataset=("docs-byte", str),
-    unique_tokens=(30_000, int),
-    epochs=(160.0, float),
-    minutes=(4.5, float),
-    evals=(12, int),
-    n_layer=(3, int),
-    n_head=(4, int),
-    n_embd=(96, int),
-    block_size=(64, int),
-    batch_tokens=(2048, int),
-    lr=(2e-3, float),
-    workers=(2, int),
-    out=(None, str),
+    scale="auto",
+    dataset="docs-byte",
+    unique_tokens=30_000,
+    epochs=160.0,
+    minutes=4.5,
+    evals=12,
+    n_layer=3,
+    n_head=4,
+    n_embd=96,
+    block_size=64,
+    batch_tokens=2048,
+    lr=2e-3,
+    workers=2,
+    out=None,
 )
 FEW_GPU = dict(
     dataset="docs",
@@ -1251,7 +1253,7 @@ def presets():
 SWEEP = ("full", "full gqa", "full window", *(name for name in ATTENTION if name != "full"))
 
 
-@experiment(named=("device", "bidirectional"), finish=lambda rows: compared(rows, "layer", "full", PASSES),
+@experiment(named=("device", "bidirectional"), finish=compared("layer", "full", PASSES),
             show=lambda result: [r for r in result["rows"] if r["T"] == max(r["T"] for r in result["rows"])],
             picture=lines("T", "both_ms", "layer", "tokens", "ms, forward + backward",
                            "one layer, {n_head} heads of {head_dim}"))
@@ -1293,7 +1295,7 @@ def attention(
 # ------------------------------------------------------------------------------------------------------------
 # context: one decoded token against the length of the cache
 
-@experiment(named=("device",), finish=lambda rows: compared(rows, "layer", "full", ("ms",)),
+@experiment(named=("device",), finish=compared("layer", "full", ("ms",)),
             picture=lines("T", "tok_per_s", "layer", "tokens in the cache", "tokens/s",
                           "decoding by one layer, {n_head} heads of {head_dim}"))
 def context(lengths=(1024, 4096, 16384, 65536), batches=(1,), layers=SWEEP, n_head=4, head_dim=64, repeat=100,
@@ -1410,7 +1412,7 @@ SPARSE = ("block-sparse", "block-sparse, with selection", "block-sparse, both wa
 ON_GPU = ("sdpa cudnn", "sdpa flash", "dense flex")
 
 
-@experiment(named=("device",), finish=lambda rows: compared(rows, "function", "sdpa", PASSES))
+@experiment(named=("device",), finish=compared("function", "sdpa", PASSES))
 def functions(
     lengths=(1024, 4096, 8192),
     functions=(),
@@ -2525,22 +2527,22 @@ def moe(steps=2000, repeat=12, device="auto", threads=1, out="out/moe"):
 # masked diffusion leaves the plateau of single-byte frequencies three times sooner than with 1,024 tokens and
 # without.
 SHARED["models"] = dict(
-    scale=("auto", str),
-    dataset=("docs-byte", str),
-    n_layer=(4, int),
-    n_head=(4, int),
-    n_embd=(128, int),
-    block_size=(256, int),
-    batch_tokens=(512, int),
-    max_steps=(2000, int),
-    lr=(2e-3, float),
-    run_ar=(None, str),
-    run_mdm=(None, str),
-    run_block=(None, str),
-    workers=(2, int),
-    device=("auto", str),
-    threads=(1, int),
-    out=(None, str),
+    scale="auto",
+    dataset="docs-byte",
+    n_layer=4,
+    n_head=4,
+    n_embd=128,
+    block_size=256,
+    batch_tokens=512,
+    max_steps=2000,
+    lr=2e-3,
+    run_ar=None,
+    run_mdm=None,
+    run_block=None,
+    workers=2,
+    device="auto",
+    threads=1,
+    out=None,
 )
 MODELS_GPU = dict(n_layer=6, n_head=6, n_embd=384, batch_tokens=16_384, max_steps=1500, lr=1e-3)
 ROLES = {"ar": dict(objective="ar"), "judge": dict(objective="ar", seed=1), "mdm": dict(objective="mdm"),

@@ -72,7 +72,9 @@ def sampler(args, lm, flags, infill):
         need(not asked, f"--{asked and asked[0]} is for diffusion, and this run is autoregressive: leave it "
              "out, or train with --objective mdm")
         return "ar", lambda x, **how: diffusion.sample_ar(lm, x, lm.mask_id, **how)
-    order = args.order or ("random" if args.threshold is None else "max_prob")
+    order = args.order
+    if order is None:
+        order = "random" if args.threshold is None else "max_prob"
     passes = dict(steps=args.steps, threshold=args.threshold, order=order)
     if objective == "block":
         for name in {"block_size", "cache", "refresh"}.intersection(asked):
