@@ -67,8 +67,7 @@ import diffusion
 import prepare
 import sample
 import train
-from attention import (ATTENTION, block_sparse_attention, compressed_scores, delta_rule, linear_attention,
-                       select_blocks)
+from attention import ATTENTION, block_sparse_attention, delta_rule, linear_attention, select_blocks
 from model import LM, MLP, PRESETS, ModelConfig, MoE, from_preset, nearest, override, parse_layers
 from prepare import need
 
@@ -599,16 +598,9 @@ def run_arms(jobs, workers):
 # ------------------------------------------------------------------------------------------------------------
 # Timing
 
-SDPA = {
-    "default": [],  # first come, first served
-    "cudnn": [
-        SDPBackend.CUDNN_ATTENTION,
-        SDPBackend.FLASH_ATTENTION,
-        SDPBackend.EFFICIENT_ATTENTION,
-        SDPBackend.MATH,
-    ],
-    "flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
-}
+FASTEST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
+           SDPBackend.MATH]
+SDPA = {"default": [], "cudnn": FASTEST, "flash": FASTEST[1:]}
 
 
 @contextlib.contextmanager
@@ -621,8 +613,8 @@ def sdpa(kernel, only=True):
     if not SDPA.get(kernel):
         yield
         return
-    with sdpa_kernel(SDPA[kernel][:1] if only else SDPA[kernel], set_priority=not only), \
-            functorch_config.patch(enable_autograd_cache=False):
+    with (sdpa_kernel(SDPA[kernel][:1] if only else SDPA[kernel], set_priority=not only),
+          functorch_config.patch(enable_autograd_cache=False)):
         yield
 
 
@@ -644,28 +636,32 @@ def seconds_of(step, device, repeat):
     return best
 
 
-def time_passes(f, inputs, device, repeat, parameters=(), kernel="default"):
+def time_passes(f, inputs, device, repeat, parameters=(), kernel="default", compiled=True):
     """Milliseconds of f(*inputs), forward alone and forward + backward: the smallest of `repeat` calls behind
-    one that warms up and compiles; and on a GPU the largest memory. kernel: SDPA's, for `sdpa`."""
-    inputs, cuda = [a.detach().requires_grad_() for a in inputs], device.startswith("cuda")
+    one that warms up, and on a GPU compiles; and there the largest memory. kernel: SDPA's, for `sdpa`."""
+    cuda = device.startswith("cuda")
+    if cuda and compiled:
+        f = torch.compile(f, dynamic=False)
+    inputs = [a.detach().requires_grad_() for a in inputs]
+    leaves = [*inputs, *parameters]
 
     def forward():
         with torch.no_grad():
             f(*inputs)
 
     def both():
-        for a in (*inputs, *parameters):
+        for a in leaves:
             a.grad = None
-        (f(*inputs) * 1.1).sum().backward()  # 1.1: else the gradient is an expanded 1
-    parameters = list(parameters)
+        (f(*inputs) * 1.1).sum().backward()     # 1.1: else the gradient is an expanded 1
     with sdpa(kernel):
         both()
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        forward_ms, both_ms = (1e3 * seconds_of(g, device, repeat) for g in (forward, both))
-    return dict(forward_ms=forward_ms, both_ms=both_ms,
-                kept_mib=None if cuda else kept_bytes(lambda: f(*inputs)) / 2 ** 20,
-                peak_mib=torch.cuda.max_memory_allocated() / 2 ** 20 if cuda else None)
+        row = dict(forward_ms=1e3 * seconds_of(forward, device, repeat),
+                   both_ms=1e3 * seconds_of(both, device, repeat))
+    if cuda:
+        return row | dict(peak_mib=torch.cuda.max_memory_allocated() / 2 ** 20)
+    return row | dict(kept_mib=kept_bytes(lambda: f(*inputs)) / 2 ** 20)
 
 
 def kept_bytes(run):
@@ -724,12 +720,16 @@ def pattern_of(name, keys=128, block=16):
     return re.sub(rf"\b({'|'.join(ATTENTION)})\b(?!\()", with_settings, pattern)
 
 
-def make_layer(name, T, n_head, head_dim, device, dtype, keys=1024, block=64):
+def make_layer(name, T, n_head, head_dim, device, keys=1024, block=64):
+    """A layer for windows of T tokens, in bfloat16 on a GPU."""
     config = ModelConfig(n_embd=n_head * head_dim, n_head=n_head, n_layer=1, block_size=T)
-    torch._dynamo.reset()  # else from the 9th shape on it runs eagerly
+    torch._dynamo.reset()                       # else from the 9th shape on it runs eagerly
     (layer, values), = parse_layers(pattern_of(name, keys, block), 1)
-    return ATTENTION[layer](override(config, values)).to(device, dtype)
+    return ATTENTION[layer](override(config, values)).to(device, dtype_on(device))
 
+
+def dtype_on(device):
+    return torch.bfloat16 if device.startswith("cuda") else torch.float32
 # ------------------------------------------------------------------------------------------------------------
 # crossover: AR against masked diffusion on few unique tokens
 
@@ -1253,39 +1253,29 @@ def presets():
 SWEEP = ("full", "full gqa", "full window", *(name for name in ATTENTION if name != "full"))
 
 
-@experiment(named=("device", "bidirectional"), finish=compared("layer", "full", PASSES),
-            show=lambda result: [r for r in result["rows"] if r["T"] == max(r["T"] for r in result["rows"])],
+def longest(result):
+    """The table of the longest length alone."""
+    return [r for r in result["rows"] if r["T"] == max(r["T"] for r in result["rows"])]
+
+
+@experiment(named=("device", "bidirectional"), finish=compared("layer", "full", PASSES), show=longest,
             picture=lines("T", "both_ms", "layer", "tokens", "ms, forward + backward",
-                           "one layer, {n_head} heads of {head_dim}"))
-def attention(
-    lengths=(512, 1024, 2048, 4096, 8192),
-    layers=SWEEP,
-    n_head=4,
-    head_dim=64,
-    repeat=3,
-    bidirectional=False,
-    device="auto",
-    threads=1,
-):
+                          "one layer, {n_head} heads of {head_dim}"))
+def attention(lengths=(512, 1024, 2048, 4096, 8192), layers: SWEEP = SWEEP, n_head=4, head_dim=64, repeat=3,
+              bidirectional=False, device="auto", threads=1):
     """Every layer: forward and forward + backward against length, ratio to `full`, keys read, cache.
 
     lengths: tokens
-    layers: names, comma-separated; `full cudnn` and `full flash` are SDPA's kernels of that name, on a GPU
+    layers: names, comma-separated
     bidirectional: as a diffusion model uses it
     """
-    cuda, width = device.startswith("cuda"), n_head * head_dim
-    dtype = torch.bfloat16 if cuda else torch.float32
-    kernels = ("full cudnn", "full flash")
-    choose("layers", layers, (*SWEEP, *kernels))
-    for T, name in itertools.product(
-        lengths, dict.fromkeys(["full", *layers, *kernels * (cuda and layers == SWEEP)])
-    ):
+    width = n_head * head_dim
+    for T, name in itertools.product(lengths, dict.fromkeys(["full", *layers])):
         def measure():
-            layer = make_layer("full" if name in kernels else name, T, n_head, head_dim, device, dtype)
-            run = torch.compile(layer, dynamic=False) if cuda else layer
-            x = torch.randn(1, T, width, device=device, dtype=dtype, requires_grad=True)
-            row = time_passes(lambda x: run(x, causal=not bidirectional), [x], device, repeat,
-                              layer.parameters(), name.partition(" ")[2])
+            layer = make_layer(name, T, n_head, head_dim, device)
+            x = torch.randn(1, T, width, device=device, dtype=dtype_on(device))
+            row = time_passes(lambda x: layer(x, causal=not bidirectional), [x], device, repeat,
+                              layer.parameters())
             cache = layer.cache_bytes(T, torch.bfloat16)
             return row | dict(reads=layer.reads(T, not bidirectional), cache_bytes_per_token=cache / T,
                               cache_vs_mha=cache / (4 * width * T))
@@ -1298,43 +1288,39 @@ def attention(
 @experiment(named=("device",), finish=compared("layer", "full", ("ms",)),
             picture=lines("T", "tok_per_s", "layer", "tokens in the cache", "tokens/s",
                           "decoding by one layer, {n_head} heads of {head_dim}"))
-def context(lengths=(1024, 4096, 16384, 65536), batches=(1,), layers=SWEEP, n_head=4, head_dim=64, repeat=100,
-            device="auto", threads=1):
+def context(lengths=(1024, 4096, 16384, 65536), batches=(1,), layers: SWEEP = SWEEP, n_head=4, head_dim=64,
+            repeat=100, device="auto", threads=1):
     """Decoding: time of one token against the tokens in the cache, each layer and batch.
 
     lengths: tokens in the cache
+    layers: names, comma-separated
     batches: sequences, comma-separated; the picture shows the first
     """
-    cuda, width = device.startswith("cuda"), n_head * head_dim
-    dtype = torch.bfloat16 if cuda else torch.float32
-    choose("layers", layers, SWEEP)
+    cuda, dtype = device.startswith("cuda"), dtype_on(device)
     for T, name, B in itertools.product(lengths, layers, batches):
         def measure():
-            layer = make_layer(name, T, n_head, head_dim, device, dtype).eval()
-            cache, x = layer.init_cache(B, T, device, dtype), torch.randn(
-                B, 1, width, device=device, dtype=dtype
-            )
-            # As if T - 1 tokens had been read.
-            for a in (a for a in vars(cache).values() if torch.is_tensor(a)):
-                if a.is_floating_point():
-                    a.normal_()
-                elif a is cache.pos:
-                    a.fill_(T - 1)
-                else:
-                    a.copy_(torch.arange(T - 1 - a.size(1), T - 1))
+            layer = make_layer(name, T, n_head, head_dim, device).eval()
+            x = torch.randn(B, 1, n_head * head_dim, device=device, dtype=dtype)
+            cache = layer.init_cache(B, T, device, dtype)
+            f = layer
+            for a in filter(torch.is_tensor, vars(cache).values()):
+                if a is not cache.pos:
+                    a.normal_()                 # as if tokens had been read
                 if cuda:
-                    torch._dynamo.mark_static_address(a)  # else a CUDA graph copies it
-            f = torch.compile(layer, dynamic=False, fullgraph=True, mode="reduce-overhead") if cuda else layer
+                    torch._dynamo.mark_static_address(a)        # else a CUDA graph copies it
+            if cuda:
+                f = torch.compile(layer, dynamic=False, fullgraph=True, mode="reduce-overhead")
 
             def step():
-                cache.used = T - 1  # the same step again, in the last slot
+                cache.used = T - 1              # the same step again, in the last slot
                 cache.pos.fill_(T - 1)
                 f(x, cache=cache)
             with torch.no_grad():
                 ms = 1e3 * seconds_of(step, device, repeat)
-            cache_mib = B * layer.cache_bytes(T, dtype) / 2 ** 20
-            return dict(ms=ms, tok_per_s=B / ms * 1e3, reads=layer.reads(T), cache_mib=cache_mib)
+            return dict(ms=ms, tok_per_s=B / ms * 1e3, reads=layer.reads(T),
+                        cache_mib=B * layer.cache_bytes(T, dtype) / 2 ** 20)
         yield dict(layer=name, T=T, batch=B), measure
+
 
 # ------------------------------------------------------------------------------------------------------------
 # functions: the mixers as pure functions of (q, k, v, beta, g, gc)
@@ -1347,58 +1333,31 @@ def peers():
     except ImportError:
         return {}
 
-    def turned(rule, *inputs, **decay):
-        q, k, v, beta = (a.transpose(1, 2).contiguous() for a in inputs)
-        decay = {name: a.transpose(1, 2).contiguous() for name, a in decay.items()}
-        return rule(q, k, v, beta=beta, **decay)[0].transpose(1, 2)
-    return {"gated_deltanet, transformers": lambda q, k, v, beta, g, gc: turned(gdn, q, k, v, beta, g=g),
-            "kda, transformers": lambda q, k, v, beta, g, gc: turned(kda, q, k, v, beta, g=gc)}
+    def turned(rule, *inputs):
+        q, k, v, beta, g = (a.transpose(1, 2).contiguous() for a in inputs)
+        return rule(q, k, v, beta=beta, g=g)[0].transpose(1, 2)
+    return {"gated_deltanet, transformers": lambda q, k, v, beta, g, gc: turned(gdn, q, k, v, beta, g),
+            "kda, transformers": lambda q, k, v, beta, g, gc: turned(kda, q, k, v, beta, gc)}
 
 
 def dense(causal=True):
     return lambda q, k, v, *_: F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
 
 
-def flex_dense(q, k, v, *_):
-    """Causal attention of all tokens by FlexAttention, as the sparse one; whole tiles below the diagonal
-    without a mask."""
-    from torch.nn.attention.flex_attention import BlockMask, flex_attention
-    tile = torch.arange(q.size(2) // 128, dtype=torch.int32, device=q.device)
-    one, index = torch.ones_like(tile)[None, None], tile.expand(len(tile), -1)
-    others = ((tile[:, None] + tile) % len(tile))[None, None].int()
-    mask = BlockMask.from_kv_blocks(
-        one,
-        others,
-        tile[None, None],
-        index[None, None].contiguous(),
-        BLOCK_SIZE=128,
-        mask_mod=lambda b, h, t, s: t >= s,
-        seq_lengths=(q.size(2), k.size(2)),
-    )
-    return flex_attention(q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1))
+def moba(q, k, block, topk, tile, causal):
+    """The blocks of keys that each tile of queries reads: those with the best mean key (arXiv 2502.13189).
 
-
-def block_sparse(block, topk, tile, causal=True, picks=None):
-    """MoBA's choice (arXiv 2502.13189), queries against mean keys, made once for each `tile` queries; or
-    given picks.
-
-    Causal too: a tile then looks at its own later queries, which is fine for a measurement and forbidden in a
-    layer."""
-    def run(q, k, v, *_):
-        T, slots = q.size(2), torch.arange(q.size(2), device=q.device)[None]
-        limit, sel = slots + 1 if causal else torch.full_like(slots, T), picks
-        if sel is None:
-            means = k.detach().unflatten(2, (-1, block)).mean(3)
-            score = lambda r: compressed_scores(
-                q.detach()[:, :, r], means, limit[:, r], T, block, block, block, "max"
-            )
-            sel = select_blocks(score, slots, limit, T // block, block, topk, tile=tile)
-        return block_sparse_attention(q, k, v, sel, block, causal, tile, limit, topk)
-    return run
+    Causal too a tile is chosen for as a whole: fine for a measurement, forbidden in a layer."""
+    slots = torch.arange(q.size(2), device=q.device)[None]
+    limit = slots + 1 if causal else torch.full_like(slots, q.size(2))
+    means = k.detach().unflatten(2, (-1, block)).mean(3)
+    groups = q.detach().unflatten(1, (k.size(1), -1)).sum(2)
+    return select_blocks(lambda rows: groups[:, :, rows] @ means.mT, slots, limit, means.size(2), block, topk,
+                         tile=tile)
 
 
 FUNCTIONS = {
-    "sdpa": dense(), "sdpa, both ways": dense(False),
+    "sdpa": dense(), "sdpa cudnn": dense(), "sdpa flash": dense(), "sdpa, both ways": dense(False),
     "linear": lambda q, k, v, *_: linear_attention(q, k, v)[0],
     "linear, decay a head": lambda q, k, v, beta, g, gc: linear_attention(q, k, v, g)[0],
     "linear, decay a channel": lambda q, k, v, beta, g, gc: linear_attention(q, k, v, gc)[0],
@@ -1409,24 +1368,11 @@ FUNCTIONS = {
     "kda, any decay": lambda q, k, v, beta, g, gc: delta_rule(q, k, v, beta, gc)[0],
 }
 SPARSE = ("block-sparse", "block-sparse, with selection", "block-sparse, both ways, with selection")
-ON_GPU = ("sdpa cudnn", "sdpa flash", "dense flex")
 
 
 @experiment(named=("device",), finish=compared("function", "sdpa", PASSES))
-def functions(
-    lengths=(1024, 4096, 8192),
-    functions=(),
-    n_head=4,
-    n_kv_head=4,
-    head_dim=64,
-    batch=1,
-    block=128,
-    topk=8,
-    tile=128,
-    repeat=5,
-    device="auto",
-    threads=1,
-):
+def functions(lengths=(1024, 4096, 8192), functions=(), n_head=4, n_kv_head=4, head_dim=64, block=128, topk=8,
+              tile=128, repeat=5, device="auto", threads=1):
     """Mixers as pure functions, and block-sparse attention: against SDPA and transformers, time and memory
     against length.
 
@@ -1434,44 +1380,31 @@ def functions(
     block: keys in a block of the block-sparse ones
     topk: blocks that a query picks
     tile: queries that share their picks
-    batch: sequences
     """
-    cuda = device.startswith("cuda")
-    dtype, others = torch.bfloat16 if cuda else torch.float32, peers()
-    known = (*FUNCTIONS, *others, *SPARSE, *ON_GPU * cuda)
-    for T, name in itertools.product(
-        lengths, dict.fromkeys(["sdpa", *choose("functions", functions or known, known)])
-    ):
-        if name in SPARSE and (T % math.lcm(block, tile) or topk * block > T):
-            raise ValueError(
-                f"--lengths {T}: block-sparse attention takes multiples of --block {block} and "
-                f"--tile {tile}, and "
-                f"at least --topk {topk} blocks"
-            )
+    table = FUNCTIONS | peers() | dict.fromkeys(SPARSE)
+    if not device.startswith("cuda"):
+        table = {name: f for name, f in table.items() if name.removeprefix("sdpa ") not in SDPA}
+    names = dict.fromkeys(["sdpa", *choose("functions", functions or table, table)])
+    for T, name in itertools.product(lengths, names):
+        need(name not in SPARSE or T % math.lcm(block, tile) == 0 and topk * block <= T,
+             f"--lengths {T}: block-sparse attention takes multiples of --block {block} and --tile {tile}, "
+             f"at least --topk {topk} blocks")
 
         def measure():
-            shape = lambda heads, *more: (batch, heads, T, *more)
-            q, k, v = (
-                torch.randn(shape(h, head_dim), device=device, dtype=dtype)
-                for h in (n_head, n_kv_head, n_kv_head)
-            )
-            beta, g = torch.rand(2, *shape(n_head), device=device)
-            gc = torch.rand(shape(n_head, head_dim), device=device)                    # log decay in [-1, 0]
-            inputs = F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, beta, -g, -gc
-            f = {**FUNCTIONS, **others, "dense flex": flex_dense}.get(name, dense())
-            if name in SPARSE:
-                causal, picks = "both ways" not in name, None
-                if "selection" not in name:
-                    slots = torch.arange(T, device=device)[None]
-                    score = lambda r: torch.rand(
-                        batch, n_kv_head, r.stop - r.start, T // block, device=device
-                    )
-                    picks = select_blocks(score, slots, slots + 1, T // block, block, topk, tile=tile)
-                f = block_sparse(block, topk, tile, causal, picks)
+            draw = lambda heads: torch.randn(1, heads, T, head_dim, device=device, dtype=dtype_on(device))
+            q, k, v = (F.normalize(draw(heads), dim=-1) for heads in (n_head, n_kv_head, n_kv_head))
+            beta, decay = torch.rand(2, 1, n_head, T, device=device)
+            channels = torch.rand(1, n_head, T, head_dim, device=device)
+            causal, picks = "both ways" not in name, None
+            if name == "block-sparse":
+                picks = moba(q, k, block, topk, tile, causal)
+
+            def sparse(q, k, v, *_):
+                sel = moba(q, k, block, topk, tile, causal) if picks is None else picks
+                return block_sparse_attention(q, k, v, sel, block, causal, tile, most=topk)
             torch._dynamo.reset()
-            ours = cuda and name not in others  # as train.py does; peers as they come
-            return time_passes(torch.compile(f, dynamic=False) if ours else f, inputs, device, repeat,
-                               kernel=name.removeprefix("sdpa "))
+            return time_passes(table[name] or sparse, (q, k, v, beta, -decay, -channels), device, repeat,
+                               kernel=name.removeprefix("sdpa "), compiled="transformers" not in name)
         yield dict(function=name, T=T), measure
 
 
@@ -1479,132 +1412,99 @@ def functions(
 # train: speed and memory of training
 
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+COMPILE = ("auto", "on", "off", "graphs")
 
 
-def nanogpt(folder, config, device):
-    """(model, optimizers, loss of tokens (B, T + 1)) of a nanoGPT checkout, of the same shape."""
-    sys.path.insert(0, folder)
-    sys.modules.pop("model")
-    from model import GPT, GPTConfig  # noqa: nanoGPT's, not ours
-    shape = {k: getattr(config, k) for k in SIZES}
-    lm = GPT(GPTConfig(**shape, dropout=0.0, bias=False)).to(device)
-    optimizers = [lm.configure_optimizers(0.1, 1e-3, (0.9, 0.95), torch.device(device).type)]
-    return lm, optimizers, lambda x, noise: lm(x[:, :-1].contiguous(), x[:, 1:].contiguous())[1]
+def to_train(kind, config, device, folder):
+    """(model, its optimizers, its loss of tokens (B, T + 1) and noise) of "ar", "mdm" or, of the same shape,
+    a nanoGPT checkout."""
+    if kind == "nanoGPT":
+        sys.path.insert(0, folder)
+        sys.modules.pop("model")
+        from model import GPT, GPTConfig        # nanoGPT's, not ours
+        shape = {k: getattr(config, k) for k in SIZES}
+        lm = GPT(GPTConfig(**shape, dropout=0.0, bias=False)).to(device)
+        optimizer = lm.configure_optimizers(0.1, 1e-3, (0.9, 0.95), torch.device(device).type)
+        return lm, [optimizer], lambda x, noise: lm(x[:, :-1].contiguous(), x[:, 1:].contiguous())[1]
+    lm = LM(config).to(device)
+    losses = {"ar": lambda x, noise: diffusion.ar_loss(lm, x[:, :-1], lm.mask_id),
+              "mdm": lambda x, noise: diffusion.mdm_loss(lm, x[:, :-1], lm.mask_id, noise=noise)}
+    return lm, train.make_optimizers(lm, train.DEFAULTS, device), losses[kind]
 
 
-def throughput(
-    kind, preset, sizes, batch, iters, warmup, device, compile, dtype, threads, optimizer, sdpa_kernel, vs
-):
-    """One process, one model ("ar", "mdm" or "nanoGPT"): times optimizer steps on random tokens; prints one
-    JSON line."""
-    cuda, gen, ticks = device.startswith("cuda"), torch.Generator().manual_seed(0), []
+def throughput(kind, values, batch, iters, warmup, device, compile, threads, kernel, vs):
+    """One process, one model: times optimizer steps on random tokens; prints one JSON line."""
+    cuda, ticks, gen = device.startswith("cuda"), [], torch.Generator().manual_seed(0)
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")  # as train.py and nanoGPT do
-    config = override(ModelConfig(), {**PRESETS[preset], **sizes})
+    config = override(ModelConfig(), values)
     T = config.block_size
-    if kind == "nanoGPT":
-        lm, optimizers, loss_of = nanogpt(vs, config, device)
-    else:
-        lm = LM(config).to(device)
-        optimizers = train.make_optimizers(lm, {**train.DEFAULTS, "optimizer": optimizer}, device)
-        if kind == "ar":
-            loss_of = lambda x, noise: diffusion.ar_loss(lm, x[:, :T], lm.mask_id)
-        else:
-            loss_of = lambda x, noise: diffusion.mdm_loss(lm, x[:, :T], lm.mask_id, noise=noise)
+    lm, optimizers, loss_of = to_train(kind, config, device, vs)
     if compile in ("on", "graphs") or compile == "auto" and cuda:
         mode = "reduce-overhead" if compile == "graphs" else None
         loss_of = torch.compile(loss_of, dynamic=False, fullgraph=kind != "nanoGPT", mode=mode)
-    autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=cuda and dtype != "float32")
     pin = torch.Tensor.pin_memory if cuda else torch.Tensor.contiguous
 
     def tick():
         """CPU time: robust on a busy machine. On a GPU an event in its queue: nothing waits between steps, as
         in training."""
+        ticks.append(torch.cuda.Event(enable_timing=True) if cuda else time.process_time())
         if cuda:
-            ticks.append(torch.cuda.Event(enable_timing=True))
             ticks[-1].record()
-        else:
-            ticks.append(time.process_time())
-    with sdpa(sdpa_kernel, only=False):
+    with sdpa(kernel, only=False):
         for i in range(warmup + iters):
             if i == warmup and kind != "nanoGPT":
                 torch.compiler.set_stance("fail_on_recompile")  # after the warm-up there is none, or stop
             x = pin(torch.randint(config.vocab_size, (batch, T + 1), generator=gen))
             noise = [pin(a) for a in diffusion.mdm_noise(batch, T, generator=gen)]
             tick()
-            x, noise = x.to(device, non_blocking=True), [a.to(device, non_blocking=True) for a in noise]
-            with autocast:
+            x, *noise = (a.to(device, non_blocking=True) for a in (x, *noise))
+            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=cuda):
                 loss = loss_of(x, noise)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
             for o in optimizers:
                 o.step()
-                o.zero_grad(set_to_none=True)
-            if not cuda:
-                loss.item()
+                o.zero_grad()
             tick()
     if cuda:
-        torch.cuda.synchronize()  # step to step: gaps between count
-        times = [a.elapsed_time(b) / 1e3 for a, b in zip(ticks[::2], ticks[2::2])][warmup:]
+        torch.cuda.synchronize()
+        times = [a.elapsed_time(b) / 1e3 for a, b in zip(ticks[::2], ticks[2::2])]      # gaps count
         memory = torch.cuda.max_memory_allocated()
     else:
-        times = [b - a for a, b in zip(ticks[::2], ticks[1::2])][warmup:]
+        times = [b - a for a, b in zip(ticks[::2], ticks[1::2])]
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    seconds, params = statistics.median(times), sum(p.numel() for p in lm.parameters())
+    seconds, params = statistics.median(times[warmup:]), sum(p.numel() for p in lm.parameters())
     speed, peak = batch * T / seconds, train.peak_flops(device)
-    flops = 6 * params + 12 * config.n_layer * config.n_embd * T  # per token, nanoGPT's own formula
+    flops = 6 * params + 12 * config.n_layer * config.n_embd * T        # per token, nanoGPT's own formula
     mfu = speed * flops / peak if peak else None
-    if mfu and mfu > 1:
-        raise ValueError(
-            f"{speed:,.0f} tokens/s would be {mfu:.0%} of this GPU's peak: the clock or the FLOPs are wrong"
-        )
-    print(
-        json.dumps(dict(params=params, ms=1e3 * seconds, tok_per_s=speed, peak_mib=memory / 2**20, mfu=mfu))
-    )
+    need(not mfu or mfu <= 1, f"{speed:,.0f} tokens/s are {mfu or 0:.0%} of this GPU's peak: the clock or "
+                              "the FLOPs are wrong")
+    row = dict(params=params, ms=1e3 * seconds, tok_per_s=speed, peak_mib=memory / 2 ** 20, mfu=mfu)
+    print(json.dumps(row))
 
 
 def speed_table(result):
     """The median of the rounds, and beside nanoGPT the ratios of these medians."""
-    runs = collections.defaultdict(list)
-    for r in result["rows"]:
-        runs[r["model"]].append(r)
-    median = lambda model, key: (
-        statistics.median(r[key] for r in runs[model]) if runs[model][0][key] else None
-    )
-    rows = []
-    for model in list(runs):
-        row = dict(model=model) | {
-            key: median(model, key) for key in ("params", "tok_per_s", "ms", "peak_mib", "mfu")
-        }
-        if "nanoGPT" in runs:
-            row["speed_vs_nanoGPT"] = median("nanoGPT", "ms") / row["ms"]
-            row["memory_vs_nanoGPT"] = row["peak_mib"] / median("nanoGPT", "peak_mib")
-        rows.append(row)
-    return rows
+    rows = {}
+    for model in dict.fromkeys(r["model"] for r in result["rows"]):
+        runs = [r for r in result["rows"] if r["model"] == model]
+        rows[model] = dict(model=model)
+        for key in ("params", "tok_per_s", "ms", "peak_mib", "mfu"):
+            rows[model][key] = statistics.median(r[key] for r in runs) if runs[0][key] else None
+    if peer := rows.get("nanoGPT"):
+        for row in rows.values():
+            row["speed_vs_nanoGPT"] = peer["ms"] / row["ms"]
+            row["memory_vs_nanoGPT"] = row["peak_mib"] / peer["peak_mib"]
+    return list(rows.values())
 
 
 @experiment(named=("device",), show=speed_table)
-def train_(
-    preset="gpt2",
-    n_layer: int = None,
-    n_head: int = None,
-    n_embd: int = None,
-    block_size: int = None,
-    vocab_size: int = None,
-    objectives=("ar", "mdm"),
-    batch=12,
-    iters=40,
-    warmup=5,
-    rounds=3,
-    compile="auto",
-    dtype="auto",
-    optimizer="adamw",
-    sdpa="default",
-    vs: str = None,
-    device="auto",
-    threads=1,
-):
+def train_(preset: PRESETS = "gpt2", n_layer: int = None, n_head: int = None, n_embd: int = None,
+           block_size: int = None, vocab_size: int = None, objectives: OBJECTIVES = ("ar", "mdm"), batch=12,
+           iters=40, warmup=5, rounds=3, compile: COMPILE = "auto",
+           sdpa: SDPA = "default", vs=None, device="auto", threads=1):
     """Training speed, memory and MFU, with --vs beside nanoGPT: alternating runs in processes of their own.
 
     preset: model; the sizes are its own where none is given
@@ -1613,42 +1513,21 @@ def train_(
     warmup: steps before them
     rounds: alternating runs of each model
     compile: auto (on cuda) | on | off | graphs (on, with CUDA graphs)
-    dtype: auto (bfloat16 on cuda) | float32
-    optimizer: adamw | muon
     sdpa: attention kernel on a GPU: default (torch's choice) | cudnn | flash
     vs: folder of a nanoGPT checkout to run beside
     """
-    choose("preset", [preset], PRESETS)
-    choose("sdpa", [sdpa], SDPA)
-    choose("compile", [compile], ("auto", "on", "off", "graphs"))
-    kinds = choose("objectives", objectives, ("ar", "mdm")) + ("nanoGPT",) * bool(vs)
-    if vs and not (Path(vs) / "model.py").exists():
-        raise ValueError(f"--vs {vs} holds no model.py: name the folder of a nanoGPT checkout")
-    given = dict(zip(SIZES, (n_layer, n_head, n_embd, block_size, vocab_size)))
-    sizes = {k: v for k, v in given.items() if v is not None}
-    how = dict(
-        preset=preset,
-        sizes=sizes,
-        batch=batch,
-        iters=iters,
-        warmup=warmup,
-        device=device,
-        compile=compile,
-        dtype=dtype,
-        threads=threads,
-        optimizer=optimizer,
-        sdpa_kernel=sdpa,
-        vs=vs and str(Path(vs).resolve()),
-    )
-    for i, kind in itertools.product(range(rounds), kinds):
+    need(not vs or (Path(vs) / "model.py").exists(),
+         f"--vs {vs} holds no model.py: name the folder of a nanoGPT checkout")
+    sizes = zip(SIZES, (n_layer, n_head, n_embd, block_size, vocab_size))
+    values = PRESETS[preset] | {k: v for k, v in sizes if v is not None}
+    how = dict(values=values, batch=batch, iters=iters, warmup=warmup, device=device, compile=compile,
+               threads=threads, kernel=sdpa, vs=vs and str(Path(vs).resolve()))
+    for i, kind in itertools.product(range(rounds), [*objectives, *["nanoGPT"] * bool(vs)]):
         def measure():
             code = "import json, sys, bench; bench.throughput(**json.loads(sys.argv[1]))"
             p = subprocess.run([sys.executable, "-c", code, json.dumps(dict(how, kind=kind))], cwd=HERE,
                                capture_output=True, text=True)
-            if p.returncode:
-                raise ValueError(
-                    f"{kind}: {p.stderr.strip().splitlines()[-1] if p.stderr.strip() else 'failed'}"
-                )
+            need(not p.returncode, f"{kind}: {(p.stderr.strip() or 'failed').splitlines()[-1]}")
             return json.loads(p.stdout.strip().splitlines()[-1])
         yield dict(model=kind, round=i + 1), measure
     return dict(clock="GPU events, step to step" if device.startswith("cuda") else "process CPU time",
@@ -3344,7 +3223,7 @@ def gpu(minutes=9.0, results="results"):
         ("context_cuda.json", f"bench.py context --batches 1,64 {large}"),
         (
             "sparse_cuda.json",
-            f"bench.py functions --functions '{','.join((*ON_GPU, *SPARSE[:2]))}' "
+            f"bench.py functions --functions 'sdpa cudnn,sdpa flash,{','.join(SPARSE[:2])}' "
             "--lengths 32768,65536,131072 --n_head 32 --n_kv_head 2 --head_dim 128 --block 64 --topk 64 "
             "--tile 64 --name sparse_cuda --results {r}",
         ),
