@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import random
 import re
+import shlex
 import signal
 import statistics
 import subprocess
@@ -82,12 +83,11 @@ def close(a, b, tol=None):
     size = b.detach().nan_to_num(posinf=0, neginf=0).abs().max().item()
     torch.testing.assert_close(a, b, rtol=0, atol=tol * size)
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Size
 
 BUDGET = {"attention.py": 19_400, "model.py": 6_200, "diffusion.py": 5_200, "train.py": 12_100, "sample.py": 4_100,
-          "prepare.py": 7_800, "bench.py": 28_800, "test_all.py": 71_800}
+          "prepare.py": 7_800, "bench.py": 28_800, "test_all.py": 67_200}
 NARROW = ("attention.py", "model.py", "diffusion.py", "train.py", "sample.py", "prepare.py", "bench.py")
 
 
@@ -101,7 +101,6 @@ def test_size(name):
         inside += (kind == "FSTRING_START") - (kind == "FSTRING_END")                  # from Python 3.12 on they are cut up
     assert count <= BUDGET[name], "say less, or raise the budget"
     assert name not in NARROW or max(map(len, text.splitlines())) <= 110
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # attention.py: helpers and the contract of every layer
@@ -2168,108 +2167,86 @@ def seeded(seed):
 
 
 class DiffTable:
-    """A frozen random network on tiny canvases: one table entry per canvas of V letters and the mask (id V), no structure.
-    causal=True: the logits at i depend on idx[:, :i+1] only."""
-    def __init__(self, V, T, seed=0):
-        g = seeded(seed)
-        self.V, self.T = V, T
-        self.table = torch.randn((V + 1) ** T, T, V, generator=g, dtype=torch.float64) * 1.5
+    """A frozen random network: its logits are a table, one entry for each canvas of V letters and the mask V."""
+    def __init__(self, V, T):
+        self.V = V
+        self.power = (V + 1) ** torch.arange(T)
+        self.table = 1.5 * torch.randn((V + 1) ** T, T, V, generator=seeded(0), dtype=torch.float64)
 
     def __call__(self, idx, causal):
-        V, T = self.V, idx.size(1)
-        power = (V + 1) ** torch.arange(T)
-        if not causal:
-            return self.table[(idx * power).sum(1)][:, :T]
-        return torch.stack([self.table[(idx[:, :i + 1] * power[:i + 1]).sum(1), i] for i in range(T)], dim=1)
+        T = idx.size(1)
+        code = idx * self.power[:T]
+        if causal:
+            return torch.stack([self.table[code[:, :i + 1].sum(1), i] for i in range(T)], dim=1)
+        return self.table[code.sum(1)]
 
 
-def diff_ce(f, x, masked):
-    """(T,) CE of each token of x (T,) with `masked` hidden."""
-    noisy = torch.where(masked, f.V, x)[None]
-    return F.cross_entropy(f(noisy, causal=False)[0], x, reduction="none")
-
-
-def diff_masks(T):
-    return [torch.tensor(m) for m in product([False, True], repeat=T)]
-
-
-def diff_bound(f, x):
-    """The bound from its definition: the mean over all T! orders of the chain rule. Nats per token."""
-    T, total = len(x), 0.0
-    for order in permutations(range(T)):
-        masked = torch.ones(T, dtype=torch.bool)
+@torch.no_grad()
+def chains(f, x, places):
+    """-log p of x (T,) at `places` by the chain rule, once for each order of revealing them, left to right first."""
+    nats = []
+    for order in permutations(places):
+        masked = torch.isin(torch.arange(len(x)), torch.tensor(order))
+        nats.append(0.0)
         for i in order:
-            total += diff_ce(f, x, masked)[i].item()
+            logits = f(torch.where(masked, f.V, x)[None], causal=False)[0, i]
+            nats[-1] += F.cross_entropy(logits, x[i]).item()
             masked[i] = False
-    return total / math.factorial(T) / T
+    return nats
 
 
-def diff_uniforms(masked):
-    """Uniforms that hide exactly these tokens: below 0.5 where masked."""
-    return torch.where(masked, 0.25, 0.75)[None]
+def bound(f, x, places):
+    """Nats per token: the mean over all orders."""
+    return statistics.mean(chains(f, x, places)) / len(places)
 
 
-@pytest.mark.parametrize("T", [4, 5])
-def test_mdm_loss_has_the_bound_as_mean(T):
-    """All masks enumerated, t integrated in closed form: no sampling anywhere. Beside it the two forms that other projects use:
-    weight 1/t has the same mean, but a second moment that grows without end as t falls; the mean over masked tokens has another."""
-    f, x = DiffTable(3, T), torch.randint(3, (1, T), generator=seeded(T))
-    bound, exact, bernoulli, pooled = diff_bound(f, x[0]), 0.0, 0.0, 0.0
-    beta = lambda a, b: math.gamma(a) * math.gamma(b) / math.gamma(a + b)              # int t^(a-1) (1-t)^(b-1) dt
-    for masked in diff_masks(T):
-        if n := int(masked.sum()):
-            exact += mdm_loss(f, x, f.V, (torch.tensor([n]), diff_uniforms(masked))).item() / T / math.comb(T, n)
-            nats = diff_ce(f, x[0], masked)[masked].sum().item()
-            bernoulli += nats / T * beta(n, T - n + 1)                                 # P(mask | t) = t^n (1-t)^(T-n), weight 1/t
-            pooled += nats * beta(n + 1, T - n + 1) / (T / 2)                          # all nats over all masked tokens: T/2 of them
-    assert exact == pytest.approx(bound, rel=1e-6) and bernoulli == pytest.approx(bound, rel=1e-6)
-    assert abs(pooled - bound) > 0.02 * bound
-    second = [sum(diff_ce(f, x[0], masked)[masked].sum().item() ** 2 * t ** (n - 2) * (1 - t) ** (T - n)
-                  for masked in diff_masks(T) if (n := int(masked.sum()))) for t in (1e-2, 1e-3)]
-    assert second[1] / second[0] == pytest.approx(10, rel=0.1)                         # like 1/t: no finite integral
+def test_mdm_loss_has_the_bound_as_mean():
+    """Every mask enumerated, no sampling: n is uniform, and so is the choice of n places."""
+    T = 5
+    f, x, mean = DiffTable(3, T), torch.randint(3, (1, T), generator=seeded(5)), 0.0
+    for masked in product([False, True], repeat=T):
+        if n := sum(masked):
+            uniforms = torch.where(torch.tensor([masked]), 0.25, 0.75)                 # they hide exactly these
+            mean += mdm_loss(f, x, 3, (torch.tensor([n]), uniforms)).item() / T / math.comb(T, n)
+    assert mean == pytest.approx(bound(f, x[0], range(T)), rel=1e-6)
 
 
 def test_mdm_noise_is_uniform_and_stratified():
-    g = seeded(1)
-    T, B = 8, 16
+    g, T, B = seeded(1), 8, 16
     n = torch.stack([mdm_noise(B, T, g)[0] for _ in range(2000)])
-    assert (n.sort(1).values == torch.arange(1, T + 1).repeat_interleave(B // T)).all()     # each n equally often in a batch
-    first = torch.bincount(n[:, 0], minlength=T + 1)[1:].double()                           # and uniform in a given row
-    assert ((first - 250) ** 2 / 250).sum() < 24.3                                          # chi-square, 7 dof, p = 0.001
-    masked = smallest(torch.rand(50, 9, generator=g).round(decimals=1), torch.full((50,), 4))
-    assert (masked.sum(1) == 4).all()                                                       # ties included
+    assert (n.sort(1).values == torch.arange(1, T + 1).repeat_interleave(B // T)).all(), "each n equally often"
+    first = torch.bincount(n[:, 0], minlength=T + 1)[1:]
+    assert ((first - 250) ** 2 / 250).sum() < 24.3, "uniform in one row: chi-square, 7 degrees, p = 0.001"
+    tied = torch.rand(50, 9, generator=g).round(decimals=1)
+    assert (smallest(tied, torch.full((50,), 4)).sum(1) == 4).all()
 
 
 def test_losses_split_into_micro_batches():
-    """sum over micro-batches / tokens == the mean over the batch, for any cut; and the "none" form has the same mean."""
+    """Sums over any cut of the batch, divided by its tokens, are the mean of the whole; "none" has the same mean."""
     f, g = DiffTable(3, 5), seeded(0)
-    x = torch.randint(3, (12, 5), generator=g)
-    noise = mdm_noise(12, 5, g)
+    x, noise = torch.randint(3, (12, 5), generator=g), mdm_noise(12, 5, g)
+    part = lambda a, b, reduction: mdm_loss(f, x[a:b], 3, [z[a:b] for z in noise], reduction=reduction)
     whole = mdm_loss(f, x, 3, noise)
-    parts = [mdm_loss(f, x[a:b], 3, [z[a:b] for z in noise], reduction="sum") for a, b in ((0, 1), (1, 7), (7, 12))]
-    close(sum(parts) / x.numel(), whole)
-    close(mdm_loss(f, x, 3, noise, reduction="none").mean(), whole)
+    close(sum(part(a, b, "sum") for a, b in ((0, 1), (1, 7), (7, 12))) / 60, whole)
+    close(part(0, 12, "none").mean(), whole)
     loss, ar, mdm = mixed_loss(f, x, 3, 3, 0.25, noise)
     close(ar, ar_loss(f, x[:3], 3))
-    close(mdm, mdm_loss(f, x[3:], 3, [z[3:] for z in noise]))
+    close(mdm, part(3, 12, "mean"))
     close(loss, (3 * ar + 9 * mdm) / 12)
     sums = mixed_loss(f, x, 3, 3, 0.25, noise, reduction="sum")
-    close(sums[0] / 60, loss)
-    close(sums[2] / 45, mdm)
+    close(torch.stack(sums), torch.stack([60 * loss, 15 * ar, 45 * mdm]))
 
 
 def test_ar_sees_no_future():
-    """-log p(x_i) moves only with x_0..x_i, and the corrupted inputs are read in the same places."""
-    f, g = DiffTable(3, 5), seeded(3)
-    x = torch.randint(3, (1, 5), generator=g)
+    """-log p(x_i) moves with x_0..x_i alone; corrupted inputs are read in the same places. And p sums to 1."""
+    f, x = DiffTable(3, 5), torch.randint(3, (1, 5), generator=seeded(3))
     before = ar_loss(f, x, 3, reduction="none")[0]
     for j in range(5):
         y = x.clone()
         y[0, j] = (y[0, j] + 1) % 3
-        moved = ar_loss(f, y, 3, reduction="none")[0] != before
-        assert not moved[:j].any() and moved[j:].all()
-        moved = ar_loss(f, x, 3, inputs=y, reduction="none")[0] != before     # targets stay: only what follows j moves
-        assert not moved[:j + 1].any() and moved[j + 1:].all()
+        for moved, first in ((ar_loss(f, y, 3, reduction="none")[0], j),
+                             (ar_loss(f, x, 3, inputs=y, reduction="none")[0], j + 1)):
+            assert ((moved != before) == (torch.arange(5) >= first)).all()
     every = torch.tensor(list(product(range(3), repeat=5)))
     p = torch.exp(-ar_loss(f, every, 3, reduction="none").sum(1))
     assert p.sum().item() == pytest.approx(1, abs=1e-12)
@@ -2285,81 +2262,89 @@ def test_corrupt_rates():
 
 @pytest.mark.parametrize("order", ["left", "confidence"])
 def test_chain_nll_is_a_distribution(order):
-    f = DiffTable(3, 4)
-    every = torch.tensor(list(product(range(3), repeat=4)))
-    nll = chain_nll(f, every, 3, order)                           # nats per token
-    assert torch.exp(-nll * 4).sum().item() == pytest.approx(1, abs=1e-12)
-    given = torch.tensor([False, True, True, False]).expand(81, 4)  # p(scored | context) sums to 1 in every context
-    nll = chain_nll(f, every, 3, order, scored=given)
-    p = torch.exp(-nll * 2).view(3, 9, 3).sum(1)
+    """p sums to 1 over all texts, and over the scored tokens in every context, which may be unknown in part."""
+    f, every = DiffTable(3, 4), torch.tensor(list(product(range(3), repeat=4)))
+    p = torch.exp(-4 * chain_nll(f, every, 3, order))
+    assert p.sum().item() == pytest.approx(1, abs=1e-12)
+    inner = torch.tensor([False, True, True, False]).expand(81, 4)
+    p = torch.exp(-2 * chain_nll(f, every, 3, order, scored=inner)).view(3, 9, 3).sum(1)
     close(p, torch.ones_like(p), 1e-12)
-    hidden = torch.tensor([[3, 1, 2, 0], [3, 1, 2, 0]])            # context may be unknown, and rows be done at different times
-    scored = torch.tensor([[False, True, True, True], [False, False, True, False]])
-    nll = chain_nll(f, hidden, 3, order, scored=scored)
-    assert nll[1].item() == pytest.approx(diff_ce(f, hidden[1].clamp(max=2), torch.tensor([True, False, True, False]))[2].item())
-    if order == "left":                                             # by definition
-        x = every[35]
-        nats = sum(diff_ce(f, x, torch.arange(4) >= i)[i] for i in range(4))
-        assert chain_nll(f, x[None], 3)[0].item() == pytest.approx(nats.item() / 4)
+    hidden = torch.tensor([[3, 1, 2, 0]] * 2)
+    scored = torch.tensor([[False, True, True, True], [False, False, True, False]])    # rows end at different times
+    alone = F.cross_entropy(f(torch.tensor([[3, 1, 3, 0]]), causal=False)[0, 2], torch.tensor(2))
+    assert chain_nll(f, hidden, 3, order, scored=scored)[1].item() == pytest.approx(alone.item())
+    if order == "left":
+        assert chain_nll(f, every[35:36], 3).item() == pytest.approx(chains(f, every[35], range(4))[0] / 4)
 
 
 def test_mdm_nll_estimates_the_bound():
-    f, g = DiffTable(3, 5), seeded(5)
-    x = torch.randint(3, (6, 5), generator=g)
-    rows = torch.tensor([diff_bound(f, row) for row in x]).double()
-    a = mdm_nll(f, x, 3, 64, batch_size=7)
-    assert a == pytest.approx(mdm_nll(f, x, 3, 64, batch_size=384), rel=1e-12)        # seed fixed, batch size irrelevant
-    assert abs(a[0] - rows.mean()) < 5 * a[1]
-    # the s.e. is honest: over many seeds the error has mean 0 and its size is the s.e.
+    """Whatever the batch size; with an honest standard error; and with context, the bound of the smaller problem."""
+    f, x = DiffTable(3, 5), torch.randint(3, (6, 5), generator=seeded(5))
+    mean = statistics.mean(bound(f, row, range(5)) for row in x)
+    assert mdm_nll(f, x, 3, 64, batch_size=7) == pytest.approx(mdm_nll(f, x, 3, 64, batch_size=384), rel=1e-12)
     runs = torch.tensor([mdm_nll(f, x, 3, 8, seeded(s)) for s in range(300)]).double()
-    error, se = runs[:, 0] - rows.mean(), runs[:, 1]
+    error = runs[:, 0] - mean
     assert abs(error.mean()) < 4 * error.std() / 300 ** 0.5
-    assert 0.85 < (se ** 2).mean().sqrt() / error.std() < 1.18
-    nll, se = mdm_nll(f, x, 3, 4096, batch_size=4096, per_row=True)
-    assert (abs(nll - rows) < 5 * se + 1e-9).all() and se.max() < 0.02
-    # context: only scored tokens are masked, i.e. the bound of the smaller problem
-    scored = torch.tensor([[False, True, True, False, True]]).expand(6, 5)
-    nll, se = mdm_nll(f, x, 3, 4096, batch_size=4096, scored=scored, per_row=True)
-    orders = [torch.tensor(o) for o in permutations([1, 2, 4])]
-    for row, got, err in zip(x, nll, se):
-        want = sum(diff_ce(f, row, torch.isin(torch.arange(5), o[i:]))[o[i]] for o in orders for i in range(3)) / 18
-        assert abs(want - got) < 5 * err + 1e-9
+    assert 0.85 < runs[:, 1].square().mean().sqrt() / error.std() < 1.18
+    for places in (range(5), (1, 2, 4)):
+        scored = torch.isin(torch.arange(5), torch.tensor(places)).expand(6, 5)
+        nll, se = mdm_nll(f, x, 3, 4096, batch_size=4096, scored=scored, per_row=True)
+        want = torch.tensor([bound(f, row, places) for row in x])
+        assert ((nll - want).abs() < 5 * se + 1e-9).all() and se.max() < 0.02
 
 
-@pytest.mark.parametrize("kind", ("uint16", "int16", "int32", "uint8"))
-def test_mdm_nll_reads_token_files(kind, tmp_path):
-    """Any integer dtype, memory-mapped, cut into pieces: as if it were int64 and whole; groups stay together."""
-    lm = lambda idx, causal, **_: F.one_hot(idx % 50_000, 50_000).double().cumsum(1)
-    top = 50_000 if kind in ("uint16", "int16") else 200
-    x = torch.randint(top, (9, 4), generator=seeded(0))
-    x.numpy().astype(kind.replace("int16", "uint16").replace("uu", "u")).tofile(tmp_path / "tokens")
+@pytest.mark.parametrize("kind, V", (("uint16", 50_000), ("int16", 50_000), ("int32", 200), ("uint8", 200)))
+def test_mdm_nll_reads_token_files(kind, V, tmp_path):
+    """Any integer dtype, memory-mapped and in pieces: as if it were int64 and whole; groups stay together."""
+    lm = lambda idx, causal, **_: F.one_hot(idx % V, V).float().cumsum(1)
+    x = torch.randint(V, (9, 4), generator=seeded(0))
+    x.numpy().astype("uint16" if V > 200 else kind).tofile(tmp_path / "tokens")
     mapped = torch.from_numpy(np.memmap(tmp_path / "tokens", dtype=kind, mode="c").reshape(9, 4))
     group, scored = torch.tensor([0, 0, 0, 1, 1, 2, 4, 4, 4]), torch.ones(9, 4, dtype=torch.bool).tril(2)
-    for more in ({}, dict(group=group, per_row=True), dict(noise_block=2), dict(scored=scored, group=group)):
-        a, b = (torch.tensor(mdm_nll(lm, tokens, 50_000, 8, batch_size=size, **more)) if "per_row" not in more else
-                torch.stack(mdm_nll(lm, tokens, 50_000, 8, batch_size=size, **more)) for tokens, size in ((x, 99), (mapped, 2)))
-        close(a, b, 1e-12)
+    for more in (dict(group=group), dict(noise_block=2), dict(scored=scored, group=group)):
+        a, _ = mdm_nll(lm, x, V, 8, batch_size=99, per_row=True, **more)
+        b, _ = mdm_nll(lm, mapped, V, 8, batch_size=2, per_row=True, **more)
+        close(a, b, 1e-6)
 
 
 def test_mdm_nll_in_pieces(monkeypatch):
-    """Few uniforms at a time: other masks, and still an honest estimate; its memory does not grow with the windows."""
+    """Few uniforms at a time: its memory does not grow with the windows, and other masks estimate the same."""
     f, x = DiffTable(3, 5), torch.randint(3, (40, 5), generator=seeded(5))
     whole, drawn, rand = mdm_nll(f, x, 3, 256), [], torch.rand
     monkeypatch.setattr(diffusion, "DRAWN", 1000)
-    monkeypatch.setattr(diffusion.torch, "rand", lambda *shape, **how: drawn.append(math.prod(shape)) or rand(*shape, **how))
+    monkeypatch.setattr(torch, "rand", lambda *shape, **how: drawn.append(math.prod(shape)) or rand(*shape, **how))
     pieces = mdm_nll(f, x, 3, 256)
-    assert max(drawn) <= 1000 and abs(pieces[0] - whole[0]) < 4 * (pieces[1] ** 2 + whole[1] ** 2) ** 0.5
-    same = torch.tensor([[0, 1, 2, 0, 1]] * 3 + [[1, 1, 1, 2, 2]] * 4)                 # equal windows of a group: equal values
+    assert max(drawn) <= 1000 and abs(pieces[0] - whole[0]) < 4 * math.hypot(pieces[1], whole[1])
+    same = torch.tensor([[0, 1, 2, 0, 1]] * 3 + [[1, 1, 1, 2, 2]] * 4)                 # equal windows of a group
     nll, _ = mdm_nll(f, same, 3, 400, group=torch.tensor([0] * 3 + [1] * 4), per_row=True)
     assert (nll[:3] == nll[0]).all() and (nll[3:] == nll[3]).all() and nll[0] != nll[3]
+
+
+def test_groups_share_masks():
+    """The same places hidden in all windows of a group, the same fraction of a shorter end, nested; else others."""
+    seen = []
+
+    def f(idx, causal):
+        seen.append(idx == 13)
+        return torch.zeros(*idx.shape, 13)
+    scored = (torch.arange(12) >= 4).repeat(4, 1)
+    scored[1, 8:] = False
+    x, group = torch.zeros(4, 12, dtype=torch.int64), torch.tensor([0, 0, 0, 1])
+    mdm_nll(f, x, 13, 64, scored=scored, group=group, batch_size=10 ** 6)
+    whole, short, again, other = torch.cat([s.view(-1, 4, 12) for s in seen]).unbind(1)         # (64, 12) each
+    assert torch.equal(whole, again) and not torch.equal(whole, other)
+    n = whole.sum(1)
+    assert sorted(n.tolist()) == sorted([*range(1, 9)] * 8), "n ~ U{1..8}, stratified"
+    assert torch.equal(short.sum(1), (n + 1) // 2), "of an end half as long"
+    more = whole[:, 4:8].long() - short[:, 4:8].long()
+    assert ((more >= 0).all(1) | (more <= 0).all(1)).all(), "the same uniforms decide"
 
 
 def test_losses_compile_to_one_graph():
     """Forward and backward, static shapes, with the noise given."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Embedding(8, 16), nn.Linear(16, 7))
+    net, x = nn.Sequential(nn.Embedding(8, 16), nn.Linear(16, 7)), torch.randint(7, (4, 6))
     f = lambda idx, causal: net(idx)
-    x = torch.randint(7, (4, 6))
 
     def loss(x, noise):
         return mdm_loss(f, x, 7, noise) + ar_loss(f, x, 7) + mixed_loss(f, x, 7, 7, 0.5, noise=noise)[0]
@@ -2371,191 +2356,186 @@ def test_losses_compile_to_one_graph():
     fast(x, noise).backward()
 
 
-# ---- samplers
+# Samplers
 
 class DiffOracle:
-    """The exact denoiser of a random language over V letters and T places: conditional marginals of its joint law p."""
-    def __init__(self, V, T, seed=0, spread=1.5):
-        g = seeded(seed)
+    """The exact denoiser of a random language of V letters and T places: conditional marginals of its law p."""
+    def __init__(self, V, T, spread=1.5):
         self.V, self.T = V, T
-        self.x = torch.tensor(list(product(range(V), repeat=T)))              # (V^T, T), x[c] has code c
-        self.p = (torch.randn(V ** T, generator=g, dtype=torch.float64) * spread).softmax(0)
+        self.x = torch.tensor(list(product(range(V), repeat=T)))                       # (V^T, T), x[c] has code c
+        self.p = (torch.randn(V ** T, generator=seeded(0), dtype=torch.float64) * spread).softmax(0)
         self.code = V ** torch.arange(T - 1, -1, -1)
 
     def __call__(self, idx, causal, mask=None):
-        """causal: position i predicts token i from those before it, idx being shifted right; otherwise from what is no mask."""
-        extra, idx = max(0, idx.size(1) - self.T), idx[:, :self.T]                      # a last block may reach beyond T
-        L = idx.size(1)
-        one_hot = F.one_hot(self.x[:, :L], self.V).double()           # (V^T, L, V)
-        agree = (torch.cat([idx[:, 1:], idx[:, :1]], 1) if causal else idx)[:, None] == self.x[:, :L]
+        """causal: idx is shifted right, place i predicts what follows; otherwise all that is no mask is known."""
+        beyond, idx = max(0, idx.size(1) - self.T), idx[:, :self.T]                    # of a last block
+        x = self.x[:, :idx.size(1)]
         if causal:
-            w = torch.cat([torch.ones_like(agree[..., :1]), agree[..., :-1]], 2).long().cumprod(2) * self.p[:, None]
-            logits = torch.einsum("bcl,clv->blv", w, one_hot).log()
+            fits = idx[:, None, 1:] == x[:, :-1]
+            fits = F.pad(fits.long(), (1, 0), value=1).cumprod(2)                      # (B, V^T, L)
         else:
-            logits = torch.einsum("bc,clv->blv", (agree | (idx == self.V)[:, None]).all(2) * self.p, one_hot).log()
-        return F.pad(logits, (0, 0, 0, extra))
-
-    def counts(self, x):
-        return torch.bincount((x * self.code).sum(1), minlength=len(self.p)).double()
+            fits = ((idx[:, None] == x) | (idx == self.V)[:, None]).all(2, keepdim=True).expand(-1, -1, x.size(1))
+        logits = torch.einsum("bcl,clv->blv", fits * self.p[:, None], F.one_hot(x, self.V).double()).log()
+        return F.pad(logits, (0, 0, 0, beyond))
 
 
-def reveal_drawn_first(x, live, logits, left, order, threshold, how):
-    """What LLaDA and Fast-dLLM do, the counter-example: draw at every place, keep the draw that came out most probable."""
-    tokens = diffusion.draw(logits[live], **how)
-    p = logits[live].softmax(-1).gather(-1, tokens[:, None])[:, 0]
-    score = torch.full(x.shape, -1.0, dtype=p.dtype).masked_scatter(live, p)
-    pick = live & F.one_hot(score.argmax(1), x.size(1)).bool()
-    x[pick] = tokens[pick[live]]
+def exact_law(f, order, patch):
+    """The probability of every text that sample_mdm can write: a row of the batch for each triple of draws."""
+    script, step = torch.tensor(list(product(range(3), repeat=3))), itertools.count()
+    p = torch.ones(27, dtype=torch.float64)
+
+    def scripted(logits, **_):                                                         # one place in each row
+        tokens = script[:, next(step)]
+        p.mul_(logits.softmax(-1).gather(1, tokens[:, None])[:, 0])
+        return tokens
+    patch.setattr(diffusion, "draw", scripted)
+    x = sample_mdm(f, torch.full((27, 3), 3), 3, order=order)
+    assert next(step) == 3
+    return torch.zeros_like(f.p).index_add_(0, (x * f.code).sum(1), p)
 
 
-def diff_law(f, order, monkeypatch, scores=None):
-    """The exact law of sample_mdm's output: every sequence of tokens that it can draw, with its probability."""
-    if scores is not None:
-        monkeypatch.setattr(diffusion.torch, "rand", lambda shape, **_: torch.tensor(scores).expand(shape))
-    if order == "drawn first":
-        monkeypatch.setattr(diffusion, "reveal", reveal_drawn_first)
-    draws = 6 if order == "drawn first" else 3                      # that one draws at all 3, then 2, then 1 places
-    script = torch.tensor(list(product(range(3), repeat=draws)))              # one row of the batch each
-    prob, used = torch.ones(len(script), dtype=torch.float64), [0]
-
-    def scripted(logits, **_):                                      # rows come batch-major, the same number for each
-        k = len(logits) // len(script)
-        tokens = script[:, used[0]:used[0] + k]
-        prob.mul_(logits.softmax(-1).view(len(script), k, -1).gather(2, tokens[..., None])[..., 0].prod(1))
-        used[0] += k
-        return tokens.flatten()
-    monkeypatch.setattr(diffusion, "draw", scripted)
-    x = sample_mdm(f, torch.full((len(script), 3), 3), 3, order="max_prob" if order == "drawn first" else order)
-    assert prob.sum().item() == pytest.approx(1) and used[0] == draws
-    return torch.zeros_like(f.p).index_add_(0, (x * f.code).sum(1), prob)
-
-
-def test_oracle_sampler_has_the_exact_law(monkeypatch):
-    """One token a step at temperature 1: every order that does not look at the drawn token gives the law itself."""
-    f = DiffOracle(3, 3)
-    for order in ("max_prob", "margin", "entropy", "left", "random"):
-        for scores in permutations([0.1, 0.2, 0.3]) if order == "random" else [None]:     # exact for each order
-            with monkeypatch.context() as m:
-                close(diff_law(f, order, m, scores), f.p, 1e-12)
-    assert (diff_law(f, "drawn first", monkeypatch) - f.p).abs().sum() / 2 > 0.3 # the negative control fails
+@pytest.mark.parametrize("order", diffusion.ORDERS)
+def test_oracle_sampler_has_the_exact_law(order, monkeypatch):
+    """One token a step at temperature 1: an order that does not look at the drawn token gives the law itself."""
+    f, rand = DiffOracle(3, 3), torch.rand
+    for scores in permutations([0.1, 0.2, 0.3]):                                       # of the random order
+        monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.tensor(scores).expand(shape))
+        close(exact_law(f, order, monkeypatch), f.p, 1e-12)
 
 
 @pytest.mark.parametrize("order", [*diffusion.ORDERS, "blocks", "block", "ar"])
 def test_oracle_sampler_chi_square(order):
-    """The real draws at T = 5: 243 cells, 242 degrees of freedom: mean 242, s.d. 22."""
-    f, N, g = DiffOracle(3, 5, spread=1.0), 10_000, seeded(0)
-    x = torch.full((N, 5), 3)
-    if order == "ar":
-        y = sample_ar(f, x, 3, generator=g)
-    elif order == "block":
-        y = sample_block(f, x, 3, 2, generator=g, cache=False)
-    elif order == "blocks":
-        y = sample_mdm(f, x, 3, fill_block=2, generator=g)
-    else:
-        y = sample_mdm(f, x, 3, order=order, generator=g)
-    chi2 = ((f.counts(y) - N * f.p) ** 2 / (N * f.p)).sum().item()
-    assert chi2 < 330, chi2
+    """The real draws at T = 5: 243 cells, 242 degrees of freedom: mean 242, standard deviation 22."""
+    f, N = DiffOracle(3, 5, spread=1.0), 10_000
+    sampler, how = {"ar": (sample_ar, {}), "block": (sample_block, dict(fill_block=2, cache=False)),
+                    "blocks": (sample_mdm, dict(fill_block=2))}.get(order, (sample_mdm, dict(order=order)))
+    y = sampler(f, torch.full((N, 5), 3), 3, generator=seeded(0), **how)
+    count = torch.bincount((y * f.code).sum(1), minlength=243)
+    assert ((count - N * f.p) ** 2 / (N * f.p)).sum() < 330
 
 
 def test_draws_reach_the_tail(monkeypatch):
-    """A token of probability 5.6e-8 (a Gumbel above 16.7) is drawn; from float32 uniforms, which are multiples of
-    2^-24 = 6.0e-8, it never is."""
-    rare, finer = math.exp(-16.7), torch.rand(1000, dtype=torch.float64) * 2 ** 24 % 1
-    assert (finer > 0).all() and abs(finer.mean() - 0.5) < 0.05     # such noise is finer,
-    logits = torch.tensor([[math.log1p(-rare), -16.7]])             # and draw asks for it and inverts it rightly
+    """A token of probability 5.6e-8 is drawn; from float32 uniforms, multiples of 6.0e-8, it never is."""
+    rare = math.exp(-16.7)
+    logits = torch.tensor([[math.log1p(-rare), -16.7]])
     for u, token in ((1 - 2.0 ** -53, 1), (1 - 0.99 * rare, 1), (1 - 1.01 * rare, 0), (1 - 2.0 ** -24, 0), (0.0, 0)):
-        monkeypatch.setattr(diffusion.torch, "rand", lambda *shape, dtype, **_: torch.full(shape, u, dtype=dtype))
+        monkeypatch.setattr(torch, "rand", lambda *shape, dtype, **_: torch.full(shape, u, dtype=dtype))
         assert diffusion.draw(logits).item() == token, u
+    assert diffusion.draw(torch.tensor([[-math.inf, 0.0]])).item() == 1, "of probability 0, at u = 0"
 
 
 def test_draw_follows_temperature_top_k_top_p():
-    g = seeded(0)
-    logits = torch.tensor([2.0, 0.5, 1.0, -1.0, 1.5]).repeat(200_000, 1)
-    p = logits[0].double().softmax(0)                               # sorted: tokens 0, 4, 2, 1, 3
-    at_best = float(p[0])
-    for how, keep in (({}, [0, 1, 2, 3, 4]), ({"temperature": 0.5}, [0, 1, 2, 3, 4]), ({"top_k": 2}, [0, 4]),
-                      ({"top_p": at_best - 1e-6}, [0]), ({"top_p": at_best + 1e-6}, [0, 4]),
-                      ({"top_k": 3, "top_p": 0.999}, [0, 2, 4])):
+    g, logits = seeded(0), torch.tensor([2.0, 0.5, 1.0, -1.0, 1.5]).repeat(200_000, 1)
+    p = logits[0].double().softmax(0)                                                  # sorted: 0, 4, 2, 1, 3
+    best = p[0].item()
+    for how, keep in (({}, [0, 1, 2, 3, 4]), (dict(temperature=0.5), [0, 1, 2, 3, 4]), (dict(top_k=2), [0, 4]),
+                      (dict(top_p=best - 1e-6), [0]), (dict(top_p=best + 1e-6), [0, 4]),
+                      (dict(top_k=3, top_p=0.999), [0, 2, 4])):
         want = torch.zeros(5, dtype=torch.float64)
         want[keep] = p[keep] ** (1 / how.get("temperature", 1.0))
-        want /= want.sum()
         got = torch.bincount(diffusion.draw(logits, generator=g, **how), minlength=5) / 200_000
-        assert (got - want).abs().max() < 0.005 and (got[want == 0] == 0).all(), how
+        assert (got - want / want.sum()).abs().max() < 0.005 and (got[want == 0] == 0).all(), how
     assert diffusion.draw(logits[:3], temperature=0).tolist() == [0, 0, 0]
 
 
 def test_confidence_is_its_definition():
-    logits = torch.tensor([[[0.0, 1.0, 3.0, -2.0], [2.0, 2.0, -math.inf, -math.inf]], [[-math.inf, 0.0, -math.inf, -math.inf], [1e4, 0.0, 0.0, 0.0]]])
+    low = -math.inf
+    logits = torch.tensor([[0.0, 1, 3, -2], [2, 2, low, low], [low, 0, low, low], [1e4, 0, 0, 0]])
     for z in (logits, logits.double(), logits.bfloat16()):
         p = z.double().softmax(-1)
-        best = p.sort(-1, descending=True).values
-        for order, want in (("max_prob", best[..., 0]), ("margin", best[..., 0] - best[..., 1]), ("entropy", torch.special.xlogy(p, p).sum(-1))):
+        best, second = p.topk(2).values.unbind(-1)
+        for order, want in (("max_prob", best), ("margin", best - second),
+                            ("entropy", torch.special.xlogy(p, p).sum(-1))):
             close(confidence(z, order).double(), want, 1e-5)
 
 
 def diff_lm(layers="full", **fields):
-    from model import ATTENTION, LM, ModelConfig
-    if layers not in ATTENTION and "(" not in layers:
-        pytest.skip(f"no layer {layers} yet")
     torch.manual_seed(0)
-    lm = LM(ModelConfig(vocab_size=13, block_size=64, layers=layers, n_layer=2, n_head=2, n_embd=32, **fields)).double().eval()
+    fields = dict(vocab_size=13, block_size=64, layers=layers, n_layer=2, n_head=2, n_embd=32) | fields
+    lm = LM(ModelConfig(**fields)).double().eval()
     for p in lm.parameters():                                       # as initialised it predicts nearly the same everywhere
         p.data.mul_(4 if p.dim() > 1 else 1)
     return lm
 
 
-def diff_count(f):
-    """f with the sizes of its passes recorded."""
-    class Counted:
-        def __init__(self): self.passes = []
-        def __call__(self, idx, **keywords):
-            self.passes.append(idx.size(1))
-            return f(idx, **keywords)
-        def init_cache(self, *a): return f.init_cache(*a)
-        def parameters(self): return f.parameters()
-    return Counted()
+def count_passes(lm):
+    """lm, and a list of the tokens in each of its passes from now on."""
+    passes = []
+    lm.register_forward_pre_hook(lambda _, args: passes.append(args[0].size(1)))
+    return lm, passes
 
 
-def test_sampler_steps_threshold_and_given_tokens():
-    f = diff_count(diff_lm())
-    x, _ = canvas([[1, 2, 3], [4, 13, 13, 5]], 12, 13)            # a prompt, and one with places to infill
-    given = x != 13
-    for kind, expect in (({}, 14), ({"steps": 5}, 5), ({"steps": 100}, 14), ({"threshold": 1.0}, 14), ({"threshold": 1e-9}, 1),
-                         ({"steps": 4, "fill_block": 6}, 5)):       # 2 and 3 blocks: 2 steps each
-        seen, f.passes = [], []
-        y = sample_mdm(f, x, 13, generator=seeded(0),
-                         callback=lambda step, x: seen.append((x == 13).sum().item()), **kind)
-        assert torch.equal(y[given], x[given]) and (y < 13).all()
-        assert len(f.passes) == len(seen) and seen[-1] == 0 and all(a > b for a, b in zip(seen, seen[1:]))
-        assert len(seen) == expect or "fill_block" in kind and len(seen) <= 6, (kind, len(seen))
-    assert torch.equal(x != 13, given)                              # the caller's canvas is not touched
-    block = (torch.arange(16) - torch.tensor([[3], [1]])) // 4      # counted from each row's first hole
+@pytest.mark.parametrize("how, steps", [
+    ({}, 14), (dict(steps=5), 5), (dict(steps=100), 14), (dict(threshold=1.0), 14), (dict(threshold=1e-9), 1),
+    (dict(steps=4, fill_block=6), 6), (dict(order="random", fill_block=4), 15)], ids=str)
+def test_sampler_steps_threshold_and_given_tokens(how, steps):
+    """Each step is one pass and fills something; given tokens stay; no block is begun before those before it."""
+    lm, passes = count_passes(diff_lm())
+    x, _ = canvas([[1, 2, 3], [4, 13, 13, 5]], 12, 13)              # a prompt, and one with places to infill
+    before, given, left = x.clone(), x != 13, []
+    block = (torch.arange(16) - torch.tensor([[3], [1]])) // how.get("fill_block", 16)          # from the first hole
 
-    def in_order(step, y):                                          # semi-autoregressive: no later block is begun early
-        for row in range(2):
-            open_ = block[row][y[row] == 13]
-            for k in open_.unique()[1:]:
-                assert ((y == 13) | given)[row][block[row] == k].all()
-    sample_mdm(f, x, 13, fill_block=4, order="random", callback=in_order, generator=seeded(0))
+    def look(step, y):
+        left.append((y == 13).sum().item())
+        for now, of, known in zip(y, block, given):
+            first = of[now == 13].amin() if (now == 13).any() else 99
+            assert ((now == 13) | known)[of > first].all()
+    y = sample_mdm(lm, x, 13, generator=seeded(0), callback=look, **how)
+    assert torch.equal(y[given], x[given]) and (y < 13).all() and torch.equal(x, before)
+    assert len(passes) == len(left) == steps and left[-1] == 0 and left == sorted(set(left), reverse=True)
 
 
-@pytest.mark.parametrize("sampler", ["ar", "mdm", "mdm blocks", "block"])
-def test_nothing_is_generated_after_end_of_text(sampler):
-    lm = diff_lm()
-    x, valid = canvas([[12, 2, 3], [4]] * 20, 20, 13)             # id 12 ends a text; one in the prompt ends nothing
-    kw = dict(generator=seeded(0), valid=valid)
-    run = {"ar": lambda **e: sample_ar(lm, x, 13, **kw, **e), "mdm": lambda **e: sample_mdm(lm, x, 13, **kw, **e),
-           "mdm blocks": lambda **e: sample_mdm(lm, x, 13, fill_block=4, steps=10, **kw, **e),
-           "block": lambda **e: sample_block(lm, x, 13, 4, **kw, **e)}[sampler]
-    y = run(eot_id=12)
+SAMPLERS = {
+    "ar": sample_ar, "mdm": sample_mdm, "mdm blocks": functools.partial(sample_mdm, fill_block=4, steps=10),
+    "dual": functools.partial(sample_mdm, fill_block=4, steps=10, cache=True),
+    "block": functools.partial(sample_block, fill_block=4, steps=2)}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_nothing_is_generated_after_end_of_text(name):
+    x, valid = canvas([[12, 2, 3], [4]] * 20, 20, 13)               # id 12 ends a text; one in the prompt ends nothing
+    y = SAMPLERS[name](diff_lm(), x, 13, generator=seeded(0), valid=valid, eot_id=12)
     new = (x == 13) & valid
     after = ((y == 12) & new).cumsum(1) > 0
     assert after.any() and (y[after & new] == 12).all() and (y[:, 1] != 12).any()
     assert (y[~valid] == 0).all() and torch.equal(y[~new], x[~new])
-    steps = []
-    sample_ar(lambda idx, causal: F.one_hot(torch.full(idx.shape, 12), 13) * 1e3, x, 13, eot_id=12,
-                valid=valid, callback=lambda step, x: steps.append(step))
-    assert len(steps) == 1                                          # every row ended: it stops early
+    steps, ends = [], lambda idx, causal: 1e3 * F.one_hot(torch.full(idx.shape, 12), 13)
+    sample_ar(ends, x, 13, eot_id=12, valid=valid, callback=lambda step, x: steps.append(step))
+    assert len(steps) == 1, "every row has ended"
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_batch_invariance(name, monkeypatch):
+    """Alone and beside longer and shorter rows: the same tokens at temperature 0, from the same logits."""
+    lm, draw, seen = diff_lm(), diffusion.draw, []
+    monkeypatch.setattr(diffusion, "draw", lambda logits, *a, **kw: seen.append(logits) or draw(logits, *a, **kw))
+
+    def run(*prompts):
+        seen.clear()
+        x, valid = canvas(prompts, 10, 13)
+        return SAMPLERS[name](lm, x, 13, temperature=0, valid=valid), torch.cat(seen)
+    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11, 1, 2], [3, 13, 5, 13]]
+    together, logits = run(*prompts)
+    for row, prompt in zip(together, prompts):
+        alone, own = run(prompt)
+        assert torch.equal(alone[0], row[:len(prompt) + 10])
+        assert torch.cdist(own, logits, compute_mode="donot_use_mm_for_euclid_dist").amin(1).max() < 1e-10
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("prompts", ([[1, 2, 3], [4, 5, 6]], [[1], [2, 3, 4, 5, 6, 7, 8], [9, 13, 10]]), ids=len)
+def test_cached_sampling_equals_recomputed(temperature, prompts):
+    """The dual cache, too, where it is exact: in one layer no key depends on another place."""
+    x, valid = canvas(prompts, 9, 13)
+    for n_layer, sampler in ((2, sample_ar), (2, functools.partial(sample_block, fill_block=4, steps=3)),
+                             (1, functools.partial(sample_mdm, fill_block=4, steps=7)),
+                             (2, functools.partial(sample_mdm, fill_block=4, refresh=1))):
+        lm, passes = count_passes(diff_lm(n_layer=n_layer))
+        go = lambda cache: sampler(lm, x, 13, generator=seeded(7), temperature=temperature, valid=valid, cache=cache)
+        slow = go(False)
+        passes.clear()
+        assert torch.equal(go(True), slow) and torch.equal(slow[x != 13], x[x != 13])
+        assert n_layer == 2 or set(passes) == {4, x.size(1)} and passes.count(x.size(1)) == 3, "one full pass a block"
 
 
 @pytest.mark.parametrize("layers", ["full", "full(window=6) full", "mla"])
@@ -2566,129 +2546,50 @@ def test_block_diffusion_equals_its_definition(layers):
     for S in (1, 3, 12):
         noise = mdm_noise(B * T // S, S, seeded(S))
         masked = mdm_mask(noise)[0].view(B, T)
-        two = masked_nll(lm, x, 13, masked, S)
         cache, alone = lm.init_cache(B, T, dtype=torch.float64), []
-        for s in range(0, T, S):
-            noisy = torch.where(masked, 13, x)[:, s:s + S]
-            alone.append(token_nll(lm(noisy, causal=False, cache=cache, commit=False), x[:, s:s + S]))
-            lm(x[:, s:s + S], causal=False, cache=cache)
-        close(two, torch.cat(alone, dim=1))
+        for part, hidden in zip(x.split(S, 1), masked.split(S, 1)):
+            logits = lm(torch.where(hidden, 13, part), causal=False, cache=cache, commit=False)
+            alone.append(token_nll(logits, part))
+            lm(part, causal=False, cache=cache)
+        alone = torch.cat(alone, dim=1)
+        close(masked_nll(lm, x, 13, masked, S), alone)
         loss = block_diffusion_loss(lm, x, 13, S, noise=noise)
         if S == T:
             close(loss, mdm_loss(lm, x, 13, noise=noise), 1e-6)
         if S == 1:                                                  # no variance: it is the chain itself
-            other = block_diffusion_loss(lm, x, 13, 1, noise=mdm_noise(B * T, 1))
-            assert loss.item() == pytest.approx(torch.cat(alone, dim=1).mean().item(), rel=1e-6) and torch.equal(loss, other)
+            close(loss, alone.mean(), 1e-6)
+            assert torch.equal(loss, block_diffusion_loss(lm, x, 13, 1, noise=mdm_noise(B * T, 1)))
             nll, se = mdm_nll(lm, x, 13, 4, noise_block=1)
             assert nll == pytest.approx(loss.item(), rel=1e-6) and se < 1e-9
 
 
-@pytest.mark.parametrize("temperature", [0, 1.0])
-def test_cached_sampling_equals_recomputed(temperature):
-    lm = diff_lm()
-    for prompts in ([[1, 2, 3], [4, 5, 6]], [[1], [2, 3, 4, 5, 6, 7, 8], [9, 13, 10]]):
-        x, valid = canvas(prompts, 9, 13)
-        go = lambda f, **kw: f(generator=seeded(7), temperature=temperature, valid=valid, **kw)
-        a, b = (go(lambda **kw: sample_ar(lm, x, 13, **kw), cache=c) for c in (True, False))
-        assert torch.equal(a, b) and torch.equal(a[x != 13], x[x != 13])
-        a, b = (go(lambda **kw: sample_block(lm, x, 13, 4, steps=3, **kw), cache=c) for c in (True, False))
-        assert torch.equal(a, b) and torch.equal(a[x != 13], x[x != 13])
-        # dual cache: refreshed at every step it is no approximation
-        a, b = (go(lambda **kw: sample_mdm(lm, x, 13, fill_block=4, steps=7, **kw), cache=c, refresh=1) for c in (True, False))
-        assert torch.equal(a, b)
-    f = diff_count(lm)
-    sample_mdm(f, x, 13, fill_block=4, cache=True, valid=valid)
-    assert set(f.passes) == {4, x.size(1)} and f.passes.count(4) > 4            # one full pass a block, then 4 tokens
+DIFFUSION_REFUSES = [
+    (sample_mdm, dict(steps=0), "steps"), (sample_mdm, dict(threshold=0.0), "threshold"),
+    (sample_mdm, dict(threshold=1.5), "threshold"), (sample_mdm, dict(threshold=0.9, order="left"), "threshold"),
+    (sample_mdm, dict(steps=4, threshold=0.9), "exclude"), (sample_mdm, dict(order="best"), "order"),
+    (sample_mdm, dict(temperature=-1), "temperature"), (sample_mdm, dict(temperature=math.nan), "temperature"),
+    (sample_mdm, dict(cache=True, fill_block=2, refresh=0), "refresh"), (sample_mdm, dict(cache=True), "fill_block"),
+    (sample_mdm, dict(cache=True, fill_block=2), "init_cache"), (sample_ar, dict(top_p=0), "top_p"),
+    (sample_ar, dict(top_k=0), "top_k"), (sample_block, dict(fill_block=0), "fill_block"),
+    (mdm_nll, dict(n_mc=4, group=torch.tensor([1, 0])), "ascend"), (mdm_nll, dict(n_mc=2), "n_mc"),
+    (chain_nll, dict(order="right"), "order"), (block_diffusion_loss, dict(noise_block=3), "noise_block"),
+    (functools.partial(mixed_loss, bos_id=3, ar_frac=0.1), {}, "ar_frac")]
 
 
-def test_dual_cache_window_equals_the_full_pass():
-    """Nothing changed since the full pass: the window computed against the cache gives the canvas's own logits."""
-    lm = diff_lm()
-    x, valid = torch.randint(14, (2, 16), generator=seeded(0)), torch.ones(2, 16, dtype=torch.bool)
-    valid[1, 13:] = False
-    cache = lm.init_cache(2, 16, dtype=torch.float64)
-    full = lm(x, causal=False, cache=cache, valid=valid)
-    pos = torch.tensor([[5], [10]]) + torch.arange(4)
-    part = lm(x.gather(1, pos), causal=False, cache=cache, commit=False, pos=pos, valid=valid.gather(1, pos))
-    want = full.gather(1, pos[..., None].expand(-1, -1, 13))
-    close(part[0], want[0])
-    close(part[1, :3], want[1, :3])
-    close(lm(x[1:, :13], causal=False), full[1:, :13])
-
-
-@pytest.mark.parametrize("sampler", ["ar", "mdm", "mdm blocks", "dual", "block"])
-def test_batch_invariance(sampler, monkeypatch):
-    """Alone and beside longer and shorter rows: the same tokens at temperature 0, from the same logits."""
-    lm, draw, seen = diff_lm(), diffusion.draw, []
-    monkeypatch.setattr(diffusion, "draw", lambda logits, *a, **kw: seen.append(logits) or draw(logits, *a, **kw))
-    run = {"ar": lambda x, v: sample_ar(lm, x, 13, 0, valid=v),
-           "mdm": lambda x, v: sample_mdm(lm, x, 13, steps=6, temperature=0, valid=v),
-           "mdm blocks": lambda x, v: sample_mdm(lm, x, 13, steps=6, fill_block=4, temperature=0, valid=v),
-           "dual": lambda x, v: sample_mdm(lm, x, 13, steps=6, fill_block=4, temperature=0, valid=v, cache=True),
-           "block": lambda x, v: sample_block(lm, x, 13, 4, steps=2, temperature=0, valid=v)}[sampler]
-    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11, 1, 2], [3, 13, 5, 13]]
-    together = run(*canvas(prompts, 10, 13))
-    logits = torch.cat(seen)
-    for row, prompt in zip(together, prompts):
-        seen.clear()
-        assert torch.equal(run(*canvas([prompt], 10, 13))[0], row[:len(prompt) + 10])
-        assert torch.cdist(torch.cat(seen), logits, compute_mode="donot_use_mm_for_euclid_dist").amin(1).max() < 1e-10
-
-
-def test_block_hook_pauses():
-    """What a tool call needs: an empty result changes nothing; a result becomes given text and the rest is filled again."""
-    lm = diff_lm()
-    x, _ = canvas([[1, 2, 3]], 13, 13)
-    plain = sample_block(lm, x, 13, 4, temperature=0)
-    assert torch.equal(plain, sample_block(lm, x, 13, 4, temperature=0, on_block=lambda *a: None))
-    called = []
-
-    def tool(x, given, start, stop):
-        if start == 4 and not called:
-            called.append(x.clone())
-            x[0, 6:10], given[0, 6:10] = torch.tensor([7, 7, 7, 7]), True              # the result reaches into the next block
-        elif start == 8 and len(called) == 1:
-            called.append(1)
-            x[0, 11:12] = 13                                        # and a place to be filled again
-    y = sample_block(lm, x, 13, 4, temperature=0, on_block=tool)
-    assert torch.equal(y[0, :6], plain[0, :6]) and (y[0, 6:10] == 7).all() and (y < 13).all()
-    again = canvas([y[0, :10].tolist()], 6, 13)[0]                # the same from scratch, the result in the prompt
-    assert torch.equal(sample_block(lm, again, 13, 4, temperature=0), y)
-
-
-def test_diffusion_bad_input():
+def test_diffusion_refuses():
     f, x = DiffTable(3, 4), torch.full((2, 4), 3)
-    for call, word in (
-            (lambda: sample_mdm(f, x, 3, steps=0), "steps"),
-            (lambda: sample_mdm(f, x, 3, threshold=0.0), "threshold"),
-            (lambda: sample_mdm(f, x, 3, threshold=1.5), "threshold"),
-            (lambda: sample_mdm(f, x, 3, threshold=0.9, order="left"), "threshold"),
-            (lambda: sample_mdm(f, x, 3, steps=4, threshold=0.9), "exclude"),
-            (lambda: sample_mdm(f, x, 3, order="best"), "order"),
-            (lambda: sample_mdm(f, x, 3, temperature=-1), "temperature"),
-            (lambda: sample_mdm(f, x, 3, temperature=math.nan), "temperature"),
-            (lambda: sample_mdm(f, x, 3, cache=True, fill_block=2, refresh=0), "refresh"),
-            (lambda: sample_mdm(f, x, 3, cache=True), "fill_block"),
-            (lambda: sample_mdm(f, x, 3, cache=True, fill_block=2), "init_cache"),
-            (lambda: sample_ar(f, x, 3, top_p=0), "top_p"),
-            (lambda: sample_ar(f, x, 3, top_k=0), "top_k"),
-            (lambda: sample_block(f, x, 3, 0), "fill_block"),
-            (lambda: mdm_loss(f, x, 2), "the mask token 2 is one of the 3 tokens"),
-            (lambda: ar_loss(f, x, 1), "the mask token 1"),
-            (lambda: sample_mdm(f, x - 1, 2), "the mask token 2"),
-            (lambda: mdm_nll(f, x, 3, 4, group=torch.tensor([1, 0])), "ascend"),
-            *((lambda loss=loss, x=x: loss(x), "of no token") for x in (x[:0], x[:, :0]) for loss in (
-                lambda x: ar_loss(f, x, 3), lambda x: mdm_loss(f, x, 3), lambda x: mdm_nll(f, x, 3, 4),
-                lambda x: chain_nll(f, x, 3))),
-            (lambda: chain_nll(f, x, 3, "right"), "order"),
-            (lambda: block_diffusion_loss(f, x, 3, 3), "noise_block"),
-            (lambda: mdm_nll(f, x, 3, 2), "n_mc"),
-            (lambda: mixed_loss(f, x, 3, 3, 0.1), "ar_frac")):
+    for call, how, word in DIFFUSION_REFUSES:
         with pytest.raises(ValueError, match=word):
-            call()
-    for empty in (x[:0], x[:, :0]):                                 # nothing to fill
-        for y in (sample_ar(f, empty, 3), sample_mdm(f, empty, 3), sample_block(f, empty, 3, 2)):
-            assert y.shape == empty.shape
+            call(f, x, mask_id=3, **how) if call is not sample_ar else call(f, x, 3, **how)
+    for call in (mdm_loss, ar_loss, sample_mdm):
+        with pytest.raises(ValueError, match="the mask token 2 is one of the 3 tokens"):
+            call(f, x - 1, 2)
+    for empty, more in product((x[:0], x[:, :0]), (dict(fill_block=2), {})):
+        for loss in (ar_loss, mdm_loss, functools.partial(mdm_nll, n_mc=4), chain_nll):
+            with pytest.raises(ValueError, match="of no token"):
+                loss(f, empty, 3)
+        for sampler in (sample_ar, sample_mdm, functools.partial(sample_block, fill_block=2)):
+            assert sampler(f, empty, 3).shape == empty.shape, "nothing to fill"
 
 # ---------------------------------------------------------------------------------------------------------------------
 # train.py
@@ -3191,15 +3092,6 @@ def test_evaluation_out_of_memory_keeps_the_training(dataset, tmp_path, monkeypa
     assert train.load_checkpoint(tmp_path / "run")["step"] == 6
 
 
-def test_ctrl_c_before_training_is_one_line(monkeypatch, capsys):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(train, "train", interrupted)
-    monkeypatch.setattr(prepare, "prepare", interrupted)
-    for script in (train, prepare):
-        assert script.main([]) == 130 and len(capsys.readouterr().err.splitlines()) == 1
-
-
 def test_flags_of_a_line():
     given = train.parse_flags("--set qk_norm=true --n_layer 2 --set n_expert=4 window=8 --unique_tokens 30k --fsdp".split())
     assert given == dict(set=["qk_norm=true", "n_expert=4", "window=8"], n_layer=2, unique_tokens=30_000, fsdp="on")
@@ -3211,57 +3103,6 @@ def test_compile_needs_a_compiler(dataset, tmp_path, monkeypatch):
         go(dataset, tmp_path / "run", compile="on")
     assert not (tmp_path / "run").exists()
 
-
-BAD = {
-    "--max_step 3": "--max_steps", "--objective arr": "did you mean 'ar'", "--dataset {tmp}/nothing": "nothing", "--unique_tokens 99999999": "more than",
-    "--block_size 4096": "smaller --block_size", "--block_size 512": "smaller --block_size", "--n_head 3": "multiple of n_head", "--set n_kv_head=4 --n_head 6 --n_embd 24": "n_kv_head",
-    "--epochs -1": "above 0", "--batch_tokens 70": "multiple of block_size", "--set windw=3": "did you mean 'window'", "--set window": "key=value",
-    "--layers ful": "did you mean 'full'", "--resume {tmp}/no.pt": "no checkpoint", "--eval_epochs often": "neither a list", "--out {out}": "already holds a run",
-    "--out {out} --resume auto --n_embd 32": "checkpoint: 16", "--resume {cut}": "truncated", "--device cuda:9": "CUDA", "--out {file}/x": "cannot write",
-    "--device gpu": "cuda:0, mps or cpu", "--set n_expert=abc": "n_expert abc", "--set vocab_size=500": "tokenizer's, 257", "--seed -1": "--seed -1",
-    "--epochs inf": "finite", "--eval_epochs 0": "neither a list", "--objective mixed --ar_frac 0": "one of each kind", "--layers full(window=3": "unbalanced",
-    "--objective mdm --input_mask 0.1": "no AR rows", "--set n_expert=4 n_expert_active=5": "must not exceed",
-    "--preset gpt2 --set position=rotary": "fixes position=learned", "--lr nan": "--lr", "--max_steps 1e400": "--max_steps", "--beta2 1": "below 1",
-    "--dropout 2": "between 0 and 1", "--indexer_warmup 3": "indexer", "--objective block --diffusion_block 5": "must divide",
-    "--learning_rate 1": "did you mean --lr", "--batch_size 12": "did you mean --batch_tokens", "--wandb_log 1": "see --help", "--fsdp": "torchrun",
-    "--init_from {tmp}/no": "no checkpoint", "--out {out} --resume auto --lr 1": "--init_from", "--eval_epochs geometric:99999999999": "neither a list",
-    "--threads 100000": "--threads", "--lr 1e30 --warmup 0": "the norm of the weights became",
-}
-
-
-@pytest.mark.parametrize("line", BAD)
-def test_bad_input_is_one_line_and_status_2(dataset, tmp_path, capsys, line):
-    if "{out}" in line:
-        go(dataset, tmp_path / "out", max_steps=1)
-    (tmp_path / "cut.pt").write_bytes(b"PK\x03\x04 not the whole file")
-    (tmp_path / "file").write_text("")
-    names = dict(tmp=tmp_path, out=tmp_path / "out", cut=tmp_path / "cut.pt", file=tmp_path / "file")
-    base = f"--dataset {dataset} --out {tmp_path / 'new'} --unique_tokens 320 --n_layer 1 --n_head 2 --n_embd 16 --block_size 16 --batch_tokens 64 --max_steps 1"
-    if "--resume" in line:
-        base = f"--dataset {dataset}"
-    try:
-        status = train.main((base + " " + line.format(**names)).split())
-    except SystemExit as e:                                                            # argparse's own way out
-        status = e.code
-    error = capsys.readouterr().err
-    assert status == 2 and BAD[line] in error and len(error.strip().splitlines()) == 1 and "Traceback" not in error
-
-
-def test_every_command_has_help(capsys):
-    commands = [(train, []), (prepare, []), (sample, []), (sample, ["score"]), (bench, []), *((bench, [name]) for name in bench.EXPERIMENTS)]
-    for script, words in commands:
-        with pytest.raises(SystemExit) as end:
-            script.main([*words, "--help"])
-        out = capsys.readouterr().out
-        assert end.value.code == 0 and "--help" in out and "%%" not in out
-
-
-def test_help_lists_at_most_45_flags(capsys):
-    with pytest.raises(SystemExit):
-        train.main(["--help"])
-    text = capsys.readouterr().out
-    assert len(train.DEFAULTS) <= 45 and all(f"--{name}" in text for name in train.DEFAULTS)
-
 # ---------------------------------------------------------------------------------------------------------------------
 # prepare.py
 
@@ -3269,86 +3110,58 @@ PREP_TEXT = ("The cat sat on the mat, and the dog didn't; it's 1984 now.\n\n  In
              "Zoë's naïve café cost 5€ — 日本語 and 🙂 too. <|endoftext|> inside a line is text.\n") * 6
 
 
-def prep_bpe(n=300, text=PREP_TEXT):
-    return prepare.learn_bpe([(text, True, 1)], n)
+def prep_bpe():
+    return prepare.learn_bpe([(PREP_TEXT, True, 1)], 300)
 
 
-def prep_documents(stream):
-    """A stream as whole documents."""
-    out, held = [], ""
-    for text, last, done in stream:
-        assert 0 <= done <= 1
-        held += text
-        if last:
-            out, held = out + [held], ""
-    assert not held
-    return out
-
-
-def prep_make(tmp_path, *flags, text=PREP_TEXT):
+def prep_make(tmp_path, line, text=PREP_TEXT):
+    """(status, stdout, stderr) of prepare.py with a text, into tmp_path/data."""
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-    return prepare.main(["--text", str(tmp_path / "a.txt"), "--out_dir", str(tmp_path / "data"), *flags])
+    return typed(prepare, f"--text {tmp_path}/a.txt --out_dir {tmp_path}/data {line}")
 
 
 # Tokenizers
 
-def prep_naive_bpe(words, n_vocab):
-    """By definition: count all pairs afresh before each merge."""
-    words, ranks = {w: [bytes([b]) for b in w] for w in words}, {bytes([b]): b for b in range(256)}
-    freqs = dict(PREP_WORDS)
+def naive_bpe(words, n_vocab):
+    """By definition: count all pairs afresh before each merge. words: {bytes: how often}."""
+    parts = {word: [bytes([b]) for b in word] for word in words}
+    ranks = {bytes([b]): b for b in range(256)}
     while len(ranks) < n_vocab - 1:
         count = collections.Counter()
-        for w, parts in words.items():
-            for a, b in zip(parts, parts[1:]):
-                count[a + b] += freqs[w]
+        for word, part in parts.items():
+            for a, b in zip(part, part[1:]):
+                count[a + b] += words[word]
         best = min(count, key=lambda pair: (-count[pair], pair), default=None)
-        if best is None or count[best] < 2:
+        if count[best] < 2:
             break
         ranks.setdefault(best, len(ranks))
-        for parts in words.values():
-            j = 0
-            while j < len(parts) - 1:
-                if parts[j] + parts[j + 1] == best:
-                    parts[j:j + 2] = [best]
-                j += 1
+        for part in parts.values():
+            for j in range(len(part)):
+                if b"".join(part[j:j + 2]) == best and j + 1 < len(part):
+                    part[j:j + 2] = [best]
     return ranks
-
-
-prep_rng = random.Random(1)
-PREP_WORDS = collections.Counter(
-    "".join(prep_rng.choice("aabc") for _ in range(prep_rng.randint(1, 9))).encode() for _ in range(400))
 
 
 @pytest.mark.parametrize("n_vocab", [258, 300, 5000])
 def test_bpe_is_the_definition(n_vocab):
-    assert prepare.train_bpe(PREP_WORDS, n_vocab) == prep_naive_bpe(PREP_WORDS, n_vocab)
+    rng = random.Random(1)
+    words = collections.Counter("".join(rng.choices("aabc", k=rng.randint(1, 9))).encode() for _ in range(400))
+    assert prepare.train_bpe(words, n_vocab) == naive_bpe(words, n_vocab)
 
 
-def test_bpe_encodes_as_tiktoken_and_merges_by_rank():
-    tok = prep_bpe()
-    assert tok.n_vocab == len(tok.vocab) == len(tok.ranks) + 1 == 300 and tok.eot == 299
-    for word in (" the", "didn", "日本語", "zzzz"):
+def test_bpe_encodes_by_rank():
+    """GPT-2's words, in each the neighbours of lowest rank joined first, the leftmost of them."""
+    import regex
+    gpt2s = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"        # as OpenAI wrote it
+    tok, ids = prep_bpe(), []
+    for word in regex.findall(gpt2s, PREP_TEXT):
         parts = [bytes([b]) for b in word.encode()]
-        while True:         # the definition of encoding: join the neighbours of lowest rank, leftmost first
-            ranks = [tok.ranks.get(a + b, 1 << 30) for a, b in zip(parts, parts[1:])]
-            if not ranks or min(ranks) == 1 << 30:
-                break
-            i = ranks.index(min(ranks))
+        while known := [(tok.ranks[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in tok.ranks]:
+            i = min(known)[1]
             parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        if len(prep_regex(word)) == 1:
-            assert tok.encode(word) == [tok.ranks[p] for p in parts]
-    assert len(tok.encode(PREP_TEXT)) < 0.7 * len(PREP_TEXT.encode())
-
-
-def prep_regex(text):
-    import regex
-    return regex.findall(prepare.PATTERN, text)
-
-
-def test_split_pattern_is_gpt2s():
-    old = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""        # as OpenAI wrote it
-    import regex
-    assert prep_regex(PREP_TEXT) == regex.findall(old, PREP_TEXT) and "".join(prep_regex(PREP_TEXT)) == PREP_TEXT
+        ids += [tok.ranks[part] for part in parts]
+    assert tok.encode(PREP_TEXT) == ids and len(ids) < 0.7 * len(PREP_TEXT.encode())
+    assert tok.n_vocab == len(tok.vocab) == len(tok.ranks) + 1 == 300
 
 
 @pytest.mark.parametrize("make", [lambda: prepare.Tokenizer("byte"), prep_bpe], ids=["byte", "bpe"])
@@ -3357,90 +3170,121 @@ def test_tokenizer_round_trip(make):
     ids = tok.encode(PREP_TEXT)
     assert tok.decode(ids) == PREP_TEXT and max(ids) < tok.eot == tok.n_vocab - 1
     assert tok.token_bytes[ids].sum() == len(PREP_TEXT.encode()) and tok.token_bytes[tok.eot] == 0
-    assert tok.decode([*tok.encode("a"), tok.eot, *tok.encode("b")]) == "a<|endoftext|>b"
-    assert tok.decode(tok.encode("é")[:1] if tok.ranks is None else [0xc3]) == "\ufffd"
+    assert tok.decode([97, tok.eot, 98]) == "a<|endoftext|>b" and tok.decode([0xc3]) == "\ufffd"
     if tok.bpe:
-        assert tok.bpe.decode(ids) == PREP_TEXT and tok.bpe.n_vocab == tok.n_vocab
-        assert all(tok.bpe.decode_single_token_bytes(i) == tok.vocab[i] for i in range(tok.eot))
+        assert [tok.bpe.decode_single_token_bytes(i) for i in range(tok.n_vocab)] == tok.vocab
+
+
+def test_bpe_learns_little_from_one_long_word(monkeypatch):
+    dna, learnt, learn = "".join(random.Random(0).choices("ACGT", k=200_000)), [], prepare.train_bpe
+    monkeypatch.setattr(prepare, "train_bpe", lambda words, n: learnt.extend(words) or learn(words, n))
+    tok = prepare.learn_bpe([("a few words " * 9 + dna, True, 1)], 300)
+    assert sum(map(len, learnt)) < 20_000 and max(map(len, learnt)) <= prepare.BPE_LONG
+    assert len(tok.encode(dna)) < 100_000
 
 
 # Streams
 
-def test_read_text_formats(tmp_path):
-    documents = ["one\ntwo <|endoftext|> not alone\n", "Zoë\n\n\n", "three"]
-    marked = "<|endoftext|>\n".join(documents).encode()
-    lines = "".join(json.dumps({"text": d, "id": i}) + "\n" for i, d in enumerate(documents)).encode()
-    for name, raw in [("a.txt", marked), ("a.txt.gz", gzip.compress(marked)), ("a.txt.bz2", bz2.compress(marked)),
-                      ("a.txt.xz", lzma.compress(marked)), ("a.jsonl", lines), ("a.json.gz", gzip.compress(lines)),
-                      ("bom.txt", b"\xef\xbb\xbf" + marked + b"\n<|endoftext|>\n\n<|endoftext|>\n")]:
+def documents_of(path):
+    """What read_text makes of the file or folder, whole documents."""
+    out, held = [], ""
+    for text, last, done in prepare.read_text(prepare.find_texts([path])):
+        assert 0 <= done <= 1
+        held += text
+        if last:
+            out, held = out + [held], ""
+    assert not held
+    return out
+
+
+def test_one_reader_of_text(tmp_path, runs):
+    """However a text is stored, prepare.py and sample.py score read the same documents."""
+    documents = ["the cat sat. " * 9 + "\n", "one\ntwo <|endoftext|> not alone\n", "Zoë\n\n\n"]
+    marked = "".join(d + "<|endoftext|>\n" for d in documents).encode()
+    lines = "".join(json.dumps({"text": d, "id": 1}) + "\n" for d in documents).encode()
+    forms = {"a.txt": marked, "A.TXT.GZ": gzip.compress(marked), "a.md.bz2": bz2.compress(marked),
+             "a.xz": lzma.compress(marked), "bom.txt": b"\xef\xbb\xbf" + marked + b"\n<|endoftext|>\n\n",
+             "a.jsonl": lines, "a.json.gz": gzip.compress(lines), "many/x.png": b"\xff\xd8"}
+    (tmp_path / "many").mkdir()
+    for name, raw in [*forms.items(), *((f"many/{i}.txt", d.encode()) for i, d in enumerate(documents))]:
         (tmp_path / name).write_bytes(raw)
-        expected = documents[:2] + ["three\n"] if name == "bom.txt" else documents
-        assert prep_documents(prepare.read_text([tmp_path / name])) == expected, name
-    (tmp_path / "half.jsonl").write_text('{"text": "half \\ud83d a pair"}')
-    assert prep_documents(prepare.read_text([tmp_path / "half.jsonl"])) == ["half ? a pair"]
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as z:
         z.writestr("a", marked)
-    assert prep_documents(prepare.read_text([tmp_path / "a.zip", tmp_path / "a.txt"])) == documents * 2
+    scores = set()
+    for path in sorted(tmp_path.iterdir()):
+        assert documents_of(path) == documents, path
+        scores.add(typed(sample, f"score {runs}/ar --text {path} --windows 0"))
+    assert scores.pop()[0] == 0 and not scores
+    (tmp_path / "half.jsonl").write_text('{"text": "half \\ud83d a pair"}')
+    assert documents_of(tmp_path / "half.jsonl") == ["half ? a pair"]
 
 
-@pytest.mark.parametrize("text", [PREP_TEXT * 3, "and the cat sat on the mat " * 40,
-                                  "x" * 500 + " \n \n" * 50 + "y" * 500, " a" * 400])
+BAD_TEXT = [    # name, content, a word of the complaint beside the name
+    ("a.txt", "naïve".encode("latin-1"), "iconv -f LATIN1 -t UTF-8"), ("b c.txt", "x".encode("utf-16"), "utf8-b c.txt'"),
+    ("d.txt", "x".encode("utf-16"), "iconv -f UTF-16"), ("e.txt", "x".encode("utf-16-le"), "zero bytes"),
+    ("f.txt.gz", gzip.compress(b"\xff"), "unpack it"), ("g.txt.gz", gzip.compress(b"x" * 9999)[:-9], "cannot read"),
+    ("h.txt.xz", b"no", "cannot read"), ("i.zip", b"PK", "cannot read"), ("j.txt.bz2", b"no", "cannot read"),
+    ("k.json", b'[{"text": "x"}]', "python -c"), ("l m.json", b"[1]", "l m.json'"), ("n.csv", b"a,b", ".jsonl"),
+    ("o.jsonl", b"[" * 10**5, "line 1"), ("p.jsonl", b'{"text": "x"}\n{"body": "y"}\n', "line 2"),
+    ("q.jsonl", b'{"text": 3}', "line 1"), ("folder/x.png", b"", "no plain text"), ("none.txt", None, "no such file")]
+
+
+@pytest.mark.parametrize("name, raw, word", BAD_TEXT, ids=str)
+def test_what_is_no_text(tmp_path, runs, name, raw, word):
+    path = tmp_path / Path(name).parts[0]
+    if raw is not None:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(raw)
+    for script, line in ((prepare, f"--out_dir {tmp_path}/data"), (sample, f"score {runs}/ar")):
+        status, _, error = typed(script, line, "--text", path)
+        assert status == 2 and path.name in error and word in error.splitlines()[-1]
+    assert not list(tmp_path.glob("data/*"))
+
+
+@pytest.mark.parametrize("text", [
+    PREP_TEXT * 3, "and the cat sat on the mat " * 40, "x" * 500 + " \n \n" * 50 + "y" * 500, " a" * 400], ids=len)
 def test_pieces_change_no_token(tmp_path, monkeypatch, text):
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     monkeypatch.setattr(prepare, "PIECE", 64)
-    pieces = list(prepare.read_text([tmp_path / "a.txt"]))
-    tok = prep_bpe()
+    pieces, tok = list(prepare.read_text([tmp_path / "a.txt"])), prep_bpe()
     assert len(pieces) > 5 and [last for _, last, _ in pieces] == [False] * (len(pieces) - 1) + [True]
     assert [i for piece, _, _ in pieces for i in tok.encode(piece)] == tok.encode(text)
 
 
-@pytest.mark.parametrize("name, raw", [
-    ("a.txt", b"good\n" * 9 + b"\xff bad"), ("a.txt.gz", gzip.compress(b"x" * 9999)[:-9]), ("b.txt.bz2", b"no bz2"),
-    ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n'), ("b.jsonl", b'{"text": "x"}\n[1]'), ("c.jsonl", b'{"text": 3}')])
-def test_damaged_text_names_the_file(tmp_path, capsys, name, raw):
-    (tmp_path / name).write_bytes(raw)
-    assert prepare.main(["--text", str(tmp_path / name), "--out_dir", str(tmp_path / "data")]) == 2
-    err = capsys.readouterr().err.strip().splitlines()[-1]
-    assert name in err and ("line 2" in err or name not in ("a.jsonl", "b.jsonl"))
-    assert not list((tmp_path / "data").iterdir())
-
-
 @pytest.mark.parametrize("cut", [0, 1, 10, 121, 122, 123, 5000])
 def test_cut_bytes_divides_the_text(cut):
+    """At a whole character; both parts end at the end of a document."""
     stream = [("Zoë and 日本語", False, 0.1), (" go on.\n" * 12, True, 0.5), ("Next 🙂", True, 1.0)]
-    whole = "".join(text for text, _, _ in stream)
-    train, val = list(prepare.cut_bytes(stream, 0, cut)), list(prepare.cut_bytes(stream, cut, 1 << 40))
-    parts = ["".join(text for text, _, _ in part) for part in (train, val)]
-    assert parts[0] + parts[1] == whole and cut - 3 <= len(parts[0].encode()) <= cut or cut == 5000
-    assert all(not part or part[-1][1] for part in (train, val))            # both end at the end of a document
+    parts = [list(prepare.cut_bytes(stream, *border)) for border in ((0, cut), (cut, 1 << 40))]
+    left, right = ("".join(text for text, _, _ in part) for part in parts)
+    assert left + right == "".join(text for text, _, _ in stream)
+    assert cut - 3 <= len(left.encode()) <= cut or cut == 5000
+    assert all(not part or part[-1][1] for part in parts)
 
 
 def test_corruption():
+    """A third of the damaged words goes, a third moves, a third is changed; a higher rate damages these and others."""
     words, lost = [chr(0x4e00 + i) + "ab" for i in range(4000)], {}
-    damage = lambda rate, seed: list(prepare.corrupt_stream([(" ".join(words), True, 1)], rate, seed))
+    damage = lambda rate, seed=3: list(prepare.corrupt_stream([(" ".join(words), True, 1)], rate, seed))
     for rate in (0.0, 0.1, 0.5, 1.0):
-        [(out, last, _)] = damage(rate, 3)
-        assert [(out, last, 1)] == damage(rate, 3) and last
-        lost[rate] = set(words) - set(out.split(" "))                       # dropped, or its letters changed
-        new, kept = set(out.split(" ")) - set(words), [word for word in out.split(" ") if word in words]
-        assert abs(len(lost[rate]) / len(words) - rate * 2 / 3) < 0.05 and abs(len(new) / len(words) - rate / 3) < 0.05
-        assert (kept == sorted(kept)) == (rate == 0)
-    assert list(prepare.corrupt_stream([(PREP_TEXT, True, 1)], 0.0, 3)) == [(PREP_TEXT, True, 1)]
-    assert damage(0.1, 4) != damage(0.1, 5)
-    assert lost[0.1] < lost[0.5] < lost[1.0]                                # the damage of a lower rate is in a higher
+        [(out, _, _)] = damage(rate)
+        out = out.split(" ")
+        lost[rate], new, kept = set(words) - set(out), set(out) - set(words), [word for word in out if word in words]
+        assert abs(len(lost[rate]) / 4000 - rate * 2 / 3) < 0.05 and abs(len(new) / 4000 - rate / 3) < 0.05
+        assert (kept == sorted(kept)) == (rate == 0) and damage(rate) == damage(rate)
+    assert damage(0.1, 4) != damage(0.1, 5) and lost[0.1] < lost[0.5] < lost[1.0]
 
 
 # Python documentation
 
 def prep_roots(tmp_path, monkeypatch):
     """Twenty small modules, each with its own English docstring, code and junk; some things come in two modules."""
-    root = tmp_path / "lib"
-    (root / "tests").mkdir(parents=True)
-    rng = random.Random(0)
+    root, rng = tmp_path / "lib", random.Random(0)
     nouns = ["".join(rng.choices("abcdefghijklmnop", k=6)) for _ in range(3000)]
     form = "the %s of a %s is in the %s and it can be used for that %s."
     prose = lambda n: " ".join(form % tuple(rng.choices(nouns, k=4)) for _ in range(n))
     shared = "Copied into every module, this is the one paragraph that is the same in all of them. " + prose(3)
+    (root / "tests").mkdir(parents=True)
     for i in range(20):
         (root / f"m{i}.py").write_text(f'''r"""{prose(5)}
 
@@ -3476,21 +3320,22 @@ add_newdoc("m", ("g", """This is of the new documentation. {prose(40)}
 
 def test_docs(tmp_path, monkeypatch, capsys):
     prep_roots(tmp_path, monkeypatch)
-    folders = [prepare.prepare(tokenizer="byte", out_dir=tmp_path / out, val_fraction=0.3) for out in ("one", "two")]
-    train, val, meta = prepare.load_dataset(folders[0])
-    assert folders[0].name == "docs-byte" and meta == prepare.load_dataset(folders[1])[2]             # the same every time
-    text = [prepare.load_tokenizer(folders[0]).decode(ids).split(prepare.EOT)[:-1] for ids in (train, val)]
-    assert len(text[0]) == meta["train_documents"] and len(text[1]) == meta["val_documents"] > 1
-    joined = "\n".join(text[0] + text[1])
-    assert joined.count("Copied into") == 1
-    assert not any(junk in joined for junk in (">>>", "foo(bar)", "---", "\n\n", "ordlist"))
-    assert "A torch.add and code." in joined and "\nNotes: the " in joined
-    assert "This is of the" in joined and "Short." not in joined
-    assert all(200 <= len(t) < 8500 for part in text for t in part) and len({*text[0], *text[1]}) == len(sum(text, []))
-    order = [hashlib.sha1(t.encode()).digest() for t in text[0]]
-    assert order == sorted(order)
+    make = lambda out, source="docs": prepare.prepare(source, tokenizer="byte", out_dir=tmp_path / out, val_fraction=0.3)
+    folder = make("one")
+    train, val, meta = prepare.load_dataset(folder)
+    assert folder.name == "docs-byte" and meta == prepare.load_dataset(make("two"))[2], "the same every time"
     assert f"{meta['dropped_overlap']} of" in capsys.readouterr().err
-    code = prepare.prepare("pysrc", tokenizer="byte", out_dir=tmp_path / "one", val_fraction=0.3)
+    tok = prepare.load_tokenizer(folder)
+    train, val = (tok.decode(ids).split(prepare.EOT)[:-1] for ids in (train, val))
+    assert (len(train), len(val)) == (meta["train_documents"], meta["val_documents"]) and len(val) > 1
+    every, joined = train + val, "\n".join(train + val)
+    assert all(200 <= len(text) < 8500 for text in every) and len(set(every)) == len(every)
+    assert joined.count("Copied into") == 1 and "This is of the" in joined
+    assert "A torch.add and code." in joined and "\nNotes: the " in joined
+    assert not [junk for junk in (">>>", "foo(bar)", "---", "\n\n", "ordlist", "Short.") if junk in joined]
+    order = [hashlib.sha1(text.encode()).digest() for text in train]
+    assert order == sorted(order)
+    code = make("one", "pysrc")
     assert "add_newdoc(" in prepare.load_tokenizer(code).decode(prepare.load_dataset(code)[0])
 
 
@@ -3503,70 +3348,71 @@ def test_split_by_module():
 
 def test_overlap_is_dropped():
     words = [f"w{i}" for i in range(60)]
-    train = [" ".join(words[:30]), " ".join(words[40:])]
-    val = [" ".join(["x", *words[10:22], "y"]), " ".join(["x", *words[10:23], "y"]), "Short one.",
-           "; ".join(words[5:18]).upper(), " ".join(words[25:45])]
-    assert prepare.drop_overlap(train, val) == [val[0], val[2], val[4]]           # 12 common words pass, 13 do not
+    text = lambda a, b, sep=" ": sep.join(["x", *words[a:b], "y"])
+    val = [text(10, 22), text(10, 23), "Short one.", text(5, 18, "; ").upper(), text(25, 45)]
+    kept = prepare.drop_overlap([text(0, 30), text(40, 60)], val)
+    assert kept == [val[0], val[2], val[4]], "12 common words pass, 13 do not"
 
 
 def test_default_roots_hold_the_promised_packages():
     roots = prepare.python_roots()
     assert list(roots)[:3] == ["python", "numpy", "torch"] and {"sympy", "networkx", "mpmath"} <= set(roots)
-    assert all(path.exists() for path in roots.values()) and (roots["python"] / "pydoc_data" / "topics.py").exists()
-    seen = set()
-    topics = list(prepare.documentation((roots["python"] / "pydoc_data" / "topics.py").read_text(), seen))
+    assert all(path.exists() for path in roots.values())
+    topics = list(prepare.documentation((roots["python"] / "pydoc_data" / "topics.py").read_text(), set()))
     assert sum(map(len, topics)) > 200_000 and max(map(len, topics)) < 10_000
 
 
 # Datasets
 
 @pytest.mark.parametrize("tokenizer", ["byte", "bpe:300"])
-def test_prepare_own_text(tmp_path, capsys, tokenizer):
+def test_prepare_own_text(tmp_path, tokenizer):
+    """The last document is divided. The same again is there at once; nothing else is passed off as it, or overwrites it."""
     text = PREP_TEXT + prepare.EOT + "\n" + PREP_TEXT.upper()
-    assert prep_make(tmp_path, "--tokenizer", tokenizer, "--name", "mine", text=text) == 0
-    folder = tmp_path / "data" / "mine"
+    line, folder = f"--name mine --tokenizer {tokenizer}", tmp_path / "data" / "mine"
+    assert prep_make(tmp_path, line, text)[0] == 0
     train, val, meta = prepare.load_dataset(folder)
     tok = prepare.load_tokenizer(folder / "meta.json")
-    assert (meta["vocab_size"], meta["tokenizer"]) == (tok.n_vocab, tokenizer) and train.dtype == np.uint16
-    got = tok.decode(train).rsplit(prepare.EOT, 1)[0] + tok.decode(val)           # the last document is divided
-    assert got == PREP_TEXT + prepare.EOT + PREP_TEXT.upper() + prepare.EOT
-    assert (meta["train_documents"], meta["val_documents"]) == (2, 1) and train[-1] == val[-1] == tok.eot
-    for split, ids in (("train", train), ("val", val)):
-        assert meta[f"{split}_tokens"] == len(ids) and meta[f"{split}_bytes"] == tok.token_bytes[ids].sum()
-        assert meta[f"{split}_sha256"] == hashlib.sha256((folder / f"{split}.bin").read_bytes()).hexdigest()
-    assert meta["val_bytes"] == pytest.approx(0.1 * 2 * len(PREP_TEXT.encode()), abs=4)
+    assert (meta["vocab_size"], meta["tokenizer"], train.dtype) == (tok.n_vocab, tokenizer, np.uint16)
     assert {"python", "numpy", "torch"} <= set(meta["versions"])
+    joined = tok.decode(train).rsplit(prepare.EOT, 1)[0] + tok.decode(val)
+    assert joined == PREP_TEXT + prepare.EOT + PREP_TEXT.upper() + prepare.EOT
+    assert meta["val_bytes"] == pytest.approx(0.2 * len(PREP_TEXT.encode()), abs=4)
+    for split, ids, documents in (("train", train, 2), ("val", val, 1)):
+        digest = hashlib.sha256((folder / f"{split}.bin").read_bytes()).hexdigest()
+        told = [meta[f"{split}_{key}"] for key in ("tokens", "documents", "bytes", "sha256")]
+        assert told == [len(ids), documents, tok.token_bytes[ids].sum(), digest]
+        assert type(ids) is np.memmap and ids[-1] == tok.eot
     before = {f.name: f.stat().st_mtime_ns for f in folder.iterdir()}
-    capsys.readouterr()
-    assert prep_make(tmp_path, "--tokenizer", tokenizer, "--name", "mine", text=text) == 0      # nothing to do
-    assert prep_make(tmp_path, "--tokenizer", "bpe:280", "--name", "mine", text=text) == 2      # nothing overwritten
-    assert prep_make(tmp_path, "--tokenizer", tokenizer, "--name", "mine", text=text.replace("cat", "dog")) == 2    # nor passed off as this
-    assert "--name" in capsys.readouterr().err and before == {f.name: f.stat().st_mtime_ns for f in folder.iterdir()}
+    for more, words, status in (("", text, 0), ("--tokenizer bpe:280", text, 2), ("", text.replace("cat", "dog"), 2)):
+        code, _, error = prep_make(tmp_path, f"{line} {more}", words)
+        assert code == status and ("--name" in error) == (status == 2)
+    assert before == {f.name: f.stat().st_mtime_ns for f in folder.iterdir()}
 
 
 def test_prepare_options(tmp_path):
+    """A text to learn from, another dataset's tokenizer, given validation text, a length, damage to the training text."""
     (tmp_path / "v.txt").write_text("validation text\n")
     (tmp_path / "b.txt").write_text("qx " * 300)
-    base = ["--val", str(tmp_path / "v.txt"), "--tokenizer"]
-    assert prep_make(tmp_path, *base, "bpe:260", "--name", "a", "--bpe_text", str(tmp_path / "b.txt")) == 0
-    assert prepare.load_tokenizer(tmp_path / "data" / "a").vocab[256:-1] == [b"qx", b" qx"]                # learnt from b.txt
-    assert prep_make(tmp_path, *base, str(tmp_path / "data" / "a"), "--name", "c", "--max_tokens", "50") == 0
-    train, val, meta = prepare.load_dataset(tmp_path / "data" / "c")
-    tok = prepare.load_tokenizer(tmp_path / "data" / "c")
-    assert len(train) == 50 == meta["train_tokens"] and tok.ranks == prepare.load_tokenizer(tmp_path / "data" / "a").ranks
+
+    def make(name, tokenizer, line=""):
+        assert prep_make(tmp_path, f"--val {tmp_path}/v.txt --name {name} --tokenizer {tokenizer} {line}")[0] == 0
+        folder = tmp_path / "data" / name
+        return prepare.load_tokenizer(folder), *prepare.load_dataset(folder)
+    learnt, *_ = make("a", "bpe:260", f"--bpe_text {tmp_path}/b.txt")
+    assert learnt.vocab[256:-1] == [b"qx", b" qx"]
+    tok, train, val, meta = make("c", tmp_path / "data" / "a", "--max_tokens 50")
+    assert len(train) == 50 == meta["train_tokens"] and tok.ranks == learnt.ranks
     assert tok.decode(val) == "validation text\n" + prepare.EOT
-    assert prep_make(tmp_path, *base, "bpe:300", "--name", "clean") == 0 == prep_make(
-        tmp_path, *base, "bpe:300", "--name", "dirty", "--corrupt", "0.5")
-    (clean, v1, _), (dirty, v2, meta) = (prepare.load_dataset(tmp_path / "data" / n) for n in ("clean", "dirty"))
+    (tok, clean, v1, _), (tok2, dirty, v2, meta) = make("clean", "bpe:300"), make("dirty", "bpe:300", "--corrupt 0.5")
     assert np.array_equal(v1, v2) and not np.array_equal(clean[:99], dirty[:99]) and meta["corrupt"] == 0.5
-    assert prepare.load_tokenizer(tmp_path / "data" / "clean").ranks == prepare.load_tokenizer(tmp_path / "data" / "dirty").ranks
+    assert tok.ranks == tok2.ranks, "learnt from clean text"
 
 
 def test_never_half_a_dataset(tmp_path, monkeypatch):
     write = prepare.write_bin
-    monkeypatch.setattr(prepare, "write_bin", lambda path, *rest: 1 / 0 if path.name == "val.bin" else write(path, *rest))
+    monkeypatch.setattr(prepare, "write_bin", lambda path, *rest: 1 / 0 if path.stem == "val" else write(path, *rest))
     with pytest.raises(ZeroDivisionError):
-        prep_make(tmp_path, "--tokenizer", "byte")
+        prep_make(tmp_path, "--tokenizer byte")
     assert not list((tmp_path / "data").iterdir())
 
 
@@ -3580,237 +3426,82 @@ def test_byte_needs_no_tiktoken(tmp_path):
 
 
 def test_load_bin_forms(tmp_path):
-    ids = np.arange(3000)
-    for magic, dtype in prepare.HEADERS.items():
-        header = np.zeros(256, np.int32)
-        header[:3] = magic, 1, len(ids)
-        (tmp_path / "h.bin").write_bytes(header.tobytes() + ids.astype(dtype).tobytes())
-        loaded = prepare.load_bin(tmp_path / "h.bin")
-        assert loaded.dtype == dtype and np.array_equal(loaded, ids)
-        (tmp_path / "h.bin").write_bytes(header.tobytes() + ids.astype(dtype).tobytes()[:-200])
-        with pytest.raises(ValueError, match="h.bin.*3000"):
-            prepare.load_bin(tmp_path / "h.bin")
-    ids.astype(np.uint16).tofile(tmp_path / "raw.bin")
-    assert np.array_equal(prepare.load_bin(tmp_path / "raw.bin"), ids)
-    for raw in (b"", b"abc"):
-        (tmp_path / "raw.bin").write_bytes(raw)
-        with pytest.raises(ValueError, match="raw.bin is damaged"):
-            prepare.load_bin(tmp_path / "raw.bin")
-
-
-def test_damaged_datasets(tmp_path):
-    assert prep_make(tmp_path, "--tokenizer", "byte", "--name", "d") == 0
-    folder = tmp_path / "data" / "d"
-    with pytest.raises(ValueError, match="prepare.py --text FILE --name e.*d"):
-        prepare.load_dataset(tmp_path / "data" / "e")
-    with pytest.raises(ValueError, match="prepare.py --dataset docs"):
-        prepare.load_dataset(tmp_path / "data" / "docs")
-    raw = (folder / "train.bin").read_bytes()
-    for damaged, message in [(raw[:-2], "train.bin"), (raw[:-1], "train.bin"), (raw[:-2] + b"\1\1", "train.bin does not hold")]:
-        (folder / "train.bin").write_bytes(damaged)
-        with pytest.raises(ValueError, match=message):
-            prepare.load_dataset(folder)
-    (folder / "meta.json").write_text("{")
-    with pytest.raises(ValueError, match="meta.json"):
-        prepare.load_dataset(folder)
-
-
-@pytest.mark.parametrize("flags, message", [
-    (["--toknizer", "byte"], "mean --tokenizer"), (["--tok=byte"], "mean --tokenizer"), (["--learning_rate=1"], "see --help"),
-    (["--dataset", "dox"], "no dataset dox; expected --text FILE or docs"), (["--tokenizer", "gpt5"], "gpt2"),
-    (["--tokenizer", "bpe:12"], "bpe:N"), (["--corrupt", "1.5"], "1.5"), (["--val_fraction", "0"], "val_fraction"),
-    (["--val_fraction", "x"], "--val_fraction: 'x': expected a finite number"), (["--val", "a.txt"], "--text"), (["--text", "no.txt"], "no.txt"),
-    (["--max_tokens", "0"], "max_tokens"), (["--name", "a/b"], "out_dir"),
-    (["--dataset", "fineweb10B", "--tokenizer", "byte"], "gpt2"), (["--dataset", "fineweb10B", "--tokenizer", "bpe:4096"], "gpt2"),
-    (["--dataset", "shakespeare", "--text", __file__], "exclude each other"), (["--seed", "-1"], "--seed -1"),
-    (["--text", __file__, "--tokenizer", "byte", "--bpe_text", __file__], "bpe_text"), (["--text", "/dev/null"], "/dev/null"),
-    (["--text", __file__, "--out_dir", __file__, "--tokenizer", "byte"], "test_")])
-def test_bad_input(tmp_path, monkeypatch, capsys, flags, message):
-    monkeypatch.chdir(tmp_path)
-    try:
-        status = prepare.main(flags)
-    except SystemExit as e:
-        status = e.code
-    err = capsys.readouterr().err
-    assert status == 2 and message in err and err.count("\n") == 1 and err.startswith("prepare.py: ")
-
-
-def test_one_reader_of_text(tmp_path, runs, capsys):
-    """Whatever way a text is stored, prepare.py and sample.py score read the same tokens."""
-    documents = ["the cat sat. " * 9, "a dog ran far away. " * 7, "one red bird. " * 5]
-    marked, lines = f"\n{prepare.EOT}\n".join(documents).encode(), "".join(json.dumps({"text": d + "\n"}) + "\n" for d in documents).encode()
-    (tmp_path / "many").mkdir()
-    for i, d in enumerate(documents):
-        (tmp_path / "many" / f"{i}.txt").write_text(d + "\n" * (i < 2))
-    (tmp_path / "many" / "picture.png").write_bytes(b"\xff\xd8")
-    said = set()
-    for name, raw in (("m.txt", marked), ("m.TXT.GZ", gzip.compress(marked)), ("m.md.bz2", bz2.compress(marked)), ("m.xz", lzma.compress(marked)),
-                      ("bom.txt", b"\xef\xbb\xbf" + marked), ("many", None)):
-        if raw:
-            (tmp_path / name).write_bytes(raw)
-        assert sample.main(["score", str(runs / "ar"), "--text", str(tmp_path / name), "--windows", "0"]) == 0
-        said.add(capsys.readouterr().out)
-    assert len(said) == 1 and "windows of 16 tokens, 9" in said.pop()       # nearly all of the text
-    (tmp_path / "m.jsonl").write_bytes(lines)
-    assert sample.main(["score", str(runs / "ar"), "--text", str(tmp_path / "m.jsonl"), "--windows", "1"]) == 0
-    assert "1 window of 16 tokens, 4." in capsys.readouterr().out
-    ids = [i for part, _ in prepare.Tokenizer("byte").encode_stream(prepare.read_text([tmp_path / "m.jsonl"])) for i in part.tolist()]
-    assert prepare.Tokenizer("byte").decode(ids) == "".join(d + "\n" + prepare.EOT for d in documents)
-
-
-@pytest.mark.parametrize("name, raw, words", [
-    ("a.txt", "naïve".encode("latin-1"), ["iconv -f LATIN1 -t UTF-8"]), ("a b.txt", "text".encode("utf-16"), ["iconv -f UTF-16", "utf8-a b.txt'"]),
-    ("a.txt.gz", gzip.compress(b"\xff"), ["unpack it"]), ("a.txt", "text".encode("utf-16-le"), ["zero bytes", "a.txt"]), ("a b.json", b"[1]", ["a b.json'"]),
-    ("a.json", b'[{"text": "x"}]', ["line 1", "python -c", "a.json"]), ("a.csv", b"a,b", ["no plain text", ".jsonl"]), ("a.jsonl", b"[" * 10**5, ["line 1"]),
-    ("a.txt.xz", b"no", ["a.txt.xz"]), ("a.zip", b"PK", ["a.zip"]), ("folder/x.png", b"", ["no plain text", "folder"]), ("none.txt", None, ["no such file"])])
-def test_what_is_no_text(tmp_path, runs, capsys, name, raw, words):
-    path = tmp_path / name
-    path.parent.mkdir(exist_ok=True)
-    if raw is not None:
+    ids, path = np.arange(3000), tmp_path / "h.bin"
+    for magic, dtype in [*prepare.HEADERS.items(), (None, "uint16")]:
+        header = np.zeros(256 if magic else 0, np.int32)
+        header[:3] = (magic, 1, len(ids)) if magic else ()
+        raw = header.tobytes() + ids.astype(dtype).tobytes()
         path.write_bytes(raw)
-    path = path if path.parent == tmp_path else path.parent
-    for main, argv in ((prepare.main, ["--out_dir", str(tmp_path / "data")]), (sample.main, ["score", str(runs / "ar")])):
-        assert main([*argv, "--text", str(path)]) == 2
-        error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert all(word in error for word in words), error
-    assert not (tmp_path / "data").exists() or not list((tmp_path / "data").iterdir())
+        loaded = prepare.load_bin(path)
+        assert loaded.dtype == dtype and np.array_equal(loaded, ids)
+        for cut in (raw[:-200] if magic else b"", raw[:-1]):
+            path.write_bytes(cut)
+            with pytest.raises(ValueError, match="h.bin is damaged.*expected " + ("3000" if magic else "some")):
+                prepare.load_bin(path)
 
 
-def test_damage_is_one_line_that_names_the_file(tmp_path, capsys):
+def test_damage_is_one_line_that_names_the_file(tmp_path):
     """Every byte of every file of a dataset changed in turn (a sample of them): refused, or the same tokens and tokenizer."""
-    assert prep_make(tmp_path, "--tokenizer", "bpe:280", "--name", "d") == 0
+    assert prep_make(tmp_path, "--tokenizer bpe:280 --name d")[0] == 0
     folder, rng = tmp_path / "data" / "d", random.Random(0)
-    good = [np.array(a).tolist() for a in prepare.load_dataset(folder)[:2]], [getattr(prepare.load_tokenizer(folder), key) for key in ("vocab", "pattern")]
+
+    def contents():
+        tok, (train, val, _) = prepare.load_tokenizer(folder), prepare.load_dataset(folder)
+        return train.tolist(), val.tolist(), tok.vocab, tok.pattern
+    good = contents()
     for name in ("train.bin", "val.bin", "tokenizer.tiktoken", "meta.json"):
         raw, refused = (folder / name).read_bytes(), 0
-        for damaged in [b"", b"[" * 9999, raw[:-1], raw[1:], raw * 2, *(raw[:i] + bytes([raw[i] ^ 1 << rng.randrange(8)]) + raw[i + 1:]
-                                                              for i in rng.sample(range(len(raw)), 40))]:
+        flipped = [raw[:i] + bytes([raw[i] ^ 1 << rng.randrange(8)]) + raw[i + 1:] for i in rng.sample(range(len(raw)), 40)]
+        for damaged in [b"", b"{", b"[" * 9999, raw[:-1], raw[:-2], raw[1:], raw * 2, *flipped]:
             (folder / name).write_bytes(damaged)
             try:
-                now = [np.array(a).tolist() for a in prepare.load_dataset(folder)[:2]], [getattr(prepare.load_tokenizer(folder), key) for key in ("vocab", "pattern")]
-                assert now == good and name == "meta.json" or damaged == raw
+                assert contents() == good and name == "meta.json"
             except ValueError as e:
                 refused += 1
                 assert name in str(e) and "\n" not in str(e)
         assert refused > (40 if name != "meta.json" else 9)
         (folder / name).write_bytes(raw)
-    meta = json.loads((folder / "meta.json").read_text())
-    for pattern in (None, 5, "", "(", meta["pattern"][1:]):
-        for sums in ({}, {"pattern_sha256": None})[:1 if pattern in ("(", meta["pattern"][1:]) else 2]:  # None: of an older prepare.py
-            now = {key: value for key, value in (meta | {"pattern": pattern} | sums).items() if value is not None}
-            (folder / "meta.json").write_text(json.dumps(now))
-            with pytest.raises(ValueError, match="meta.json is damaged"):
-                prepare.load_tokenizer(folder)
+    meta = json.loads(raw)
+    for pattern, sums in ((None, 1), (5, 1), ("", 1), ("(", 1), (meta["pattern"][1:], 1), (5, 0), ("", 0)):
+        now = {key: value for key, value in (meta | {"pattern": pattern}).items() if value is not None}
+        now.pop("" if sums else "pattern_sha256", None)                                # an older prepare.py has none
+        (folder / "meta.json").write_text(json.dumps(now))
+        with pytest.raises(ValueError, match="meta.json is damaged"):
+            prepare.load_tokenizer(folder)
 
 
-def test_large_tokens_are_mapped_and_checked_by_a_sample(tmp_path, monkeypatch):
-    ids = np.random.default_rng(0).integers(256, size=1 << 21).astype(np.uint16)
-    ids.tofile(tmp_path / "big")
-    whole, part = prepare.file_sha256(tmp_path / "big"), prepare.file_sha256(tmp_path / "big", 16)
-    assert whole == hashlib.sha256(ids.tobytes()).hexdigest() != part and prepare.file_sha256(tmp_path / "big", 64) == whole
+def test_large_tokens_are_checked_by_a_sample(tmp_path):
+    ids, path = np.random.default_rng(0).integers(256, size=1 << 21).astype(np.uint16), tmp_path / "big"
+    ids.tofile(path)
+    whole, part = (prepare.file_sha256(path, parts) for parts in (None, 16))
+    assert hashlib.sha256(ids.tobytes()).hexdigest() == whole == prepare.file_sha256(path, 64) != part
     ids[-1] += 1
-    ids.tofile(tmp_path / "big")
-    assert prepare.file_sha256(tmp_path / "big", 16) != part, "the ends are always looked at"
-    assert prep_make(tmp_path, "--tokenizer", "byte", "--name", "d") == 0
-    assert all(type(a) is np.memmap and a.filename == tmp_path / "data" / "d" / f"{s}.bin"
-               for s, a in zip(("train", "val"), prepare.load_dataset(tmp_path / "data" / "d")))
-
-
-def test_bpe_learns_little_from_one_long_word():
-    rng, work = random.Random(0), collections.Counter()
-    dna = "".join(rng.choice("ACGT") for _ in range(200_000))
-    learn = prepare.train_bpe
-    prepare.train_bpe = lambda words, n: work.update(length=sum(map(len, words)), longest=max(map(len, words))) or learn(words, n)
-    try:
-        tok = prepare.learn_bpe([("a few words " * 9 + dna, True, 1)], 300)
-    finally:
-        prepare.train_bpe = learn
-    assert work["length"] < 20_000 and work["longest"] <= prepare.BPE_LONG and len(tok.encode(dna)) < 100_000
-
-
-@pytest.mark.parametrize("main, argv", [(m, a) for m in ("train", "sample", "bench", "prepare") for a in (
-    ["--tokenizer=--"], ["--device=--"], ["--n\nope=a"], ["a\nb" * 999, "--device=cpu\n"])])
-def test_an_error_is_one_short_line(main, argv, capsys):
-    """Whatever was typed. argparse itself takes --flag=-- for an empty list."""
-    main = {"train": train.main, "sample": sample.main, "prepare": prepare.main, "bench": lambda a: bench.main(["choices", *a])}[main]
-    try:
-        status = main(argv)
-    except SystemExit as e:
-        status = e.code
-    error = capsys.readouterr().err
-    assert status == 2 and len(error.splitlines()) == 1 and len(error) < 600, error
-
-
-NUMBERS = [("1e6", int, 10**6), ("30M", int, 30 * 10**6), ("2.5k", int, 2500), ("1_000_000", int, 10**6), ("-3", int, -3), ("007", int, 7),
-           ("9223372036854775807", int, 2**63 - 1), ("0.1", float, 0.1), ("1e-3", float, 0.001), (".5", float, 0.5), ("1B", float, 1e9)]
-NO_NUMBERS = ["nan", "-nan", "inf", "1e400", "1e999", "１２", "٣", "½", "", "-", ".", "e5", "10**3", "0x10", "1,2", " 5", "None", "−1", "9" * 5000]
-
-
-def test_numbers(capsys):
-    for text, kind, value in NUMBERS:
-        assert prepare.number(text, kind) == value and type(prepare.number(text, kind)) is kind
-    for text, kind in [*itertools.product(NO_NUMBERS, (int, float)), ("1.5", int), ("1e-3", int), ("9223372036854775808", int)]:
-        with pytest.raises(ValueError, match="whole number" if kind is int else "finite number"):
-            prepare.number(text, kind)
-        for main, flag in ((prepare.main, "seed"), (sample.main, "num_samples"), (train.main, "max_steps")) if kind is int else ((train.main, "lr"),):
-            with pytest.raises(SystemExit) as e:
-                main([*["out/none"] * (main is sample.main), f"--{flag}={text}"])
-            error = capsys.readouterr().err
-            assert e.value.code == 2 and f"--{flag}" in error and error.count("\n") == 1 and len(error) < 200
+    ids.tofile(path)
+    assert prepare.file_sha256(path, 16) != part, "the ends are always looked at"
 
 
 def test_dataset_and_run_files(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert prep_make(tmp_path, "--tokenizer", "bpe:300", "--name", "b") == 0 == prep_make(tmp_path, "--tokenizer", "byte", "--name", "s")
-    (tmp_path / "data" / "b" / ".env").write_text("secret")
-    assert [f.name for f in prepare.run_files("data/b")] == ["meta.json", "tokenizer.tiktoken"]
-    assert [f.name for f in prepare.run_files(tmp_path / "data" / "s")] == ["meta.json"]
-    (tmp_path / "docs").mkdir()                 # any folder of that name is no dataset
+    for tokenizer, names in (("bpe:300", ["meta.json", "tokenizer.tiktoken"]), ("byte", ["meta.json"])):
+        assert prep_make(tmp_path, f"--tokenizer {tokenizer} --name {tokenizer[:2]}")[0] == 0
+        folder = tmp_path / "data" / tokenizer[:2]
+        (folder / ".env").write_text("secret")
+        assert [f.name for f in prepare.run_files(folder)] == names
     monkeypatch.chdir(tmp_path / "data")
-    for name, folder in (("docs", "data/docs"), ("s", "s"), ("data/s", "data/s"), ("../s", "../s"), ("x\\s", "x\\s")):
+    Path("docs").mkdir()                                            # any folder of that name is no dataset
+    for name, folder in (("docs", "data/docs"), ("by", "by"), ("data/s", "data/s"), ("../s", "../s"), ("x\\s", "x\\s")):
         assert prepare.dataset_folder(name) == Path(folder)
+    for name, how in (("docs2", "--text FILE --name docs2; ready are: bp, by"), ("pysrc", "--dataset pysrc")):
+        with pytest.raises(ValueError, match=f"prepare.py {how}"):
+            prepare.load_dataset(tmp_path / "data" / name)
 
 
-def test_help(capsys):
-    with pytest.raises(SystemExit) as e:
-        prepare.main(["--help"])
-    text = capsys.readouterr().out
-    assert e.value.code == 0 and "default: bpe:4096" in text
-    assert "default: None" not in text and "default: []" not in text
-
-
-# Downloads, from file:// addresses
-
-def test_download(tmp_path, monkeypatch):
-    source = tmp_path / "there" / "input.txt"
-    source.parent.mkdir()
-    source.write_text(PREP_TEXT)
-    sha = hashlib.sha256(source.read_bytes()).hexdigest()
-    there = source.as_uri()
-    page = tmp_path / "there" / "page.txt"
-    page.write_text("<!DOCTYPE html><html>404</html>")
-    half = tmp_path / "there" / "half.txt.gz"
-    half.write_bytes(gzip.compress(os.urandom(9999))[:-99])
-    for url, digest, message in [(there + "x", None, "prepare.py --text FILE"), (there, "0" * 64, sha), (page.as_uri(), None, "web page"),
-                                 (half.as_uri(), None, "cannot download.*half"), ("x", None, "cannot download x")]:
-        with pytest.raises(ValueError, match=message):
-            prepare.download(url, tmp_path / "raw", digest)
-        assert not list((tmp_path / "raw").iterdir())
-    assert prepare.download(source.as_uri(), tmp_path / "raw", sha).read_text() == PREP_TEXT
-    monkeypatch.setitem(prepare.URLS, "shakespeare", [source.as_uri()])
-    monkeypatch.setitem(prepare.SHA256, "shakespeare", sha)
-    folder = prepare.prepare("shakespeare", tokenizer="byte", out_dir=tmp_path / "data")
-    meta = prepare.load_dataset(folder)[2]
-    assert meta["train_bytes"] + meta["val_bytes"] == len(PREP_TEXT.encode())
-    assert [f.name for f in (tmp_path / "data" / "raw" / "shakespeare").iterdir()] == ["input.txt"]
-
+# Downloads
 
 class Answers(http.server.BaseHTTPRequestHandler):
-    """GET /FILE: what ANSWERS says, (bytes, the length it claims or None)."""
+    """GET /FILE: (bytes, the length that is claimed, or None)."""
     body = b"a few words of text\n" * 99
     answers = {"whole.txt": (body, len(body)), "half.txt": (body[:99], len(body)), "more.txt": (body, 99),
-               "page.txt": (b" <HTML><body>please log in", 26), "no_length.txt": (body, None),
-               "broken.gz": (gzip.compress(body)[:-9], 90), "broken.zip": (b"PK" + body, len(body) + 2)}
+               "page.txt": (b" <HTML><body>please log in", 26), "no_length.txt": (body, None)}
 
     def do_GET(self):
         body, size = self.answers[self.path[1:]]
@@ -3824,36 +3515,43 @@ class Answers(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_downloads_that_go_wrong_leave_nothing(tmp_path):
+def test_downloads_are_whole_and_checked(tmp_path, monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     sha, there = hashlib.sha256(Answers.body).hexdigest(), f"http://127.0.0.1:{server.server_port}/"
-    for name, digest, message in [
-            ("half.txt", sha, "99 of 1,980 bytes"), ("more.txt", sha, "sha256"), ("page.txt", None, "web page"),
-            ("page.txt", sha, "web page"), ("no_length.txt", None, "neither its checksum"), ("broken.gz", None, "cannot"),
-            ("broken.zip", None, "cannot"), ("whole.txt", None, "neither its checksum"), ("whole.txt", "0" * 64, sha)]:
-        with pytest.raises(ValueError, match=message) as error:
-            prepare.download(there + name, tmp_path / "raw", digest)
-        assert there + name in str(error.value) and not list((tmp_path / "raw").iterdir())
+    (tmp_path / "half.txt.gz").write_bytes(gzip.compress(os.urandom(9999))[:-99])
+    here, raw = tmp_path.as_uri() + "/", tmp_path / "raw"
+    for url, digest, message in [
+            (there + "half.txt", sha, "99 of 1,980 bytes"), (there + "more.txt", sha, "sha256"),
+            (there + "page.txt", None, "web page"), (there + "page.txt", sha, "web page"),
+            (there + "no_length.txt", None, "neither its checksum"), (there + "whole.txt", None, "neither its checksum"),
+            (there + "whole.txt", "0" * 64, sha), (here + "half.txt.gz", None, "ended before"), ("x", None, "unknown"),
+            (here + "none", None, "prepare.py --text FILE")]:
+        with pytest.raises(ValueError, match=f"cannot download {re.escape(url)}.*{message}"):
+            prepare.download(url, raw, digest)
+        assert not list(raw.iterdir())
     for name in ("whole.txt", "no_length.txt"):
-        assert prepare.download(there + name, tmp_path / "raw", sha).read_bytes() == Answers.body
+        assert prepare.download(there + name, raw, sha).read_bytes() == Answers.body
+    monkeypatch.setitem(prepare.URLS, "shakespeare", [there + "whole.txt"])
+    monkeypatch.setitem(prepare.SHA256, "shakespeare", sha)
+    meta = prepare.load_dataset(prepare.prepare("shakespeare", tokenizer="byte", out_dir=tmp_path))[2]
+    assert meta["train_bytes"] + meta["val_bytes"] == len(Answers.body)
     server.shutdown()
     server.server_close()
 
 
 def test_shards(tmp_path, monkeypatch):
-    for split, i in (("val", 0), ("train", 1), ("train", 2)):
-        header = np.zeros(256, np.int32)
-        header[:3] = 20240520, 1, 1000
-        ids = np.r_[256, np.arange(999) % 256] + 0 * i
-        (tmp_path / f"{split}_{i:06d}.bin").write_bytes(header.tobytes() + ids.astype(np.uint16).tobytes())
+    """As many tokens as asked for, from no more shards than they need."""
+    ids = np.r_[256, np.arange(999) % 256].astype(np.uint16)
+    for name in ("val_000000", "train_000001", "train_000002"):
+        (tmp_path / f"{name}.bin").write_bytes(np.r_[20240520, 1, 1000, [0] * 253].astype(np.int32).tobytes() + ids.tobytes())
     monkeypatch.setitem(prepare.SHARDS, "fineweb10B", (tmp_path.as_uri() + "/{}_{:06d}.bin", 2))
-    monkeypatch.setattr(prepare, "find_tokenizer", lambda spec: prepare.Tokenizer("byte"))         # gpt2 itself is a download
-    folder = prepare.prepare("fineweb10B", out_dir=tmp_path / "data", max_tokens=900)
-    train, val, meta = prepare.load_dataset(folder)
-    assert len(train) == 900 and len(val) == 1000 and meta["val_documents"] == 1
-    assert not (tmp_path / "data" / "raw" / "fineweb10B" / "train_000002.bin").exists()     # not reached, not fetched
-    assert len(prepare.load_dataset(prepare.prepare("fineweb10B", "more", out_dir=tmp_path / "data", max_tokens=1500))[0]) == 1500
+    monkeypatch.setattr(prepare, "find_tokenizer", lambda spec: prepare.Tokenizer("byte"))         # gpt2 is a download
+    for n, second in ((900, False), (1500, True)):
+        folder = prepare.prepare("fineweb10B", str(n), out_dir=tmp_path / "data", max_tokens=n)
+        train, val, meta = prepare.load_dataset(folder)
+        assert (len(train), len(val), meta["val_documents"]) == (n, 1000, 1)
+        assert (tmp_path / "data/raw/fineweb10B/train_000002.bin").exists() == second
 
 # ---------------------------------------------------------------------------------------------------------------------
 # sample.py
@@ -3943,47 +3641,11 @@ def test_block_chain_is_a_distribution():
         assert sample.block_chain(lm, x, 1, "left").mean().item() == pytest.approx(diffusion.mdm_nll(lm, x, 2, 4, noise_block=1)[0], abs=1e-9)
 
 
-@pytest.mark.parametrize("script", ["sample", "train", "bench", "prepare"])
-def test_ctrl_c_during_imports_is_no_traceback(script, tmp_path):
-    """A module that stops in the middle of its import stands for any that takes long."""
-    for name in ("torch", "numpy"):
-        (tmp_path / f"{name}.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
-    command, env = [sys.executable, Path(__file__).with_name(f"{script}.py")], dict(os.environ, PYTHONPATH=str(tmp_path))
-    p = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert p.stdout.readline() == "importing\n"
-    p.send_signal(signal.SIGINT)
-    assert p.communicate(timeout=30) == ("", "") and p.returncode == -signal.SIGINT
-
-
 def test_dual_cache_needs_layers_that_rewrite():
     sample.check_dual_cache(tiny(layers="mla full"))
     for bad in (tiny(layers="full(window=4) full"), tiny(window=8), tiny(layers="kda*3 full")):
         with pytest.raises(ValueError, match="leave --cache out"):
             sample.check_dual_cache(bad)
-
-
-def test_sample_refuses(runs, capsys, tmp_path, monkeypatch):
-    for argv, message in (("ar --prompt a_[MASK:2]", "needs a diffusion model"), ("ar --steps 4", "autoregressive"), ("none", "no checkpoint"),
-                          (f"ar --prompt {'a' * 30}", "window of 16"), (f"mdm --prompt {'a' * 30}", "window of 16"),
-                          ("mdm --prompt a --max_new_tokens 0", "put [MASK]"), ("mdm --steps 0", "at least 1"), ("mdm --order best", "max_prob"), ("mdm --order=", "max_prob"),
-                          ("mdm --threshold 1.5", "(0, 1]"), ("mdm --threshold 0", "(0, 1]"), ("mdm --threshold 0.9 --steps 3", "exclude"),
-                          ("mdm --threshold 0.9 --order left", "max_prob"), ("mdm --cache", "block_size"), ("mdm --block_size 0", "at least 1"),
-                          ("mdm --refresh 2", "needs --cache"), ("mdm --block_size 4 --cache --refresh 0", "at least 1"),
-                          ("ar --steps 0", "autoregressive"), ("mixed --steps 0", "at least 1"), ("block --block_size 0", "blocks of 4"),
-                          ("mdm --device cudaa", "auto, cuda"), ("mdm --prompt a[MASK:-2]", "[MASK:n]"),
-                          ("mdm --prompt a[MASK:0]b", "[MASK:0]"), ("block --block_size 8", "blocks of 4"), ("block --cache", "blocks of 4"), ("mdm --temperature -1", "temperature")):
-        run, *rest = argv.split()
-        assert sample.main([str(runs / run), *rest]) == 2, argv
-        error = capsys.readouterr().err
-        assert message in error and len(error.splitlines()) == 1, (argv, error)
-    monkeypatch.chdir(tmp_path)
-    Path("text").write_bytes(b"\xff" * 50)
-    for argv, message in (("--text text", "text is no UTF-8"), ("--text text --windows -1", "--windows -1"), ("--text none", "none")):
-        assert sample.main(["score", str(runs / "ar"), *argv.split()]) == 2, argv
-        error = capsys.readouterr().err
-        assert message in error and len(error.splitlines()) == 1, (argv, error)
-    monkeypatch.setattr(diffusion, "sample_mdm", lambda *a, **how: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert sample.main([str(runs / "mdm")]) == 130
 
 # ---------------------------------------------------------------------------------------------------------------------
 # bench.py
@@ -4000,18 +3662,6 @@ def test_crossing():
     assert bench.crossing(ar, curve(4.0, 3.5, 3.0, 2.5, 3.99)) is None, "two successive evaluations are needed"
     assert bench.crossing(ar, curve(4.0, 3.5, 3.0, 2.5, 2.2, se=0.6)) is None, "within two standard errors it does not count"
     assert bench.crossing(None, mdm, level=3.2)["epoch"] == pytest.approx(2 ** (1 + 0.3 / 0.5))
-
-
-@pytest.mark.parametrize("line", ["crossover --seeds 0", "tools --problems 0", "theory --sequences 0", "theory --lengths 4", "theory --steps 3",
-                                  "recall --objectives block", "recall --lengths 100", "crossover --x days", "crossover --arm own", "sparsity --ratio 1", "sparsity --workers 0", "moe --steps 1", "moe --repeat 0", "moe --threads 0",
-                                  "moe --device gpu", "crossover --arms ar", "crossover --arms arr", "crossover --scale tpu", "sparsity --match both",
-                                  "train --preset gpt3"])
-def test_bench_refuses(line, dataset, tmp_path, capsys):
-    small = "--unique_tokens 320 --n_layer 1 --n_head 2 --n_embd 32 --block_size 16 --batch_tokens 64"
-    few = f" --scale cpu --dataset {dataset} {small} --out {tmp_path}/runs" if line.split()[0] in ("crossover", "sparsity") else ""
-    assert bench.main((line.replace(" ", few + " ", 1) + f" --results {tmp_path}").split()) == 2
-    error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1 and line.split()[1] in error
 
 
 SIZES = "--n_head 2 --head_dim 16 --repeat 1 --device cpu"
@@ -4221,27 +3871,6 @@ def test_diffusion_choices_are_their_definition():
         assert left == pytest.approx(values[0], abs=1e-8), "the first permutation is left to right"
 
 
-def test_groups_share_masks():
-    """Of one group: the same places hidden where both ends have them; across groups not. And the bound has no bias by it."""
-    seen = []
-
-    def f(idx, causal):
-        seen.append(idx)
-        return torch.zeros(*idx.shape, 13)
-    x, scored = torch.zeros(4, 12, dtype=torch.int64), torch.arange(12) >= 4
-    scored = scored.expand(4, -1).clone()
-    scored[1, 8:] = False                                           # a shorter end
-    diffusion.mdm_nll(f, x, 13, 64, scored=scored, group=torch.tensor([0, 0, 0, 1]), batch_size=10 ** 6)
-    masked = torch.cat([s.view(-1, 4, 12) for s in seen]) == 13     # (64, 4, 12)
-    assert torch.equal(masked[:, 0], masked[:, 2]) and not torch.equal(masked[:, 0], masked[:, 3])
-    n, short = masked[:, 0].sum(1), masked[:, 1].sum(1)
-    assert sorted(n.tolist()) == sorted(list(range(1, 9)) * 8), "n ~ U{1..8}, stratified"
-    assert torch.equal(short, (n + 1) // 2) and short.max() == 4, "the same fraction of an end half as long"
-    rank = lambda m: m[:, 4:8].long()
-    more = (rank(masked[:, 0]) - rank(masked[:, 1]))
-    assert ((more >= 0).all(1) | (more <= 0).all(1)).all(), "nested: the same uniforms decide"
-
-
 def test_block_choices_are_their_definition():
     """Block diffusion: a chain of blocks, the places behind an end hidden for good; blocks of 1 have no masks to draw."""
     lm = diff_lm()
@@ -4336,21 +3965,6 @@ def test_bad_items_name_file_and_line(runs, tmp_path, capsys, row, message):
     assert bench.main(["choices", str(runs / "ar"), "--files", str(path), "--results", str(tmp_path), "--out", str(tmp_path / "o")]) == 2
     error = capsys.readouterr().err
     assert f"{path} line 2 " in error and message in error and len(error.splitlines()) == 1 and not (tmp_path / "o").exists(), error
-
-
-def test_choices_refuse(runs, tmp_path, capsys):
-    good, empty, broken = write_jsonl(tmp_path / "g.jsonl", GOOD), write_jsonl(tmp_path / "e.jsonl"), tmp_path / "b.jsonl.gz"
-    broken.write_bytes(gzip.compress(json.dumps(GOOD).encode() * 999)[:-30])
-    (tmp_path / "l.jsonl").write_bytes(b"\xff\xfe")
-    deep = write_jsonl(tmp_path / "d.jsonl", "[" * 100_000)
-    for argv, message in ((f"ar --files {empty}", "holds no items"), (f"ar --files {broken}", "cannot read"), (f"ar --files {tmp_path}/l.jsonl", "iconv -f UTF-16"),
-                          (f"ar --files {tmp_path}/none.jsonl", "No such file"), (f"ar --files {good} --measures bound", "whose likelihoods are exact"),
-                          (f"mdm --files {good} --measures left", "exact, bound, chain"), (f"mdm --files {good} --n_mc 6", "multiple of 4"),
-                          (f"ar --files {good} --limit 0", "at least 1"), ("nothing", "no checkpoint"), (f"ar --files {deep}", "line 1 is no JSON")):
-        run, *rest = argv.split()
-        assert bench.main(["choices", str(runs / run), *rest]) == 2, argv
-        error = capsys.readouterr().err
-        assert message in error and len(error.splitlines()) == 1, (argv, error)
 
 
 def test_choices_end_to_end_and_resume(runs, tmp_path, capsys, monkeypatch):
@@ -4663,7 +4277,6 @@ def test_recall_accuracy_of_the_oracle_is_one_and_of_guessing_chance(causal):
         share, se = bench.recall_accuracy(guess, 512, 8, mask_id, causal, text)
         assert abs(share - 1 / bench.VALUES) < 5 * se < 0.05
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # tool calls
 
@@ -4897,6 +4510,255 @@ def test_a_compiled_kernel_is_the_one_asked_for(monkeypatch):
         with bench.sdpa(kernel, only):
             assert state() == expected
         assert state() == before
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands: what is refused, help, Ctrl-C
+
+def typed(script, line, *more):
+    """(exit status, stdout, stderr) of a command line, run in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = script.main([*shlex.split(line), *map(str, more)])
+        except SystemExit as end:                                   # argparse's own way out
+            status = end.code
+    return status, out.getvalue(), err.getvalue()
+
+
+def contents(*folders):
+    return {path: path.read_bytes() for folder in folders for path in Path(folder).rglob("*") if path.is_file()}
+
+
+# A command line and what its complaint must say. A new refusal is tested by being listed here.
+TRAIN = """--dataset DATASET --out new --unique_tokens 320 --n_layer 1 --n_head 2 --n_embd 16 --block_size 16
+           --batch_tokens 64 --max_steps 1"""
+REFUSALS = """
+train TRAIN --max_step 3                                    => --max_steps
+train TRAIN --objective arr                                 => did you mean 'ar'
+train TRAIN --dataset nothing                               => prepare.py --text FILE --name nothing
+train TRAIN --unique_tokens 99999999                        => more than
+train TRAIN --block_size 4096                               => smaller --block_size
+train TRAIN --block_size 512                                => smaller --block_size
+train TRAIN --n_head 3                                      => multiple of n_head
+train TRAIN --set n_kv_head=4 --n_head 6 --n_embd 24        => n_kv_head
+train TRAIN --epochs -1                                     => above 0
+train TRAIN --epochs inf                                    => finite
+train TRAIN --batch_tokens 70                               => multiple of block_size
+train TRAIN --set windw=3                                   => did you mean 'window'
+train TRAIN --set window                                    => key=value
+train TRAIN --set n_expert=abc                              => n_expert abc
+train TRAIN --set vocab_size=500                            => tokenizer's, 257
+train TRAIN --set n_expert=4 n_expert_active=5              => must not exceed
+train TRAIN --layers ful                                    => did you mean 'full'
+train TRAIN --layers full(window=3                          => unbalanced
+train TRAIN --preset gpt2 --set position=rotary             => fixes position=learned
+train TRAIN --eval_epochs often                             => neither a list
+train TRAIN --eval_epochs 0                                 => neither a list
+train TRAIN --eval_epochs geometric:99999999999             => neither a list
+train TRAIN --objective mixed --ar_frac 0                   => one of each kind
+train TRAIN --objective mdm --input_mask 0.1                => no AR rows
+train TRAIN --objective block --diffusion_block 5           => must divide
+train TRAIN --indexer_warmup 3                              => indexer
+train TRAIN --lr nan                                        => --lr
+train TRAIN --lr 1e30 --warmup 0                            => the norm of the weights became
+train TRAIN --max_steps 1e400                               => --max_steps
+train TRAIN --beta2 1                                       => below 1
+train TRAIN --dropout 2                                     => between 0 and 1
+train TRAIN --seed -1                                       => --seed -1
+train TRAIN --threads 100000                                => --threads
+train TRAIN --learning_rate 1                               => did you mean --lr
+train TRAIN --batch_size 12                                 => did you mean --batch_tokens
+train TRAIN --wandb_log 1                                   => see --help
+train TRAIN --fsdp                                          => torchrun
+train TRAIN --device cuda:9                                 => CUDA
+train TRAIN --device gpu                                    => cuda:0, mps or cpu
+train TRAIN --out file/x                                    => cannot write
+train TRAIN --out RUNS/ar                                   => already holds a run
+train TRAIN --init_from no                                  => no checkpoint
+train --dataset DATASET --resume no.pt                      => no checkpoint
+train --dataset DATASET --resume cut.pt                     => truncated
+train --dataset DATASET --out RUNS/ar --resume auto --n_embd 32  => checkpoint: 16
+train --dataset DATASET --out RUNS/ar --resume auto --lr 1  => --init_from
+
+prepare --toknizer byte                                     => mean --tokenizer
+prepare --tok=byte                                          => mean --tokenizer
+prepare --learning_rate=1                                   => see --help
+prepare --dataset dox                                       => no dataset dox; expected --text FILE or docs
+prepare --tokenizer gpt5                                    => gpt2
+prepare --tokenizer bpe:12                                  => bpe:N
+prepare --corrupt 1.5                                       => 1.5
+prepare --val_fraction 0                                    => val_fraction
+prepare --val_fraction x                                    => --val_fraction: 'x': expected a finite number
+prepare --val text                                          => --text
+prepare --text no.txt                                       => no.txt
+prepare --text /dev/null                                    => /dev/null
+prepare --text file                                         => part of file is empty
+prepare --max_tokens 0                                      => max_tokens
+prepare --name a/b                                          => out_dir
+prepare --seed -1                                           => --seed -1
+prepare --seed nan                                          => --seed
+prepare --dataset fineweb10B --tokenizer byte               => gpt2
+prepare --dataset shakespeare --text file                   => exclude each other
+prepare --text text --tokenizer byte --bpe_text text        => bpe_text
+prepare --text good.jsonl --out_dir file --tokenizer byte   => file
+
+sample RUNS/none                                            => no checkpoint
+sample RUNS/ar --prompt a_[MASK:2]                          => needs a diffusion model
+sample RUNS/ar --steps 4                                    => autoregressive
+sample RUNS/ar --steps 0                                    => autoregressive
+sample RUNS/ar --prompt aaaaaaaaaaaaaaaaaaaaaaaaaaaaaa      => window of 16
+sample RUNS/mdm --prompt aaaaaaaaaaaaaaaaaaaaaaaaaaaaaa     => window of 16
+sample RUNS/mdm --prompt a --max_new_tokens 0               => put [MASK]
+sample RUNS/mdm --prompt a[MASK:-2]                         => [MASK:n]
+sample RUNS/mdm --prompt a[MASK:0]b                         => [MASK:0]
+sample RUNS/mdm --steps 0                                   => at least 1
+sample RUNS/mixed --steps 0                                 => at least 1
+sample RUNS/mdm --order best                                => max_prob
+sample RUNS/mdm --order=                                    => max_prob
+sample RUNS/mdm --threshold 1.5                             => (0, 1]
+sample RUNS/mdm --threshold 0                               => (0, 1]
+sample RUNS/mdm --threshold 0.9 --steps 3                   => exclude
+sample RUNS/mdm --threshold 0.9 --order left                => max_prob
+sample RUNS/mdm --temperature -1                            => temperature
+sample RUNS/mdm --cache                                     => block_size
+sample RUNS/mdm --block_size 0                              => at least 1
+sample RUNS/mdm --refresh 2                                 => needs --cache
+sample RUNS/mdm --block_size 4 --cache --refresh 0          => at least 1
+sample RUNS/block --block_size 0                            => blocks of 4
+sample RUNS/block --block_size 8                            => blocks of 4
+sample RUNS/block --cache                                   => blocks of 4
+sample RUNS/mdm --device cudaa                              => auto, cuda
+sample RUNS/ar --num_samples nan                            => --num_samples
+sample RUNS/ar --num_samples 1e12                           => --num_samples
+sample RUNS/ar --max_new_tokens 1e12                        => --max_new_tokens
+sample RUNS/ar --beside x                                   => --gif
+sample RUNS/ar --gif no/a.gif                               => cannot write
+sample RUNS/ar --gif a.gif --beside x                       => no checkpoint
+sample RUNS/ar --tool abacus                                => calculator
+sample RUNS/mdm --tool calculator                           => ar or block
+sample score RUNS/ar --text text                            => text is no UTF-8
+sample score RUNS/ar --text text --windows -1               => --windows -1
+sample score RUNS/ar --text none                            => none
+
+bench crossover FEW --seeds 0                               => --seeds
+bench crossover FEW --x days                                => --x
+bench crossover FEW --arm own                               => --arm
+bench crossover FEW --arms ar                               => --arms
+bench crossover FEW --arms arr                              => --arms
+bench crossover FEW --scale tpu                             => --scale
+bench sparsity FEW --ratio 1                                => --ratio
+bench sparsity FEW --workers 0                              => --workers
+bench sparsity FEW --match both                             => --match
+bench tools --problems 0                                    => --problems
+bench theory --sequences 0                                  => --sequences
+bench theory --lengths 4                                    => --lengths
+bench theory --steps 3                                      => --steps
+bench recall --objectives block                             => --objectives
+bench recall --lengths 100                                  => --lengths
+bench moe --steps 1                                         => --steps
+bench moe --repeat 0                                        => --repeat
+bench moe --threads 0                                       => --threads
+bench moe --device gpu                                      => --device
+bench train --preset gpt3                                   => --preset
+bench train --vs no                                         => nanoGPT checkout
+bench compare .                                             => no evaluation
+bench decode --run_mdm RUNS/ar --dataset DATASET            => --run_mdm
+bench decode --judge none                                   => no checkpoint none
+bench decode --batches 0,8                                  => --batches 0
+bench decode --objective block                              => ar, mdm
+bench panel --run_block RUNS/mixed --dataset DATASET        => --run_block
+bench panel --n_mc 3                                        => multiple of 4
+bench panel --windows 0                                     => --windows 0
+bench panel --threads 0                                     => --threads 0
+bench panel --run_ar RUNS/ar --run_mdm RUNS/mdm --run_block RUNS/block --workers 0  => --workers 0
+bench choices none --threads -1                             => --threads -1
+bench choices none --which worst                            => --which worst
+bench choices RUNS/none                                     => no checkpoint
+bench choices RUNS/ar --files empty.jsonl                   => holds no items
+bench choices RUNS/ar --files broken.jsonl.gz               => cannot read
+bench choices RUNS/ar --files utf16.jsonl                   => iconv -f UTF-16
+bench choices RUNS/ar --files deep.jsonl                    => line 1 is no JSON
+bench choices RUNS/ar --files none.jsonl                    => No such file
+bench choices RUNS/ar --files good.jsonl --measures bound   => whose likelihoods are exact
+bench choices RUNS/mdm --files good.jsonl --measures left   => exact, bound, chain
+bench choices RUNS/mdm --files good.jsonl --n_mc 6          => multiple of 4
+bench choices RUNS/ar --files good.jsonl --limit 0          => at least 1
+"""
+
+
+@pytest.mark.parametrize("row", filter(None, REFUSALS.split("\n")), ids=lambda row: row.split("=>")[0].strip())
+def test_refusals(row, dataset, runs, tmp_path, monkeypatch):
+    """One line that names what is wrong and the exit status 2; nothing is trained, lost or overwritten."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "run_arms", None)
+    for name, raw in (("file", b""), ("cut.pt", b"PK\x03\x04 not the whole file"), ("text", b"\xff" * 50),
+                      ("empty.jsonl", b""), ("good.jsonl", json.dumps(GOOD).encode()), ("deep.jsonl", b"[" * 100_000),
+                      ("utf16.jsonl", b"\xff\xfe"), ("broken.jsonl.gz", gzip.compress(json.dumps(GOOD).encode() * 99)[:-9])):
+        Path(name).write_bytes(raw)
+    line, word = row.split("=>")
+    for name, value in dict(TRAIN=TRAIN, FEW=FEW, DATASET=dataset, RUNS=str(runs)).items():
+        line = line.replace(name, value)
+    before = contents(tmp_path, runs, dataset)
+    script, line = line.split(maxsplit=1)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py"])
+    status, _, error = typed(globals()[script], line)
+    *others, error = error.splitlines()
+    assert status == 2 and error.startswith(f"{script}.py: ") and word.strip() in error, error
+    assert len(others) == ("--gif" in line), "of what was sampled"
+    assert before.items() <= contents(tmp_path, runs, dataset).items()
+
+
+@pytest.mark.parametrize("script, line", [(train, ""), (sample, ""), (prepare, ""), (bench, "choices")])
+def test_whatever_was_typed(script, line):
+    """argparse itself takes --flag=-- for an empty list."""
+    for more in (["--tokenizer=--"], ["--device=--"], ["--n\nope=a"], ["a\nb" * 999, "--device=cpu\n"], ["--seed=" + "9" * 5000]):
+        status, _, error = typed(script, line, *more)
+        assert status == 2 and len(error.splitlines()) == 1 and len(error) < 600, error
+
+
+def test_numbers():
+    whole = {"1e6": 10**6, "30M": 30 * 10**6, "2.5k": 2500, "1_000_000": 10**6, "-3": -3, "007": 7, str(2**63 - 1): 2**63 - 1}
+    real = {"0.1": 0.1, "1e-3": 0.001, ".5": 0.5, "1B": 1e9}
+    none = ["nan", "-nan", "inf", "1e400", "1e999", "１２", "٣", "½", "", "-", ".", "e5", "10**3", "0x10", "1,2", " 5", "None",
+            "−1", "9" * 5000]
+    for kind, right, wrong, words in ((int, whole, ["1.5", "1e-3", str(2**63)], "a whole number"), (float, real, [], "finite")):
+        for text, value in right.items():
+            assert prepare.number(text, kind) == value and type(prepare.number(text, kind)) is kind
+        for text in none + wrong:
+            with pytest.raises(ValueError, match=words):
+                prepare.number(text, kind)
+
+
+def test_every_command_has_help():
+    commands = [(train, ""), (prepare, ""), (sample, ""), (sample, "score"), (bench, "")]
+    for script, line in [*commands, *((bench, name) for name in bench.EXPERIMENTS)]:
+        status, text, _ = typed(script, f"{line} --help")
+        assert status == 0 and "--help" in text
+        assert not [word for word in ("%%", "default: None", "default: []", "default: ()") if word in text]
+    text = typed(train, "--help")[1]
+    assert len(train.DEFAULTS) <= 45 and all(f"--{name}" in text for name in train.DEFAULTS)
+
+
+def test_ctrl_c_is_one_line(runs, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+    for module, name, script, line in ((train, "train", train, ""), (prepare, "prepare", prepare, ""),
+                                       (diffusion, "sample_mdm", sample, f"{runs}/mdm")):
+        monkeypatch.setattr(module, name, interrupted)
+        status, _, error = typed(script, line)
+        assert status == 130 and len(error.splitlines()) <= 1
+
+
+@pytest.mark.parametrize("script", ["sample", "train", "bench", "prepare"])
+def test_ctrl_c_during_imports_is_no_traceback(script, tmp_path):
+    """A module that stops in the middle of its import stands for any that takes long."""
+    for name in ("torch", "numpy"):
+        (tmp_path / f"{name}.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    command, env = [sys.executable, Path(__file__).with_name(f"{script}.py")], dict(os.environ, PYTHONPATH=str(tmp_path))
+    p = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert p.stdout.readline() == "importing\n"
+    p.send_signal(signal.SIGINT)
+    assert p.communicate(timeout=30) == ("", "") and p.returncode == -signal.SIGINT
 
 # ---------------------------------------------------------------------------------------------------------------------
 # On a GPU: python -m pytest test_all.py -m gpu
