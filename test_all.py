@@ -4686,7 +4686,7 @@ bench choices RUNS/ar --files good.jsonl --limit 0          => at least 1
 """
 
 
-@pytest.mark.parametrize("row", filter(None, REFUSALS.split("\n")), ids=lambda row: row.split("=>")[0].strip())
+@pytest.mark.parametrize("row", list(filter(None, REFUSALS.split("\n"))), ids=lambda row: row.split("=>")[0].strip())
 def test_refusals(row, dataset, runs, tmp_path, monkeypatch):
     """One line that names what is wrong and the exit status 2; nothing is trained, lost or overwritten."""
     monkeypatch.chdir(tmp_path)
