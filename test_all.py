@@ -40,7 +40,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch._functorch import config as functorch_config
-from torch.nn.attention import SDPBackend
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention import SDPBackend, flex_attention
 
 import attention
 import bench
@@ -83,11 +84,18 @@ def close(a, b, tol=None):
     size = b.detach().nan_to_num(posinf=0, neginf=0).abs().max().item()
     torch.testing.assert_close(a, b, rtol=0, atol=tol * size)
 
+
+def off(a, b, norm=None):
+    """The norm of a - b, relative to that of b, which is the truth in float64, or to another."""
+    assert torch.isfinite(a).all()
+    return ((a.double() - b).norm() / (b.norm() if norm is None else norm).clamp(min=1e-30)).item()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Size
 
 BUDGET = {"attention.py": 19_400, "model.py": 6_200, "diffusion.py": 5_200, "train.py": 12_100, "sample.py": 4_100,
-          "prepare.py": 7_800, "bench.py": 28_800, "test_all.py": 67_200}
+          "prepare.py": 7_800, "bench.py": 28_800, "test_all.py": 64_850}
 NARROW = ("attention.py", "model.py", "diffusion.py", "train.py", "sample.py", "prepare.py", "bench.py")
 
 
@@ -102,154 +110,347 @@ def test_size(name):
     assert count <= BUDGET[name], "say less, or raise the budget"
     assert name not in NARROW or max(map(len, text.splitlines())) <= 110
 
-# ---------------------------------------------------------------------------------------------------------------------
-# attention.py: helpers and the contract of every layer
+
+# ------------------------------------------------------------------------------------------------------------
+# attention.py: the contract of every layer
 
 def tiny(**values):
     """A small model's config; block_size covers every length used here."""
     return override(ModelConfig(vocab_size=11, block_size=256, n_layer=2, n_head=4, n_embd=32), values)
 
 
-def test_softmax_attention_is_its_definition():
-    torch.manual_seed(0)
-    B, H, Hkv, T, D = 2, 4, 2, 13, 8
-    q, k, v = (torch.randn(B, h, T, D, dtype=torch.float64) for h in (H, Hkv, Hkv))
-    sink = torch.randn(H, dtype=torch.float64)
-    for causal, window, s in itertools.product((True, False), (None, 1, 5), (None, sink)):
-        y = softmax_attention(q, k, v, causal, window, s)
-        for b, h, t in itertools.product(range(B), range(H), range(T)):
-            keys = [j for j in range(T) if (not causal or j <= t) and (window is None or abs(t - j) < window)]
-            w = torch.stack([q[b, h, t] @ k[b, h // 2, j] / D ** 0.5 for j in keys] + ([s[h]] if s is not None else [])).exp()
-            expected = sum(w[i] * v[b, h // 2, j] for i, j in enumerate(keys)) / w.sum()
-            close(y[b, h, t], expected, 1e-12)
-    args = [a[:1, :2, :4, :3].clone().requires_grad_() for a in (q, k, v)] + [sink[:2].clone().requires_grad_()]
-    assert torch.autograd.gradcheck(lambda q, k, v, s: softmax_attention(q, k, v, True, 3, s), args)
+BLOCKS = dict(sel_block=8, sel_topk=4, cmp_block=8, cmp_stride=4)
 
-
-@exactly
-@pytest.mark.parametrize("window", (3, 130, 200))
-def test_long_windows_are_cut_into_stretches(window):
-    """The O(T window) form against the dense mask, causal and not, with a sink, the queries all or the last ones."""
-    torch.manual_seed(0)
-    q, k, v = torch.randn(3, 1, 2, 700, 8)
-    t = torch.arange(700)
-    for causal, sink, T in itertools.product((True, False), (None, torch.randn(2)), (700, 333)):
-        mask = visible(t[700 - T:], t, causal, window)
-        close(softmax_attention(q[:, :, 700 - T:], k, v, causal, window, sink),
-              softmax_attention(q[:, :, 700 - T:], k, v, sink=sink, mask=mask))
-
-
-@exactly
-def test_fewer_queries_than_keys_are_the_last_ones():
-    q, k, v = torch.randn(3, 1, 2, 9, 4)
-    close(softmax_attention(q[:, :, 5:], k, v), softmax_attention(q, k, v)[:, :, 5:])
-
-
-def test_count_visible():
-    for T, causal, window in itertools.product((1, 2, 7), (True, False), (None, 1, 3, 7, 9)):
-        t = torch.arange(T)
-        assert attention.count_visible(T, causal, window) == int(visible(t, t, causal, window).sum())
-
-
-def test_rotary_depends_on_distance_only():
-    torch.manual_seed(0)
-    q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64)
-    for interleaved in (False, True):
-        dot = lambda i, j: (attention.rotary(q, torch.tensor([i]), 8, interleaved=interleaved) *
-                            attention.rotary(k, torch.tensor([j]), 8, interleaved=interleaved)).sum()
-        close(dot(3, 1), dot(103, 101), 1e-5)                                          # the angles are float32
-        assert abs(dot(3, 1) - dot(3, 2)) > 1e-3
-
-
-def test_top_k_ties_and_visibility():
-    inf = math.inf
-    scores = torch.tensor([[1.0, -0.0, 1.0, 0.0, -inf, -2.0], [-inf, -inf, 3.0, -inf, -inf, -inf]])
-    index, picked = top_k(scores, 4)
-    assert index[0].tolist() == [0, 2, 1, 3] and picked[0].all()
-    assert index[1, 0] == 2 and picked[1].tolist() == [True, False, False, False]
-    random = torch.randn(50, 40).mul(2).round() / 2                                    # many ties
-    index, _ = top_k(random, 10)
-    assert torch.equal(index, random.sort(dim=-1, descending=True, stable=True).indices[:, :10])
-    assert torch.equal(top_k(random[:, :30], 5)[0], top_k(torch.cat([random[:, :30], torch.full((50, 9), -inf)], 1), 5)[0])
-
-
-# name of a case -> (layer, settings). A new layer or option is tested by being listed here.
+# case: its settings. The first word names the layer. A new layer or option is tested by being listed here.
 CASES = {
-    "mla": ("mla", {}),
-    "mla low-rank q": ("mla", dict(q_lora_rank=12, kv_lora_rank=4, qk_rope_head_dim=2, v_head_dim=6)),
-    "nsa": ("nsa", dict(n_kv_head=2, sel_block=8, sel_topk=4, cmp_block=8, cmp_stride=4, window=6)),
-    "nsa 6/2/4": ("nsa", dict(sel_block=4, sel_topk=5, sel_local=1, sel_tile=1, cmp_block=6, cmp_stride=2, window=3, attn_gate=True)),
-    "infllm": ("infllm", dict(n_kv_head=2, sel_block=8, sel_topk=4, sel_local=2, cmp_block=8, cmp_stride=4, dense_len=20)),
-    "infllm default": ("infllm", {}),
-    "moba": ("infllm", dict(n_kv_head=2, sel_block=8, sel_topk=2, sel_init=0, sel_local=1, cmp_block=8, cmp_stride=8, dense_len=0,
-                            sel_per_head=True)),
-    "msa": ("msa", dict(n_kv_head=2, sel_block=8, sel_topk=2, qk_norm=True, rotary_fraction=0.5, index_head_dim=6)),
-    "dsa": ("dsa", dict(sel_topk=15, q_lora_rank=12)),
-    "linear": ("linear", {}),
-    "linear fixed": ("linear", dict(linear_decay="fixed")),
-    "linear head": ("linear", dict(linear_decay="head", linear_n_v_head=8, linear_key_dim=6, linear_value_dim=10)),
-    "linear channel": ("linear", dict(linear_decay="channel", out_gate_rank=0)),
-    "deltanet": ("deltanet", dict(neg_eigval=True)),
-    "gated_deltanet": ("gated_deltanet", dict(linear_n_head=2, linear_n_v_head=4, linear_key_dim=8, linear_value_dim=12)),
-    "gated_deltanet lower": ("gated_deltanet", dict(decay_gate="lower", out_gate="sigmoid", conv_size=1, bidir="sum")),
-    "kda": ("kda", {}),
-    "kda softplus": ("kda", dict(decay_gate="softplus", neg_eigval=True, out_gate_rank=0)),
-    "dsa direct q": ("dsa", dict(sel_topk=15, index_n_head=3, index_head_dim=10)),
-    "full": ("full", {}),
-    "full gqa": ("full", dict(n_kv_head=2)),
-    "full window": ("full", dict(window=5)),
-    "full sink": ("full", dict(sink=True)),
-    "full gate": ("full", dict(attn_gate=True)),
-    "full qk_norm": ("full", dict(qk_norm=True)),
-    "full partial rotary": ("full", dict(rotary_fraction=0.25, head_dim=16)),
-    "full all": ("full", dict(n_kv_head=1, window=7, sink=True, attn_gate=True, qk_norm=True, rotary_fraction=0.5)),
+    "full": {},
+    "full gqa": dict(n_kv_head=2),
+    "full window": dict(window=5),
+    "full sink": dict(sink=True),
+    "full partial rotary": dict(rotary_fraction=0.25, head_dim=16),
+    "full all": dict(n_kv_head=1, window=7, sink=True, attn_gate=True, qk_norm=True, rotary_fraction=0.5),
+    "mla": {},
+    "mla unrotated": dict(qk_rope_head_dim=0),
+    "mla low-rank q": dict(q_lora_rank=12, kv_lora_rank=4, qk_rope_head_dim=2, v_head_dim=6),
+    "nsa": dict(n_kv_head=2, window=6, **BLOCKS),
+    "nsa 6/2/4": dict(sel_block=4, sel_topk=5, sel_local=1, sel_tile=1, cmp_block=6, cmp_stride=2, window=3,
+                      attn_gate=True),
+    "infllm default": {},
+    "infllm": dict(n_kv_head=2, sel_local=2, dense_len=20, **BLOCKS),
+    "infllm moba": dict(n_kv_head=2, sel_block=8, sel_topk=2, sel_init=0, sel_local=1, cmp_block=8,
+                        cmp_stride=8, dense_len=0, sel_per_head=True),
+    "msa": dict(n_kv_head=2, sel_block=8, sel_topk=2, qk_norm=True, rotary_fraction=0.5, index_head_dim=6),
+    "dsa": dict(sel_topk=9, q_lora_rank=12),
+    "dsa direct q": dict(sel_topk=15, index_n_head=3, index_head_dim=10),
+    "linear fixed": dict(linear_decay="fixed"),
+    "linear head": dict(linear_decay="head", linear_n_v_head=8, linear_key_dim=6, linear_value_dim=10),
+    "linear lower": dict(linear_decay="channel", decay_gate="lower", conv_size=1),
+    "linear channel": dict(linear_decay="channel", out_gate_rank=0),
+    "linear": {},
+    "deltanet": dict(neg_eigval=True),
+    "gated_deltanet lower": dict(decay_gate="lower", out_gate="sigmoid", conv_size=1, neg_eigval=True),
+    "gated_deltanet": dict(linear_n_head=2, linear_n_v_head=4, linear_key_dim=8, linear_value_dim=12),
+    "kda softplus": dict(decay_gate="softplus", neg_eigval=True, out_gate_rank=0, linear_n_v_head=8),
+    "kda": {},
 }
 
 
-# settings in which a layer must differ from its cases, each for itself
-OTHERS = dict(n_embd=64, n_head=2, bias=True, norm_eps=0.1, position="none", rope_base=10.0, rotary_fraction=0.5, n_kv_head=1, head_dim=12, qk_norm=True,
-              attn_gate=True, window=2, sink=True, linear_n_head=1, linear_n_v_head=8, linear_key_dim=4, linear_value_dim=4, linear_decay="channel",
-              decay_gate="softplus", g_min=-1.0, neg_eigval=True, conv_size=2, out_gate=None, out_gate_rank=3, bidir="forward", q_lora_rank=8,
-              kv_lora_rank=12, qk_nope_head_dim=4, qk_rope_head_dim=6, v_head_dim=4, sel_block=16, sel_topk=6, sel_init=2, sel_local=3, sel_tile=2,
-              cmp_block=16, cmp_stride=2, dense_len=30, sel_per_head=True, index_n_head=1, index_head_dim=12)
+def cases(*families):
+    return [case for case in CASES if ATTENTION[case.split()[0]].family in families]
+
+
+each_case = pytest.mark.parametrize("case", CASES)
+each_sparse = pytest.mark.parametrize("case", ("nsa", "infllm", "infllm moba", "msa", "dsa"))
+each_linear = pytest.mark.parametrize("case", cases("linear"))
+
+
+def make_layer(case, **more):
+    """With every parameter random, so that nothing is hidden by a zero; `case` may be a name alone."""
+    torch.manual_seed(0)
+    layer = ATTENTION[case.split()[0]](tiny(**CASES.get(case, {}) | more))
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    return layer.eval()
+
+
+def decode(layer, x, chunks, cache):
+    return torch.cat([layer(part, cache=cache) for part in x.split(chunks, dim=1)], dim=1)
+
+
+@exactly
+@each_case
+@torch.no_grad()
+def test_cached_equals_parallel(case):
+    """Prefill and token-by-token decoding, in any cut, with drafts (commit=False) in between."""
+    layer, ones = make_layer(case), [1] * 40
+    for chunks in ([1], [2], ones[:2], [31], ones[:31], [15] + ones[:16], [100], [25, 1, 1, 2, 31] + ones):
+        x, cache, out = torch.randn(2, sum(chunks), 32), layer.init_cache(2, sum(chunks)), []
+        for part in x.split(chunks, dim=1):
+            layer(torch.randn_like(part), cache=cache, commit=False)
+            out.append(layer(part, cache=cache))
+        close(torch.cat(out, dim=1), layer(x))
+        assert cache.pos.tolist() == [sum(chunks)] * 2
+
+
+@each_case
+@torch.no_grad()
+def test_layers_see_the_past_or_everything(case):
+    layer, x = make_layer(case), torch.randn(1, 20, 32)
+    changed = x.clone()
+    changed[:, 12] += 1
+    assert torch.equal(layer(x)[:, :12], layer(changed)[:, :12]), "a position saw its future"
+    assert not torch.equal(layer(x)[:, 12:], layer(changed)[:, 12:])
+    near = layer(x, causal=False)[:, :12] - layer(changed, causal=False)[:, :12]
+    assert near.abs().max() > 1e-6, "bidirectional, yet blind to the right"
+
+
+@exactly
+@each_case
+@pytest.mark.parametrize("causal", (True, False))
+@torch.no_grad()
+def test_padding_changes_nothing(case, causal):
+    """Rows of different lengths: each as it is alone, parallel, cached, and going on behind its end."""
+    layer, lengths = make_layer(case), (30, 17, 2)
+    valid = torch.arange(30) < torch.tensor(lengths)[:, None]
+    junk = math.nan if layer.family == "linear" else 1e3    # what a state took in would stay there
+    x, more = torch.randn(3, 30, 32).masked_fill(~valid[..., None], junk), torch.randn(3, 3, 32)
+    cache = layer.init_cache(3, 40)
+    y = layer(x, causal=causal, valid=valid)
+    cached = layer(x, causal=causal, valid=valid, cache=cache)
+    after = layer(more, cache=cache)
+    for b, n in enumerate(lengths):
+        row, one = slice(b, b + 1), layer.init_cache(1, 40)
+        alone = layer(x[row, :n], causal=causal)
+        close(y[row, :n], alone)
+        close(cached[row, :n], alone)
+        layer(x[row, :n], causal=causal, cache=one)
+        close(after[row], layer(more[row], cache=one))
+
+
+@exactly
+@each_case
+@torch.no_grad()
+def test_noisy_blocks_read_a_clean_prefix(case):
+    """Bidirectional, without commit, behind a causal prefix: the same each time, all of both in sight."""
+    layer, x = make_layer(case), torch.randn(2, 24, 32)
+    block, cache = x[:, 16:], layer.init_cache(2, 24)
+    layer(x[:, :16], cache=cache)
+    noisy = functools.partial(layer, cache=cache, causal=False, commit=False)
+    first = noisy(block)
+    other = block.clone()
+    other[:, -1] += 1
+    assert not torch.equal(noisy(other)[:, :-1], first[:, :-1])
+    assert torch.equal(noisy(block), first) and cache.pos.tolist() == [16, 16]
+    if layer.takes_mask:
+        mask = torch.ones(24, 24, dtype=torch.bool).tril()
+        mask[16:, 16:] = True
+        close(first, layer(x, mask=mask)[:, 16:])
+    elif "dsa" not in case:
+        # The last token has nothing behind it, so causal says the same, where no neighbour has a say.
+        layer = make_layer(case, conv_size=1, sel_tile=1)
+        cache = layer.init_cache(2, 24)
+        layer(x[:, :16], cache=cache)
+        close(layer(block, cache=cache, causal=False, commit=False)[:, -1], layer(x)[:, -1])
+
+
+
+@each_case
+def test_costs_are_those_of_the_cache(case):
+    layer, bf16 = make_layer(case), torch.bfloat16
+    held = 0
+    for name, a in vars(layer.init_cache(1, 64, dtype=bf16)).items():
+        if torch.is_tensor(a) and name != "pos":
+            spare = a[..., 0, :].numel() if name in layer.spare else 0
+            held += (a.numel() - spare) * a.element_size()
+    assert layer.cache_bytes(64, bf16) == held
+    assert 0 < layer.reads(64, True) <= layer.reads(64, False)
+    if layer.family == "linear":
+        assert layer.cache_bytes(10 ** 6, bf16) == held and layer.reads(4096) == layer.K
+        assert 0 < layer.flops(4096) <= 2 * layer.flops(2048)
+    else:
+        assert 0 < layer.flops(64, True) <= layer.flops(64, False)
+
+
+YES = torch.ones(2, 4, dtype=torch.bool)
+# keywords of a call on 2 x 4 tokens, behind 6 in a cache of 12, and what the refusal says
+CALLS = [
+    (dict(pos=torch.arange(9, 13)), "outside the cache"),
+    (dict(pos=torch.arange(-1, 3)), "outside the cache"),
+    (dict(pos=torch.arange(7, 11)), "without a gap"),
+    (dict(pos=torch.tensor([6, 7, 9, 10])), "without a gap"),
+    (dict(pos=torch.tensor([7, 6, 8, 9])), "must rise"),
+    (dict(pos=torch.arange(3)), "pos has shape"),
+    (dict(valid=YES[:, :3]), "valid has shape"),
+    (dict(valid=torch.tensor([[False, True, True, True]] * 2)), "right only"),
+    (dict(mask=YES[0] & YES[0][:, None]), "not both"),
+    (dict(pos=torch.arange(4)), "reads its cache in order"),
+    (dict(pos=torch.arange(4), commit=False), "reads its cache in order"),
+]
+
+
+@exactly
+@each_case
+@torch.no_grad()
+def test_layers_refuse_calls(case):
+    layer, x = make_layer(case), torch.randn(2, 10, 32)
+    cache = layer.init_cache(2, 12)
+    layer(x[:, :6], cache=cache)
+    for keywords, word in CALLS:
+        if "in order" not in word or not layer.rewrites:
+            with pytest.raises(ValueError, match=word):
+                layer(x[:, 6:], cache=cache, **keywords)
+    if not layer.takes_mask:
+        with pytest.raises(ValueError, match=f"'{case.split()[0]}' takes no mask"):
+            layer(x, mask=torch.ones(10, 10, dtype=torch.bool))
+    assert cache.pos.tolist() == [6, 6], "a refused call counts nothing"
+    # pos that goes on is no news
+    going_on = layer(x[:, 6:], cache=cache, pos=torch.arange(6, 10), commit=False)
+    close(going_on, layer(x[:, 6:], cache=cache))
+    with pytest.raises(ValueError, match="3 more do not fit, make it with init_cache"):
+        layer(x[:, :3], cache=cache)
+    with pytest.raises(ValueError, match="the cache has 2 rows, and the batch 1"):
+        layer(x[:1, :1], cache=cache)
+
+
+@each_case
+def test_layers_of_nothing(case):
+    """No tokens or no rows: nothing comes back, nothing is remembered. On the meta device, shapes alone."""
+    layer = make_layer(case)
+    for B, T in ((2, 0), (0, 5), (0, 0)):
+        x, cache = torch.randn(B, T, 32), layer.init_cache(B, 9)
+        for causal in (True, False):
+            y = layer(x, causal=causal)
+            cached = layer(x, causal=causal, cache=cache, valid=torch.ones(B, T) > 0)
+            assert y.shape == cached.shape == (B, T, 32)
+        assert not cache.pos.any() and cache.used == 0
+    layer, x = layer.to("meta"), torch.randn(2, 70, 32, device="meta")
+    assert layer(x).shape == layer(x, causal=False).shape == x.shape
+    if layer.family == "linear":
+        assert layer(x[:, :3], cache=layer.init_cache(2, 9, "meta")).shape == (2, 3, 32)
+
+
+@exactly
+@pytest.mark.parametrize("case", [case for case in cases("softmax") if "window" not in CASES[case]])
+@torch.no_grad()
+def test_slots_in_use_are_computed_anew(case):
+    """pos into a full cache answers as the changed canvas does; a draft (commit=False) leaves every bit."""
+    layer, x = make_layer(case), torch.randn(2, 12, 32)
+    cache, old = layer.init_cache(2, 12), x.clone()
+    layer(x, cache=cache, causal=False)
+    before = {name: a.clone() for name, a in vars(cache).items() if torch.is_tensor(a)}
+    x[:, 3:7] = torch.randn(2, 4, 32)
+    some = torch.arange(4) < torch.tensor([[4], [3]])
+    for valid, commit in ((None, False), (some, False), (None, True)):
+        y = layer(x[:, 3:7], cache=cache, causal=False, commit=commit, pos=torch.arange(3, 7), valid=valid)
+        canvas = x.clone()
+        if valid is not None:
+            canvas[1, 6] = old[1, 6]                # padding hides itself, not what is there
+        close(y[:, :3], layer(canvas, causal=False)[:, 3:6])
+        assert commit or all(torch.equal(getattr(cache, name), a) for name, a in before.items())
+    close(layer(x[:, :2], cache=cache, causal=False, pos=torch.arange(2)), layer(x, causal=False)[:, :2])
+
+
+@each_case
+def test_layers_in_bfloat16(case):
+    """Under autocast, as train.py does it, and all in bf16: near float32, with gradients, cached."""
+    layer, x, aux = make_layer(case), torch.randn(2, 100, 32), {}
+    near = slice(0, 5 if layer.family == "sparse" else None)    # further on it may choose otherwise
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x, aux=aux)
+        (y.float().square().mean() + aux.get("indexer_kl", 0)).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+    with torch.no_grad():
+        cache = layer.init_cache(2, 100, dtype=torch.bfloat16)
+        with torch.autocast("cpu", torch.bfloat16):
+            cached = decode(layer, x, [90] + [1] * 10, cache)
+        want = layer(x)[:, near]
+        layer, cache = layer.bfloat16(), layer.init_cache(2, 100, dtype=torch.bfloat16)
+        whole = decode(layer, x.bfloat16(), [90] + [1] * 10, cache)
+    assert whole.dtype == torch.bfloat16 and (layer.family != "linear" or cache.state.dtype == torch.float32)
+    for y in (y, cached, whole):
+        assert y.isfinite().all()
+        assert off(y[:, near], want.double()) < 0.03
+
+
+@exactly
+@pytest.mark.parametrize("case", {case.split()[0]: case for case in CASES}.values())
+def test_layers_compile_to_one_graph(case):
+    """With gradients, in both directions; then a decode step. Other values, the same graph."""
+    layer = make_layer(case)
+    linear = layer.family == "linear"
+    T = 128 if linear else 33
+    for causal in (True, False):
+        torch._dynamo.reset()
+        # linear layers take their time, and both directions are one code
+        counter = CompileCounterWithBackend("aot_eager" if causal or not linear else "eager")
+        f = torch.compile(functools.partial(layer, causal=causal), backend=counter, fullgraph=True)
+        f(torch.randn(1, T, 32, requires_grad=True))
+        x = torch.randn(1, T, 32, requires_grad=True)
+        y, want = f(x), layer(x, causal=causal)
+        close(y, want)
+        close(*(torch.autograd.grad(a.square().sum(), x)[0] for a in (y, want)))
+        assert counter.frame_count == 1
+    torch._dynamo.reset()
+    counter, cache = CompileCounterWithBackend("eager"), layer.init_cache(1, 64)
+    step = torch.compile(layer, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        layer(x[:, :15], cache=cache)
+        out = [step(part, cache=cache) for part in x[:, 15:20].split(1, dim=1)]
+        close(torch.cat(out, dim=1), layer(x[:, :20])[:, 15:])
+    assert counter.frame_count == 1 and cache.pos.item() == 20
+    torch._dynamo.reset()
+
+
+# Settings in which a layer must differ from its cases, each for itself
+OTHERS = dict(
+    n_embd=64, n_head=2, bias=True, norm_eps=0.1, position="none", rope_base=10.0, rotary_fraction=0.5,
+    n_kv_head=1, head_dim=12, qk_norm=True, attn_gate=True, window=2, sink=True, linear_n_head=1,
+    linear_n_v_head=8, linear_key_dim=4, linear_value_dim=4, linear_decay="channel", decay_gate="softplus",
+    g_min=-1.0, neg_eigval=True, conv_size=2, out_gate=None, out_gate_rank=3, bidir="forward", q_lora_rank=8,
+    kv_lora_rank=12, qk_nope_head_dim=4, qk_rope_head_dim=6, v_head_dim=4, sel_block=16, sel_topk=6,
+    sel_init=2, sel_local=3, sel_tile=2, cmp_block=16, cmp_stride=2, dense_len=30, sel_per_head=True,
+    index_n_head=1, index_head_dim=12)
+ON = dict(qk_norm=True, cmp_stride=8, cmp_block=8, linear_decay="head", decay_gate="lower", out_gate="silu",
+          sel_block=8, sel_topk=5, sel_local=1)
 
 
 @pytest.mark.parametrize("name", ATTENTION)
+@torch.no_grad()
 def test_settings_are_what_a_layer_reads(name):
-    """A config with these fields alone is enough for all that a layer does, and each of them changes something."""
+    """A config with these fields alone is enough for a layer, and each of them changes something."""
     def behaviour(values):
         torch.manual_seed(0)
         layer = ATTENTION[name](types.SimpleNamespace(**values))
-        with torch.no_grad():
-            for p in layer.parameters():
-                p.normal_()
-            x, cache = torch.randn(1, 60, values["n_embd"]), layer.init_cache(1, 60)
-            layer(x[:, :7], cache=cache, causal=False, commit=False)
-            out = layer(x, cache=cache), layer(x, causal=False, aux={})
-        costs = [f(n, causal) for f in (layer.flops, layer.reads) for n in (60, 10_000) for causal in (True, False)]
-        return [a.tolist() for a in out], [p.shape for p in layer.parameters()], costs, layer.cache_bytes(60, torch.float32)
-    on = dict(qk_norm=True, cmp_stride=8, cmp_block=8, linear_decay="head", decay_gate="lower", out_gate="silu", sel_block=8, sel_topk=5, sel_local=1)
+        for p in layer.parameters():
+            p.normal_()
+        x, cache = torch.randn(1, 60, values["n_embd"]), layer.init_cache(1, 60)
+        layer(x[:, :7], cache=cache, causal=False, commit=False)
+        out = layer(x, cache=cache), layer(x, causal=False, aux={})
+        asked = product((layer.flops, layer.reads), (60, 10_000), (True, False))
+        costs = [f(n, causal) for f, n, causal in asked]
+        sizes = [p.shape for p in layer.parameters()]
+        return [a.tolist() for a in out], sizes, costs, layer.cache_bytes(60, torch.float32)
     effective = set()
-    for given in ({}, on, *(given for kind, given in CASES.values() if kind == name)):
+    for given in ({}, ON, *(CASES[case] for case in CASES if case.split()[0] == name)):
         base = {field: getattr(tiny(**given), field) for field in ATTENTION[name].settings}
         as_it_is = behaviour(base)
-        for field in base:
-            with contextlib.suppress(ValueError):                                      # two settings that exclude each other
-                effective |= {field} if behaviour({**base, field: OTHERS[field]}) != as_it_is else set()
+        for field in base.keys() - effective:
+            with contextlib.suppress(ValueError):           # two settings that exclude each other
+                if behaviour(base | {field: OTHERS[field]}) != as_it_is:
+                    effective.add(field)
     assert effective == set(ATTENTION[name].settings)
 
 
 def test_settings_belong_to_layers():
-    """No field of LayerConfig that nobody reads; in a pattern one that its layer does not read is refused, model-wide it is told."""
-    assert set().union(*(layer.settings for layer in ATTENTION.values())) == set(LayerConfig.__dataclass_fields__)
+    """No field of LayerConfig that nobody reads; in a pattern one that its layer does not read is refused."""
+    read = {field for layer in ATTENTION.values() for field in layer.settings}
+    assert read == set(LayerConfig.__dataclass_fields__)
     assert {layer.family for layer in ATTENTION.values()} == {"softmax", "linear", "sparse"}
     for name, layer in ATTENTION.items():
         for field in OTHERS.keys() - set(layer.settings) - {"bias", "norm_eps"}:
             with pytest.raises(ValueError, match=f"layer '{name}' does not read {field}"):
                 parse_layers(f"{name}({field}={OTHERS[field]})", 2)
-    for pattern, message in (("full(position=rotery)", "one of rotary, learned, none"), ("kda(bidir=both)", "one of sum"), ("nsa(sink=true)", "'nsa'")):
-        with pytest.raises(ValueError, match=message):
-            parse_layers(pattern, 2)
     assert LM(tiny(layers="full full(position=none)")).blocks[1].mixer.rope_dim == 0
     with pytest.warns(UserWarning, match="no layer of 'kda' reads window: window=5 changes nothing"):
         from_preset("small", layers="kda", window=5)
@@ -257,196 +458,127 @@ def test_settings_belong_to_layers():
         from_preset("small", layers="kda*3 full", window=5, position="none", bias=True)
 
 
-def make_layer(case, seed=0, **more):
-    """The layer with every parameter random, so that nothing is hidden by a zero."""
-    name, values = CASES[case]
-    torch.manual_seed(seed)
-    layer = ATTENTION[name](tiny(**{**values, **more}))
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.add_(0.2 * torch.randn_like(p))
-    return layer.eval()
+# Layers with settings that cannot be, and what the refusal says
+REFUSED = {
+    "full(n_kv_head=3)": "n_head 4 must be a multiple of n_kv_head 3",
+    "full(n_head=5)": "n_embd 32 must be a multiple of n_head 5",
+    "full(window=0)": "window 0",
+    "full(rotary_fraction=0.4)": "must be an even number",
+    "full(rotary_fraction=1.5)": "rotary_fraction 1.5",
+    "full(n_kv_head=0)": "n_kv_head 0",
+    "full(head_dim=0)": "head_dim 0",
+    "full(position=rotery)": "one of rotary, learned, none",
+    "mla(position=rotery)": "one of rotary, learned, none",
+    "mla(kv_lora_rank=0)": "kv_lora_rank 0",
+    "mla(qk_rope_head_dim=3)": "qk_rope_head_dim 3 must be even",
+    "mla(n_head=5)": "n_head 5",
+    "nsa(cmp_stride=5)": "cmp_stride 5 must divide",
+    "nsa(sel_topk=2)": "sel_topk 2 must be at least sel_init",
+    "nsa(position=rotery)": "one of rotary, learned, none",
+    "infllm(sel_topk=0)": "sel_topk 0",
+    "msa(sel_block=0)": "sel_block 0",
+    "msa(index_head_dim=2)": "index_head_dim 2",
+    "msa(sel_tile=0)": "sel_tile 0",
+    "dsa(sel_topk=0)": "sel_topk 0",
+    "dsa(index_n_head=0)": "index_n_head 0",
+    "dsa(index_head_dim=2)": "index_head_dim 2",
+    "dsa(position=rotery)": "one of rotary, learned, none",
+    "linear(linear_n_head=2, linear_n_v_head=3)": "must be a multiple of the 2 heads",
+    "linear(n_head=5)": "must be a multiple of 5 heads",
+    "linear(bidir=both)": "bidir=both is no choice: one of sum",
+    "linear(decay_gate=hard)": "decay_gate=hard",
+    "linear(linear_decay=x)": "linear_decay=x",
+    "linear(out_gate=tanh)": "out_gate=tanh",
+    "linear(linear_decay=head, decay_gate=none)": "decay_gate=None",
+    "linear(linear_decay=head, g_min=3.0)": "g_min 3",
+    "linear(conv_size=0)": "conv_size 0",
+    "linear(linear_key_dim=-2)": "linear_key_dim -2",
+    "linear(linear_n_head=0)": "linear_n_head 0",
+}
 
 
-def decode(layer, x, chunks, cache, **keywords):
-    out, i = [], 0
-    for n in chunks:
-        out.append(layer(x[:, i:i + n], cache=cache, **keywords))
-        i += n
-    return torch.cat(out, dim=1)
-
-
-@exactly
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("T", (1, 2, 31, 65))
-def test_layer_cached_equals_parallel(case, T):
-    """Prefill and token-by-token decoding, in any cut, with drafts (commit=False) in between."""
-    layer, x = make_layer(case), torch.randn(2, T, 32)
-    with torch.no_grad():
-        y = layer(x)
-        for first in sorted({0, 1, T // 2, T}):
-            cache = layer.init_cache(2, T)
-            layer(torch.randn(2, min(3, T), 32), cache=cache, commit=False)
-            chunks = [first] * (first > 0) + [1] * (T - first)
-            close(decode(layer, x, chunks, cache), y)
-            assert cache.pos.tolist() == [T, T]
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_layer_sees_the_past_or_everything(case):
-    layer, x = make_layer(case), torch.randn(1, 20, 32)
-    changed = x.clone()
-    changed[:, 12] += 1
-    with torch.no_grad():
-        assert torch.equal(layer(x)[:, :12], layer(changed)[:, :12]), "a position saw its future"
-        assert not torch.equal(layer(x)[:, 12:], layer(changed)[:, 12:])
-        near = layer(x, causal=False)[:, :12] - layer(changed, causal=False)[:, :12]
-        assert near.abs().max() > 1e-6, "bidirectional, yet blind to the right"
-
-
-@exactly
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("causal", (True, False))
-def test_layer_padding_changes_nothing(case, causal):
-    """Rows of different lengths in one batch: alone and padded, parallel and through the cache, the same."""
-    layer, x = make_layer(case), torch.randn(2, 18, 32)
-    length = (11, 18)
-    valid = torch.arange(18) < torch.tensor(length)[:, None]
-    with torch.no_grad():
-        y, cache = layer(x, causal=causal, valid=valid), layer.init_cache(2, 30)
-        y_cached = layer(x, causal=causal, valid=valid, cache=cache)
-        more = torch.randn(2, 3, 32)
-        for b, n in enumerate(length):
-            alone = layer(x[b:b + 1, :n], causal=causal)
-            close(y[b:b + 1, :n], alone)
-            close(y_cached[b:b + 1, :n], alone)
-        after = layer(more, cache=cache)                                               # decoding goes on from each row's own end
-        for b, n in enumerate(length):
-            one = layer.init_cache(1, 30)
-            layer(x[b:b + 1, :n], causal=causal, cache=one)
-            close(after[b:b + 1], layer(more[b:b + 1], cache=one))
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_layer_block_reads_clean_prefix(case):
-    """A noisy block (bidirectional, commit=False) after a causal prefix: as often as wanted, the same answer each time."""
-    layer, x = make_layer(case), torch.randn(2, 24, 32)
-    with torch.no_grad():
-        cache = layer.init_cache(2, 24)
-        layer(x[:, :16], cache=cache)
-        state = {k: v.clone() for k, v in vars(cache).items() if torch.is_tensor(v)}
-        first = layer(x[:, 16:], cache=cache, causal=False, commit=False)
-        layer(torch.randn(2, 8, 32), cache=cache, causal=False, commit=False)
-        assert torch.equal(layer(x[:, 16:], cache=cache, causal=False, commit=False), first)
-        assert cache.pos.tolist() == [16, 16] and torch.equal(state["pos"], cache.pos)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_layer_costs_and_errors(case):
-    layer = make_layer(case)
-    cache = layer.init_cache(3, 64, dtype=torch.bfloat16)
-    fixed_state = CASES[case][0] in ("linear", "deltanet", "gated_deltanet", "kda")
-    assert layer.cache_bytes(64, torch.bfloat16) > 0 and layer.flops(64, True) > 0
-    assert fixed_state or layer.flops(64, True) <= layer.flops(64, False)              # without decay, one matrix serves all
-    assert 0 < layer.reads(64, True) <= layer.reads(64, False)
-    layer(torch.randn(3, 60, 32), cache=cache)
-    if fixed_state:
-        assert layer.cache_bytes(64, torch.bfloat16) == layer.cache_bytes(10 ** 6, torch.bfloat16)
-    else:
-        with pytest.raises(ValueError, match="max_len"):
-            layer(torch.randn(3, 5, 32), cache=cache)
-    if CASES[case][0] not in ("full", "mla"):
-        with pytest.raises(ValueError, match=CASES[case][0]):
-            layer(torch.randn(1, 4, 32), mask=torch.ones(4, 4, dtype=torch.bool))
-
-
-def test_full_cache_bytes_are_the_buffers():
-    for case in ("full", "full gqa"):
-        layer = make_layer(case)
-        cache = layer.init_cache(1, 64, dtype=torch.bfloat16)
-        assert layer.cache_bytes(64, torch.bfloat16) == 2 * (cache.k.numel() + cache.v.numel())
+@pytest.mark.parametrize("pattern", REFUSED)
+def test_refused_settings(pattern):
+    """In a model, and by the layer itself, which may have been copied alone."""
+    name, *pairs = re.split(r"[(), ]+", pattern)[:-1]
+    values = {key: parse_value(text) for key, text in (pair.split("=") for pair in pairs)}
+    for make in (lambda: LM(tiny(layers=pattern)), lambda: ATTENTION[name](LayerConfig(n_embd=32, **values))):
+        with pytest.raises(ValueError, match=re.escape(REFUSED[pattern])):
+            make()
 
 
 @exactly
-def test_full_rewrites_a_block_in_the_middle():
-    """pos names the slots: recomputing positions 8..12 of a cached canvas equals computing the new canvas whole."""
-    layer, x = make_layer("full"), torch.randn(1, 20, 32)
-    with torch.no_grad():
-        cache = layer.init_cache(1, 20)
-        layer(x, causal=False, cache=cache)
-        x[:, 8:12] = torch.randn(1, 4, 32)
-        part = layer(x[:, 8:12], causal=False, cache=cache, pos=torch.arange(8, 12))
-        close(part, layer(x, causal=False)[:, 8:12])
-
-
-YES = torch.ones(2, 4, dtype=torch.bool)
-# case or cases -> keywords of a call on 2 x 4 tokens, behind 6 in a cache of 12, and a word of the refusal
-CALLS = [("all", dict(pos=torch.arange(9, 13)), "outside the cache"), ("all", dict(pos=torch.arange(-1, 3)), "outside the cache"),
-         ("all", dict(pos=torch.arange(7, 11)), "without a gap"), ("all", dict(pos=torch.tensor([6, 7, 9, 10])), "without a gap"),
-         ("all", dict(pos=torch.tensor([7, 6, 8, 9])), "must rise"), ("all", dict(pos=torch.arange(3)), "pos has shape"),
-         ("all", dict(valid=YES[:, :3]), "valid has shape"), ("all", dict(valid=torch.tensor([[False, True, True, True]] * 2)), "right only"),
-         ("all", dict(mask=YES[0] & YES[0][:, None]), "not both"), ("in order", dict(pos=torch.arange(4)), "reads its cache in order"),
-         ("in order", dict(pos=torch.arange(4), commit=False), "reads its cache in order")]
-
-
-@exactly
-@pytest.mark.parametrize("case", CASES)
-def test_layer_refuses_calls(case):
-    layer, x = make_layer(case), torch.randn(2, 10, 32)
-    cache = layer.init_cache(2, 12)
-    with torch.no_grad():
-        layer(x[:, :6], cache=cache)
-        for which, keywords, word in CALLS:
-            if which == "all" or not layer.rewrites:
-                with pytest.raises(ValueError, match=word):
-                    layer(x[:, 6:], cache=cache, **keywords)
-        assert cache.pos.tolist() == [6, 6], "a refused call counts nothing"
-        on = layer(x[:, 6:], cache=cache, pos=torch.arange(6, 10), commit=False)
-        close(on, layer(x[:, 6:], cache=cache))                                        # pos that goes on is no news
-        with pytest.raises(ValueError, match="3 more do not fit, make it with init_cache"):
-            layer(x[:, :3], cache=cache)
-        with pytest.raises(ValueError, match="the cache has 2 rows, and the batch 1"):
-            layer(x[:1, :1], cache=cache)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_layer_of_nothing(case):
-    """No tokens or no rows: nothing comes back and nothing is remembered."""
-    layer = make_layer(case)
-    for B, T in ((2, 0), (0, 5), (0, 0)):
-        x, cache = torch.randn(B, T, 32), layer.init_cache(B, 9)
-        for causal in (True, False):
-            assert layer(x, causal=causal).shape == layer(x, causal=causal, cache=cache, valid=torch.ones(B, T) > 0).shape == (B, T, 32)
-        assert not cache.pos.any() and cache.used == 0
-
-
-@pytest.mark.parametrize("case", [case for case, (name, given) in CASES.items() if name in ("full", "mla") and "window" not in given])
-def test_draft_in_the_middle_leaves_the_cache_as_it_was(case):
-    """commit=False with pos: answers as if it were committed, and no bit of the cache is another."""
-    layer, x = make_layer(case).double(), torch.randn(2, 12, 32).double()
-    with torch.no_grad():
-        cache = layer.init_cache(2, 12, dtype=torch.float64)
-        layer(x, cache=cache, causal=False)
-        before = {name: a.clone() for name, a in vars(cache).items() if torch.is_tensor(a)}
-        old, x[:, 3:7] = x[1, 6].clone(), torch.randn(2, 4, 32)
-        valid = torch.tensor([[True] * 4, [True, True, True, False]])
-        for more in ({}, dict(valid=valid)):                                           # padding hides itself, not what is there
-            draft = layer(x[:, 3:7], cache=cache, causal=False, commit=False, pos=torch.arange(3, 7), **more)
-            assert all(torch.equal(getattr(cache, name), a) for name, a in before.items())
-            canvas = x.clone()
-            canvas[1, 6] = old if more else x[1, 6]
-            close(draft[:, :3], layer(canvas, causal=False)[:, 3:6])
-
-
-@exactly
+@torch.no_grad()
 def test_window_counts_positions():
     """Positions with gaps: a window is a distance between them, not between the tokens of the call."""
-    layer, x, pos = make_layer("full window"), torch.randn(1, 8, 32), torch.tensor([0, 1, 2, 9, 10, 30, 33, 34])
-    with torch.no_grad():
-        for causal in (True, False):
-            y = layer(x, causal=causal, pos=pos)
-            for part in (slice(0, 3), slice(3, 5), slice(5, 8)):                       # nothing of another part is within 5
-                close(y[:, part], layer(x[:, part], causal=causal, pos=pos[part]))
+    layer, x = make_layer("full window"), torch.randn(1, 8, 32)
+    pos = torch.tensor([0, 1, 2, 9, 10, 30, 33, 34])
+    for causal in (True, False):
+        y = layer(x, causal=causal, pos=pos)
+        for part in (slice(0, 3), slice(3, 5), slice(5, 8)):        # nothing of another part is within 5
+            close(y[:, part], layer(x[:, part], causal=causal, pos=pos[part]))
+
+
+@exactly
+@pytest.mark.parametrize("case", ("full", "full window", "full sink", "mla"))
+@torch.no_grad()
+def test_mask_with_padding_positions_and_window(case):
+    """A mask hides the padding too and stands for both directions; a window reads each row's positions."""
+    layer, x, mask = make_layer(case), torch.randn(4, 12, 32), torch.rand(12, 12) < 0.7
+    mask.fill_diagonal_(True)
+    lengths = (7, 12, 9, 12)                        # 4 rows and 4 heads: neither may pass for the other
+    valid = torch.arange(12) < torch.tensor(lengths)[:, None]
+    y = layer(x, mask=mask, valid=valid, pos=torch.arange(12) + torch.arange(4)[:, None])
+    for b, n in enumerate(lengths):
+        alone = layer(x[b:b + 1, :n], causal=False, mask=mask[:n, :n], pos=torch.arange(n) + b)
+        close(y[b:b + 1, :n], alone)
+
+
+@pytest.mark.parametrize("case", ("full", "full gqa", "mla"))
+@torch.no_grad()
+def test_masks_are_built_where_something_is_hidden_and_nowhere_else(case, monkeypatch):
+    layer, built = make_layer(case), []
+    for owner, name in ((attention, "visible"), (attention.Step, "below")):
+        spied = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, spied=spied: built.append(1) or spied(*a))
+    some, five = torch.tensor([[True] * 4, [True, True, False, False]]), torch.tensor([5])
+
+    def masks(T, **how):
+        built.clear()
+        layer(torch.randn(2, T, 32), cache=cache, **how)
+        return bool(built)
+    draft, both = dict(commit=False), dict(causal=False, commit=False)
+    cache = layer.init_cache(2, 8)
+    assert not masks(4, **draft) and not masks(4, **both) and not masks(4, valid=some, **draft)
+    assert masks(4, valid=some, **both)
+    assert not masks(4, causal=False)               # four of eight slots are taken
+    assert not masks(1, **draft) and not masks(2, **both)
+    assert masks(2, **draft) and masks(1, pos=torch.tensor([2]), **both)
+    assert not masks(4, causal=False)               # all are
+    assert not masks(1, pos=five, **both) and masks(1, pos=five, **draft)
+    cache = layer.init_cache(2, 8)
+    layer(torch.randn(2, 4, 32), cache=cache, valid=some)
+    assert masks(1, **draft) and masks(1, **both), "for good"
+
+
+@exactly
+@torch.no_grad()
+def test_cache_bound_after_padding_and_compiled_steps():
+    """`used` is a bound, which padding and compiled steps make loose: what fits is taken."""
+    layer, x = make_layer("full gqa"), torch.randn(2, 12, 32)
+    cache, y = layer.init_cache(2, 12), layer(x)
+    layer(torch.cat([x[:, :5], x[:, :5]], dim=1), cache=cache, valid=(torch.arange(10) < 5).expand(2, -1))
+    close(layer(x[:, 5:8], cache=cache), y[:, 5:8])
+    torch._dynamo.reset()
+    step = torch.compile(layer, backend="eager", fullgraph=True)
+    close(step(x[:, 8:10], cache=cache), y[:, 8:10])
+    assert not cache.dense and cache.used == 12, "the host does not know what the cache holds"
+    close(layer(x[:, 10:], cache=cache), y[:, 10:])
+    with pytest.raises(ValueError, match="holds 12 tokens and 12 are taken"):
+        layer(x[:, :1], cache=cache)
+    with pytest.raises(ValueError, match="pos 12 lies outside"):
+        layer(x[:, :2], cache=cache, pos=torch.tensor([11, 12]))
+    torch._dynamo.reset()
 
 
 def test_examples_in_docstrings():
@@ -454,98 +586,95 @@ def test_examples_in_docstrings():
     assert tried >= 5 and not failed
 
 
-@pytest.mark.parametrize("case", ["full", "full gqa", "full sink", "mla"])
-def test_cache_needs_no_mask_where_nothing_is_hidden(case, monkeypatch):
-    """A decoded token, a noisy block, a block rewritten in a full cache: without a mask what the mask gives."""
-    layer, x, pos = make_layer(case).double(), torch.randn(2, 12, 32).double(), torch.tensor([[3], [6]]) + torch.arange(4)
+# ------------------------------------------------------------------------------------------------------------
+# attention.py: softmax attention
 
-    def steps(dense):
-        cache, out = layer.init_cache(2, 12, dtype=torch.float64), []
-        layer(x[:, :5], causal=False, cache=cache)
-        for a, how in ((x[:, 5:6], {}), (x[:, 6:10], dict(causal=False, commit=False)), (x[:, 6:10], dict(causal=False)),
-                       (x[:, 10:], dict(causal=False)), (x[:, :4], dict(causal=False, pos=pos, commit=False))):
-            cache.dense = cache.dense and dense
-            out.append(layer(a, cache=cache, **how))
-        return torch.cat(out, dim=1)
-    with torch.no_grad():
-        want = steps(False)
-        if case != "full sink":                                     # whose definition builds one anyway
-            monkeypatch.setattr(attention, "visible", lambda *a: 1 / 0)
-        close(steps(True), want, 1e-12)
-
-
-def test_cache_needs_a_mask_where_something_is_hidden():
-    layer, ok = make_layer("full"), torch.tensor([[True] * 4, [True, True, False, False]])
-
-    def plain(T, causal, cache, **more):
-        return attention.step_of(torch.empty(2, T, 32), cache, causal, **more).plain
-    cache, five = layer.init_cache(2, 8), torch.tensor([5])
-    assert plain(4, True, cache) and plain(4, False, cache) and plain(4, True, cache, valid=ok)
-    assert not plain(4, False, cache, valid=ok)
-    layer(torch.randn(2, 4, 32), cache=cache, causal=False)
-    assert plain(1, True, cache) and plain(2, False, cache)
-    assert not plain(2, True, cache) and not plain(1, False, cache, pos=torch.tensor([2]))
-    layer(torch.randn(2, 4, 32), cache=cache, causal=False)
-    assert plain(1, False, cache, pos=five) and not plain(1, True, cache, pos=five)
-    cache = layer.init_cache(2, 8)
-    layer(torch.randn(2, 4, 32), cache=cache, valid=ok)
-    assert not plain(1, True, cache) and not plain(1, False, cache), "for good"
-
-
-def test_mask_with_padding_positions_and_window():
-    """A given mask hides the padding too, and stands for both directions; its window reads positions, each row's own."""
+@exactly
+def test_softmax_attention_is_its_definition():
+    """Grouped heads, windows, sinks, fewer queries than keys (the last ones); and gradients."""
     torch.manual_seed(0)
-    x, mask = torch.randn(4, 12, 32), torch.rand(12, 12) < 0.7
-    mask.fill_diagonal_(True)
-    valid = torch.arange(12) < torch.tensor([7, 12, 9, 12])[:, None]
-    for case in ("full", "full window", "full sink", "mla"):                           # 4 rows, 4 heads: neither may pass for the other
-        layer = make_layer(case)
-        with torch.no_grad():
-            y = layer(x, mask=mask, valid=valid, pos=torch.arange(12) + torch.arange(4)[:, None])
-            for b, n in enumerate(valid.sum(1).tolist()):
-                alone = layer(x[b:b + 1, :n], causal=False, mask=mask[:n, :n], pos=torch.arange(n) + b)
-                close(y[b:b + 1, :n], alone)
+    B, H, S, D = 2, 4, 13, 8
+    q, k, v, sink = torch.randn(B, H, S, D), torch.randn(B, 2, S, D), torch.randn(B, 2, S, D), torch.randn(H)
+    for causal, window, s, first in product((True, False), (None, 1, 5), (None, sink), (0, 9)):
+        y = softmax_attention(q[:, :, first:], k, v, causal, window, s)
+        for b, h, t in product(range(B), range(H), range(first, S)):
+            keys = [j for j in range(S) if (not causal or j <= t) and (window is None or abs(t - j) < window)]
+            scores = k[b, h // 2, keys] @ q[b, h, t] / D ** 0.5
+            total = scores.exp().sum() + (0 if s is None else s[h].exp())
+            close(y[b, h, t - first], scores.exp() @ v[b, h // 2, keys] / total)
+    args = [a.clone().requires_grad_() for a in (*(a[:1, :2, :4, :3] for a in (q, k, v)), sink[:2])]
+    assert torch.autograd.gradcheck(lambda q, k, v, s: softmax_attention(q, k, v, True, 3, s), args)
+
+
+def flex_tiles(run):
+    """run() -> its result; the tiles (B, h, rows, columns) that its BlockMask visits; those that it needs.
+
+    Uncompiled, flex_attention reads mask_mod alone: a forgotten tile would be wrong on a GPU only.
+    """
+    seen, plain = [], flex_attention.flex_attention
+
+    def spy(*args, block_mask, **keywords):
+        seen.append(block_mask)
+        return plain(*args, block_mask=block_mask, **keywords)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flex_attention, "flex_attention", spy)
+        y = run()
+    m, = seen
+    visits = m.to_dense().bool()
+    exact = flex_attention.create_mask(m.mask_mod, *visits.shape[:2], *m.seq_lengths, device="cpu")
+    rows, columns = m.BLOCK_SIZE
+    exact = F.pad(exact, (0, -exact.size(-1) % columns, 0, -exact.size(-2) % rows))
+    return y, visits, exact.unflatten(3, (-1, columns)).any(4).unflatten(2, (-1, rows)).any(3)
 
 
 @exactly
-def test_cache_bound_after_padding_and_compiled_steps():
-    """`used` is a bound, which padding and compiled steps make loose: what fits is taken and read, what does not is refused."""
-    layer, x = make_layer("full gqa"), torch.randn(2, 12, 32)
-    with torch.no_grad():
-        cache, y = layer.init_cache(2, 12), layer(x)
-        layer(torch.cat([x[:, :5], x[:, :5]], dim=1), cache=cache, valid=(torch.arange(10) < 5).expand(2, -1))
-        close(layer(x[:, 5:8], cache=cache), y[:, 5:8])
-        step = torch.compile(lambda x, cache: layer(x, cache=cache), backend="eager", fullgraph=True)
-        close(step(x[:, 8:10], cache), y[:, 8:10])
-        assert not cache.dense and cache.used == 12, "the host does not know what the cache holds"
-        close(layer(x[:, 10:], cache=cache), y[:, 10:])
-        with pytest.raises(ValueError, match="holds 12 tokens and 12 are taken"):
-            layer(x[:, :1], cache=cache)
-        with pytest.raises(ValueError, match="pos 12 lies outside"):
-            layer(x[:, :2], cache=cache, pos=torch.tensor([11, 12]))
-    torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("bad, message", [(dict(n_kv_head=3), "n_kv_head"), (dict(n_head=5), "n_head"), (dict(window=0), "window"),
-                                          (dict(rotary_fraction=0.4), "rotary"), (dict(rotary_fraction=2.0), "rotary_fraction 2.0"),
-                                          (dict(n_kv_head=0), "n_kv_head 0"),
-                                          (dict(head_dim=0), "head_dim 0")])
-def test_full_refuses(bad, message):
-    with pytest.raises(ValueError, match=message):
-        ATTENTION["full"](tiny(**bad))
-
-
-@exactly
-@pytest.mark.parametrize("case", {n: case for case, (n, _) in CASES.items() if "linear" not in n and "delta" not in n and n != "kda"}.values())
-def test_layer_compiles_to_one_graph(case):
-    layer, x = make_layer(case), torch.randn(1, 33, 32)
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("window", (1, 3, 64, 128, 129, 200, 300))
+def test_windows_are_the_masked_ones(window):
+    """Three fast forms against the dense mask: stretches, keys by slots, and which tiles flex visits."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 4, 700, 16), torch.randn(1, 2, 700, 16), torch.randn(1, 2, 700, 16)
+    t = torch.arange(700)
     for causal in (True, False):
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
-        y = torch.compile(lambda a: layer(a, causal=causal), backend="aot_eager", fullgraph=True)(x)
-        close(y, layer(x, causal=causal))
-        y.square().sum().backward()
-    torch._dynamo.reset()
+        mask = visible(t, t, causal, window)
+        for sink, first in product((None, torch.randn(4)), (0, 367)):
+            want = softmax_attention(q[:, :, first:], k, v, sink=sink, mask=mask[first:])
+            close(softmax_attention(q[:, :, first:], k, v, causal, window, sink), want)
+        want = softmax_attention(q, k, v, mask=mask)
+        limit = t + 1 if causal else torch.full_like(t, 700)
+        close(window_attention(q, k, v, t[None], limit[None], window, causal), want)
+        y, visits, needed = flex_tiles(lambda: flex_window_attention(q, k, v, causal, window, None))
+        close(y, want)
+        assert torch.equal(visits, needed)
+
+
+def test_count_visible():
+    for T, causal, window in product((1, 2, 7), (True, False), (None, 1, 3, 7, 9)):
+        t = torch.arange(T)
+        assert attention.count_visible(T, causal, window) == int(visible(t, t, causal, window).sum())
+
+
+@exactly
+def test_rotary_depends_on_distance_only():
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 1, 16)
+    for interleaved in (False, True):
+        def dot(i, j):
+            a = attention.rotary(q, torch.tensor([i]), 8, interleaved=interleaved)
+            return (a * attention.rotary(k, torch.tensor([j]), 8, interleaved=interleaved)).sum()
+        close(dot(3, 1), dot(103, 101), 1e-5)       # the angles are float32
+        assert abs(dot(3, 1) - dot(3, 2)) > 1e-3
+
+
+def test_top_k_ties_and_visibility():
+    inf = math.inf
+    few = torch.tensor([[1.0, -0.0, 1.0, 0.0, -inf, -2.0], [-inf, -inf, 3.0, -inf, -inf, -inf]])
+    index, picked = top_k(few, 4)
+    assert index[0].tolist() == [0, 2, 1, 3] and picked[0].all()
+    assert index[1, 0] == 2 and picked[1].tolist() == [True, False, False, False]
+    many = torch.randn(50, 40).mul(2).round() / 2   # ties
+    assert torch.equal(top_k(many, 10)[0], many.sort(dim=-1, descending=True, stable=True).indices[:, :10])
+    assert torch.equal(top_k(many, 5)[0], top_k(F.pad(many, (0, 9), value=-inf), 5)[0])
 
 # ---------------------------------------------------------------------------------------------------------------------
 # attention.py: low-rank and sparse softmax attention
@@ -572,23 +701,6 @@ soft_name = lambda case: {"moba": "infllm"}.get(case, case)
 
 
 # --- block-sparse attention: three paths, one definition
-
-def flex_tiles(run):
-    """run() -> (its result, the tiles its BlockMask visits, those that hold something visible), (B, h, rows, columns) bool.
-
-    Uncompiled, flex_attention reads mask_mod alone: a forgotten tile would be wrong on a GPU only.
-    """
-    from torch.nn.attention import flex_attention as flex
-    seen, plain = [], flex.flex_attention
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flex, "flex_attention", lambda *a, block_mask, **k: seen.append(block_mask) or plain(*a, block_mask=block_mask, **k))
-        y = run()
-    m, = seen
-    visits = m.to_dense().bool()
-    exact = flex.create_mask(m.mask_mod, *visits.shape[:2], *m.seq_lengths, device="cpu")
-    rows, columns = m.BLOCK_SIZE
-    exact = F.pad(exact, (0, -exact.size(-1) % columns, 0, -exact.size(-2) % rows))
-    return y, visits, exact.unflatten(3, (-1, columns)).any(4).unflatten(2, (-1, rows)).any(3)
 
 
 @exactly
@@ -646,29 +758,6 @@ def test_block_sparse_gradcheck(path):
     q, k, v = (torch.randn(1, n, t, 3, dtype=torch.float64, requires_grad=True) for n, t in ((2, 5), (1, 7), (1, 7)))
     sel = torch.rand(1, 1, 5, 4) < 0.5
     assert torch.autograd.gradcheck(lambda *a: block_sparse_attention(*a, sel, 2, path=path), (q, k, v))
-
-
-@exactly
-def test_window_attention_is_the_masked_one():
-    torch.manual_seed(0)
-    for T, window, causal in itertools.product((1, 31, 300), (1, 6, 200), (True, False)):
-        q, k, v = torch.randn(3, 1, 2, T, 16)
-        slots = torch.arange(T)[None]
-        limit = slots + 1 if causal else torch.full_like(slots, T)
-        close(window_attention(q, k, v, slots, limit, window, causal), softmax_attention(q, k, v, causal, window))
-
-
-@exactly
-@pytest.mark.filterwarnings("ignore:flex_attention called without")
-@pytest.mark.parametrize("window", (1, 64, 128, 129, 300))
-def test_flex_window_is_the_masked_one(window):
-    """Its forward pass, which the CPU has too: which tiles the band touches, grouped heads, T no multiple of a tile."""
-    torch.manual_seed(0)
-    q, k, v = torch.randn(1, 4, 700, 16), torch.randn(1, 2, 700, 16), torch.randn(1, 2, 700, 16)
-    for causal in (True, False):
-        y, visits, needed = flex_tiles(lambda: flex_window_attention(q, k, v, causal, window, None))
-        close(y, softmax_attention(q, k, v, causal, window))
-        assert torch.equal(visits, needed)
 
 
 # --- choosing
@@ -766,25 +855,6 @@ def test_indexer_kl_is_its_definition():
 
 
 # --- layers
-
-@exactly
-@pytest.mark.parametrize("case", SPARSE)
-@pytest.mark.parametrize("T", (31, 200))
-def test_sparse_cached_equals_parallel(case, T):
-    """Well beyond the budget, where the choice matters; prefill in two parts, then token by token, drafts in between."""
-    layer, x = soft_layer(soft_name(case), **SPARSE[case]), torch.randn(2, T, 32)
-    with torch.no_grad():
-        y = layer(x)
-        for cuts in ([0, T], [0, T // 4, T // 2, *range(T // 2 + 1, T + 1)]):
-            cache, out = layer.init_cache(2, T), []
-            for a, b in zip(cuts, cuts[1:]):
-                layer(torch.randn(2, min(3, T - a), 32), cache=cache, commit=False)
-                out.append(layer(x[:, a:b], cache=cache))
-            close(torch.cat(out, dim=1), y)
-        dense = ATTENTION["mla" if case == "dsa" else "full"](tiny(**{k: v for k, v in SPARSE[case].items() if k != "window"}))
-        if case != "nsa" and T == 200:
-            dense.load_state_dict(layer.state_dict(), strict=False)
-            assert (dense(x)[:, T - 1] - y[:, T - 1]).abs().max() > 1e-3, "not sparse at all"
 
 
 @exactly
@@ -887,24 +957,6 @@ def test_dsa_reads_its_own_token():
         patch.setattr(attention, "select_blocks", lambda *a, **k: seen.append(select_blocks(*a, **k)) or seen[-1])
         layer(torch.randn(1, 60, 32), causal=False)
     assert seen[0].diagonal(dim1=-2, dim2=-1).all() and (seen[0].sum(-1) == 9).all()
-
-
-def test_mla_forms_agree():
-    for values in ({}, dict(q_lora_rank=12, kv_lora_rank=5, qk_rope_head_dim=2, v_head_dim=6), dict(qk_rope_head_dim=0)):
-        layer = soft_layer("mla", dtype=torch.float64, **values)
-        q, latent, _ = layer.project(torch.randn(2, 33, 32, dtype=torch.float64), torch.arange(33))
-        y = [layer.attend(q, latent, softmax_attention_kw, absorbed=a) for a in (False, True)]
-        close(*y, tol=1e-12)
-
-
-def softmax_attention_kw(q, k, v, scale):
-    return softmax_attention(q, k, v, scale=scale)
-
-
-@exactly
-def test_mla_reads_a_mask():
-    layer, x = soft_layer("mla"), torch.randn(1, 20, 32)
-    close(layer(x, mask=torch.ones(20, 20, dtype=torch.bool).tril()), layer(x))
 
 
 def test_nsa_is_its_definition():
@@ -1028,33 +1080,6 @@ def test_published_costs():
         cache = layer.init_cache(1, 64)
         assert layer.cache_bytes(64, torch.float32) == sum(4 * (b.numel() - b[:, :, :1].numel() * n.startswith("c"))
                                                            for n, b in vars(cache).items() if torch.is_tensor(b) and n != "pos")
-
-
-@pytest.mark.parametrize("name, bad, message", [
-    ("nsa", dict(cmp_stride=5), "cmp_stride 5 must divide"), ("nsa", dict(sel_topk=2), "sel_topk 2 must be at least sel_init"),
-    ("infllm", dict(sel_topk=0), "sel_topk"),
-    ("msa", dict(sel_block=0), "sel_block 0"), ("msa", dict(index_head_dim=2), "index_head_dim 2"), ("msa", dict(sel_tile=0), "sel_tile"),
-    ("dsa", dict(sel_topk=0), "sel_topk 0"), ("dsa", dict(index_n_head=0), "index_n_head"), ("mla", dict(kv_lora_rank=0), "kv_lora_rank"),
-    ("mla", dict(qk_rope_head_dim=3), "qk_rope_head_dim 3 must be even"), ("mla", dict(n_head=5), "n_head"),
-    *((name, dict(position="rotery"), "position rotery: expected rotary") for name in ("full", "mla", "dsa", "nsa"))])
-def test_sparse_refuses(name, bad, message):
-    with pytest.raises(ValueError, match=message):
-        ATTENTION[name](tiny(**bad))
-
-
-@pytest.mark.parametrize("case", ["mla", *SPARSE])
-def test_sparse_in_bfloat16(case):
-    """Mixed precision as train.py uses it: float32 parameters under autocast, a bf16 cache."""
-    layer, x = soft_layer(soft_name(case), **SPARSE.get(case, {})), torch.randn(2, 60, 32)
-    with torch.autocast("cpu", torch.bfloat16):
-        aux = {}
-        (layer(x, aux=aux).float().square().mean() + aux.get("indexer_kl", 0)).backward()
-        assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
-        cache = layer.init_cache(2, 60, dtype=torch.bfloat16)
-        with torch.no_grad():
-            y = torch.cat([layer(x[:, :40], cache=cache), layer(x[:, 40:41], cache=cache)], dim=1)
-        assert y.isfinite().all()
-        close(y[:, :5], layer(x)[:, :5].detach().to(y.dtype), 0.03)
 
 
 # --- peers, where they are installed
@@ -1414,61 +1439,6 @@ VARIANTS = [(n, {}) for n in LINEAR] + [
 
 
 @exactly
-@pytest.mark.parametrize("name, fields", VARIANTS)
-def test_linear_layer_cache_commit_and_padding(name, fields):
-    layer = lin_layer(name, **fields)
-    x = torch.randn(3, 40, 32)
-    with torch.no_grad():
-        y = layer(x)
-        cache = layer.init_cache(3, 64)
-        start = [a.clone() for a in (cache.conv, cache.state, cache.pos)]
-        draft = layer(x, cache=cache, commit=False, causal=False)
-        assert all(torch.equal(a, b) for a, b in zip(start, (cache.conv, cache.state, cache.pos)))
-        close(draft, layer(x, causal=False))                # an empty cache changes nothing
-        steps = [layer(x[:, a:b], cache=cache) for a, b in ((0, 17), (17, 18), (18, 19), (19, 21), (21, 40))]
-        close(torch.cat(steps, 1), y)
-        assert cache.pos.tolist() == [40] * 3
-        # rows of different length, padded on the right (with NaN, which must not spread), continue as if alone
-        n = torch.tensor([40, 23, 2])
-        valid = torch.arange(40) < n[:, None]
-        padded = x.masked_fill(~valid[:, :, None], torch.nan)
-        cache, more = layer.init_cache(3, 64), torch.randn(3, 5, 32)
-        out, tail = layer(padded, cache=cache, valid=valid), layer(more, cache=cache)
-        both = layer(padded, causal=False, valid=valid)
-        for i, m in enumerate(n):
-            alone = layer(torch.cat([x[i:i + 1, :m], more[i:i + 1]], 1))
-            close(torch.cat([out[i, :m], tail[i]]), alone[0])
-            close(both[i, :m], layer(x[i:i + 1, :m], causal=False)[0])
-        assert cache.pos.tolist() == (n + 5).tolist()
-    with pytest.raises(ValueError, match=name):
-        layer(x, mask=torch.ones(40, 40, dtype=torch.bool))
-    assert layer.cache_bytes(40, torch.float32) == sum(a[0].numel() * 4 for a in (cache.conv, cache.state))
-    assert layer.flops(4096) <= 2 * layer.flops(2048) and layer.reads(4096) == layer.K
-
-
-@exactly
-@pytest.mark.parametrize("name", LINEAR)
-def test_linear_layer_noisy_block_after_a_clean_prefix(name):
-    """A cached causal=False call sees the whole prefix through the state and its own block from both sides."""
-    layer = lin_layer(name, norm_eps=1e-12)
-    prefix, block = torch.randn(1, 20, 32), torch.randn(1, 8, 32)
-    cache = layer.init_cache(1, 64)
-    with torch.no_grad():
-        layer(prefix, cache=cache)
-        y = layer(block, causal=False, cache=cache, commit=False)
-        other = block.clone()
-        other[:, -1] += 1
-        assert not torch.equal(layer(other, causal=False, cache=cache, commit=False)[:, 0], y[:, 0])
-        # the last token has nothing behind it: there it is the causal answer, but for the convolution's look ahead
-        narrow = lin_layer(name, conv_size=1)
-        cache = narrow.init_cache(1, 64)
-        narrow(prefix, cache=cache)
-        y = narrow(block, causal=False, cache=cache, commit=False)
-        close(y[:, -1], narrow(torch.cat([prefix, block], 1))[:, -1])
-        assert not torch.allclose(y[:, 0], narrow(torch.cat([prefix, block], 1))[:, 20], atol=1e-5)
-
-
-@exactly
 @pytest.mark.parametrize("name", LINEAR)
 def test_linear_layer_directions(name):
     x = torch.randn(2, 30, 32)
@@ -1479,41 +1449,6 @@ def test_linear_layer_directions(name):
         back(x, causal=False, cache=back.init_cache(2, 64))
     y = lin_layer("linear")(x, causal=False)                                           # symmetric in time, exactly
     close(lin_layer("linear")(x.flip(1), causal=False).flip(1), y)
-
-
-@pytest.mark.parametrize("fields, message", [(dict(linear_n_head=2, linear_n_v_head=3), "multiple"), (dict(n_head=5), "multiple"), (dict(bidir="both"), "bidir"),
-                                             (dict(decay_gate="hard"), "decay_gate"), (dict(linear_decay="x"), "linear_decay"), (dict(out_gate="tanh"), "out_gate"),
-                                             (dict(linear_decay="head", decay_gate=None), "decay_gate"), (dict(linear_decay="head", decay_gate="lower", g_min=3.0), "g_min"),
-                                             (dict(conv_size=0), "conv_size"), (dict(linear_key_dim=-2), "linear_key_dim"), (dict(linear_n_head=0), "linear_n_head")])
-def test_linear_layer_errors(fields, message):
-    with pytest.raises(ValueError, match=message):
-        ATTENTION["linear"](lin_config(**fields))
-
-
-@pytest.mark.parametrize("name", LINEAR)
-def test_linear_layer_shapes_alone(name):
-    """On the meta device nothing is computed; of an empty batch or text nothing comes back and nothing is remembered."""
-    with torch.device("meta"):
-        layer, x = lin_layer(name), torch.randn(2, 70, 32)
-        assert layer(x).shape == layer(x, causal=False).shape == x.shape
-        assert layer(x[:, :3], cache=layer.init_cache(2, 9, "meta")).shape == (2, 3, 32)
-    layer, x = lin_layer(name), torch.randn(2, 5, 32)
-    cache = layer.init_cache(2, 9, dtype=torch.float64)
-    assert layer(x[:, :0], cache=cache).shape == (2, 0, 32) and layer(x[:0], causal=False).shape == (0, 5, 32) and not cache.pos.any()
-    assert layer.cache_bytes(9, torch.float64) == sum(a[0].numel() * 8 for a in (cache.conv, cache.state))
-
-
-@pytest.mark.parametrize("name", LINEAR)
-def test_linear_layer_in_bf16(name):
-    layer = lin_layer(name)
-    x = torch.randn(2, 100, 32)
-    y = layer(x)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert lin_rel(layer(x), y.double()) < 2e-2
-    layer, cache = layer.bfloat16(), layer.init_cache(2, 128, dtype=torch.bfloat16)
-    with torch.no_grad():
-        out = torch.cat([layer(x[:, :90].bfloat16(), cache=cache)] + [layer(x[:, i:i + 1].bfloat16(), cache=cache) for i in range(90, 100)], 1)
-    assert out.dtype == torch.bfloat16 and cache.state.dtype == torch.float32 and lin_rel(out, y.double()) < 3e-2
 
 
 @pytest.mark.parametrize("compiled", (False, True))
