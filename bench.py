@@ -491,39 +491,24 @@ def validation(name, T, count):
 
 
 def fit(lm, loss_at, steps, flags, path, label):
-    """`steps` optimizer steps on loss_at(step), a scalar; saved to `path` every 100 steps and goes on from
-    there."""
-    optimizers = train.make_optimizers(lm, flags, lm.embed.weight.device)
-    first, tic = 0, time.time()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """`steps` optimizer steps on loss_at(step), a scalar; or the weights in `path`, if they are there."""
     if path.exists():
-        state = train.load_checkpoint(path)
-        lm.load_state_dict(state["model"])
-        for o, saved in zip(optimizers, state["optimizers"]):
-            o.load_state_dict(saved)
-        first = state["step"]
-    for step in range(first, steps):
-        loss = loss_at(step)
-        loss.backward()
+        lm.load_state_dict(train.load_checkpoint(path)["model"])
+        return lm.eval()
+    optimizers = train.make_optimizers(lm, flags, lm.embed.weight.device)
+    progress = prepare.Progress(label)
+    for step in range(steps):
+        loss_at(step).backward()
         torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
         for o in optimizers:
             for group in o.param_groups:
                 group["lr"] = train.learning_rate(step, steps, flags)
             o.step()
             o.zero_grad()
-        if (step + 1) % 100 == 0 or step + 1 == steps:
-            state = {
-                "model": lm.state_dict(),
-                "optimizers": [o.state_dict() for o in optimizers],
-                "step": step + 1,
-            }
-            train.save_atomic(state, path)
-            left = (time.time() - tic) / (step + 1 - first) * (steps - step - 1)
-            print(
-                f"[{label}] step {step + 1}/{steps} | loss {loss.item():.4f} | {train.clock(left)} left",
-                flush=True,
-            )
-    lm.eval()
+        progress((step + 1) / steps)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    train.save_atomic({"model": lm.state_dict()}, path)
+    return lm.eval()
 
 
 def run_arms(jobs, workers):
@@ -1953,7 +1938,7 @@ def recall(
 
 class Parity:
     """Sequences of bits in triples, x3 = x1 xor x2. Called like a model it answers exactly: the oracle."""
-    name, V, layers = "parity", 2, "full(window=4)"
+    name, V, layers, period = "parity", 2, "full(window=4)", 3
 
     def nats(self, L):
         """Entropy of a sequence: -log p(x) of the best possible model."""
@@ -1970,35 +1955,32 @@ class Parity:
     def __call__(self, x, causal=False):
         x = x.view(len(x), -1, 3)
         known = x < 2
-        others = known.sum(-1, keepdim=True) - known.long() == 2  # both others of the triple are there
-        one = torch.where(others, ((x * known).sum(-1, keepdim=True) - x * known) % 2, 0.5).flatten(1)
+        others = known.sum(-1, keepdim=True) - known.long() == 2        # both others of the triple are there
+        parity = ((x * known).sum(-1, keepdim=True) - x * known) % 2
+        one = torch.where(others, parity, 0.5).flatten(1)
         return torch.stack([1 - one, one], dim=-1).log()
-
-    def inputs(self, x):
-        """What a trained model reads: letters of their own for each place of a triple, so that it need not
-        count."""
-        return x + 3 * (torch.arange(x.size(1)) % 3)
 
     def theory(self, N, L):
         """Closed forms. tie: the last step of a triple reveals two or three of its bits; half of these come
-        out invalid. ter averages log p over schedules, as an ELBO does; ter_marginal is the paper's: log of p
-        averaged over them."""
+        out invalid. log p is averaged over schedules, as an ELBO does."""
         tie = (3 * N - 1) / (2 * N * N)
-        return {"ter": 2 ** ((2 + tie) / 3), "ter_marginal": 2 ** ((2 - math.log2(1 - tie / 2)) / 3),
-                "ser": 1 - (1 - tie / 2) ** (L / 3)}
+        return {"theory_ter": 2 ** ((2 + tie) / 3), "theory_ser": 1 - (1 - tie / 2) ** (L / 3)}
 
 
 class Bigram:
     """A random language: after each letter half of the V letters may come, with random probabilities."""
-    name, layers = "2-gram", "full(window=8)"
+    name, layers, period, far = "2-gram", "full(window=8)", 1, 32
 
     def __init__(self, V=8, seed=0):
         self.V, gen = V, torch.Generator().manual_seed(seed)
         p = -torch.rand(V, V, generator=gen, dtype=torch.float64).log()
         p[torch.rand(V, V, generator=gen).argsort(1) >= V // 2] = 0
-        self.p = p / p.sum(1, keepdim=True)  # (V, V): letter to next letter
-        self.start = self.p.matrix_power(1 << 16).mean(0).clamp(min=0)
+        self.p = p / p.sum(1, keepdim=True)     # (V, V): letter to next letter
+        self.start = self.p.matrix_power(1 << 16).mean(0)
         self.start[self.start < 1e-12] = 0
+        # (far + 1, V, V): letter to the one d places on; 0: from one so far away that it says nothing.
+        steps = [self.p.matrix_power(d) for d in range(1, self.far + 1)]
+        self.power = torch.stack([self.start.expand(V, V), *steps])
 
     def nats(self, L):
         return (entropy(self.start) + (L - 1) * (self.start * entropy(self.p)).sum()).item()
@@ -2012,38 +1994,32 @@ class Bigram:
     def valid(self, x):
         return (self.start[x[:, 0]] > 0) & (self.p[x[:, :-1], x[:, 1:]] > 0).all(1)
 
+    def nearest(self, x):
+        """(distance to the last known letter before each place, 0 if there is none near; that letter)."""
+        t = torch.arange(x.size(1))
+        at = F.pad(torch.where(x < self.V, t, -1).cummax(1)[0], (1, -1), value=-1)
+        near = (at >= 0) & (t - at <= self.far)
+        return (t - at) * near, x.gather(1, at.clamp(min=0)) % self.V
+
     def __call__(self, x, causal=False):
-        """Forward-backward; a letter's own evidence does not count. Where nothing is legal any more:
-        uniform."""
-        (B, T), V, p = x.shape, self.V, self.p.float()
-        seen = ((x[..., None] == torch.arange(V)) | (x[..., None] == V)).float()       # (B, T, V)
-        unit = lambda a: a / a.sum(-1, keepdim=True).clamp(min=1e-30)
-        a, b, forth, back = self.start.float().expand(B, V), torch.ones(B, V), [], []
-        for t in range(T):
-            forth.append(a)
-            back.append(b)
-            a = unit((a * seen[:, t]) @ p)
-            b = unit((b * seen[:, T - 1 - t]) @ p.T)
-        both = torch.stack(forth, 1) * torch.stack(back[::-1], 1)
-        return torch.where(both.sum(-1, keepdim=True) > 0, unit(both), 1 / V).log()
+        """From the nearest known letters on both sides; where they exclude each other: uniform."""
+        left, before = self.nearest(x)
+        right, behind = (a.flip(1) for a in self.nearest(x.flip(1)))
+        p = self.power[left, before] * self.power.mT[right, behind]     # (B, T, V)
+        total = p.sum(-1, keepdim=True)
+        return torch.where(total > 0, p / total, 1 / self.V).log().float()
 
-    def inputs(self, x):
-        return x
-
-    def theory(self, N, L, far=32):
+    def theory(self, N, L):
         """Closed form: a letter that is revealed when each other one is open with probability t knows its
-        nearest neighbours at distances a and b, and -log p is on average H(x0 | x-a, xb). Beyond `far` one
-        says nothing."""
-        power = torch.stack(
-            [self.p.matrix_power(d) for d in range(1, far + 1)] + [self.start.expand_as(self.p)]
-        )
-        joint = torch.einsum("u,auv,bvw->abuvw", self.start, power, power)             # p(x-a, x0, xb)
-        H = entropy(joint.flatten(2)) - entropy(joint.sum(3).flatten(2))               # (far + 1, far + 1)
-        t = torch.arange(1, N + 1, dtype=torch.float64) / N
-        d, edge = torch.arange(far), torch.arange(L)[:, None].clamp(max=far)  # edge: letters on the left
-        near = (1 - t)[:, None, None] * t[:, None, None] ** d * (d < edge)  # (N, L, far): distance d + 1
-        near = torch.cat([near, 1 - near.sum(-1, keepdim=True)], dim=-1)
-        return {"ter": torch.einsum("tia,ab,tib->ti", near, H, near.flip(1)).mean().exp().item()}
+        nearest neighbours at distances a and b, and -log p is on average H(x0 | x-a, xb)."""
+        joint = torch.einsum("u,auv,bvw->abuvw", self.start, self.power, self.power)    # p(x-a, x0, xb)
+        H = entropy(joint.flatten(2)) - entropy(joint.sum(3).flatten(2))                # (far + 1, far + 1)
+        t = torch.arange(1, N + 1, dtype=torch.float64)[:, None, None] / N
+        d, letters = torch.arange(1, self.far + 1), torch.arange(L)[:, None]            # on the left
+        near = (1 - t) * t ** (d - 1) * (d <= letters)                                  # (N, L, far)
+        near = torch.cat([1 - near.sum(-1, keepdim=True), near], dim=-1)
+        nats = torch.einsum("tia,ab,tib->ti", near, H, near.flip(1)).mean()
+        return {"theory_ter": nats.exp().item()}
 
 
 def entropy(p):
@@ -2057,58 +2033,43 @@ def nats_by_hidden(f, x, mask_id, generator, batch=512):
     M, L = x.shape
     n = torch.arange(1, L + 1).repeat(M)
     hidden = diffusion.smallest(torch.rand(M * L, L, generator=generator), n)
-    x = x.repeat_interleave(L, dim=0)
-    nats = torch.cat(
-        [
-            diffusion.masked_nll(f, rows, mask_id, part)
-            for rows, part in zip(x.split(batch), hidden.split(batch))
-        ]
-    )
+    parts = zip(x.repeat_interleave(L, dim=0).split(batch), hidden.split(batch))
+    nats = torch.cat([diffusion.masked_nll(f, rows, mask_id, part) for rows, part in parts])
     return ((nats * hidden).sum(1) / n).view(M, L).double()
 
 
-def token_error(nats, N):
-    """(TER averaged over schedules, its s.e.) of a sampler of N steps, from `nats_by_hidden`.
+def hidden_weights(N, L):
+    """(L,): how often a sampler of N steps reveals a token when n = 1 ... L are hidden, itself included.
 
-    When a token is revealed, each other one is still open with probability t = j/N, j uniform on 1..N: the
-    number of open ones is 1 + Binomial(L-1, t). So one table over n gives every N; N -> infinity weights all
-    n alike: the bound."""
-    L = nats.size(1)
-    k, t = torch.arange(L, dtype=torch.float64), torch.arange(1, N + 1, dtype=torch.float64)[:, None] / N
+    Each other one is then still open with probability t = j/N, j uniform on 1..N: n is 1 + Binomial(L-1, t).
+    So the table of `nats_by_hidden` gives every N; N -> infinity weights all n alike: the bound."""
+    k = torch.arange(L, dtype=torch.float64)
+    t = torch.arange(1, N + 1, dtype=torch.float64)[:, None] / N
     ways = math.lgamma(L) - torch.lgamma(k + 1) - torch.lgamma(L - k)
-    w = (ways + torch.xlogy(k, t) + torch.xlogy(L - 1 - k, 1 - t)).exp().mean(0)
-    return exp_mean(nats @ w)
-
-
-def exp_mean(nats):
-    """(exp of the mean, its standard error)."""
-    value = nats.mean().exp()
-    return value.item(), (value * nats.std() / len(nats) ** 0.5).item()
+    return (ways + torch.xlogy(k, t) + torch.xlogy(L - 1 - k, 1 - t)).exp().mean(0)
 
 
 @torch.no_grad()
 def sample_in_steps(f, B, L, N, mask_id, generator):
     """The sampler of the theory: each token has its step of 1..N at random; those of one step are drawn
-    independently. Steps in which a row reveals nothing are skipped: f knows no time."""
-    step, order = torch.randint(N, (B, L), generator=generator).sort(dim=1)
-    rank = F.pad(step.diff(dim=1) > 0, (1, 0)).cumsum(1)
-    step = torch.empty_like(step).scatter_(1, order, rank)
+    independently."""
+    step = torch.randint(N, (B, L), generator=generator)
     x = torch.full((B, L), mask_id)
-    for k in range(int(step.max()) + 1):
-        rows = (step == k).any(1).nonzero()[:, 0]  # some rows are done earlier
-        now = step[rows] == k
-        part = x[rows]
+    for k in step.unique():
+        rows = (step == k).any(1)               # f knows no time: the others need no step
+        part, now = x[rows], step[rows] == k
         part[now] = diffusion.draw(f(part, causal=False)[now], generator=generator)
         x[rows] = part
     return x
 
 
 def learn(language, objective, lengths, steps, path):
-    """A small model of the language, trained on fresh sequences of alternating lengths."""
+    """A small model of the language, trained on fresh sequences of alternating lengths. It reads letters of
+    their own for each place of a period, so that it need not count."""
     torch.manual_seed(1337)
     lm = LM(ModelConfig(vocab_size=language.V, block_size=max(lengths), n_layer=2, n_head=4, n_embd=64,
                         layers=language.layers))
-    f = lambda x, **keywords: lm(language.inputs(x), **keywords)
+    f = lambda x, **keywords: lm(x + 3 * (torch.arange(x.size(1)) % language.period), **keywords)
 
     def loss_at(step):
         gen, L = torch.Generator().manual_seed((1337 << 32) + step), lengths[step % len(lengths)]
@@ -2116,9 +2077,8 @@ def learn(language, objective, lengths, steps, path):
         if objective == "ar":
             return diffusion.ar_loss(f, x, lm.mask_id)
         return diffusion.mdm_loss(f, x, lm.mask_id, generator=gen)
-    fit(
-        lm, loss_at, steps, {**train.DEFAULTS, "lr": 3e-3, "warmup": 50}, path, f"{language.name} {objective}"
-    )
+    flags = {**train.DEFAULTS, "lr": 3e-3, "warmup": 50}
+    fit(lm, loss_at, steps, flags, path, f"{language.name} {objective}")
     return f
 
 
@@ -2126,42 +2086,33 @@ def theory_picture(plt, result):
     """Above token errors, which do not grow with length, below wrong sequences, which do; a column for each
     language."""
     rows = result["rows"]
-    languages = list(dict.fromkeys(r["language"] for r in rows))
+    languages = dict.fromkeys(r["language"] for r in rows)
     figure, axes = plt.subplots(2, len(languages), figsize=(8, 7), sharex=True, squeeze=False)
-    kinds = {"closed form": dict(ls="-", lw=1), "oracle": dict(marker="o", ls="", ms=5),
-             "mdm": dict(marker="x", ls="--", lw=1), "ar": dict(marker="*", ls="", ms=10)}
-    for (i, what), (j, language) in itertools.product(enumerate(("ter", "ser")), enumerate(languages)):
-        ax = axes[i, j]
-        for (n, L), (kind, style) in itertools.product(
-            enumerate(sorted({r["L"] for r in rows})), kinds.items()
-        ):
-            column = f"theory_{what}" if kind == "closed form" else what
-            model = "oracle" if kind == "closed form" else kind
-            mine = [
-                (r["N"], r[column])
-                for r in rows
-                if (r["language"], r["model"], r["L"]) == (language, model, L) and r.get(column) is not None
-            ]
-            if mine:
-                label = f"length {L}, {'trained ' * (kind in ('mdm', 'ar'))}{kind}"
-                ax.plot(*zip(*mine), color=f"C{n}", label=label, **style)
+    kinds = {"closed form": ("oracle", "theory_", dict(lw=1)),
+             "oracle": ("oracle", "", dict(marker="o", ls="", ms=5)),
+             "trained mdm": ("mdm", "", dict(marker="x", ls="--", lw=1)),
+             "trained ar": ("ar", "", dict(marker="*", ls="", ms=10))}
+    labels = {"ter": "token error rate (a perplexity)", "ser": "share of wrong sequences"}
+    for (what, language), ax in zip(itertools.product(labels, languages), axes.flat):
+        for n, L in enumerate(result["flags"]["lengths"]):
+            for name, (model, prefix, style) in kinds.items():
+                point = language, model, L
+                mine = [(r["N"], r[prefix + what]) for r in rows
+                        if (r["language"], r["model"], r["L"]) == point and r.get(prefix + what) is not None]
+                if mine:
+                    ax.plot(*zip(*mine), color=f"C{n}", label=f"length {L}, {name}", **style)
+        dress(ax, language if what == "ter" else "", xlabel="sampling steps" if what == "ser" else "")
         log_ticks(ax.xaxis, [r["N"] for r in rows if r["model"] == "oracle"])
-        ax.grid(alpha=0.25)
-        if what == "ter":
-            ax.set_title(language)
-    axes[0, 0].set_ylabel("token error rate (a perplexity)")
-    axes[1, 0].set_ylabel("share of wrong sequences")
-    for ax in axes[1]:
-        ax.set_xlabel("sampling steps")
-    axes[0, 0].legend(fontsize=9)
+        ax.set_ylabel(labels[what] if ax in axes[:, 0] else "")
+        if ax is not axes[0, 0]:
+            ax.get_legend().remove()
     return figure
 
 
 def theory_table(result):
     shown = ("language", "model", "L", "N", "ter", "theory_ter", "ser", "theory_ser")
-    return [
-        {k: r.get(k) for k in shown} for r in result["rows"] if r["N"] in (1, 16, 256) or r["model"] == "ar"
-    ]
+    rows = [r for r in result["rows"] if r["N"] in (1, 16, 256) or r["model"] == "ar"]
+    return [{k: r.get(k) for k in shown} for r in rows]
 
 
 @experiment(show=theory_table, picture=theory_picture)
@@ -2176,42 +2127,38 @@ def theory(lengths=(24, 96), steps=1000, sequences=128, threads=1, out="out/theo
     steps: of training for a diffusion model, a quarter of them for AR
     sequences: sampled from a trained model for each point, 8 times as many from an oracle
     """
-    if any(L < 3 or L % 3 for L in lengths):
-        raise ValueError(f"--lengths {','.join(map(str, lengths))}: expected multiples of 3, such as 24,96")
-    if steps < 4:
-        raise ValueError(f"--steps {steps} must be at least 4")
-    folder, grid = Path(out) / f"{','.join(map(str, lengths))}-steps{steps}", [4 ** i for i in range(6)]
-    for language, (kind, asked) in itertools.product(
-            (Parity(), Bigram()), {"oracle": grid, "mdm": grid[:-1], "ar": [None]}.items()):
-        V = language.V
+    asked = ",".join(map(str, lengths))
+    need(all(L % 3 == 0 for L in lengths), f"--lengths {asked}: expected multiples of 3, such as 24,96")
+    need(steps >= 4, f"--steps {steps} must be at least 4")
+    grid = [4 ** i for i in range(6)]
+    kinds = {"oracle": grid, "mdm": grid[:-1], "ar": [None]}
+    for language, kind in itertools.product((Parity(), Bigram()), kinds):
+        V, count = language.V, sequences * (8 if kind == "oracle" else 1)
 
         @functools.cache
         def model():
             if kind == "oracle":
                 return language
-            return learn(language, kind, lengths, steps if kind == "mdm" else steps // 4,
-                         folder / f"{language.name}-{kind}.pt")
+            path = Path(out) / f"{asked}-steps{steps}" / f"{language.name}-{kind}.pt"
+            return learn(language, kind, lengths, steps if kind == "mdm" else steps // 4, path)
         for L in lengths:
-            gen, count = torch.Generator().manual_seed(L), sequences * (8 if kind == "oracle" else 1)
+            gen = torch.Generator().manual_seed(L)
             x = language.draw(256, L, gen)
-            hidden = functools.cache(lambda: nats_by_hidden(model(), x[:64], V, gen))  # one table for every N
-            for N in asked:
+            table = functools.cache(lambda: nats_by_hidden(model(), x[:64], V, gen))    # one for every N
+            for N in kinds[kind]:
                 def measure():
-                    f = model()
-                    if kind == "ar":
-                        loss = diffusion.ar_loss(f, x, V, reduction="none").detach().double().mean(1)
-                        ter, y = exp_mean(loss), diffusion.sample_ar(
-                            f, torch.full((count, L), V), V, generator=gen, cache=False
-                        )
+                    if N is None:
+                        nats = diffusion.ar_loss(model(), x, V, reduction="none").detach().double().mean(1)
+                        canvas = torch.full((count, L), V)
+                        y = diffusion.sample_ar(model(), canvas, V, generator=gen, cache=False)
                     else:
-                        ter, y = token_error(hidden(), N), sample_in_steps(
-                            f, count, L, N, V, torch.Generator().manual_seed(N)
-                        )
-                    ser = 1 - language.valid(y).double().mean().item()
-                    closed = language.theory(N, L) if N else {}
-                    return dict(best_ter=math.exp(language.nats(L) / L), ter=ter[0], ter_se=ter[1], ser=ser,
-                                ser_se=(ser * (1 - ser) / count) ** 0.5, sequences=count,
-                                **{f"theory_{k}": v for k, v in closed.items()})
+                        nats = table() @ hidden_weights(N, L)
+                        y = sample_in_steps(model(), count, L, N, V, torch.Generator().manual_seed(N))
+                    ter, ser = nats.mean().exp().item(), 1 - language.valid(y).double().mean().item()
+                    row = dict(best_ter=math.exp(language.nats(L) / L), ter=ter, ser=ser, sequences=count,
+                               ter_se=ter * nats.std().item() / len(nats) ** 0.5,
+                               ser_se=(ser * (1 - ser) / count) ** 0.5)
+                    return row | (language.theory(N, L) if N else {})
                 yield dict(language=language.name, model=kind, L=L, N=N or L), measure
 
 # ------------------------------------------------------------------------------------------------------------
