@@ -38,7 +38,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import hashlib
 import inspect
 import io
 import itertools
@@ -54,6 +53,7 @@ import statistics
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -488,6 +488,12 @@ def data_folder(name):
 def validation(name, T, count):
     """(N, T) ids: `count` windows of a data set's validation text."""
     return train.fixed_windows(prepare.load_dataset(data_folder(name))[1], T, count).long()
+
+
+def mean_se(values):
+    """(mean, its standard error) of a list of numbers."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    return statistics.mean(values), error
 
 
 def fit(lm, loss_at, steps, flags, path, label):
@@ -1792,7 +1798,7 @@ def recall_accuracy(f, T, n, mask_id, causal, text=None, device="cpu"):
         z, y = recall_logits(f, x, answer, mask_id, causal)
         # Each sequence asks equally often.
         right += (z.argmax(-1) == y).double().view(len(x), -1).mean(1).tolist()
-    return statistics.mean(right), statistics.stdev(right) / len(right) ** 0.5
+    return mean_se(right)
 
 
 def learn_recall(lm, objective, steps, tokens, lengths, path, label):
@@ -2219,12 +2225,12 @@ def tools(steps=1000, problems=500, workers=1, device="auto", threads=1, out="ou
                 y = diffusion.sample_block(lm, x, lm.mask_id, 4, order=order, on_block=hook, **how)
             written = [tokenizer.decode(r).split(prepare.EOT)[0] for r in y.tolist()]
             answer = lambda text: text.rpartition(" ")[2]
-            right = torch.tensor([answer(t) == answer(w) for t, w in zip(texts, written)]).double()
+            accuracy, se = mean_se([float(answer(t) == answer(w)) for t, w in zip(texts, written)])
             made = {(i, call) for i, call, *_ in hook.calls}
             return dict(
                 problems=len(texts),
-                accuracy=right.mean().item(),
-                se=(right.std() / len(texts) ** 0.5).item(),
+                accuracy=accuracy,
+                se=se,
                 right_calls=sum((i, t[: t.index("?")]) in made for i, t in enumerate(texts)),
                 failed_calls=sum(why is not None for *_, why in hook.calls),
                 minutes=state["seconds"] / 60,
@@ -2735,12 +2741,9 @@ def tables(results="results", pictures=False):
 # ------------------------------------------------------------------------------------------------------------
 # choices: multiple choice by likelihood
 
-MEASURES = {
-    "ar": ("exact",),
-    "mdm": ("bound", "chain"),
-    "block": ("bound", "chain"),
-    "mixed": ("exact", "bound", "chain"),
-}
+WHICH = ("best", "last")
+MEASURES = {"ar": ("exact",), "mdm": ("bound", "chain"), "block": ("bound", "chain"),
+            "mixed": ("exact", "bound", "chain")}
 # The text, its continuations and the index of the right one: HellaSwag; PIQA and ARC; LAMBADA, whose one is
 # right.
 FORMS = {"ctx": ("endings", "label"), "query": ("choices", "gold"), "context": ("continuation", None)}
@@ -2753,43 +2756,33 @@ def parse_item(r):
     Continuations begin with a space and are tokenized on their own, as GPT-2's tokenizer would cut there.
     "Question: ..." is followed by "Answer:", as in MosaicML's evaluation, where the files of that form come
     from."""
-    form = next((k for k in FORMS if isinstance(r, dict) and k in r), None)
-    if form is None or any(k and k not in r for k in FORMS[form]):
-        known = " or ".join(", ".join(k for k in (form, *keys) if k) for form, keys in FORMS.items())
-        raise ValueError(f"is no object of the keys {known}")
+    form = next((k for k in FORMS if isinstance(r, dict) and {k, *FORMS[k]} - {None} <= set(r)), None)
+    known = (", ".join(filter(None, (form, *keys))) for form, keys in FORMS.items())
+    need(form, f"is no object of the keys {' or '.join(known)}")
     key, label = FORMS[form]
     context, answers = r[form], r[key] if label else [r[key]]
-    if (
-        not isinstance(context, str)
-        or not isinstance(answers, list)
-        or not all(isinstance(a, str) for a in answers)
-    ):
-        raise ValueError(
-            f"must have a text under '{form}' and {'a list of texts' if label else 'a text'} under '{key}'"
-        )
-    gold = r[label] if label else 0
-    if isinstance(gold, list) and len(gold) == 1:
-        gold, = gold
-    if isinstance(gold, str) and gold.isdecimal():
-        gold = int(gold)
-    answers = [a.strip() for a in answers]
-    if (type(gold) is not int or not 0 <= gold < len(answers) or answers.count(answers[gold]) > 1
-            or not all(answers) or label and len(answers) < 2):
-        raise ValueError(
-            f"must have one right answer, all answers being different from it and none empty: "
-            f"'{label or key}' is "
-            f"{json.dumps(r[label or key])[:40]}, and there are {len(answers)} answers"
-        )
-    context = context.rstrip()
+    need(isinstance(context, str) and isinstance(answers, list) and all(isinstance(a, str) for a in answers),
+         f"must have a text under '{form}' and {'a list of texts' if label else 'a text'} under '{key}'")
+    context, answers = context.rstrip(), [a.strip() for a in answers]
+    gold = str(r[label] if label else 0).strip("[]")        # 1, "1" or [1]
+    right = answers[int(gold):][:1] if gold.isdecimal() else []
+    need(right and all(answers) and answers.count(right[0]) == 1 and (len(answers) > 1 or not label),
+         "must have one right answer, all answers being different from it and none empty: "
+         f"'{label or key}' is {json.dumps(r[label or key])[:40]}, and there are {len(answers)} answers")
     if form == "query" and context.startswith("Question:"):
         context += "\nAnswer:"
-    return context, [" " * bool(context) + a for a in answers], gold
+    return context, [" " * bool(context) + a for a in answers], int(gold)
+
+
+def item_of(context, ends, gold, tokenizer):
+    """An item: token ids, the index of the right end, the bytes of each."""
+    sizes = [int(tokenizer.token_bytes[end].sum()) for end in ends]
+    return {"context": context, "ends": ends, "gold": gold, "bytes": sizes}
 
 
 def read_items(path, tokenizer, limit=None):
-    """The first `limit` items of a .jsonl file, read as prepare.py does: [{"context": ids, "ends": [ids,
-    ...], "gold", "bytes"}]. All is read before anything is computed: a bad line, named with its number, stops
-    no evaluation."""
+    """The first `limit` items of a .jsonl file, read as prepare.py does. All is read before anything is
+    computed: a bad line, named with its number, stops no evaluation."""
     items = []
     for n, (line, _) in enumerate(prepare.text_lines(Path(path)), 1):
         if len(items) == limit:
@@ -2797,180 +2790,75 @@ def read_items(path, tokenizer, limit=None):
         try:
             if line.strip():
                 context, ends, gold = parse_item(json.loads(line))
-                items.append(
-                    {
-                        "context": tokenizer.encode(context),
-                        "ends": [tokenizer.encode(e) for e in ends],
-                        "gold": gold,
-                        "bytes": [len(e.encode()) for e in ends],
-                    }
-                )
-        except (json.JSONDecodeError, RecursionError, UnicodeEncodeError):
-            raise ValueError(f"{path} line {n} is no JSON object of UTF-8 text") from None
-        except ValueError as e:
-            raise ValueError(f"{path} line {n} {e}") from None
-    if not items:
-        raise ValueError(f"{path} holds no items")
+                ids, *ends = (tokenizer.encode(text) for text in (context, *ends))
+                items.append(item_of(ids, ends, gold, tokenizer))
+        except (ValueError, RecursionError) as e:
+            why = e if type(e) is ValueError else "is no JSON object of UTF-8 text"
+            raise ValueError(f"{path} line {n} {why}") from None
+    need(items, f"{path} holds no items")
     return items
 
 
 def probe_as_items(flags, tokenizer, T, limit):
     """train.py's probe as items: true ends of passages of the run's own validation text among three
     others."""
-    val, K = prepare.load_dataset(data_folder(flags["dataset"]))[1], max(1, min(16, T // 4))
+    val = prepare.load_dataset(data_folder(flags["dataset"]))[1]
     passages = train.probe_items(val, T, min(limit or 512, len(val) // T))
-    return [{"context": p[0, :-K].tolist(), "ends": p[:, -K:].tolist(), "gold": 0,
-             "bytes": tokenizer.token_bytes[p[:, -K:].numpy()].sum(1).tolist()} for p in passages]
-
-
-def cut_item(item, T):
-    """(context, ends) that fit into a window of T tokens: the context, the same for all ends, loses its left.
-    None if an end does not fit."""
-    room = T - max(map(len, item["ends"]))
-    if room < 0:
-        return None
-    return item["context"][max(0, len(item["context"]) - room):], item["ends"]
-
-
-def cache_rows(cache, rows):
-    """A copy of a model's cache that holds the given rows, any of them more than once."""
-    part = copy.copy(cache)
-    part.layers = [copy.copy(c) for c in cache.layers]
-    for c in (part, *part.layers):
-        vars(c).update({k: v[rows] for k, v in vars(c).items() if isinstance(v, torch.Tensor)})
-    return part
+    K = max(1, min(16, T // 4))                             # tokens of an end
+    return [item_of(p[0, :-K].tolist(), p[:, -K:].tolist(), 0, tokenizer) for p in passages]
 
 
 @torch.no_grad()
-def exact_nats(lm, batch):
-    """-log p of the ends of several items under an AR model. batch: [(context, ends)], the contexts of one
-    length P.
-
-    Each context is read once, into the cache. Then the ends are read side by side, those of similar length
-    together, each after its context's row of the cache and padded on the right, where nothing looks. Returns
-    a list of (nats of each end, is each of its tokens the most probable one?)."""
-    device, P = lm.embed.weight.device, len(batch[0][0])
-    kind = torch.device(device).type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else lm.embed.weight.dtype
-    # (n, P + 1): BOS, context.
-    context = diffusion.shift_right(torch.tensor([c + [0] for c, _ in batch]), lm.mask_id).to(device)
-    if P:
-        cache = lm.init_cache(len(batch), P + max(len(e) for _, ends in batch for e in ends), device, dtype)
-        lm(context[:, :P], causal=True, cache=cache)
-    todo = sorted(
-        ((i, j, e) for i, (_, ends) in enumerate(batch) for j, e in enumerate(ends)),
-        key=lambda ije: len(ije[2]),
-    )
-    out = [([0.0] * len(ends), [False] * len(ends)) for _, ends in batch]
-    while todo:
-        now = [ije for ije in todo if len(ije[2]) <= 1.25 * len(todo[0][2]) + 1]
-        todo = todo[len(now):]
-        length = torch.tensor([len(e) for *_, e in now])
-        y = torch.zeros(len(now), int(length.max()), dtype=torch.int64)                # (rows, E)
-        for row, (*_, e) in zip(y, now):
-            row[:len(e)] = torch.tensor(e)
-        of, y = torch.tensor([i for i, *_ in now], device=device), y.to(device)
-        x = torch.cat([context[of, P:], y[:, :-1]], dim=1)  # each token's predecessor
-        logits = lm(x, causal=True, **({"cache": cache_rows(cache, of)} if P else {}))
-        real = torch.arange(y.size(1)) < length[:, None]
-        nats = (diffusion.token_nll(logits, y).cpu().double() * real).sum(1).tolist()
-        greedy = ((logits.argmax(-1) == y).cpu() | ~real).all(1).tolist()
-        for (i, j, _), a, b in zip(now, nats, greedy):
-            out[i][0][j], out[i][1][j] = a, b
-    return out
-
-
-@torch.no_grad()
-def diffusion_nats(lm, context, ends, measure, n_mc, seed, block=None, batch_size=64):
-    """-log p of the ends of one item under a diffusion model, a list: the bound, all ends under the same n_mc
-    masks (as far as they have places in common), or the exact left-to-right chain. block: of a
-    block-diffusion model; the last block's places behind an end stay hidden."""
-    P, mask, device = len(context), lm.mask_id, lm.embed.weight.device
-    length = torch.tensor([P + len(e) for e in ends])
-    L = int(length.max())
-    L += -L % (block or 1)
-    x = torch.full((len(ends), L), mask if block else 0)
-    for row, e in zip(x, ends):
-        row[:P + len(e)] = torch.tensor(context + e)
-    t = torch.arange(L)
-    real = t < length[:, None]
-    x, scored, keywords = (
-        x.to(device),
-        (real & (t >= P)).to(device),
-        {} if block or real.all() else {"valid": real.to(device)},
-    )
+def end_nats(lm, context, ends, measure, n_mc=32, seed=0, block=None, rows=64):
+    """-log p of each end behind the context, a list: exact, of an AR model; or of a diffusion model the
+    bound, all ends under the same n_mc masks (as far as they have places in common), or the exact chain from
+    left to right. block: of a block-diffusion model; the last block's places behind an end stay hidden."""
+    mask, device = lm.mask_id, lm.embed.weight.device
+    x, real = diffusion.canvas([context + end for end in ends], 0, mask)
+    if block:
+        x, real = (F.pad(a, (0, -x.size(1) % block)) for a in (x, real))
+        x[~real] = mask
+    scored = real & (torch.arange(x.size(1)) >= len(context))
+    x, real, scored = (a.to(device) for a in (x, real, scored))
+    keywords = {} if block or real.all() else {"valid": real}
+    if measure == "exact":                                  # causal: padding on the right is never read
+        return (diffusion.ar_loss(lm, x, mask, reduction="none").double() * scored).sum(1).tolist()
     if measure == "bound":
-        nats, _ = diffusion.mdm_nll(
-            lm,
-            x,
-            mask,
-            n_mc,
-            torch.Generator().manual_seed(seed),
-            batch_size=batch_size,
-            noise_block=block,
-            scored=scored,
-            per_row=True,
-            group=torch.zeros(len(ends), dtype=torch.int64),
-            **keywords,
-        )
+        gen, same = torch.Generator().manual_seed(seed), torch.zeros(len(ends), dtype=torch.int64)
+        nats, _ = diffusion.mdm_nll(lm, x, mask, n_mc, gen, batch_size=rows, noise_block=block, scored=scored,
+                                    per_row=True, group=same, **keywords)
     elif block:
-        nats = sample.block_chain(lm, x, block, "left", scored).cpu()
+        nats = sample.block_chain(lm, x, block, "left", scored)
     else:
-        nats = diffusion.chain_nll(lm, x, mask, "left", scored, **keywords).cpu()
-    return (nats * (length - P)).tolist()
+        nats = diffusion.chain_nll(lm, x, mask, "left", scored, **keywords)
+    return (nats.cpu() * scored.sum(1).cpu()).tolist()
 
 
-def greedy_end(lm, context, end, block=None):
-    """Does a diffusion model write just these tokens, left to right, always the most probable one?"""
+def writes(lm, context, end, measure, block=None):
+    """Does the model write just these tokens, left to right, always the most probable one?"""
     x = torch.tensor([context + [lm.mask_id] * len(end)], device=lm.embed.weight.device)
-    y = diffusion.sample_block(lm, x, lm.mask_id, block, order="left", temperature=0) if block else \
-        diffusion.sample_mdm(lm, x, lm.mask_id, order="left", temperature=0)
+    if measure == "exact":
+        y = diffusion.sample_ar(lm, x, lm.mask_id, temperature=0)
+    elif block:
+        y = diffusion.sample_block(lm, x, lm.mask_id, block, order="left", temperature=0)
+    else:
+        y = diffusion.sample_mdm(lm, x, lm.mask_id, order="left", temperature=0)
     return y[0, len(context):].tolist() == end
 
 
-def judge_items(lm, flags, items, measure, n_mc, batch_tokens):
-    """Yields [(item number, {"nats", "greedy" or "failed"})] in portions. Failed: an end is longer than the
-    model's window."""
-    fit = {i: cut_item(item, lm.config.block_size) for i, item in items.items()}
-    for i in (i for i, f in fit.items() if f is None):
-        longest = max(map(len, items[i]["ends"]))
-        yield [
-            (
-                i,
-                {
-                    "failed": f"an answer of {longest} tokens is longer than the window of "
-                    f"{lm.config.block_size}"
-                },
-            )
-        ]
-    fit = {i: f for i, f in fit.items() if f is not None}
-    if measure == "exact":
-        length = lambda i: len(fit[i][0])  # of the context: the same in a pass
-        for _, same in itertools.groupby(sorted(fit, key=length), key=length):
-            same = list(same)
-            while same:  # as many as fit into a pass
-                n = used = 0
-                while n < len(same) and (not n or used < batch_tokens):
-                    context, ends = fit[same[n]]
-                    used += len(context) + sum(map(len, ends))
-                    n += 1
-                now, same = same[:n], same[n:]
-                found = exact_nats(lm, [fit[i] for i in now])
-                yield [(i, {"nats": nats, "greedy": greedy[0]}) for i, (nats, greedy) in zip(now, found)]
-    else:
-        block = flags["diffusion_block"] if flags["objective"] == "block" else None
-        for i, (context, ends) in fit.items():
-            rows = max(1, batch_tokens // (len(context) + max(map(len, ends))))
-            nats = diffusion_nats(lm, context, ends, measure, n_mc, i, block, rows)
-            yield [
-                (
-                    i,
-                    {
-                        "nats": nats,
-                        "greedy": greedy_end(lm, context, ends[0], block) if len(ends) == 1 else False,
-                    },
-                )
-            ]
+def judge_item(lm, flags, item, measure, n_mc, seed):
+    """{"nats": of each end, "greedy": is the only one what the model writes?} or {"failed": why}. A context
+    that does not fit into the window loses its left."""
+    ends, T = item["ends"], lm.config.block_size
+    longest = max(map(len, ends))
+    if longest > T:
+        return {"failed": f"an answer of {longest} tokens is longer than the window of {T}"}
+    context = item["context"][max(0, len(item["context"]) + longest - T):]
+    block = flags["diffusion_block"] if flags["objective"] == "block" else None
+    tokens = 65536 if lm.embed.weight.is_cuda else 4096     # in a pass
+    rows = max(1, tokens // (len(context) + longest))
+    nats = end_nats(lm, context, ends, measure, n_mc, seed, block, rows)
+    return {"nats": nats, "greedy": len(ends) == 1 and writes(lm, context, ends[0], measure, block)}
 
 
 def summary(items, results):
@@ -2979,99 +2867,42 @@ def summary(items, results):
 
     accuracy: the right answer has the smallest -log p; accuracy_norm: the smallest per byte. gap: the mean
     -log p of the wrong answers minus that of the right one, nats. loss: the right answer's, per token."""
-    done = [(items[i], r) for i, r in sorted(results.items()) if "failed" not in r]
-    out = dict(items=len(done), failed=len(results) - len(done))
-    if not done:
-        return out
-    hits, norm, gaps = [], [], []
-    for item, r in done:
+    hits, norm, gaps, right, tokens = [], [], [], 0.0, 0
+    for item, r in zip(items, results):
+        if "failed" in r:
+            continue
         g, nats = item["gold"], r["nats"]
-        wrong = [j for j in range(len(nats)) if j != g]
-        hits.append(all(nats[g] < nats[j] for j in wrong) if wrong else r["greedy"])
-        if wrong:
-            norm.append(all(nats[g] / item["bytes"][g] < nats[j] / item["bytes"][j] for j in wrong))
-            gaps.append(statistics.mean(nats[j] for j in wrong) - nats[g])
-    p, se = statistics.mean(hits), lambda values: (
-        statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-    )
-    out |= dict(accuracy=p, se=(p * (1 - p) / len(done)) ** 0.5)
+        right += nats[g]
+        tokens += len(item["ends"][g])
+        others = lambda values: values[:g] + values[g + 1:]
+        if len(nats) == 1:
+            hits.append(float(r["greedy"]))
+            continue
+        density = [n / size for n, size in zip(nats, item["bytes"])]
+        hits.append(float(nats[g] < min(others(nats))))
+        norm.append(float(density[g] < min(others(density))))
+        gaps.append(statistics.mean(others(nats)) - nats[g])
+    out = dict(items=len(hits), failed=len(items) - len(hits))
+    if hits:
+        out["accuracy"], out["se"] = mean_se(hits)
+        out["loss"] = right / tokens
     if gaps:
-        out |= dict(accuracy_norm=statistics.mean(norm), gap=statistics.mean(gaps), gap_se=se(gaps))
-    return out | dict(
-        loss=sum(r["nats"][i["gold"]] for i, r in done) / sum(len(i["ends"][i["gold"]]) for i, _ in done)
-    )
-
-
-def read_judged(path):
-    """{item: its result} from a file of one a line; a half last line, of a process that was killed, is cut
-    off."""
-    if not path.exists():
-        return {}
-    lines = [line for line in path.open() if line.endswith("}\n")]
-    write(path, "".join(lines))
-    return {r.pop("item"): r for r in map(json.loads, lines)}
-
-
-def judge_file(lm, flags, items, measure, n_mc, batch_tokens, path, label):
-    """{item: result}, written one a line as they get done, so that an interrupted evaluation goes on from
-    there."""
-    results = {i: r for i, r in read_judged(path).items() if i in items}  # --limit may have been larger then
-    todo = {i: item for i, item in items.items() if i not in results}
-    cost = {i: len(item["context"]) + sum(map(len, item["ends"])) for i, item in todo.items()}
-    progress = prepare.Progress(f"{label}, {len(todo):,} items")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    done, total = 0, sum(cost.values())
-    with path.open("a") as out:
-        try:
-            for portion in judge_items(lm, flags, todo, measure, n_mc, batch_tokens):
-                for i, r in portion:
-                    results[i] = r
-                    out.write(json.dumps({"item": i, **r}) + "\n")
-                    done += cost[i]
-                out.flush()
-                if total:
-                    progress(done / total)
-        except KeyboardInterrupt:
-            print(f"\n{len(results):,} of {len(items):,} items are in {path}")
-            raise
-    return results, len(todo)
+        out["accuracy_norm"] = statistics.mean(norm)
+        out["gap"], out["gap_se"] = mean_se(gaps)
+    return out
 
 
 def choice_table(result):
     """With how many items were left out, and why."""
-    shown = (
-        "run",
-        "step",
-        "file",
-        "measure",
-        "items",
-        "accuracy",
-        "se",
-        "accuracy_norm",
-        "gap",
-        "gap_se",
-        "loss",
-    )
-    rows = []
-    for r in result["rows"]:
-        left = f"{r['failed']:,}: {r['why']}" if r["failed"] else "0"
-        rows.append({k: r.get(k) for k in shown} | {"left out": left})
-    return rows
+    shown = ("run", "step", "file", "measure", "items", "accuracy", "se", "accuracy_norm", "gap", "gap_se",
+             "loss")
+    left_out = lambda r: f"{r['failed']:,}: {r['why']}" if r["failed"] else "0"
+    return [{k: r.get(k) for k in shown} | {"left out": left_out(r)} for r in result["rows"]]
 
 
 @experiment(show=choice_table)
-def choices(
-    runs,
-    files: list = ("probe",),
-    measures=("exact", "bound", "chain"),
-    n_mc=32,
-    limit: int = None,
-    which="best",
-    batch_tokens: int = None,
-    device="auto",
-    threads=0,
-    out="out/choices",
-):
+def choices(runs, files: list = ("probe",), measures: MEASURES["mixed"] = MEASURES["mixed"], n_mc=32,
+            limit: int = None, which: WHICH = "best", device="auto", threads=0, out="out/choices"):
     """Multiple choice by likelihood, AR and diffusion: accuracy, and the gap between wrong and right answers.
 
     accuracy: right answer most probable (one answer: it is what the model writes); gap: wrong minus right
@@ -3084,52 +2915,44 @@ def choices(
     n_mc: masks per item of the bound, a multiple of 4
     limit: first items of each file (default: all; probe: 512)
     which: checkpoint of a run folder: best | last
-    batch_tokens: tokens in a pass, about (default: 4096, on a GPU 65536)
     threads: CPU threads; 0: 1 for models below 5M parameters, else all cores
     out: folder of the items done so far
     """
-    choose("measures", measures, ("exact", "bound", "chain"))
-    choose("which", [which], ("best", "last"))
-    if n_mc % 4:
-        raise ValueError(f"--n_mc {n_mc} must be a multiple of 4")
-    batch_tokens = batch_tokens or (65536 if device.startswith("cuda") else 4096)
+    need(n_mc % 4 == 0, f"--n_mc {n_mc} must be a multiple of 4")
     work = []
-    for run in runs:  # all input is read before the work begins
+    for run in runs:                                        # all input is read before the work begins
         lm, state = train.load_model(run, which, device)
         folder = Path(run) if Path(run).is_dir() else Path(run).parent
-        flags, tokenizer = {**train.DEFAULTS, **state["flags"]}, prepare.load_tokenizer(folder)
+        flags, tokenizer = train.DEFAULTS | state["flags"], prepare.load_tokenizer(folder)
         known = MEASURES[flags["objective"]]
-        if not set(known) & set(measures):
-            raise ValueError(
-                f"{run} is of objective {flags['objective']}, whose likelihoods are {','.join(known)}: "
-                f"--measures {','.join(measures)} leaves none"
-            )
-        weights = hashlib.sha256(b"".join(v.numpy().tobytes() for v in state["model"].values())).hexdigest()
+        need(set(known) & set(measures), f"{run} is of objective {flags['objective']}, whose likelihoods are "
+             f"{','.join(known)}: --measures {','.join(measures)} leaves none")
         for file in files:
             if file == "probe":
                 items = probe_as_items(flags, tokenizer, lm.config.block_size, limit)
             else:
                 items = read_items(file, tokenizer, limit)
-            source = json.dumps(items).encode() if file == "probe" else Path(file).read_bytes()
-            key = weights + hashlib.sha256(source).hexdigest()
-            about = run, folder.name, flags, state["step"], key, file, dict(enumerate(items))
-            work += [(*about, m) for m in known if m in measures]
-    for run, name, flags, step, key, file, items, measure in work:
-        masks = n_mc if measure == "bound" else None
-        digest = hashlib.sha256(f"{key} {measure} {masks}".encode()).hexdigest()[:12]
+            work += [(run, folder.name, flags, state["step"], file, items, m) for m in known if m in measures]
+    for run, name, flags, step, file, items, measure in work:
         label = Path(file).name.split(".")[0]
+        masks = n_mc if measure == "bound" else None
 
         def evaluate():
-            lm, _ = train.load_model(run, which, device)
+            lm, state = train.load_model(run, which, device)
             train.set_threads(threads, lm)
-            tic = time.perf_counter()
-            path = Path(out) / f"{name}-{label}-{measure}-{digest}.jsonl"
-            results, fresh = judge_file(
-                lm, flags, items, measure, n_mc, batch_tokens, path, f"{name}, {label}, {measure}"
-            )
-            why = next((r["failed"] for r in results.values() if "failed" in r), None)
+            weights = train.digest([state["model"], masks])
+            done = Journal(Path(out) / f"{name}-{label}-{measure}-{weights:08x}.jsonl")
+            keys = [zlib.crc32(json.dumps(item).encode()) for item in items]
+            todo = {key: item for key, item in zip(keys, items) if done.find(key) is None}
+            progress, tic = prepare.Progress(f"{name}, {label}, {measure}"), time.perf_counter()
+            for n, (key, item) in enumerate(todo.items(), 1):
+                done.add(key, judge_item(lm, flags, item, measure, n_mc, key))
+                progress(n / len(todo))
+            speed = len(todo) / (time.perf_counter() - tic)
+            results = [done.find(key) for key in keys]
+            why = next((r["failed"] for r in results if "failed" in r), None)
             return dict(n_mc=masks, **summary(items, results), why=why, params=lm.num_params(),
-                        items_per_s=fresh / (time.perf_counter() - tic) if fresh else None)
+                        items_per_s=speed or None)
         yield dict(run=name, objective=flags["objective"], step=step, file=label, measure=measure), evaluate
 
 

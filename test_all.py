@@ -95,7 +95,7 @@ def off(a, b, norm=None):
 # Size
 
 BUDGET = {"attention.py": 19_400, "model.py": 6_200, "diffusion.py": 5_200, "train.py": 12_100, "sample.py": 4_100,
-          "prepare.py": 7_800, "bench.py": 28_500, "test_all.py": 63_950}
+          "prepare.py": 7_800, "bench.py": 27_200, "test_all.py": 63_950}
 NARROW = ("attention.py", "model.py", "diffusion.py", "train.py", "sample.py", "prepare.py", "bench.py")
 
 
@@ -3686,18 +3686,16 @@ def random_items(lengths, seed=0):
 
 @pytest.mark.parametrize("layers", ["full", "full(window=4) gated_deltanet", "mla", "nsa"])
 def test_exact_choices_are_the_models_own_sum(layers):
-    """Through the cache, several items and ends of unequal length at once == one pass a choice, no cache, no padding."""
+    """Ends of unequal length at once == one pass a choice, no padding."""
     lm = diff_lm(layers)
-    for batch in (random_items([(9, (3, 7, 1, 2)), (9, (5, 5)), (9, (1,))]), random_items([(0, (4, 1)), (0, (2, 3))])):
-        for (context, ends), (nats, greedy) in zip(batch, bench.exact_nats(lm, batch)):
-            for end, value, hit in zip(ends, nats, greedy):
-                x = torch.tensor([context + end])
-                with torch.no_grad():
-                    logits = lm(torch.tensor([[13] + context + end[:-1]]))
-                want = diffusion.token_nll(logits, x)[0, len(context):].sum().item()
-                assert value == pytest.approx(want, abs=1e-8)
-                assert hit == (logits.argmax(-1)[0, len(context):].tolist() == end)
-    assert bench.exact_nats(lm, [([1, 2], [[a] for a in range(13)])])[0][1].count(True) == 1
+    for context, ends in random_items([(9, (3, 7, 1, 2)), (9, (1,)), (0, (4, 1))]):
+        for end, value in zip(ends, bench.end_nats(lm, context, ends, "exact")):
+            x = torch.tensor([context + end])
+            with torch.no_grad():
+                logits = lm(torch.tensor([[13] + context + end[:-1]]))
+            assert value == pytest.approx(diffusion.token_nll(logits, x)[0, len(context):].sum().item(), abs=1e-8)
+            assert bench.writes(lm, context, end, "exact") == (logits.argmax(-1)[0, len(context):].tolist() == end)
+    assert sum(bench.writes(lm, [1, 2], [a], "exact") for a in range(13)) == 1
 
 
 def test_diffusion_choices_are_their_definition():
@@ -3705,10 +3703,10 @@ def test_diffusion_choices_are_their_definition():
     lm = diff_lm()
     (context, ends), = random_items([(4, (3, 2, 3))])
     ends.append(list(ends[0]))
-    nats = bench.diffusion_nats(lm, context, ends, "bound", 400, seed=0, batch_size=7)
+    nats = bench.end_nats(lm, context, ends, "bound", 400, rows=7)
     assert nats[0] == nats[3], "equal ends under the same masks: no difference at all"
-    assert bench.diffusion_nats(lm, context, ends, "bound", 400, seed=0, batch_size=1000) == pytest.approx(nats, abs=1e-9)
-    chain = bench.diffusion_nats(lm, context, ends, "chain", 0, seed=0)
+    assert bench.end_nats(lm, context, ends, "bound", 400, rows=1000) == pytest.approx(nats, abs=1e-9)
+    chain = bench.end_nats(lm, context, ends, "chain")
     for end, bound, left in zip(ends, nats, chain):
         x, P, values = torch.tensor(context + end), len(context), []
         for order in itertools.permutations(range(P, P + len(end))):
@@ -3728,8 +3726,8 @@ def test_block_choices_are_their_definition():
     lm = diff_lm()
     (context, ends), = random_items([(5, (4, 2, 6))])
     for S in (1, 4):
-        chain = bench.diffusion_nats(lm, context, ends, "chain", 0, 0, block=S)
-        bound = bench.diffusion_nats(lm, context, ends, "bound", 8, 0, block=S)
+        chain = bench.end_nats(lm, context, ends, "chain", block=S)
+        bound = bench.end_nats(lm, context, ends, "bound", 8, 0, block=S)
         for end, left, value in zip(ends, chain, bound):
             tokens, want = context + end, 0.0
             for i in range(len(context), len(tokens)):              # token i given all before it, its block hidden from i on
@@ -3742,7 +3740,7 @@ def test_block_choices_are_their_definition():
             assert left == pytest.approx(want, abs=1e-8)
             if S == 1:
                 assert value == pytest.approx(want, abs=1e-8)
-    values = [bench.diffusion_nats(lm, context, [[3, 4, 5]], "bound", 200, s, block=4)[0] for s in range(2)]
+    values = [bench.end_nats(lm, context, [[3, 4, 5]], "bound", 200, s, block=4)[0] for s in range(2)]
     assert values[0] != values[1] and values[0] == pytest.approx(values[1], rel=0.05)
 
 
@@ -3754,32 +3752,30 @@ def test_greedy_end_is_argmax_from_the_left():
         how = dict(order="left", temperature=0)
         y = diffusion.sample_block(lm, x, 13, 4, **how) if block else diffusion.sample_mdm(lm, x, 13, **how)
         end = y[0, 3:].tolist()
-        assert bench.greedy_end(lm, context, end, block) and not bench.greedy_end(lm, context, [(end[0] + 1) % 13, *end[1:]], block)
+        assert bench.writes(lm, context, end, "chain", block) and not bench.writes(lm, context, [(end[0] + 1) % 13, *end[1:]], "chain", block)
 
 
 def test_choices_are_cut_on_the_left_or_failed():
     lm = diff_lm()                                                  # its window: 64 tokens
     drawn = random_items([(100, (4, 9)), (5, (65, 3)), (70, (64, 2))])
-    items = {i: {"context": c, "ends": e, "gold": 0, "bytes": [1] * len(e)} for i, (c, e) in enumerate(drawn)}
     for objective, measure in (("ar", "exact"), ("mdm", "chain")):
-        judge = lambda items: dict(r for p in bench.judge_items(lm, {**train.DEFAULTS, "objective": objective}, items, measure, 4, 4096) for r in p)
-        got = judge({k: items[k] for k in (0, 1)})
-        assert "65 tokens" in got[1]["failed"] and "window of 64" in got[1]["failed"]
-        again = judge({0: {**items[0], "context": items[0]["context"][-55:]}})
-        assert got[0]["nats"] == again[0]["nats"] and len(got[0]["nats"]) == 2
-    assert bench.cut_item(items[2], 64)[0] == [], "an end that fills the window leaves no context"
+        judge = lambda context, ends: bench.judge_item(lm, {"objective": objective}, {"context": context, "ends": ends}, measure, 4, 0)
+        (long, ends), (short, wide), (lost, whole) = drawn
+        assert "65 tokens" in judge(short, wide)["failed"] and "window of 64" in judge(short, wide)["failed"]
+        assert judge(long, ends) == judge(long[-55:], ends) and len(judge(long, ends)["nats"]) == 2
+        assert judge(lost, whole) == judge([], whole), "an end that fills the window leaves no context"
 
 
 def test_summary_is_its_definition():
-    items = {i: {"gold": g, "ends": [[0] * n for n in (1, 2, 4)], "bytes": [2, 4, 8]} for i, g in enumerate((0, 2, 1, 0))}
-    results = {0: {"nats": [1.0, 5.0, 6.0]}, 1: {"nats": [3.0, 5.0, 4.0]}, 2: {"nats": [7.0, 7.0, 9.0]}, 3: {"failed": "why"}}
+    items = [{"gold": g, "ends": [[0] * n for n in (1, 2, 4)], "bytes": [2, 4, 8]} for g in (0, 2, 1, 0)]
+    results = [{"nats": [1.0, 5.0, 6.0]}, {"nats": [3.0, 5.0, 4.0]}, {"nats": [7.0, 7.0, 9.0]}, {"failed": "why"}]
     s = bench.summary(items, results)
     assert (s["items"], s["failed"], s["accuracy"]) == (3, 1, pytest.approx(1 / 3)), "a tie is no hit"
-    assert s["se"] == pytest.approx((2 / 9 / 3) ** 0.5) and s["accuracy_norm"] == pytest.approx(2 / 3)
+    assert s["se"] == pytest.approx((1 / 3 / 3) ** 0.5) and s["accuracy_norm"] == pytest.approx(2 / 3)
     assert s["gap"] == pytest.approx(statistics.mean([4.5, 0.0, 1.0])) and s["loss"] == pytest.approx((1 + 4 + 7) / (1 + 4 + 2))
-    one = {0: {"gold": 0, "ends": [[1, 2]], "bytes": [3]}, 1: {"gold": 0, "ends": [[3]], "bytes": [3]}}
-    s = bench.summary(one, {0: {"nats": [2.0], "greedy": True}, 1: {"nats": [4.0], "greedy": False}})
-    assert s["accuracy"] == 0.5 and s["loss"] == 2 and "gap" not in s and "accuracy" not in bench.summary(one, {0: {"failed": ""}, 1: {"failed": ""}})
+    one = [{"gold": 0, "ends": [[1, 2]], "bytes": [3]}, {"gold": 0, "ends": [[3]], "bytes": [3]}]
+    s = bench.summary(one, [{"nats": [2.0], "greedy": True}, {"nats": [4.0], "greedy": False}])
+    assert s["accuracy"] == 0.5 and s["loss"] == 2 and "gap" not in s and "accuracy" not in bench.summary(one[:1], [{"failed": ""}])
 
 
 def test_read_items_forms(tmp_path):
@@ -3826,16 +3822,12 @@ def test_choices_end_to_end_and_resume(runs, tmp_path, capsys, monkeypatch):
     files = [str(write_jsonl(tmp_path / "many.jsonl", *rows)), str(write_jsonl(tmp_path / "last.jsonl", one)), "probe"]
     argv = ["choices", *(str(runs / k) for k in ("ar", "mdm", "mixed", "block")), "--files", *files, "--n_mc", "4", "--results", str(tmp_path)]
     assert bench.main([*argv, "--out", str(tmp_path / "a"), "--limit", "4"]) == 0 and "failed" in capsys.readouterr().out
-    judged, judge = [], bench.judge_items
-
-    def count(lm, flags, items, *rest):
-        judged.append(len(items))
-        return judge(lm, flags, items, *rest)
-    monkeypatch.setattr(bench, "judge_items", count)
+    judged, judge = [], bench.judge_item
+    monkeypatch.setattr(bench, "judge_item", lambda *given: judged.append(given[3]) or judge(*given))
     assert bench.main([*argv, "--out", str(tmp_path / "a"), "--limit", "9"]) == 0
     capsys.readouterr()
     measures = [m for k in ("ar", "mdm", "mixed", "block") for m in bench.MEASURES[k]]
-    assert judged == [n for k in ("ar", "mdm", "mixed", "block") for n in (3, 0, 9) for _ in bench.MEASURES[k]]
+    assert collections.Counter(judged) == {m: measures.count(m) * (3 + 0 + 9) for m in measures}, "the probe has other ends now"
     a = json.loads((tmp_path / "choices.json").read_text())["rows"]
     assert bench.main([*argv, "--out", str(tmp_path / "b"), "--limit", "9"]) == 0
     b = json.loads((tmp_path / "choices.json").read_text())["rows"]
@@ -3845,22 +3837,24 @@ def test_choices_end_to_end_and_resume(runs, tmp_path, capsys, monkeypatch):
 
 
 def test_choices_stop_and_go_on(runs, tmp_path, capsys, monkeypatch):
-    path, judge = write_jsonl(tmp_path / "many.jsonl", *({**GOOD, "ctx": "x" * n} for n in range(5))), bench.exact_nats
+    path, judge = write_jsonl(tmp_path / "many.jsonl", *({**GOOD, "ctx": "x" * n} for n in range(5))), bench.judge_item
     argv = ["choices", str(runs / "ar"), "--files", str(path), "--results", str(tmp_path), "--out", str(tmp_path / "o")]
 
-    def interrupted(lm, batch):
-        if len(batch[0][0]) == 3:
+    def interrupted(lm, flags, item, *rest):
+        if len(item["context"]) == 3:
             raise KeyboardInterrupt
-        return judge(lm, batch)
-    monkeypatch.setattr(bench, "exact_nats", interrupted)
-    assert bench.main(argv) == 130 and "3 of 5 items" in capsys.readouterr().out
+        return judge(lm, flags, item, *rest)
+    monkeypatch.setattr(bench, "judge_item", interrupted)
+    assert bench.main(argv) == 130 and "goes on from here" in capsys.readouterr().out
     part, = (tmp_path / "o").iterdir()
     with part.open("a") as f:
-        f.write('{"item": 3, "na')                                  # killed while it wrote
+        f.write('[12, {"na')                                        # killed while it wrote
     seen = []
-    monkeypatch.setattr(bench, "exact_nats", lambda lm, batch: seen.append(len(batch[0][0])) or judge(lm, batch))
+    monkeypatch.setattr(bench, "judge_item", lambda *given: seen.append(len(given[2]["context"])) or judge(*given))
     assert bench.main(argv) == 0 and seen == [3, 4]
-    assert [json.loads(line)["item"] for line in part.read_text().splitlines()] == [0, 1, 2, 3, 4]
+    assert len(set(key for key, _ in map(json.loads, part.read_text().splitlines()))) == 5
+    part.write_text("7\n")
+    assert bench.main(argv) == 2 and f"{part} line 1 is damaged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("objective", ["ar", "mdm", "block"])
@@ -3896,8 +3890,8 @@ def test_probe_is_that_of_bench_choices(runs):
     val = prepare.load_dataset(Path(state["flags"]["dataset"]))[1]
     items = train.probe_items(val, 16, 20)
     got = train.probe(lm, items, "ar")
-    batch = {i: {"context": p[0, :12].tolist(), "ends": p[:, 12:].tolist(), "gold": 0, "bytes": [4] * 4} for i, p in enumerate(items)}
-    s = bench.summary(batch, dict(r for portion in bench.judge_items(lm, state["flags"], batch, "exact", 0, 4096) for r in portion))
+    batch = [{"context": p[0, :12].tolist(), "ends": p[:, 12:].tolist(), "gold": 0, "bytes": [4] * 4} for p in items]
+    s = bench.summary(batch, [bench.judge_item(lm, state["flags"], item, "exact", 0, 0) for item in batch])
     assert s["gap"] == pytest.approx(got["probe_gap"], abs=1e-4) and s["accuracy"] == pytest.approx(got["probe_accuracy"])
     with pytest.raises(ValueError, match="4 validation windows"):
         train.probe_items(val[:50], 16)
