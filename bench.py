@@ -124,6 +124,10 @@ HELP = """
     epochs: passes over them
     minutes: of training, at most, for each arm
     evals: evaluations, geometric in epochs
+    max_steps: training of AR; diffusion gets more
+    run_ar: run folder of the AR model (default: trained)
+    run_mdm: of the diffusion model
+    run_block: of the block-diffusion model
 """
 
 
@@ -2359,264 +2363,155 @@ def moe(steps=2000, repeat=12, device="auto", threads=1, out="out/moe"):
 # masked diffusion leaves the plateau of single-byte frequencies three times sooner than with 1,024 tokens and
 # without.
 SHARED["models"] = dict(
-    scale="auto",
-    dataset="docs-byte",
-    n_layer=4,
-    n_head=4,
-    n_embd=128,
-    block_size=256,
-    batch_tokens=512,
-    max_steps=2000,
-    lr=2e-3,
-    run_ar=None,
-    run_mdm=None,
-    run_block=None,
-    workers=2,
-    device="auto",
-    threads=1,
+    scale="auto", dataset="docs-byte", n_layer=4, n_head=4, n_embd=128, block_size=256, batch_tokens=512,
+    lr=2e-3, max_steps=2000, run_ar=None, run_mdm=None, run_block=None, workers=2, device="auto", threads=1,
     out=None,
 )
 MODELS_GPU = dict(n_layer=6, n_head=6, n_embd=384, batch_tokens=16_384, max_steps=1500, lr=1e-3)
 ROLES = {"ar": dict(objective="ar"), "judge": dict(objective="ar", seed=1), "mdm": dict(objective="mdm"),
          "block": dict(objective="block", diffusion_block=16)}
-LONGER = {"mdm": 3, "block": 1.5}  # times max_steps: diffusion learns slowly
+LONGER = {"mdm": 3, "block": 1.5}               # times max_steps: diffusion learns slowly
 
 
-def decode_runs(roles, models, judge=None):
+def decode_runs(roles, models):
     """{role: run folder}: those given by a flag, the others trained, from where they were left. ValueError
     for a given run of another objective, before anything is trained. A part of a generator."""
-    jobs, folders = {}, {}
+    root = Path(models["out"] or f"out/decode-{models['scale']}")
+    folders = {role: models[f"run_{role}"] or str(root / role) for role in roles}
     same = ("dataset", "n_layer", "n_head", "n_embd", "block_size", "batch_tokens", "lr")
-    for role in roles:
-        flag = "judge" if role == "judge" else f"run_{role}"
-        given = judge if role == "judge" else models[flag]
-        folders[role] = given or str(Path(models["out"] or f"out/decode-{models['scale']}") / role)
+    jobs = {}
+    for role, folder in folders.items():
         want = ROLES[role]["objective"]
-        if given:
-            objective = train.load_model(given, "last")[1]["flags"]["objective"]
-            if objective != want and (want == "block" or objective != "mixed"):
-                raise ValueError(
-                    f"{given} is a run of --objective {objective}, and one of {want} is needed as --{flag}"
-                )
-            continue
-        jobs[role] = {k: models[k] for k in same} | ROLES[role] | dict(
-            max_steps=int(models["max_steps"] * LONGER.get(role, 1)), set=["qk_norm=true"], eval_every=1000,
-            eval_windows=64, log_every=500, out=folders[role])
+        if folder == models[f"run_{role}"]:
+            objective = train.load_model(folder, "last")[1]["flags"]["objective"]
+            need(objective == want or objective == "mixed" and want != "block",
+                 f"{folder} is a run of --objective {objective}, and one of {want} is needed as --run_{role}")
+        else:
+            jobs[role] = {k: models[k] for k in same} | ROLES[role] | dict(
+                max_steps=int(models["max_steps"] * LONGER.get(role, 1)), set=["qk_norm=true"],
+                eval_every=1000, eval_windows=64, log_every=500, out=folder)
     if jobs:
         data_folder(models["dataset"])
     yield jobs
     return folders
 
 
-class Timed:
-    """A model that counts its passes and the seconds in them."""
-    def __init__(self, lm, clock):
-        self.lm, self.clock, self.passes, self.seconds = lm, clock, 0, 0.0
-
-    def __call__(self, idx, **keywords):
-        tic = self.clock()
-        out = self.lm(idx, **keywords)
-        self.seconds += self.clock() - tic
-        self.passes += 1
-        return out
-
-    def __getattr__(self, name):
-        return getattr(self.lm, name)
-
-
-def decoders(n, S=32):
-    """The samplers that are compared: {family: [settings]} for n places to fill, blocks of S."""
-    fewer = [max(1, n >> i) for i in range(5)]
-    cached = dict(fill_block=S, cache=True)
+def decoders(n):
+    """The samplers that are compared, for n places to fill: {family: (whose, settings)}."""
+    steps = lambda *shares, **more: [dict(more, steps=max(1, n // s)) for s in shares]
+    cached = dict(fill_block=32, cache=True)
     return {
-        "AR, cache": [dict()],
-        "diffusion, random order": [dict(order="random", steps=k) for k in fewer],
-        "diffusion, surest first": [dict(steps=k) for k in fewer[2:]],
-        "diffusion, threshold": [dict(threshold=p) for p in (0.9, 0.7, 0.5)],
-        "diffusion in blocks": [dict(fill_block=S, steps=k) for k in (fewer[0], fewer[2])],
-        "diffusion in blocks, dual cache": [dict(cached, steps=k) for k in fewer[:4]]
-        + [
-            dict(cached, steps=n, refresh=8),
-            dict(cached, threshold=0.7),
-            dict(cached, fill_block=S // 4, steps=n),
-        ],
-        "block diffusion, exact cache": [dict(steps=k) for k in (16, 8, 4, 2)] + [dict(threshold=0.7)],
+        "AR, cache": ("ar", [{}]),
+        "diffusion, random order": ("mdm", steps(1, 2, 4, 8, 16, order="random")),
+        "diffusion, surest first": ("mdm", steps(4, 8, 16)),
+        "diffusion, threshold": ("mdm", [dict(threshold=p) for p in (0.9, 0.7, 0.5)]),
+        "diffusion in blocks": ("mdm", steps(1, 4, fill_block=32)),
+        "diffusion in blocks, dual cache": ("mdm", [
+            *steps(1, 2, 4, 8, **cached), *steps(1, **cached, refresh=8), dict(cached, threshold=0.7),
+            *steps(1, fill_block=8, cache=True)]),
+        "block diffusion, exact cache": ("block", [*(dict(steps=k) for k in (16, 8, 4, 2)),
+                                                   dict(threshold=0.7)]),
     }
 
 
+@torch.no_grad()
 def judged(judge, x, start):
-    """(loss, its standard error, unigram entropy) of the tokens from `start` on, under an AR judge. x (N, T).
+    """{loss, its standard error, unigram entropy} of the tokens from `start` on, under an AR judge. x (N, T).
 
     Entropy (nats, of the counts of one row, mean over rows) stands beside the loss because a sampler that
     repeats itself gets a low loss."""
-    with torch.no_grad():
-        nats = torch.cat(
-            [
-                diffusion.ar_loss(judge, w, judge.mask_id, reduction="none")[:, start:].mean(1)
-                for w in x.split(32)
-            ]
-        )
-    p = F.one_hot(x[:, start:], judge.V).float().mean(1)             # (N, V)
-    return nats.mean().item(), (nats.std() / len(x) ** 0.5).item(), entropy(p).mean().item()
-
-
-def same_quality(rows):
-    """A text's quality is that of the largest batch, whose rows alone were judged."""
-    setting = lambda r: [
-        r.get(k) for k in ("sampler", "order", "steps", "threshold", "fill_block", "cache", "refresh")
-    ]
-    for r in rows:
-        if "tok_per_s" in r and "loss" not in r:
-            r |= {
-                k: v
-                for b in rows
-                if setting(b) == setting(r)
-                for k, v in b.items()
-                if k in ("loss", "se", "entropy")
-            }
-    return rows
+    losses = [diffusion.ar_loss(judge, w, judge.mask_id, reduction="none") for w in x.split(32)]
+    loss, se = mean_se(torch.cat(losses)[:, start:].mean(1).tolist())
+    p = F.one_hot(x[:, start:], judge.V).float().mean(1)                # (N, V)
+    return dict(loss=loss, se=se, entropy=entropy(p).mean().item())
 
 
 def decode_picture(plt, result):
     """Quality against speed. Along a line the steps change: the further right, the fewer, or the lower the
     threshold."""
     figure, ax = plt.subplots(figsize=(8, 6))
-    rows = [r for r in result["rows"] if "tok_per_s" in r]
-    batches = sorted({r["batch"] for r in rows})
+    real, *rows = (r for r in result["rows"] if "loss" in r)
+    few, *_, many = sorted(result["flags"]["batches"])
     for i, family in enumerate(dict.fromkeys(r["sampler"] for r in rows)):
-        for B, style in ((batches[-1], dict(ls="-")), (batches[0], dict(ls=":", mfc="white"))):
-            points = sorted(
-                (r["tok_per_s"], r["loss"]) for r in rows if r["sampler"] == family and r["batch"] == B
-            )
-            label = family if B == batches[-1] else None
-            ax.plot(*zip(*points), marker="*osD^vP"[i % 7], ms=6, lw=0.8, color=f"C{i}", label=label, **style)
-    real = next(r["loss"] for r in result["rows"] if r["sampler"] == "real text")
-    ax.axhline(real, color="0.45", lw=1, ls="--", label="real text")
-    ax.set(xlabel="tokens/s", ylabel="loss under an AR judge, nats per token", xscale="log")
+        for B, style in ((many, dict(ls="-", label=family)), (few, dict(ls=":", mfc="white"))):
+            points = sorted((r[f"tokens/s, batch {B}"], r["loss"]) for r in rows if r["sampler"] == family)
+            ax.semilogx(*zip(*points), marker="*osD^vP"[i], ms=6, lw=0.8, color=f"C{i}", **style)
+    ax.axhline(real["loss"], color="0.45", lw=1, ls="--", label="real text")
     plain_log(ax.xaxis)
-    ax.set_title(
-        f"along a line: fewer steps, or a lower threshold, to the right\n{result['new']} new tokens; filled: "
-        f"batch {batches[-1]}, hollow: batch {batches[0]}",
-        fontsize=10,
-    )
-    ax.legend(fontsize=9)
-    ax.grid(alpha=0.25)
+    dress(ax, f"along a line: fewer steps, or a lower threshold, to the right\n{result['new']} new tokens; "
+              f"filled: batch {many}, hollow: batch {few}",
+          xlabel="tokens/s", ylabel="loss under an AR judge, nats per token")
     return figure
 
 
 def decode_tables(result):
-    """Every sampler, its speeds side by side; and what the dual cache changes."""
-    settings = ("sampler", "order", "steps", "threshold", "fill_block", "refresh")
-    table, rest = {}, []
-    for r in result["rows"]:
-        about = {k: r.get(k) for k in settings}
-        if "speedup" in r:
-            rest.append({k: v for k, v in r.items() if k not in ("sampler", "cache", "steps")})
-            continue
-        row = table.setdefault(str(about), about)
-        if "tok_per_s" in r:
-            row[f"tokens/s, batch {r['batch']}"] = round(r["tok_per_s"])
-        row |= {k: r.get(k) for k in ("loss", "se", "entropy")}
-    text = markdown(list(table.values()))
-    if rest:
-        text += (
-            "\n\nThe dual cache against none, greedy, one token a step; agreement: share of equal tokens\n\n"
-            + markdown(rest)
-        )
-    return text
+    """Every sampler; and what the dual cache changes."""
+    rows = without("cache")(result)
+    cached = [{k: v for k, v in r.items() if k not in ("sampler", "steps")} for r in rows if "speedup" in r]
+    text = "\n\nThe dual cache against none, greedy, one token a step; agreement: share of equal tokens\n\n"
+    return markdown([r for r in rows if "loss" in r]) + text + markdown(cached)
 
 
-@experiment(named=("scale",), finish=same_quality, show=decode_tables, picture=decode_picture, gpu=MODELS_GPU)
-def decode(objective=("ar", "mdm"), batches=(1, 8, 64), judge: str = None, **models):
+@experiment(named=("scale",), show=decode_tables, picture=decode_picture, gpu=MODELS_GPU)
+def decode(batches=(1, 8, 64), run_judge=None, **models):
     """Tokens/s against quality of every sampler on trained models, by batch size.
 
-    objective: ar, mdm or both: whose samplers
-    batches: sizes; quality is that of the largest
-    judge: run folder of the AR judge (default: trained)
-    run_ar: run folder of the AR model (default: trained)
-    run_mdm: of the diffusion model
-    run_block: of the block-diffusion model
-    max_steps: training of AR; diffusion gets more
+    batches: sizes, two or more; quality is that of the largest
+    run_judge: run folder of the AR judge (default: trained)
     """
-    kinds, device, most = choose("objective", objective, OBJECTIVES), models["device"], max(batches)
-    roles = ["judge"] + ["ar"] * ("ar" in kinds) + ["mdm", "block"] * ("mdm" in kinds)
-    folders = yield from decode_runs(roles, models, judge)
-    clock = clock_of(device)
+    need(len(batches) > 1, f"--batches {batches[0]}: expected two or more, such as 1,8")
+    folders = yield from decode_runs(ROLES, models | dict(run_judge=run_judge))
+    device, most, clock = models["device"], max(batches), clock_of(models["device"])
     trained = {role: train.load_model(folder, "last", device) for role, folder in folders.items()}
     judge, state = trained["judge"]
-    T, P = judge.config.block_size, judge.config.block_size // 8  # the first P tokens are the prompt
+    T, P = judge.config.block_size, judge.config.block_size // 8        # the first P tokens are the prompt
     for role, (lm, _) in trained.items():
-        if lm.V != judge.V or lm.config.block_size < T:
-            raise ValueError(
-                f"{folders[role]} has {lm.V} tokens, a window of {lm.config.block_size}, the judge {judge.V} "
-                f"and {T}: all must be trained on the same data set and window"
-            )
-    if "mdm" in trained:
-        sample.check_dual_cache(trained["mdm"][0].config)
+        need(lm.V == judge.V and lm.config.block_size >= T,
+             f"{folders[role]} has {lm.V} tokens, a window of {lm.config.block_size}, the judge {judge.V} "
+             f"and {T}: all must be trained on the same data set and window")
+    sample.check_dual_cache(trained["mdm"][0].config)
     data = validation(state["flags"]["dataset"], T, most).to(device)
     canvas = data.clone()
     canvas[:, P:] = judge.mask_id
+    samplers = {"ar": diffusion.sample_ar, "mdm": diffusion.sample_mdm, "block": diffusion.sample_block}
 
-    def quality(x):
-        return dict(zip(("loss", "se", "entropy"), judged(judge, x, P)))
-
-    def go(family, setting, x, **how):
-        """(texts, seconds, model with its counts) of one sampler."""
-        role = {"AR": "ar", "block": "block"}.get(re.split("[ ,]", family)[0], "mdm")
-        f, draws = Timed(trained[role][0], clock), "cpu" if device.startswith("mps") else device
-        how |= dict(generator=torch.Generator(draws).manual_seed(0), **setting)
+    def go(role, x, **how):
+        """(texts, seconds) of one sampler."""
+        lm, state = trained[role]
+        if role == "block":
+            how["fill_block"] = state["flags"]["diffusion_block"]
+        draws = torch.Generator("cpu" if device.startswith("mps") else device).manual_seed(0)
         tic = clock()
-        if role == "ar":
-            y = diffusion.sample_ar(f, x, f.mask_id, **how)
-        elif role == "block":
-            y = diffusion.sample_block(f, x, f.mask_id, trained[role][1]["flags"]["diffusion_block"], **how)
-        else:
-            y = diffusion.sample_mdm(f, x, f.mask_id, **how)
-        return y, clock() - tic, f
-    yield dict(sampler="real text"), lambda: quality(data)
-    families = {
-        family: settings
-        for family, settings in decoders(T - P).items()
-        if ("ar" if family[0] == "A" else "mdm") in kinds
-    }
-    for family, settings in families.items():
-        for setting, B in itertools.product(settings, batches):
-
+        return samplers[role](lm, x, lm.mask_id, generator=draws, **how), clock() - tic
+    yield dict(sampler="real text"), lambda: judged(judge, data, P)
+    families = decoders(T - P)
+    for family, (role, settings) in families.items():
+        for setting in settings:
             def measure():
-                # a batch smaller than 4 is repeated with other prompts: one row alone says little about a
-                # threshold
-                runs = [go(family, setting, x) for x in canvas[:max(B, min(4, most))].split(B)]
-                seconds = sum(r[1] for r in runs)
-                texts = torch.cat([r[0] for r in runs])
-                return dict(
-                    passes=statistics.mean(r[2].passes for r in runs),
-                    tok_per_s=len(texts) * (T - P) / seconds,
-                    overhead=1 - sum(r[2].seconds for r in runs) / seconds,
-                    **quality(texts) if B == most else {},
-                )
-
-            yield dict(sampler=family, **setting, batch=B), measure
-    if "mdm" in kinds:
-        cached, small = decoders(T - P)["diffusion in blocks, dual cache"], canvas[:16]
-        cached = [s for s in cached if s.get("steps") == T - P] + [dict(cached[0], refresh=r) for r in (4, 2)]
-        for setting in cached:
-            def measure():
-                plain = {k: v for k, v in setting.items() if k not in ("cache", "refresh")}
-                a, slow, _ = go("diffusion", plain, small, temperature=0)
-                b, fast, _ = go("diffusion", setting, small, temperature=0)
-                return dict(speedup=slow / fast, agreement=(a == b)[:, P:].float().mean().item())
-            yield dict(sampler="dual cache against none", **setting, batch=len(small)), measure
-    about = {
-        role: dict(
-            params=lm.num_params(), steps=s["step"], loss=(evaluations(folders[role]) or [{}])[-1].get("loss")
-        )
-        for role, (lm, s) in trained.items()
-    }
-    return dict(models=about, prompt=P, new=T - P)
+                row = {}
+                for B in sorted(batches, reverse=True):
+                    # Fewer than 4 rows say little about a threshold: then other prompts follow.
+                    runs = [go(role, x, **setting) for x in canvas[:max(B, min(4, most))].split(B)]
+                    texts, seconds = zip(*runs)
+                    texts = torch.cat(texts)
+                    if B == most:
+                        row = judged(judge, texts, P)
+                    row[f"tokens/s, batch {B}"] = round(len(texts) * (T - P) / sum(seconds))
+                return row
+            yield dict(sampler=family, **setting), measure
+    _, cached = families["diffusion in blocks, dual cache"]
+    cached = [s for s in cached if s.get("steps") == T - P]
+    for setting in cached + [dict(cached[0], refresh=r) for r in (4, 2)]:
+        def measure():
+            plain = {k: v for k, v in setting.items() if k not in ("cache", "refresh")}
+            a, slow = go("mdm", canvas[:16], **plain, temperature=0)
+            b, fast = go("mdm", canvas[:16], **setting, temperature=0)
+            return dict(speedup=slow / fast, agreement=(a == b)[:, P:].float().mean().item())
+        yield dict(sampler="dual cache against none", **setting, batch=len(canvas[:16])), measure
+    return dict(prompt=P, new=T - P)
 
 
-@experiment(named=("scale",), gpu=MODELS_GPU,
-            show=without("params", "steps", "windows", "tokens"))
+@experiment(named=("scale",), gpu=MODELS_GPU)
 def panel(windows=16, n_mc=64, **models):
     """All likelihoods of the decode runs on the same validation windows: exact, bounds, chains; bits per
     byte.
@@ -2624,23 +2519,15 @@ def panel(windows=16, n_mc=64, **models):
     windows: validation windows
     n_mc: masks per window of a bound, a multiple of 4
     """
-    if n_mc % 4:
-        raise ValueError(f"--n_mc {n_mc} must be a multiple of 4")
-    folders = yield from decode_runs(["ar", "mdm", "block"], models)
+    need(n_mc % 4 == 0, f"--n_mc {n_mc} must be a multiple of 4")
+    folders = yield from decode_runs(("ar", "mdm", "block"), models)
     for role, folder in folders.items():
         lm, state = train.load_model(folder, "last", models["device"])
         x = validation(state["flags"]["dataset"], lm.config.block_size, windows)
-        bytes_per_token = prepare.load_tokenizer(folder).token_bytes[x.numpy()].sum() / x.numel()
+        size = prepare.load_tokenizer(folder).token_bytes[x.numpy()].mean()         # bytes per token
         for measure, nats, se in sample.panel(lm, state["flags"], x.to(models["device"]), n_mc):
             yield dict(run=role, measure=measure), dict(
-                nats=nats,
-                se=se or None,
-                bits_per_byte=nats / math.log(2) / bytes_per_token,
-                params=lm.num_params(),
-                steps=state["step"],
-                windows=len(x),
-                tokens=x.size(1),
-            )
+                nats=nats, bits_per_byte=nats / math.log(2) / size, se=se or None)
 
 # ------------------------------------------------------------------------------------------------------------
 # tables: results/README.md from the JSON files

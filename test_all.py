@@ -95,7 +95,7 @@ def off(a, b, norm=None):
 # Size
 
 BUDGET = {"attention.py": 19_400, "model.py": 6_200, "diffusion.py": 5_200, "train.py": 12_100, "sample.py": 4_100,
-          "prepare.py": 7_800, "bench.py": 27_200, "test_all.py": 63_950}
+          "prepare.py": 7_800, "bench.py": 26_500, "test_all.py": 63_950}
 NARROW = ("attention.py", "model.py", "diffusion.py", "train.py", "sample.py", "prepare.py", "bench.py")
 
 
@@ -3527,7 +3527,7 @@ TOYS = {    # experiment: (its flags, rows of the JSON file, is there a picture?
     "switch": (f"--dataset DATASET --steps 3 --adapt 2 --windows 3 {RUNS}", 5, False),
     "recall": ("--layers full,dsa --steps 2 --lengths 64,512 --batch_tokens 512", 8 + 6, True),
     "moe": ("--steps 2 --repeat 1", 5, True),
-    "decode": ("--run_ar RUNS/ar --run_mdm RUNS/mdm --run_block RUNS/block --judge RUNS/ar --batches 1,2", 1 + 2 * 26 + 5, True),
+    "decode": ("--run_ar RUNS/ar --run_mdm RUNS/mdm --run_block RUNS/block --run_judge RUNS/ar --batches 1,2", 1 + 26 + 5, True),
     "panel": ("--run_ar RUNS/ar --run_mdm RUNS/mdm --run_block RUNS/block --windows 2 --n_mc 4", 7, False),
     "choices": ("RUNS/ar RUNS/mdm --files probe --limit 4 --n_mc 4", 3, False),
     "compare": ("RUNS/ar RUNS/mdm", 2, True),
@@ -3616,23 +3616,29 @@ def test_crossover_is_what_its_runs_say(dataset, tmp_path, arms_here, capsys):
 def test_judged_is_its_definition():
     torch.manual_seed(0)
     lm, x = LM(tiny(vocab_size=7)).eval(), torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 6, 6, 6, 6]])
-    loss, se, entropy = bench.judged(lm, x, 2)
+    loss, se, entropy = bench.judged(lm, x, 2).values()
     with torch.no_grad():
         want = diffusion.token_nll(lm(diffusion.shift_right(x, 7)), x)[:, 2:]
     assert loss == pytest.approx(want.mean().item()) and se == pytest.approx(want.mean(1).std().item() / 2 ** 0.5)
     assert entropy == pytest.approx(math.log(4) / 2), "four different tokens, and four equal ones"
 
 
-def test_decode_is_what_was_timed(runs, tmp_path, capsys):
-    """Every sampler at every batch size: passes as many as steps, the quality of the largest batch for all."""
+def test_decode_is_what_was_timed(runs, tmp_path, monkeypatch):
+    """Every sampler with each of its settings, at every batch size."""
     argv = TOYS["decode"][0].replace("RUNS", str(runs)).split() + ["--results", str(tmp_path), "--out", str(tmp_path / "out")]
-    assert bench.main(["decode", *argv, "--judge", str(runs / "ar"), "--batches", "1,2"]) == 0
+    called = []
+    for name in ("sample_ar", "sample_mdm", "sample_block"):
+        def sampler(f, x, mask_id, generator, real=getattr(diffusion, name), name=name, **how):
+            called.append((name, len(x), {k: v for k, v in how.items() if (k, name) != ("fill_block", "sample_block")}))
+            return real(f, x, mask_id, generator=generator, **how)
+        monkeypatch.setattr(diffusion, name, sampler)
+    assert bench.main(["decode", *argv]) == 0
     rows = json.loads((tmp_path / "decode_cpu.json").read_text())["rows"]
-    timed = [r for r in rows if "tok_per_s" in r]
-    assert {r["sampler"] for r in timed} == set(bench.decoders(14)) and {r["batch"] for r in timed} == {1, 2}
-    assert all(r["passes"] == r.get("steps", 14) for r in timed if "order" in r) and all(0 < r["overhead"] < 1 for r in timed)
-    assert all(a["loss"] == b["loss"] for a, b in zip(timed[::2], timed[1::2])) and all(r["agreement"] <= 1 for r in rows if "speedup" in r)
-    assert bench.main(["decode", *argv, "--objective", "block"]) == 2 and "ar, mdm" in capsys.readouterr().err
+    timed = [r for r in rows if "tokens/s, batch 2" in r]
+    assert [r["sampler"] for r in timed] == [family for family, (_, settings) in bench.decoders(14).items() for _ in settings]
+    assert all(r["tokens/s, batch 1"] > 0 and r["loss"] > 0 for r in timed) and all(r["agreement"] <= 1 for r in rows if "speedup" in r)
+    for role, settings in bench.decoders(14).values():
+        assert all((f"sample_{role}", B, how) in called for how in settings for B in (1, 2))
 
 
 def test_moe_starts_from_skewed_routers(dataset, tmp_path, monkeypatch):
@@ -3657,7 +3663,7 @@ def test_decode_runs_are_what_was_asked_for(dataset, runs, tmp_path, capsys, mon
     monkeypatch.setattr(bench, "run_arms", lambda j, workers: jobs.append(j) or run_arms({}, workers) and False)
     given = " ".join(f"--run_{r} {runs / r}" for r in ("ar", "mdm", "block"))
     for argv, message in ((f"decode --run_mdm {runs / 'ar'} --dataset {dataset}", "--run_mdm"), (f"panel --run_block {runs / 'mixed'} --dataset {dataset}", "--run_block"),
-                          ("decode --judge none", "no checkpoint none"), ("decode --batches 0,8", "--batches 0"), ("panel --n_mc 3", "multiple of 4"),
+                          ("decode --run_judge none", "no checkpoint none"), ("decode --batches 0,8", "--batches 0"), ("panel --n_mc 3", "multiple of 4"),
                           ("panel --windows 0", "--windows 0"), ("panel --threads 0", "--threads 0"), ("choices none --threads -1", "--threads -1"),
                           ("choices none --which worst", "--which worst")):
         assert bench.main(f"{argv} --out {tmp_path}".split() if "tools" not in argv else argv.split()) == 2 and not jobs, argv
@@ -4498,9 +4504,9 @@ bench train --preset gpt3                                   => --preset
 bench train --vs no                                         => nanoGPT checkout
 bench compare .                                             => no evaluation
 bench decode --run_mdm RUNS/ar --dataset DATASET            => --run_mdm
-bench decode --judge none                                   => no checkpoint none
+bench decode --run_judge none                               => no checkpoint none
 bench decode --batches 0,8                                  => --batches 0
-bench decode --objective block                              => ar, mdm
+bench decode --batches 8                                    => two or more
 bench panel --run_block RUNS/mixed --dataset DATASET        => --run_block
 bench panel --n_mc 3                                        => multiple of 4
 bench panel --windows 0                                     => --windows 0
