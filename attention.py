@@ -44,6 +44,8 @@ class LayerConfig:
     # positions
     position: str = "rotary"        # rotary | learned (by the model) | none
     rope_base: float = 10_000.0
+    rope_factor: float = 1.0        # positions are divided by it, for longer texts (2306.15595)
+    rope_original: int | None = None    # Llama 3.1: only where rotations are slow, see `angles`
     rotary_fraction: float = 1.0    # share of each head's channels that is rotated
     # layer `full`
     n_kv_head: int | None = None    # None: n_head
@@ -95,7 +97,8 @@ RANGES = dict(
     rotary_fraction=(0, 1),
     g_min=(-5, 0),
     norm_eps=(0, 1),
-    rope_base=(1, math.inf))
+    rope_base=(1, math.inf),
+    rope_factor=(1, math.inf))
 MAY_BE_0 = ("out_gate_rank", "qk_rope_head_dim", "sel_init", "dense_len")
 
 
@@ -474,16 +477,31 @@ def count_visible(T, causal=True, window=None):
     return one_side if causal else 2 * one_side - T
 
 
-def rotary(x, pos, dim=None, base=10_000.0, interleaved=False):
+def angles(dim, base=10_000.0, factor=1.0, original=None, device=None):
+    """(dim/2,) float32: how far each pair of channels turns from one position to the next.
+
+    factor > 1 stretches the positions. original: Llama 3.1's rule for a model first trained on so many
+    tokens. Pairs that turn four times in them stay, those that turn less than once are stretched, what is
+    between is mixed.
+    """
+    freq = base ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
+    if original is None:
+        return freq / factor
+    turns = original * freq / (2 * math.pi)
+    stays = ((turns - 1) / 3).clamp(0, 1)
+    return freq * (stays + (1 - stays) / factor)
+
+
+def rotary(x, pos, dim=None, rope=(), interleaved=False):
     """Rotary position embedding of the first `dim` channels (RoFormer, arXiv 2104.09864).
 
-    x (B, H, T, D), pos (T,) or (B, T). Pairs are channels (i, i + dim/2), the layout of Llama and
-    transformers, or (2i, 2i + 1) when interleaved (DeepSeek). Angles in float32: bf16 has no integer above
-    256 next to each other.
+    x (B, H, T, D), pos (T,) or (B, T), rope: what `angles` takes behind dim. Pairs are channels
+    (i, i + dim/2), the layout of Llama and transformers, or (2i, 2i + 1) when interleaved (DeepSeek). Angles
+    in float32: bf16 has no integer above 256 next to each other.
     """
     dim = x.size(-1) if dim is None else dim
-    freq = base ** (-torch.arange(0, dim, 2, device=x.device, dtype=torch.float32) / dim)
-    angle = (pos[..., None].float() * freq).unsqueeze(-3)   # (1 or B, 1, T, dim/2)
+    angle = pos[..., None].float() * angles(dim, *rope, device=x.device)
+    angle = angle.unsqueeze(-3)                             # (1 or B, 1, T, dim/2)
     cos = angle.cos().to(x.dtype)
     sin = angle.sin().to(x.dtype)
     r = x[..., :dim]
@@ -492,6 +510,10 @@ def rotary(x, pos, dim=None, base=10_000.0, interleaved=False):
     pair = a * cos - b * sin, b * cos + a * sin
     r = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
     return torch.cat([r, rest], dim=-1) if rest.size(-1) else r
+
+
+def rope_of(config):
+    return config.rope_base, config.rope_factor, config.rope_original
 
 
 def linear_map(n_in, n_out, rank=0):
@@ -558,7 +580,7 @@ class Full(Mixer):
     (gpt-oss). rotary_fraction: share of the head's channels that are rotated (Qwen3-Next: 0.25).
     """
     settings = ("n_embd", "n_head", "n_kv_head", "head_dim", "bias", "norm_eps", "position", "rope_base",
-                "rotary_fraction", "qk_norm", "attn_gate", "window", "sink")
+                "rope_factor", "rope_original", "rotary_fraction", "qk_norm", "attn_gate", "window", "sink")
     takes_mask = True
 
     def __init__(self, config):
@@ -569,7 +591,7 @@ class Full(Mixer):
         self.Hkv = config.n_kv_head or H
         need(H % self.Hkv == 0, f"n_head {H} must be a multiple of n_kv_head {self.Hkv}")
         self.D = head_width(config)
-        self.rope_base = config.rope_base
+        self.angles = rope_of(config)
         self.rope_dim = int(self.D * config.rotary_fraction) if config.position == "rotary" else 0
         need(self.rope_dim % 2 == 0,
              f"head width {self.D} x rotary_fraction {config.rotary_fraction} rotates "
@@ -602,8 +624,8 @@ class Full(Mixer):
             q = self.q_norm(q).to(v.dtype)
             k = self.k_norm(k).to(v.dtype)
         if self.rope_dim:
-            q = rotary(q, pos, self.rope_dim, self.rope_base)
-            k = rotary(k, pos, self.rope_dim, self.rope_base)
+            q = rotary(q, pos, self.rope_dim, self.angles)
+            k = rotary(k, pos, self.rope_dim, self.angles)
         return q, k, v
 
     def output(self, y, x):
@@ -635,8 +657,9 @@ class MLA(Mixer):
     ratios to the head width D: kv_lora_rank 4 D, qk_nope_head_dim D, qk_rope_head_dim D / 2, v_head_dim D.
     q_lora_rank None: full-rank queries (V2-Lite; V3 has 12 D).
     """
-    settings = ("n_embd", "n_head", "head_dim", "bias", "norm_eps", "position", "rope_base", "q_lora_rank",
-                "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    settings = ("n_embd", "n_head", "head_dim", "bias", "norm_eps", "position", "rope_base", "rope_factor",
+                "rope_original", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
+                "v_head_dim")
     takes_mask = rewrites = True
 
     def __init__(self, config):
@@ -649,7 +672,7 @@ class MLA(Mixer):
         default = 4 * D, D, D // 4 * 2, D
         self.R, self.nope, self.rope, self.Dv = (b if a is None else a for a, b in zip(given, default))
         need(self.rope % 2 == 0, f"qk_rope_head_dim {self.rope} must be even: channels are rotated in pairs")
-        self.rope_base = config.rope_base if config.position == "rotary" and self.rope else None
+        self.angles = rope_of(config) if config.position == "rotary" and self.rope else None
         self.scale = (self.nope + self.rope) ** -0.5
         rank = config.q_lora_rank
         self.q_a_proj = nn.Linear(C, rank, bias=config.bias) if rank else None
@@ -677,9 +700,9 @@ class MLA(Mixer):
         q, q_rope = q.split([self.nope, self.rope], dim=-1)
         latent = self.kv_a_proj(x).unsqueeze(1)
         c, k_rope = latent.split([self.R, self.rope], dim=-1)
-        if self.rope_base:
-            q_rope = rotary(q_rope, pos, None, self.rope_base, interleaved=True)
-            k_rope = rotary(k_rope, pos, None, self.rope_base, interleaved=True)
+        if self.angles:
+            q_rope = rotary(q_rope, pos, None, self.angles, interleaved=True)
+            k_rope = rotary(k_rope, pos, None, self.angles, interleaved=True)
         latent = torch.cat([self.kv_a_norm(c).to(c.dtype), k_rope], dim=-1)
         return torch.cat([q, q_rope], dim=-1), latent, source
 
@@ -1646,8 +1669,8 @@ class MSA(BlockSparse):
         qi = self.index_q_norm(qi).to(qi.dtype)
         ki = self.index_k_norm(ki).to(ki.dtype)
         if self.rope_dim:
-            qi = rotary(qi, step.pos, self.rope_dim, self.rope_base)
-            ki = rotary(ki, step.pos, self.rope_dim, self.rope_base)
+            qi = rotary(qi, step.pos, self.rope_dim, self.angles)
+            ki = rotary(ki, step.pos, self.rope_dim, self.angles)
         q, k, v, ki = self.read(x, step, cache, ki=ki)
         sel = None
         tile = 1
@@ -1719,9 +1742,9 @@ class DSA(MLA):
         qi = heads(self.index_q_proj(source.detach()), self.Hi)                 # (B, Hi, T, Di)
         ki = self.index_k_norm(self.index_k_proj(x.detach()))
         ki = ki.to(q.dtype).unsqueeze(1)                                        # (B, 1, T, Di)
-        if self.rope_base:
-            qi = rotary(qi, step.pos, self.rope, self.rope_base)
-            ki = rotary(ki, step.pos, self.rope, self.rope_base)
+        if self.angles:
+            qi = rotary(qi, step.pos, self.rope, self.angles)
+            ki = rotary(ki, step.pos, self.rope, self.angles)
         w = self.index_w_proj(x.detach()).float() * self.Hi ** -0.5             # (B, T, Hi)
         latent, ki = put(cache, {"latent": latent, "ki": ki}, step)
         S = latent.size(2)

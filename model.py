@@ -10,6 +10,7 @@
     parse_layers        "gated_deltanet*3 full" -> the layers of a model
     override            a config with some fields changed; check_setting knows what each may hold
     PRESETS             published models; from_preset makes them, or a small twin
+    from_pretrained     a published checkpoint, weights and all
 
 The embedding has one row more than the vocabulary, padded to a multiple of 64: row V is the mask token of
 diffusion and also the BOS of AR. The logits are cut to V, so neither is ever predicted. Copy this file
@@ -17,13 +18,17 @@ together with attention.py.
 """
 import dataclasses
 import difflib
+import json
 import math
+import mmap
 import os
 import re
+import shlex
 import types
 import typing
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -43,12 +48,13 @@ class ModelConfig(LayerConfig):
     layers: str = "full"  # pattern: "gated_deltanet*3 full", "full(window=128) full", see parse_layers
     n_layer: int = 4
     # MLP and norm
-    mlp: str = "swiglu"             # swiglu | swiglu_clamped (gpt-oss) | relu2 | gelu
+    mlp: str = "swiglu"  # swiglu | swiglu_clamped (gpt-oss) | relu2 | gelu | gelu_new (GPT-2's tanh form)
     n_inner: int | None = None  # width inside; None: 8/3 C for swiglu (rounded up to 32), 4 C otherwise
     norm: str = "rms"               # rms | layer
     dropout: float = 0.0            # on the embedding and on what each block adds
     tied: bool = True               # the head shares the embedding's weights
     logit_softcap: float | None = None  # logits = cap * tanh(logits / cap) (Gemma 2)
+    shift: bool = False             # not causal: logits at i are of token i + 1, as in AR (Dream)
     # mixture of experts in place of the MLP
     n_expert: int = 0               # E, 0: a dense MLP
     n_expert_active: int = 2        # experts a token is sent to
@@ -105,6 +111,9 @@ class LM(nn.Module):
             x = block(x, step, None if cache is None else cache.layers[i])
         if cache is not None and commit:
             cache.advance(step)
+        if self.config.shift and not step.causal:
+            need(cache is None, "a model with shift=true reads no cache unless it is causal")
+            x = torch.cat([x[:, :1], x[:, :-1]], dim=1)
         return self.logits(self.norm(x))
 
     def logits(self, x):
@@ -217,11 +226,12 @@ def up_width(config, inner):
 
 def activate(h, kind):
     """swiglu: silu(gate) * up, both halves of h (arXiv 2002.05202); swiglu_clamped: gpt-oss's, gate *
-    sigmoid(1.702 gate) * (up + 1) with both clamped at 7; relu2: relu(h)^2 (2109.08668); gelu: GPT-2's."""
+    sigmoid(1.702 gate) * (up + 1) with both clamped at 7; relu2: relu(h)^2 (2109.08668); gelu_new: GPT-2's
+    own gelu, by a tanh."""
     if kind == "relu2":
         return F.relu(h).square()
-    if kind == "gelu":
-        return F.gelu(h)
+    if kind in ("gelu", "gelu_new"):
+        return F.gelu(h, approximate="tanh" if kind == "gelu_new" else "none")
     gate, up = h.chunk(2, dim=-1)
     if kind == "swiglu":
         return F.silu(gate) * up
@@ -469,8 +479,9 @@ RANGES = {
     "out_gate_rank": (0, 2 ** 16), "qk_rope_head_dim": (0, 2 ** 16),
     "norm_eps": (1e-12, 0.1), "dropout": (0, 0.99), "logit_softcap": (1e-3, 10 ** 6), "g_min": (-5, -1e-3),
     "router_scale": (1e-3, 1000), "router_bias_step": (0, 1), "router_aux": (0, 1000),
-    "rope_base": (1, 10 ** 12), "rotary_fraction": (0, 1),
-    "mlp": (*GATED, "relu2", "gelu"), "norm": ("rms", "layer"), "router": ("sigmoid", "softmax"), **CHOICES,
+    "rope_base": (1, 10 ** 12), "rope_factor": (1, 10 ** 6), "rotary_fraction": (0, 1),
+    "mlp": (*GATED, "relu2", "gelu", "gelu_new"), "norm": ("rms", "layer"),
+    "router": ("sigmoid", "softmax"), **CHOICES,
 }
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", type(None): "none"}
 
@@ -533,6 +544,11 @@ def parse_value(text):
         return text
     value = float(low.rstrip("kmb")) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}[match[3]]
     return int(value) if value.is_integer() and abs(value) < 2 ** 53 else value
+
+
+def settings(text):
+    """"n_head=4 layers='kda*3 full' tied=false" -> {"n_head": 4, ...}."""
+    return {key: parse_value(value) for key, _, value in (pair.partition("=") for pair in shlex.split(text))}
 
 
 WHOLE = ("vocab_size", "block_size", "layers", "n_layer", "n_embd", "tied", "logit_softcap")    # of the model
@@ -608,40 +624,46 @@ def override(config, values):
 # ------------------------------------------------------------------------------------------------------------
 # Published models as dictionaries over the same fields
 
-PRESETS = {
-    "small": dict(),  # ModelConfig's own defaults
-    "gpt2": dict(  # 124M; bias=False as nanoGPT trains it
-        vocab_size=50257, block_size=1024, n_layer=12, n_head=12, n_embd=768, mlp="gelu", norm="layer",
-        norm_eps=1e-5, position="learned"),
-    "llama": dict(  # Llama-3.1-8B
-        vocab_size=128256, block_size=8192, n_layer=32, n_head=32, n_kv_head=8, n_embd=4096, n_inner=14336,
-        norm_eps=1e-5, rope_base=500_000.0, tied=False),
-    "llada": dict(  # LLaDA-8B: train with --objective mdm
-        vocab_size=126464, block_size=4096, n_layer=32, n_head=32, n_embd=4096, n_inner=12288,
-        norm_eps=1e-5, rope_base=500_000.0, tied=False),
-    "qwen3-next": dict(  # 80B-A3B
-        vocab_size=151936, block_size=4096, layers="gated_deltanet*3 full", n_layer=48, n_embd=2048,
-        tied=False, n_head=16, n_kv_head=2, head_dim=256, rotary_fraction=0.25, rope_base=10_000_000.0,
-        qk_norm=True, attn_gate=True, linear_n_head=16, linear_n_v_head=32, linear_key_dim=128,
-        linear_value_dim=128, n_expert=512, n_expert_active=10, expert_inner=512, shared_inner=512,
-        router="softmax"),
-    "kimi-linear": dict(  # 48B-A3B; MLA without positions
-        vocab_size=163840, block_size=4096, layers="kda(n_expert=0) kda*2 mla (kda*3 mla)*5 kda*2 mla",
-        n_layer=27, n_embd=2304, n_head=32, n_inner=9216, norm_eps=1e-5, position="none", tied=False,
-        linear_n_head=32, linear_key_dim=128, decay_gate="softplus", kv_lora_rank=512, qk_nope_head_dim=128,
-        qk_rope_head_dim=64, v_head_dim=128, n_expert=256, n_expert_active=8, expert_inner=1024,
-        shared_inner=1024, router_scale=2.446),
-    "deepseek-v3": dict(  # 671B-A37B
-        vocab_size=129280, block_size=4096, layers="mla(n_expert=0)*3 mla*58", n_layer=61, n_embd=7168,
-        n_head=128, n_inner=18432, tied=False, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128,
-        qk_rope_head_dim=64, v_head_dim=128, n_expert=256, n_expert_active=8, expert_inner=2048,
-        shared_inner=2048, router_scale=2.5, n_expert_group=8, n_expert_group_active=4),
-    "gpt-oss": dict(  # 20b
-        vocab_size=201088, block_size=4096, layers="full(window=128) full", n_layer=24, n_embd=2880,
-        n_head=64, n_kv_head=8, head_dim=64, rope_base=150_000.0, norm_eps=1e-5, bias=True, sink=True,
-        tied=False, mlp="swiglu_clamped", n_expert=32, n_expert_active=4, expert_inner=2880,
-        router="softmax"),
+PRESETS = {  # as --set takes them
+    "small": "",  # ModelConfig's own defaults
+    # 124M; bias=False as nanoGPT trains it
+    "gpt2": """
+        vocab_size=50257 block_size=1024 n_layer=12 n_head=12 n_embd=768 mlp=gelu norm=layer norm_eps=1e-5
+        position=learned""",
+    # Llama-3.1-8B
+    "llama": """
+        vocab_size=128256 block_size=8192 n_layer=32 n_head=32 n_kv_head=8 n_embd=4096 n_inner=14336
+        norm_eps=1e-5 rope_base=500_000 tied=false""",
+    # LLaDA-8B: train with --objective mdm
+    "llada": """
+        vocab_size=126464 block_size=4096 n_layer=32 n_head=32 n_embd=4096 n_inner=12288 norm_eps=1e-5
+        rope_base=500_000 tied=false""",
+    # 80B-A3B
+    "qwen3-next": """
+        vocab_size=151936 block_size=4096 layers='gated_deltanet*3 full' n_layer=48 n_embd=2048 tied=false
+        n_head=16 n_kv_head=2 head_dim=256 rotary_fraction=0.25 rope_base=10_000_000 qk_norm=true
+        attn_gate=true linear_n_head=16 linear_n_v_head=32 linear_key_dim=128 linear_value_dim=128
+        n_expert=512 n_expert_active=10 expert_inner=512 shared_inner=512 router=softmax""",
+    # 48B-A3B; MLA without positions
+    "kimi-linear": """
+        vocab_size=163840 block_size=4096 layers='kda(n_expert=0) kda*2 mla (kda*3 mla)*5 kda*2 mla'
+        n_layer=27 n_embd=2304 n_head=32 n_inner=9216 norm_eps=1e-5 position=none tied=false linear_n_head=32
+        linear_key_dim=128 decay_gate=softplus kv_lora_rank=512 qk_nope_head_dim=128 qk_rope_head_dim=64
+        v_head_dim=128 n_expert=256 n_expert_active=8 expert_inner=1024 shared_inner=1024
+        router_scale=2.446""",
+    # 671B-A37B
+    "deepseek-v3": """
+        vocab_size=129280 block_size=4096 layers='mla(n_expert=0)*3 mla*58' n_layer=61 n_embd=7168 n_head=128
+        n_inner=18432 tied=false q_lora_rank=1536 kv_lora_rank=512 qk_nope_head_dim=128 qk_rope_head_dim=64
+        v_head_dim=128 n_expert=256 n_expert_active=8 expert_inner=2048 shared_inner=2048 router_scale=2.5
+        n_expert_group=8 n_expert_group_active=4""",
+    # 20b
+    "gpt-oss": """
+        vocab_size=201088 block_size=4096 layers='full(window=128) full' n_layer=24 n_embd=2880 n_head=64
+        n_kv_head=8 head_dim=64 rope_base=150_000 norm_eps=1e-5 bias=true sink=true tied=false
+        mlp=swiglu_clamped n_expert=32 n_expert_active=4 expert_inner=2880 router=softmax""",
 }
+PRESETS = {name: settings(text) for name, text in PRESETS.items()}
 WIDTHS = ("n_inner", "expert_inner", "shared_inner")                 # of a layer: scale with n_embd
 RANKS = ("head_dim", "linear_key_dim", "linear_value_dim", "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim",
          "qk_rope_head_dim", "v_head_dim")                           # of a head: scale with n_embd / n_head
@@ -694,3 +716,287 @@ def tell_unread(config, given):
         if not any(field in getattr(layer, "settings", (field,)) for layer in used):
             setting = f"{field}={given[field]}"
             warnings.warn(f"no layer of '{config.layers}' reads {field}: {setting} changes nothing")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Published checkpoints: folders of config.json and safetensors
+
+# A field of config.json, and ours that means the same; or = and what it must say; or - where it changes
+# nothing. A field that is not here is refused: it may change what the model computes.
+FIELDS = """
+hidden_size                      n_embd
+n_embd                           n_embd
+d_model                          n_embd
+num_hidden_layers                n_layer
+n_layer                          n_layer
+n_layers                         n_layer
+num_attention_heads              n_head
+n_head                           n_head
+n_heads                          n_head
+num_key_value_heads              n_kv_head
+n_kv_heads                       n_kv_head
+head_dim                         head_dim
+intermediate_size                n_inner
+n_inner                          n_inner
+mlp_hidden_size                  n_inner
+activation_function              mlp
+vocab_size                       vocab_size
+max_position_embeddings          block_size
+n_positions                      block_size
+max_sequence_length              block_size
+rms_norm_eps                     norm_eps
+layer_norm_epsilon               norm_eps
+attention_bias                   bias
+mlp_bias                         bias
+include_bias                     bias
+include_qkv_bias                 bias
+tie_word_embeddings              tied
+weight_tying                     tied
+partial_rotary_factor            rotary_fraction
+rope_theta                       rope_base
+rope_scaling.rope_theta          rope_base
+rope_scaling.factor              rope_factor
+rope_scaling.original_max_position_embeddings  rope_original
+rope_scaling.partial_rotary_factor  rotary_fraction
+rope_scaling.low_freq_factor     = 1 1.0
+rope_scaling.high_freq_factor    = 4 4.0
+rope_scaling.rope_type           = default linear llama3
+rope_scaling.type                = default linear llama3
+hidden_act                       = silu
+activation_type                  = silu
+use_sliding_window               = false
+scale_attn_weights               = true
+scale_attn_by_inverse_layer_idx  = false
+add_cross_attention              = false
+rope_interleaved                 = false
+block_type                       = llama
+block_group_size                 = 1
+layer_norm_type                  = rms
+layer_norm_with_affine           = true
+bias_for_layer_norm              = false
+attention_layer_norm             = false
+input_emb_norm                   = false
+scale_logits                     = false
+alibi                            = false
+rope                             = true
+model_type                       -
+mask_token_id                    -
+bos_token_id                     -
+eos_token_id                     -
+pad_token_id                     -
+objective                        -
+architectures                    -
+auto_map                         -
+_name_or_path                    -
+dtype                            -
+torch_dtype                      -
+transformers_version             -
+transformers.js_config           -
+is_llama_config                  -
+use_cache                        -
+initializer_range                -
+init_fn                          -
+init_std                         -
+init_device                      -
+attention_dropout                -
+embedding_dropout                -
+residual_dropout                 -
+attn_pdrop                       -
+embd_pdrop                       -
+resid_pdrop                      -
+pretraining_tp                   -
+summary_first_dropout            -
+summary_proj_to_labels           -
+summary_type                     -
+summary_use_proj                 -
+task_specific_params             -
+n_ctx                            -
+reorder_and_upcast_attn          -
+output_router_logits             -
+embedding_size                   -
+flash_attention                  -
+precision                        -
+mlp_ratio                        -
+alibi_bias_max                   -
+attention_layer_norm_with_affine -
+rope_full_precision              -
+max_window_layers                -
+sliding_window                   -
+layer_types                      -
+rope_scaling                     -
+rope_parameters                  -
+"""
+LLAMA = r"""
+^blocks            model.layers
+^embed             model.embed_tokens
+^norm\.            model.norm.
+^head              lm_head
+norm1              input_layernorm
+norm2              post_attention_layernorm
+mixer              self_attn
+"""
+# model_type: what is fixed in it, and what turns our names into its, one substitution after the other.
+ARCHITECTURES = {
+    "gpt2": ("position=learned norm=layer bias=true tied=true", r"""
+^blocks            h
+^embed_pos         wpe
+^embed             wte
+^norm              ln_f
+norm               ln_
+mixer\.qkv_proj    attn.c_attn
+mixer\.o_proj      attn.c_proj
+up_proj            c_fc
+down_proj          c_proj
+"""),
+    "llama": ("bias=false", LLAMA),
+    "qwen2": ("bias=true", LLAMA),
+    "qwen3": ("bias=false qk_norm=true", LLAMA),
+    "Dream": ("bias=true shift=true", LLAMA),
+    "llada": ("bias=false", r"""
+^blocks            model.transformer.blocks
+^embed             model.transformer.wte
+^norm\.            model.transformer.ln_f.
+^head              model.transformer.ff_out
+norm1              attn_norm
+norm2              ff_norm
+mixer\.o_proj      attn_out
+mixer\.(.)_proj    \1_proj
+mlp\.gate_proj     ff_proj
+mlp\.up_proj       up_proj
+mlp\.down_proj     ff_out
+"""),
+}
+
+
+def columns(table):
+    return [line.split() for line in table.strip().splitlines()]
+
+
+def read_config(c):
+    """The contents of a config.json -> ModelConfig. ValueError names a field that we cannot follow."""
+    kind = c["model_type"]
+    need(kind in ARCHITECTURES, f"model_type {kind!s:.40} is none of {', '.join(ARCHITECTURES)}")
+    fixed = settings(ARCHITECTURES[kind][0])
+    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
+    given = c | {f"rope_scaling.{key}": value for key, value in rope.items()}
+    fields, values = {name: rest for name, *rest in columns(FIELDS)}, {"tied": False}
+    for name, value in given.items():
+        if value is None:
+            continue
+        need(name in fields, f"{name} {value!s:.60} is not known here: it may change what a model computes")
+        field, *expected = fields[name]
+        if field not in "=-":
+            expected = [str(fixed.get(field, value)).lower()]
+            values[field] = value
+        need(field == "-" or str(value).lower() in expected,
+             f"{name} {value!s:.60} in a {kind}: expected {' or '.join(expected)}")
+    lacking = {"n_embd", "n_layer", "n_head", "vocab_size", "block_size", "norm_eps"} - values.keys()
+    need(not lacking, f"nothing says {', '.join(sorted(lacking))}")
+    values["vocab_size"] -= c.get("mask_token_id") == values["vocab_size"] - 1      # our own row V
+    return override(ModelConfig(), values | fixed)
+
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def read_safetensors(path):
+    """{name: tensor} of a file, memory-mapped: 8 bytes with the length of the header, the header in JSON,
+    tensors side by side. ValueError names a tensor that is not as it should be."""
+    try:
+        with open(path, "rb") as f:
+            data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)    # torch warns of what is read-only
+        end = start = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:start])
+        header.pop("__metadata__", None)
+        entries = sorted((*e["data_offsets"], name, DTYPES[e["dtype"]], e["shape"])
+                         for name, e in header.items())
+    except Exception as e:                                          # whatever a foreign file may hold
+        raise ValueError(f"{path} is no safetensors of {', '.join(DTYPES)}, or damaged: {e!s:.80}") from None
+    out = {}
+    for begin, stop, name, dtype, shape in entries:
+        count = math.prod(shape)
+        need(start + begin == end, f"{path}: tensor {name} does not begin where another ends")
+        need(stop - begin == count * dtype.itemsize > 0,
+             f"{path}: tensor {name} has {stop - begin} bytes, not those of {dtype} {shape}")
+        end = start + stop
+        need(end <= len(data), f"{path}: tensor {name} is truncated")
+        out[name] = torch.frombuffer(data, dtype=dtype, count=count, offset=start + begin).view(shape)
+    need(end == len(data), f"{path} has bytes that belong to no tensor")
+    return out
+
+
+def their_tensors(lm, kind, rows):
+    """{name in a checkpoint: our weights of it}: views, to write to or to read from. rows: of embeddings."""
+    out = {}
+    for name, w in lm.state_dict().items():
+        stem, _, tail = name.rpartition(".")
+        if stem == "head" and lm.config.tied or kind in ONLY_QKV and tail == "bias" and "qkv" not in stem:
+            continue
+        views = {name: w}
+        if stem in ("embed", "head"):
+            views = {name: w[:rows]}
+        elif kind == "gpt2" and name.startswith("blocks") and w.dim() == 2:
+            views = {name: w.mT}
+        elif kind == "gpt2":
+            pass
+        elif stem.endswith("qkv_proj"):
+            q = lm.get_submodule(stem.replace("qkv", "o")).in_features
+            cut = w[:q], *w[q:].chunk(2)
+            views = {name.replace("qkv", part): a for part, a in zip("qkv", cut)}
+        elif stem.endswith("up_proj"):
+            views = dict(zip((name.replace("up", "gate"), name), w.chunk(2)))
+        for name, view in views.items():
+            for ours, *theirs in columns(ARCHITECTURES[kind][1]):
+                name = re.sub(ours, *theirs, name)
+            out[name] = view
+    return out
+
+
+ONLY_QKV = ("qwen2", "Dream")           # have biases there alone: our others are zero
+UNUSED = r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$|^lm_head"   # buffers; a head that is tied
+
+
+@torch.no_grad()
+def from_pretrained(folder, dtype=torch.float32, device="cpu"):
+    """(LM, its objective, ar or mdm) from a published folder: config.json, and model*.safetensors in pieces
+    or not.
+
+    Weights go from the mapped file into their place one by one: there is no second copy. Row V of the
+    embedding, which stands before a text and hides a token, is that of the mask token, or else of
+    <|endoftext|> (a chat model's BOS opens a turn), BOS or EOS. ValueError names the field or the tensor.
+    """
+    folder, tensors = Path(folder), {}
+    try:
+        c = json.loads((folder / "config.json").read_text("utf-8"))
+        config, kind = read_config(c), c["model_type"]
+    except Exception as e:
+        raise ValueError(f"{folder / 'config.json'}: {e!s:.300}") from None
+    for path in sorted(folder.glob("model*.safetensors")):
+        for name, tensor in read_safetensors(path).items():
+            name = name.removeprefix("transformer.")
+            need(name not in tensors, f"{path}: tensor {name} is in another file too")
+            tensors[name] = tensor
+    need(tensors, f"{folder} has no model.safetensors, and no other kind of weights is read")
+    need_memory(config, parse_layers(config.layers, config.n_layer))
+    with torch.device("meta"):
+        lm = LM(config).to(dtype)
+    lm.to_empty(device=device)
+    if config.tied:
+        lm.head.weight = lm.embed.weight
+    for a in lm.state_dict().values():
+        a.zero_()                                                   # rows behind V, biases that it has not
+    for name, view in their_tensors(lm, kind, c["vocab_size"]).items():
+        need(name in tensors, f"{folder}: tensor {name} is missing")
+        shape = tensors[name].shape
+        need(shape == view.shape, f"{folder}: tensor {name} has shape {[*shape]}, expected {[*view.shape]}")
+        view.copy_(tensors.pop(name))
+    unknown = [name for name in tensors if not re.search(UNUSED, name)]
+    need(not unknown, f"{folder}: tensor {unknown and unknown[0]} is unknown in a {kind}")
+    if lm.V == c["vocab_size"]:                                     # else the checkpoint has our row V
+        text = "".join(path.read_text("utf-8") for path in folder.glob("tokenizer.json"))
+        end = re.search(r'"id":\s*(\d+),\s*"content":\s*"<\|endoftext\|>"', text)
+        known = c.get("mask_token_id"), end and int(end[1]), c.get("bos_token_id"), c.get("eos_token_id")
+        first = next((i for i in known if isinstance(i, int)), 0)
+        need(first < lm.V, f"{folder}: token {first} is beyond the vocabulary of {lm.V}")
+        lm.embed.weight[lm.V] = lm.embed.weight[first]
+    return lm.eval(), c.get("objective", "mdm" if kind in ("llada", "Dream") else "ar")

@@ -22,9 +22,9 @@ if __name__ == "__main__":                      # Ctrl-C while the imports run: 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse, base64, bz2, collections, concurrent.futures, contextlib, difflib, fractions, functools, gzip
-import hashlib, heapq, http.client, importlib.metadata, importlib.util, inspect, io, itertools, json, lzma, os
-import re, shlex, shutil, signal, sys, sysconfig, tempfile, time, types, urllib.request, warnings, zipfile
-import zlib
+import hashlib, heapq, http.client, importlib.metadata, importlib.util, inspect, io, itertools, json, lzma
+import os, re, shlex, shutil, signal, sys, sysconfig, tempfile, time, types, unicodedata
+import urllib.request, warnings, zipfile, zlib
 from pathlib import Path
 
 import numpy as np
@@ -68,18 +68,26 @@ NO_TEXT = (".csv", ".tsv", ".parquet", ".arrow", ".xlsx", ".pdf", ".docx", ".epu
 # Tokenizers
 
 class Tokenizer:
-    """name; n_vocab; eot = n_vocab - 1, the id of <|endoftext|>; vocab, the bytes of each token; token_bytes
-    (n_vocab,) of int, the bytes of text in each. ranks: {token bytes: id}; None for plain bytes, which need
-    no tiktoken."""
-    def __init__(self, name, ranks=None, pattern=None):
-        self.name, self.ranks, self.pattern, self.bpe = name, ranks, pattern, None
-        self.vocab = sorted(ranks, key=ranks.get) if ranks else [bytes([b]) for b in range(256)]
-        self.vocab.append(EOT.encode())
-        self.n_vocab, self.eot = len(self.vocab), len(self.vocab) - 1
-        self.dtype = "uint16" if self.n_vocab <= 1 << 16 else "uint32"
+    """name; n_vocab; eot, the id of <|endoftext|>; vocab, the bytes of each token; token_bytes (n_vocab,) of
+    int, the bytes of text in each. ranks: {token bytes: id}; None for plain bytes, which need no tiktoken.
+
+    Our own have one special token, <|endoftext|>, as the last id. A published one has `more` (see
+    `read_tokenizer`): special {text: id}, eot, n_vocab, cuts (patterns that cut a text before `pattern`
+    does), nfc (are texts normalised?)."""
+    def __init__(self, name, ranks=None, pattern=None, **more):
+        self.name, self.ranks, self.pattern, self.more, self.bpe = name, ranks, pattern, more, None
+        words = ranks or {bytes([b]): b for b in range(256)}
+        self.special = more.get("special", {EOT: len(words)})
+        self.eot, self.n_vocab = more.get("eot", len(words)), more.get("n_vocab", len(words) + 1)
+        self.vocab = [b""] * self.n_vocab
+        for token, i in words.items():
+            self.vocab[i] = token
         # From the raw bytes: through str, a token that is half a UTF-8 character would count as the 3 of
         # U+FFFD.
-        self.token_bytes = np.array([len(token) for token in self.vocab[:-1]] + [0])
+        self.token_bytes = np.array([*map(len, self.vocab)])
+        for text, i in self.special.items():
+            self.vocab[i] = text.encode()
+        self.dtype = "uint16" if self.n_vocab <= 1 << 16 else "uint32"
 
     def encode_array(self, text):
         """str -> 1-D array of ids. <|endoftext|> inside a text is ordinary text."""
@@ -87,9 +95,15 @@ class Tokenizer:
             return np.frombuffer(text.encode(), np.uint8)
         if self.bpe is None:
             import tiktoken
-            self.bpe = tiktoken.Encoding(self.name, pat_str=self.pattern, mergeable_ranks=self.ranks,
-                                         special_tokens={EOT: self.eot})
-        return self.bpe.encode_to_numpy(text, disallowed_special=())
+            none = {bytes([b]): self.n_vocab + b for b in range(256)}   # for bytes that have no token
+            self.bpe = tiktoken.Encoding(self.name, pat_str=self.pattern, mergeable_ranks=none | self.ranks,
+                                         special_tokens=self.special)
+        pieces = [unicodedata.normalize("NFC", text) if self.more.get("nfc") else text]
+        for cut in self.more.get("cuts", ()):
+            import regex
+            pieces = [part for piece in pieces for part in regex.split(f"({cut})", piece)]
+        ids = np.concatenate([self.bpe.encode_to_numpy(part, disallowed_special=()) for part in pieces])
+        return ids[ids < self.n_vocab]
 
     def encode(self, text):
         return self.encode_array(text).tolist()
@@ -174,12 +188,12 @@ def find_tokenizer(spec):
         return number(spec[4:], int)
     if spec == "byte":
         return Tokenizer("byte")
-    if (Path(spec) / "meta.json").exists():
+    if any(Path(spec).glob("*.json")):
         return load_tokenizer(spec)
     import tiktoken
     if spec not in tiktoken.list_encoding_names():
         raise ValueError(f"--tokenizer {spec}: expected byte, bpe:N (N > 256), gpt2, cl100k_base, "
-                         "o200k_base, or a prepared folder such as data/docs")
+                         "o200k_base, or a prepared folder such as data/docs, or a published model's")
     try:
         enc = tiktoken.get_encoding(spec)
     except OSError as e:                        # the network errors of `requests` are OSErrors
@@ -192,17 +206,18 @@ def find_tokenizer(spec):
 
 def load_tokenizer(path):
     """The Tokenizer of a dataset or run folder (it needs meta.json and tokenizer.tiktoken), or of its
-    meta.json."""
+    meta.json, or of a published checkpoint's folder."""
     folder = Path(path).parent if Path(path).is_file() else Path(path)
+    if (folder / "tokenizer.json").is_file():
+        return read_tokenizer(folder)
     file, meta, tok = folder / "tokenizer.tiktoken", read_meta(folder), Tokenizer("byte")
     try:
         if meta["tokenizer"] != "byte":
             lines = file.read_bytes().splitlines()
             ranks = {base64.b64decode(token): int(i) for token, i in map(bytes.split, lines)}
-            tok, sums = Tokenizer(meta["tokenizer"], ranks, meta.get("pattern")), tokenizer_sums(file, meta)
-            whole = [*ranks.values()] == [*range(tok.eot)] and all(bytes([b]) in ranks for b in range(256))
-            need(whole and tok.pattern and all(meta.get(key, now) == now for key, now in sums.items()),
-                 "it or meta.json is damaged")
+            more, sums = meta.get("more", {}), tokenizer_sums(file, meta)
+            need(all(meta.get(key) == now for key, now in sums.items()), "it or meta.json is damaged")
+            tok = Tokenizer(meta["tokenizer"], ranks, meta["pattern"], **more)
         need(tok.n_vocab == meta["vocab_size"],
              f"it has {tok.n_vocab} tokens, and meta.json says {meta['vocab_size']}")
     except (OSError, ValueError) as e:
@@ -210,9 +225,47 @@ def load_tokenizer(path):
     return tok
 
 
+def read_tokenizer(folder):
+    """The Tokenizer of a published checkpoint: tokenizer.json, as the package `tokenizers` writes it, and
+    config.json. ValueError for all but byte-level BPE."""
+    file = folder / "tokenizer.json"
+    try:
+        t, c = (json.loads((folder / name).read_text("utf-8")) for name in ("tokenizer.json", "config.json"))
+        bpe, before, normal = t["model"], t["pre_tokenizer"], t["normalizer"]
+        steps = before.get("pretokenizers", [before])
+        need(bpe["type"] == "BPE" and steps[-1]["type"] == "ByteLevel", "it is no byte-level BPE")
+        need(normal in (None, {"type": "NFC"}), f"its normalizer {normal!s:.60} is not known")
+        *cuts, pattern = filter(None, map(split_pattern, steps))
+        # GPT-2's alphabet: printable bytes are themselves, the others stand behind U+0100.
+        shown = [b for b in range(256) if chr(b).isprintable() and b != 32]
+        others = [b for b in range(256) if b not in shown]
+        byte = dict(zip(map(chr, [*shown, *range(256, 324)]), shown + others))
+        made = ["".join(pair).replace(" ", "") for pair in bpe["merges"]]
+        ids = [*map(bpe["vocab"].get, made)]
+        need(ids == sorted(ids), "its ids are not in the order of its merges")
+        ranks = {bytes(map(byte.get, t)): bpe["vocab"][t] for t in (*(byte.keys() & bpe["vocab"]), *made)}
+        return Tokenizer(folder.name, ranks, pattern, cuts=cuts, nfc=bool(normal),
+                         n_vocab=c["vocab_size"], eot=int(np.ravel(c["eos_token_id"])[0]),
+                         special={token["content"]: token["id"] for token in t["added_tokens"]})
+    except Exception as e:                      # whatever a foreign file may hold
+        raise ValueError(f"cannot read {file}: {e!s:.200}") from None
+
+
+def split_pattern(step):
+    """The regular expression that a step of `pre_tokenizer` cuts out, or None."""
+    kind = step["type"]
+    if kind == "Digits":
+        return r"\p{N}" if step["individual_digits"] else r"\p{N}+"
+    if kind == "ByteLevel" and not step["add_prefix_space"]:
+        return PATTERN if step.get("use_regex", True) else None
+    need(kind == "Split" and step["behavior"] == "Isolated" and not step["invert"],
+         f"its pre_tokenizer {kind} is none of Split, Digits and ByteLevel without a space in front")
+    return step["pattern"]["Regex"]
+
+
 def tokenizer_sums(file, meta):
     """What meta.json says of its tokenizer's file and pattern, to be checked by load_tokenizer."""
-    pattern = hashlib.sha256(repr(meta.get("pattern")).encode()).hexdigest()
+    pattern = hashlib.sha256(f"{meta.get('pattern')!r}{meta.get('more') or ''}".encode()).hexdigest()
     need(isinstance(meta.get("pattern"), str), "the pattern in meta.json is damaged")
     return dict(tokenizer_sha256=file_sha256(file), pattern_sha256=pattern)
 
@@ -575,7 +628,8 @@ def prepare(source="docs", name=None, tokenizer=None, out_dir="data", text=(), v
         packages = [*python_roots()][1:] if source in ("docs", "pysrc") else ["numpy", "torch"]
         versions = {package: importlib.metadata.version(package) for package in packages}
         meta = dict(name=name, source=source, tokenizer=tok.name, pattern=tok.pattern, vocab_size=tok.n_vocab,
-                    dtype=tok.dtype, corrupt=corrupt, seed=seed, dropped_overlap=dropped, settings=settings,
+                    more=tok.more, dtype=tok.dtype, corrupt=corrupt, seed=seed, dropped_overlap=dropped,
+                    settings=settings,
                     versions={"prepare": 1, "python": sys.version.split()[0], **versions})
         for split, stream, limit in [("train", train, max_tokens), ("val", open_val(), None)]:
             counts = write_bin(temp / f"{split}.bin", stream, tok, limit)
@@ -583,7 +637,7 @@ def prepare(source="docs", name=None, tokenizer=None, out_dir="data", text=(), v
             meta |= {f"{split}_{key}": value for key, value in counts.items()}
         if tok.ranks:  # in tiktoken's own format; a dataset or a run needs no network later
             with whole_file(temp / "tokenizer.tiktoken") as f:
-                f.writelines(b"%s %d\n" % (base64.b64encode(t), i) for i, t in enumerate(tok.vocab[:-1]))
+                f.writelines(b"%s %d\n" % (base64.b64encode(t), i) for t, i in tok.ranks.items())
             meta |= tokenizer_sums(temp / "tokenizer.tiktoken", meta)
         with whole_file(temp / "meta.json") as f:
             f.write(json.dumps(meta, indent=1).encode())

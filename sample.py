@@ -52,13 +52,21 @@ def parse_prompt(text, tokenizer, mask_id):
     ids = []
     for i, part in enumerate(re.split(r"\[MASK(?::([0-9]{1,6}))?\]", text)):
         if i % 2 == 0 and "[MASK" not in part:
-            ids += tokenizer.encode(part)
+            ids += encode(part, tokenizer)
             continue
         wrong = "[MASK:0]" if i % 2 else part[part.index("[MASK"):][:20]
         need(i % 2 and int(part or 1), "--prompt: places to fill are written [MASK], or [MASK:n] for n of 1 "
              f"to 999999, and it has {wrong!r}")
         ids += [mask_id] * int(part or 1)
     return ids
+
+
+def encode(text, tokenizer):
+    """Token ids. In the prompt of a published model <|im_start|> and the like are tokens, not text."""
+    names = "|".join(map(re.escape, tokenizer.special))
+    parts = re.split(f"({names})", text) if tokenizer.more else [text]
+    ids = [[tokenizer.special[part]] if i % 2 else tokenizer.encode(part) for i, part in enumerate(parts)]
+    return sum(ids, [])
 
 
 def sampler(args, lm, flags, infill):
@@ -418,6 +426,8 @@ def parse_args(argv):
     parser.add_argument("run", help="run folder of train.py, or a checkpoint in one")
     parser.add_argument("--which", default="best", choices=("best", "last"), help="checkpoint of the folder "
                         "(default: best)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of a published "
+                        "checkpoint's weights (default: float32)")
     if scoring:
         parser.add_argument("--text", required=True, nargs="+", help="as prepare.py reads it: .txt .md "
                             ".jsonl, packed, folders")
@@ -444,7 +454,8 @@ def main(argv=None):
     try:
         args, panels = parse_args(list(sys.argv[1:] if argv is None else argv)), []
         for run in args.runs:
-            lm, state = train.load_model(run, args.which, train.pick_device(args.device))
+            dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[args.dtype]
+            lm, state = train.load_model(run, args.which, train.pick_device(args.device), dtype)
             train.set_threads(args.threads, lm)
             tokenizer = prepare.load_tokenizer(run if os.path.isdir(run) else Path(run).parent)
             flags = {**train.DEFAULTS, **state["flags"]}

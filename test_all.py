@@ -46,6 +46,7 @@ from torch.nn.attention import SDPBackend, flex_attention
 import attention
 import bench
 import diffusion
+import model
 import prepare
 import sample
 import train
@@ -94,8 +95,8 @@ def off(a, b, norm=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # Size
 
-BUDGET = {"attention.py": 19_400, "model.py": 6_200, "diffusion.py": 5_200, "train.py": 12_100, "sample.py": 4_100,
-          "prepare.py": 7_800, "bench.py": 26_500, "test_all.py": 63_950}
+BUDGET = {"attention.py": 19_500, "model.py": 7_400, "diffusion.py": 5_200, "train.py": 12_200, "sample.py": 4_700,
+          "prepare.py": 8_300, "bench.py": 26_500, "test_all.py": 64_700}
 NARROW = ("attention.py", "model.py", "diffusion.py", "train.py", "sample.py", "prepare.py", "bench.py")
 
 
@@ -127,6 +128,7 @@ CASES = {
     "full gqa": dict(n_kv_head=2),
     "full window": dict(window=5),
     "full sink": dict(sink=True),
+    "full stretched": dict(rope_factor=4.0, rope_original=20),
     "full partial rotary": dict(rotary_fraction=0.25, head_dim=16),
     "full all": dict(n_kv_head=1, window=7, sink=True, attn_gate=True, qk_norm=True, rotary_fraction=0.5),
     "mla": {},
@@ -404,15 +406,16 @@ def test_layers_compile_to_one_graph(case):
 
 # Settings in which a layer must differ from its cases, each for itself
 OTHERS = dict(
-    n_embd=64, n_head=2, bias=True, norm_eps=0.1, position="none", rope_base=10.0, rotary_fraction=0.5,
+    n_embd=64, n_head=2, bias=True, norm_eps=0.1, position="none", rope_base=10.0, rope_factor=3.0,
+    rope_original=9, rotary_fraction=0.5,
     n_kv_head=1, head_dim=12, qk_norm=True, attn_gate=True, window=2, sink=True, linear_n_head=1,
     linear_n_v_head=8, linear_key_dim=4, linear_value_dim=4, linear_decay="channel", decay_gate="softplus",
     g_min=-1.0, neg_eigval=True, conv_size=2, out_gate=None, out_gate_rank=3, bidir="forward", q_lora_rank=8,
     kv_lora_rank=12, qk_nope_head_dim=4, qk_rope_head_dim=6, v_head_dim=4, sel_block=16, sel_topk=6,
     sel_init=2, sel_local=3, sel_tile=2, cmp_block=16, cmp_stride=2, dense_len=30, sel_per_head=True,
     index_n_head=1, index_head_dim=12)
-ON = dict(qk_norm=True, cmp_stride=8, cmp_block=8, linear_decay="head", decay_gate="lower", out_gate="silu",
-          sel_block=8, sel_topk=5, sel_local=1)
+ON = dict(rope_factor=4.0, qk_norm=True, cmp_stride=8, cmp_block=8, linear_decay="head", decay_gate="lower",
+          out_gate="silu", sel_block=8, sel_topk=5, sel_local=1)
 
 
 @pytest.mark.parametrize("name", ATTENTION)
@@ -4600,6 +4603,186 @@ def test_ctrl_c_during_imports_is_no_traceback(script, tmp_path):
     assert p.stdout.readline() == "importing\n"
     p.send_signal(signal.SIGINT)
     assert p.communicate(timeout=30) == ("", "") and p.returncode == -signal.SIGINT
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# published checkpoints
+
+LLAMA = dict(model_type="llama", vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+             max_position_embeddings=64, rms_norm_eps=1e-5, rope_theta=1e4, eos_token_id=299, tie_word_embeddings=True)
+LLADA = dict(model_type="llada", vocab_size=300, d_model=32, mlp_hidden_size=48, n_layers=2, n_heads=4, n_kv_heads=2, max_sequence_length=64,
+             rms_norm_eps=1e-5, rope_theta=1e4, mask_token_id=298, weight_tying=True)
+
+
+def safetensors(path, tensors, edit=lambda header: None, tail=b""):
+    """By definition, with nothing of ours."""
+    header, data = {}, b""
+    for name, t in tensors.items():
+        raw = t.contiguous().view(torch.uint8).numpy().tobytes()
+        header[name] = dict(dtype={torch.float32: "F32", torch.bfloat16: "BF16"}[t.dtype], shape=[*t.shape], data_offsets=[len(data), len(data) + len(raw)])
+        data += raw
+    edit(header)
+    head = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    path.write_bytes(len(head).to_bytes(8, "little") + head + data + tail)
+
+
+def random_weights(config, seed=0):
+    torch.manual_seed(seed)
+    lm = LM(model.read_config(config))
+    return {name: torch.randn(w.shape) * 0.2 + (w.dim() == 1) for name, w in model.their_tensors(lm, config["model_type"], config["vocab_size"]).items()}
+
+
+def published(folder, config, tensors):
+    """A folder as it is published, in two shards, with a byte-level tokenizer of 300 tokens."""
+    folder.mkdir()
+    names = [*tensors]
+    for i, part in enumerate((names[::2], names[1::2])):
+        safetensors(folder / f"model-0000{i + 1}-of-00002.safetensors", {name: tensors[name] for name in part})
+    (folder / "config.json").write_text(json.dumps(config))
+    shown = [b for b in range(256) if 32 < b < 127 or 160 < b != 173]
+    char = {b: chr(b) for b in shown} | {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in shown)}
+    words = {w: 9 for w in (b" the", b" then", b" he", b"end", b"\xc3\xa9t\xc3\xa9", b" cat", b" sat", b"  ")}
+    ranks = prepare.train_bpe(words, 280)
+    text = {t: "".join(map(char.get, t)) for t in ranks}
+    merges = [next([text[t[:i]], text[t[i:]]] for i in range(1, len(t)) if max(ranks.get(t[:i], 999), ranks.get(t[i:], 999)) < r) for t, r in ranks.items() if len(t) > 1]
+    tokenizer = dict(added_tokens=[dict(id=299, content="<|endoftext|>"), dict(id=0, content="<|im_start|>")], normalizer=None,
+                     pre_tokenizer=dict(type="Sequence", pretokenizers=[dict(type="Digits", individual_digits=True), dict(type="ByteLevel", add_prefix_space=False)]),
+                     model=dict(type="BPE", vocab={text[t]: r + 1 for t, r in ranks.items()}, merges=merges))
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return folder
+
+
+def test_published_folder_works_in_every_command(tmp_path, capsys, monkeypatch):
+    """prepare --tokenizer, sample, score, choices and train --init_from take it; its weights are where they belong."""
+    monkeypatch.chdir(tmp_path)
+    weights = random_weights(LLAMA)
+    published(tmp_path / "llama", LLAMA, weights)
+    lm, objective = model.from_pretrained("llama")
+    assert objective == "ar" and lm.head.weight is lm.embed.weight and torch.equal(lm.embed.weight[300], weights["model.embed_tokens.weight"][299])
+    assert torch.equal(lm.blocks[1].mlp.up_proj.weight[48:], weights["model.layers.1.mlp.up_proj.weight"]) and not lm.embed.weight[301:].any()
+    close(model.from_pretrained(tmp_path / "llama", torch.bfloat16)[0](torch.arange(9)[None]).float(), lm(torch.arange(9)[None]), 0.1)
+    tok = prepare.load_tokenizer("llama")
+    assert tok.encode("the  été 12") == prepare.Tokenizer("", tok.ranks, prepare.PATTERN.replace(r" ?\p{N}++", r"\p{N}")).encode("the  été 12") and tok.eot == 299
+    assert sample.encode("a<|im_start|>b<|endoftext|>", tok) == [ord("a") + 1, 0, ord("b") + 1, 299] and tok.token_bytes[[0, 299]].sum() == 0
+    (tmp_path / "a.txt").write_text("the cat sat then the end 1 été\n" * 300)
+    (tmp_path / "q.jsonl").write_text(json.dumps(dict(query="the cat", choices=[" sat", " end"], gold=0)) + "\n")
+    assert prepare.main("--text a.txt --name toy --tokenizer llama".split()) == 0
+    assert prepare.load_tokenizer("data/toy").encode(" the<|im_start|>7") == tok.encode(" the<|im_start|>7")
+    run = "--dataset toy --out out/r --max_steps 2 --lr 1e-9 --eval_windows 8 --batch_tokens 128 --block_size 32 --device cpu --compile off"
+    assert train.main(f"{run} --init_from llama".split()) == 0
+    assert sample.main(["llama", "--prompt", "<|im_start|>the cat", "--max_new_tokens", "9", "--device", "cpu"]) == 0
+    assert sample.main("score llama --text a.txt --windows 2 --device cpu --dtype bfloat16".split()) == 0
+    assert bench.main("choices llama --files q.jsonl --device cpu --results res".split()) == 0 and "exact" in capsys.readouterr().out
+    close(train.load_model("out/r", "last")[0].blocks[1].mixer.qkv_proj.weight, lm.blocks[1].mixer.qkv_proj.weight, 1e-4)
+
+
+def test_published_diffusion_models(tmp_path):
+    """LLaDA is Llama under other names; Dream is Qwen2 whose logits are of the next token. Row V is that of the mask token."""
+    x, logits = torch.randint(298, (2, 20)), {}
+    configs = [LLAMA, LLADA] + [{**LLAMA, "model_type": kind, "mask_token_id": 298} for kind in ("qwen2", "Dream")]
+    for c in configs:
+        lm, objective = model.from_pretrained(published(tmp_path / c["model_type"], c, random_weights(c)))
+        assert objective == ("mdm" if c["model_type"] in ("llada", "Dream") else "ar")
+        assert "mask_token_id" not in c or torch.equal(lm.embed.weight[300], lm.embed.weight[298])
+        logits[c["model_type"]] = lm(x, causal=False)
+    close(logits["llada"], logits["llama"])
+    close(logits["Dream"][:, 1:], logits["qwen2"][:, :-1])
+    args = [str(tmp_path / "Dream"), "--prompt", "the [MASK:4]", "--device", "cpu"]
+    assert sample.main(args) == 0 and sample.main([*args, "--cache", "--block_size", "2"]) == 2
+
+
+WRONG_TENSORS = {   # what is done to a good file -> what is said of it
+    "does not begin where": lambda h: h["b"].update(data_offsets=[8, 40]), "has 32 bytes": lambda h: h["a"].update(shape=[3, 3]), "F8": lambda h: h["a"].update(dtype="F8"),
+    "is truncated": lambda h: h["b"].update(shape=[99], data_offsets=[32, 32 + 4 * 99]), "is damaged|or damaged": lambda h: h.update(c={}), "has bytes that": lambda h: h.pop("b"),
+    "has 0 bytes": lambda h: h.update(a=dict(dtype="F32", shape=[0], data_offsets=[0, 0])),
+}
+
+
+@pytest.mark.parametrize("message", WRONG_TENSORS)
+def test_safetensors_refused(tmp_path, message):
+    safetensors(tmp_path / "m", {"a": torch.randn(2, 4), "b": torch.randn(8)}, WRONG_TENSORS[message])
+    with pytest.raises(ValueError, match=message):
+        model.read_safetensors(tmp_path / "m")
+
+
+WRONG_FOLDERS = {   # message: (changes of config.json, of the tensors)
+    "rope_type yarn.*default or linear or llama3": (dict(rope_scaling=dict(rope_type="yarn", factor=4.0)), {}), "attention_multiplier 2.0 is not known": (dict(attention_multiplier=2.0), {}),
+    "high_freq_factor 8.*expected 4": (dict(rope_scaling=dict(type="llama3", high_freq_factor=8)), {}), "attention_bias True": (dict(attention_bias=True), {}),
+    "hidden_act gelu.*expected silu": (dict(hidden_act="gelu"), {}), "quantization_config": (dict(quantization_config={"bits": 4}), {}),
+    "model_type mamba is none of": (dict(model_type="mamba"), {}), "nothing says norm_eps": (dict(rms_norm_eps=None), {}), "n_head": (dict(num_attention_heads="4"), {}),
+    "model.norm.weight is missing": ({}, {"model.norm.weight": None}), "model.norm.bias is unknown": ({}, {"model.norm.bias": torch.ones(3)}),
+    r"embed_tokens.weight has shape \[299, 32\], expected \[300, 32\]": ({}, {"model.embed_tokens.weight": torch.ones(299, 32)}),
+}
+
+
+@pytest.mark.parametrize("message", WRONG_FOLDERS)
+def test_published_folder_refused(tmp_path, capsys, message):
+    """One line, exit status 2."""
+    config, tensors = WRONG_FOLDERS[message]
+    weights = {name: w for name, w in (random_weights(LLAMA) | tensors).items() if w is not None}
+    published(tmp_path / "m", LLAMA | config, weights)
+    assert sample.main([str(tmp_path / "m"), "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error) and error.count("\n") == 1, error
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(model=dict(type="Unigram")), "no byte-level BPE"), (dict(normalizer=dict(type="Lowercase")), "normalizer"), (dict(pre_tokenizer=dict(type="Metaspace")), "no byte-level BPE"),
+    (dict(pre_tokenizer=dict(type="ByteLevel", add_prefix_space=True)), "space in front"), (dict(added_tokens=[dict(id=999, content="x")]), "cannot read")])
+def test_tokenizer_json_refused(tmp_path, change, message):
+    folder = published(tmp_path / "m", LLAMA, random_weights(LLAMA))
+    file = folder / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        prepare.load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("steps", ["Digits", "Split"])
+def test_tokenizer_json_equals_tokenizers(tmp_path, steps):
+    """The package `tokenizers` on text with everything in it, for GPT-2's split behind single digits, and Qwen's with NFC."""
+    peer = pytest.importorskip("tokenizers")
+    split = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    theirs, byte = peer.Tokenizer(peer.models.BPE()), peer.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=steps == "Digits")
+    first = peer.pre_tokenizers.Digits(individual_digits=True) if steps == "Digits" else peer.pre_tokenizers.Split(peer.Regex(split), "isolated")
+    theirs.pre_tokenizer = peer.pre_tokenizers.Sequence([first, byte])
+    if steps == "Split":
+        theirs.normalizer = peer.normalizers.NFC()
+    theirs.train_from_iterator([Path(__file__).read_text(encoding="utf-8")], peer.trainers.BpeTrainer(
+        vocab_size=900, special_tokens=["<|endoftext|>"], initial_alphabet=peer.pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps(dict(vocab_size=900, eos_token_id=[0, 1])))
+    ours, rng = prepare.load_tokenizer(tmp_path), random.Random(0)
+    parts = "a|the | |  |\n|\r\n|\t|7|1984|'s|'LL|é|e\u0301|日本|😀|👩\u200d👧|²|Ⅷ|\xa0|\u3000|-|...|_|\x00|\U000f0000|٣|ﬁ|def ".split("|")
+    for _ in range(2000):
+        text = "".join(rng.choices(parts, k=rng.randint(1, 20)))
+        assert ours.encode(text) == theirs.encode(text).ids, repr(text)
+
+
+PEERS = {   # model_type: (class in transformers, its settings)
+    "gpt2": ("GPT2LMHeadModel", dict(vocab_size=100, n_embd=32, n_head=4, n_layer=2, n_positions=64, bos_token_id=99)),
+    "llama": ("LlamaForCausalLM", dict(rope_parameters=dict(rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                                                            original_max_position_embeddings=16))),
+    "qwen2": ("Qwen2ForCausalLM", dict(rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=3.0))),
+    "qwen3": ("Qwen3ForCausalLM", dict(head_dim=16, tie_word_embeddings=True)),
+}
+
+
+@pytest.mark.parametrize("kind", PEERS)
+def test_published_models_equal_transformers(tmp_path, kind):
+    """What transformers saves, read by us: the same logits."""
+    tf = pytest.importorskip("transformers")
+    name, given = PEERS[kind]
+    sizes = dict(vocab_size=100, hidden_size=32, num_attention_heads=4, num_hidden_layers=2, num_key_value_heads=2, intermediate_size=48, max_position_embeddings=64,
+                 bos_token_id=1, eos_token_id=2)
+    theirs = getattr(tf, name)
+    theirs = theirs(theirs.config_class(**(given if kind == "gpt2" else sizes | given))).eval()
+    torch.manual_seed(0)
+    for name, p in theirs.named_parameters():                                          # norms near 1
+        p.data = torch.randn(p.shape) * (0.3 if p.ndim == 1 else max(p.size(-1), 4) ** -0.5) + (p.ndim == 1 and "norm" in name)
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    lm, x = model.from_pretrained(tmp_path)[0], torch.randint(100, (2, 60))
+    with torch.no_grad():
+        close(lm(x), theirs(x).logits, 1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ import torch
 
 import diffusion
 import prepare
-from model import LM, PRESETS, ModelConfig, from_preset, nearest, override, parse_value
+from model import LM, PRESETS, ModelConfig, from_preset, from_pretrained, nearest, override, parse_value
 from prepare import need
 
 # name: (default, help). A default of None means "chooses itself" or "from the preset", as the help says.
@@ -246,7 +246,7 @@ def model_config(flags, vocab_size=None, trained=None):
     if trained:
         return override(override(ModelConfig(), trained), values)
     for key, value in PRESETS[flags["preset"]].items():     # sizes are free, names and switches are not
-        if isinstance(value, (str, bool)):
+        if value is None or isinstance(value, (str, bool)):
             need(values.get(key, value) == value, f"--preset {flags['preset']} fixes {key}={value}: leave "
                                                   f"{key}={values.get(key)} out, or take another preset")
     return from_preset(flags["preset"], **values)
@@ -569,9 +569,14 @@ def load_weights(lm, state, source):
                          f"{' '.join(str(e).split())[:200]}") from None
 
 
-def load_model(path, which="best", device="cpu"):
-    """(lm in eval mode, checkpoint) from a run folder (ckpt_best.pt or ckpt_last.pt) or a checkpoint file."""
+def load_model(path, which="best", device="cpu", dtype=torch.float32):
+    """(lm in eval mode, checkpoint) from a run folder (ckpt_best.pt or ckpt_last.pt), a checkpoint file or a
+    published folder, whose weights become dtype."""
     path = Path(path)
+    if any(path.glob("model*.safetensors")):
+        lm, objective = from_pretrained(path, dtype, device)
+        return lm, {"model": lm.state_dict(), "config": dataclasses.asdict(lm.config), "step": 0,
+                    "flags": {"objective": objective}}
     if path.is_dir():
         names = (f"ckpt_{which}.pt", "ckpt_last.pt", "ckpt_prev.pt")
         path = next((path / name for name in names if (path / name).exists()), path)
@@ -1160,7 +1165,8 @@ def initial(flags, data, log):
     path = Path(flags["init_from"])
     if path.is_dir() and (path / "ckpt_best.pt").exists():
         path = path / "ckpt_best.pt"
-    state = load_checkpoint(path)
+    published = any(path.glob("model*.safetensors"))
+    state = load_model(path)[1] if published else load_checkpoint(path)
     theirs = prepare.load_tokenizer(path if path.is_dir() else path.parent)
     need(theirs.vocab == data.tokenizer.vocab, f"{path} was trained on tokens of {theirs.name}, and "
          f"{data.folder} holds tokens of {data.tokenizer.name}: prepare the text with its tokenizer")
