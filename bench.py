@@ -761,7 +761,7 @@ FEW_GPU = dict(
 OBJECTIVES = {"ar": dict(objective="ar"), "mdm": dict(objective="mdm")}
 TUNED = {**{f"ar wd {w}": dict(objective="ar", weight_decay=w) for w in (0.4, 0.8, 1.6)},
          "ar dropout 0.1": dict(objective="ar", dropout=0.1),
-         "ar input mask 0.1": dict(objective="ar", input_mask=0.1), "mixed": dict(objective="mixed")}
+         "ar input mask 0.1": dict(objective="ar", recipe=["mask=0.1"]), "mixed": dict(objective="mixed")}
 MEASURED = {"ar": "exact", "mdm": "bound", "block": "bound", "mixed": "smaller of exact and bound"}
 AXES = {
     "epoch": "epochs over the same tokens",

@@ -44,7 +44,7 @@ def ar_loss(f, x, bos_id, inputs=None, reduction="mean"):
     return reduce_loss(token_nll(logits, x), reduction)
 
 
-def mdm_loss(f, x, mask_id, noise=None, generator=None, noise_block=None, reduction="mean"):
+def mdm_loss(f, x, mask_id, noise=None, generator=None, noise_block=None, reduction="mean", pos=None):
     """Masked diffusion: an upper bound on -log p(x), nats per token, unbiased over `noise`. x (B, T) int64.
 
     The bound is the mean over all T! orders of the chain rule, E_n E_{mask of size n} [mean CE over the n
@@ -56,18 +56,20 @@ def mdm_loss(f, x, mask_id, noise=None, generator=None, noise_block=None, reduct
 
     noise: from `mdm_noise`, the rows of this batch, on x's device; with it the loss is a pure function and
     compiles to one graph of static shapes (cross entropy runs on all T tokens: selecting the masked ones
-    would make shapes dynamic). noise_block: see `block_diffusion_loss`.
+    would make shapes dynamic). noise_block: see `block_diffusion_loss`. pos (B, T): where the tokens stand in
+    the text, if not in this order (see `reading_order`).
     """
     B, T = x.shape
     S = noise_length(x, noise_block)
     if noise is None:
         noise = [a.to(x.device) for a in mdm_noise(B * T // S, S, generator)]
     masked, weight = mdm_mask(noise)
-    nats = masked_nll(f, x, mask_id, masked.view(B, T), noise_block)
+    where = {} if pos is None else {"pos": pos}
+    nats = masked_nll(f, x, mask_id, masked.view(B, T), noise_block, **where)
     return reduce_loss(nats * (masked * weight[:, None]).view(B, T), reduction)
 
 
-def block_diffusion_loss(f, x, mask_id, noise_block, noise=None, generator=None, reduction="mean"):
+def block_diffusion_loss(f, x, mask_id, noise_block, noise=None, generator=None, reduction="mean", pos=None):
     """Block diffusion (BD3-LM, 2503.09573): AR over blocks, masked diffusion inside each; a bound, nats per
     token.
 
@@ -77,7 +79,7 @@ def block_diffusion_loss(f, x, mask_id, noise_block, noise=None, generator=None,
     1 is the exact left-to-right chain (no variance over masks), noise_block T is mdm_loss. ValueError where
     noise_block does not divide T.
     """
-    return mdm_loss(f, x, mask_id, noise, generator, noise_block, reduction)
+    return mdm_loss(f, x, mask_id, noise, generator, noise_block, reduction, pos)
 
 
 def mixed_loss(f, x, bos_id, mask_id, ar_frac, noise=None, generator=None, inputs=None, reduction="mean"):
@@ -151,6 +153,18 @@ def corrupt(x, mask_id, input_mask=0.0, token_noise=0.0, generator=None):
     return torch.where(u < input_mask, mask_id, noisy)
 
 
+def reading_order(number, T):
+    """(B,) numbers of orders -> (B, T): the places of a window in that order; 0 is left to right, and every
+    other number a permutation of its own.
+
+    AR in an order is block diffusion with blocks of 1 on x.gather(1, order) with pos=order: each place is
+    predicted from those before it in the order, and knows where it stands (XLNet's two streams, 1906.08237).
+    """
+    order = {n: torch.randperm(T, generator=torch.Generator().manual_seed(n)) for n in set(number.tolist())}
+    order[0] = torch.arange(T)
+    return torch.stack([order[n] for n in number.tolist()])
+
+
 def mdm_noise(B, T, generator=None):
     """The randomness of `mdm_loss`: (n of each row (B,), uniforms (B, T)), on the CPU.
 
@@ -188,7 +202,8 @@ def masked_nll(f, x, mask_id, masked, noise_block=None, **keywords):
     if noise_block is None:
         return token_nll(predict(f, noisy, mask_id, causal=False, **keywords), target)
     keywords["mask"] = two_stream_mask(T, noise_block, x.device)
-    keywords["pos"] = torch.arange(T, device=x.device).repeat(2)
+    pos = keywords.get("pos", torch.arange(T, device=x.device))
+    keywords["pos"] = torch.cat([pos, pos], dim=-1)
     logits = predict(f, torch.cat([noisy, x], dim=1), mask_id, causal=False, **keywords)
     return token_nll(logits[:, :T], target)                     # the second half only serves as keys
 

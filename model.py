@@ -52,6 +52,8 @@ class ModelConfig(LayerConfig):
     n_inner: int | None = None  # width inside; None: 8/3 C for swiglu (rounded up to 32), 4 C otherwise
     norm: str = "rms"               # rms | layer
     dropout: float = 0.0            # on the embedding and on what each block adds
+    mlp_dropout: float = 0.0        # inside a dense MLP
+    causal: bool = False            # also as a diffusion model, an ablation
     tied: bool = True               # the head shares the embedding's weights
     logit_softcap: float | None = None  # logits = cap * tanh(logits / cap) (Gemma 2)
     shift: bool = False             # not causal: logits at i are of token i + 1, as in AR (Dream)
@@ -96,7 +98,7 @@ class LM(nn.Module):
         T = idx.size(1)
         if idx.numel() == 0:                        # nothing in, nothing out
             return self.logits(self.embed(idx))
-        step = step_of(idx, cache, causal, commit, pos, valid, mask, aux)
+        step = step_of(idx, cache, causal or self.config.causal, commit, pos, valid, mask, aux)
         start = 0 if cache is None or torch.compiler.is_compiling() else cache.used     # a graph cannot count
         if pos is None and start + T > self.config.block_size:
             self.beyond_block_size(start + T)
@@ -173,7 +175,7 @@ class LM(nn.Module):
 
         Causal attention counts its visible half only, so diffusion costs more per token than AR.
         """
-        T = T or self.config.block_size
+        T, causal = T or self.config.block_size, causal or self.config.causal
         mixers = sum(b.mixer.flops(T, causal) for b in self.blocks if hasattr(b.mixer, "flops")) / T
         return 6 * (self.active_params(embedding=False) + self.V * self.config.n_embd) + 3 * mixers
 
@@ -207,11 +209,12 @@ class MLP(nn.Module):
         super().__init__()
         self.kind = config.mlp
         inner = inner or inner_width(config)
+        self.dropout = nn.Dropout(config.mlp_dropout)
         self.up_proj = nn.Linear(config.n_embd, up_width(config, inner), bias=config.bias)
         self.down_proj = nn.Linear(inner, config.n_embd, bias=config.bias)
 
     def forward(self, x, aux=None, valid=None):
-        return self.down_proj(activate(self.up_proj(x), self.kind))
+        return self.down_proj(self.dropout(activate(self.up_proj(x), self.kind)))
 
 
 def inner_width(config):
@@ -260,6 +263,7 @@ class MoE(nn.Module):
         super().__init__()
         C, E, k = config.n_embd, config.n_expert, config.n_expert_active
         G, active = config.n_expert_group, config.n_expert_group_active
+        need(not config.mlp_dropout, "mlp_dropout is for a dense MLP: with experts use dropout")
         need(k <= E, f"n_expert_active {k} must not exceed n_expert {E}")
         need(E % G == 0 and active <= G and k <= E // G * active,
              f"n_expert {E} in n_expert_group {G} groups with n_expert_group_active {active}: groups must be "
@@ -477,7 +481,8 @@ RANGES = {
     "n_expert": (0, 2 ** 16), "shared_inner": (0, 2 ** 18), "window": (1, 2 ** 31), "dense_len": (0, 2 ** 31),
     "sel_topk": (1, 2 ** 24), "sel_init": (0, 2 ** 16), "sel_local": (0, 2 ** 16),
     "out_gate_rank": (0, 2 ** 16), "qk_rope_head_dim": (0, 2 ** 16),
-    "norm_eps": (1e-12, 0.1), "dropout": (0, 0.99), "logit_softcap": (1e-3, 10 ** 6), "g_min": (-5, -1e-3),
+    "norm_eps": (1e-12, 0.1), "dropout": (0, 0.99), "mlp_dropout": (0, 0.99),
+    "logit_softcap": (1e-3, 10 ** 6), "g_min": (-5, -1e-3),
     "router_scale": (1e-3, 1000), "router_bias_step": (0, 1), "router_aux": (0, 1000),
     "rope_base": (1, 10 ** 12), "rope_factor": (1, 10 ** 6), "rotary_fraction": (0, 1),
     "mlp": (*GATED, "relu2", "gelu", "gelu_new"), "norm": ("rms", "layer"),

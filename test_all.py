@@ -1822,6 +1822,36 @@ def test_mdm_loss_has_the_bound_as_mean():
     assert mean == pytest.approx(bound(f, x[0], range(T)), rel=1e-6)
 
 
+class OrderTable(DiffTable):
+    """The same network read in two streams: what a noisy place may see of the clean ones is its canvas."""
+    def __call__(self, idx, causal, mask=None, pos=None):
+        if mask is None:
+            return super().__call__(idx, causal)
+        B, T = idx.size(0), idx.size(1) // 2
+        out = torch.empty(B, T, self.V, dtype=torch.float64)
+        for b, i in product(range(B), range(T)):
+            canvas = torch.full((T,), self.V)
+            seen = mask[i, T:]
+            canvas[pos[b, T:][seen]] = idx[b, T:][seen]
+            out[b, i] = super().__call__(canvas[None], False)[0, pos[b, i]]
+        return out.repeat(1, 2, 1)
+
+
+def test_orders_by_enumeration():
+    """AR in one order is the chain rule left to right; the mean over all T! orders is the diffusion bound."""
+    T = 4
+    f, x = OrderTable(3, T), torch.randint(3, (1, T), generator=seeded(5))
+    nats = []
+    for order in permutations(range(T)):
+        order = torch.tensor([order])
+        nats.append(block_diffusion_loss(f, x.gather(1, order), 3, 1, pos=order).item())
+    left, *_ = chains(f, x[0], range(T))
+    assert nats[0] == pytest.approx(left / T) and statistics.mean(nats) == pytest.approx(bound(f, x[0], range(T)))
+    orders = diffusion.reading_order(torch.tensor([0, 5, 5, 9]), 8)
+    assert orders[0].tolist() == list(range(8)) and torch.equal(orders[1], orders[2]) and (orders.sort(1).values == orders[0]).all()
+    assert not torch.equal(orders[1], orders[3])
+
+
 def test_mdm_noise_is_uniform_and_stratified():
     g, T, B = seeded(1), 8, 16
     n = torch.stack([mdm_noise(B, T, g)[0] for _ in range(2000)])
@@ -2375,7 +2405,8 @@ def test_looking_does_not_disturb_training(dataset, tmp_path, objective):
 
 @exactly
 @pytest.mark.parametrize("kind", [
-    dict(objective="ar", input_mask=0.1, token_noise=0.05), dict(objective="mdm"), dict(objective="mixed", ar_frac=0.25),
+    dict(objective="ar", recipe=["mask=0.1", "random=0.05", "reverse=0.5", "offset=3", "mir=0.4"]),
+    dict(objective="block", diffusion_block=1, recipe=["orders=4"]), dict(objective="mdm", recipe=["rate=0.5"]), dict(objective="mdm"), dict(objective="mixed", ar_frac=0.25),
     dict(set=["n_expert=4", "router=softmax", "router_aux=0.5"]),
     dict(objective="block", diffusion_block=8, set=["n_expert=4"])], ids=str)
 def test_accumulation_changes_nothing(dataset, tmp_path, kind):
@@ -3218,17 +3249,66 @@ def test_dual_cache_needs_layers_that_rewrite():
 # bench.py
 
 def curve(*losses, se=0.01):
-    return [dict(epoch=2.0 ** i, step=2 ** i, tokens=10 * 2 ** i, flops=100 * 2 ** i, loss=l, se=se) for i, l in enumerate(losses)]
+    return [dict(epoch=2.0 ** i, step=2 ** i, tokens=10 * 2 ** i, flops=100 * 2 ** i, loss=loss, se=se)
+            for i, loss in enumerate(losses)]
 
 
-def test_crossing():
-    ar, mdm = curve(3.0, 2.0, 2.5, 3.5, 4.0, se=0.0), curve(4.0, 3.5, 3.0, 2.5, 2.2)
-    c = bench.crossing(ar, mdm)
-    assert c["epoch"] == pytest.approx(2 ** (2 + 0.5 / 1.5)) and c["step"] == round(c["epoch"]) and c["flops"] == round(100 * c["epoch"])
-    assert bench.crossing(None, mdm, level=2.0) is None, "the honest crossing never came"
-    assert bench.crossing(ar, curve(4.0, 3.5, 3.0, 2.5, 3.99)) is None, "two successive evaluations are needed"
-    assert bench.crossing(ar, curve(4.0, 3.5, 3.0, 2.5, 2.2, se=0.6)) is None, "within two standard errors it does not count"
-    assert bench.crossing(None, mdm, level=3.2)["epoch"] == pytest.approx(2 ** (1 + 0.3 / 0.5))
+AR_CURVE = (3.0, 2.0, 2.5, 3.5, 4.0)
+CROSSINGS = {       # diffusion's losses: the epoch at which it passes AR_CURVE for good
+    (4.0, 3.5, 3.0, 2.5, 2.2): 2 ** (2 + 0.5 / 1.5),
+    (4.0, 3.5, 3.0, 3.6, 3.99): None,                       # touching
+    (4.0, 3.5, 2.4, 3.9, 4.5): None,                        # back again
+    (4.0, 3.5, 2.6, 3.9, 3.6): 2 ** (3 + 0.4 / 0.8),        # back, and down for good
+    (2.0, 2.5, 2.8, 3.6, 3.0): 2 ** (3 + 0.1 / 1.1),        # below in the warm-up does not count
+    (2.0, 1.9, 3.0, 3.6, 4.2): None,                        # only there
+    (4.0, 3.5, 3.0, 3.7, 3.5): 2 ** (3 + 0.2 / 0.7),        # the last point alone
+    (4.0, 3.5, math.nan, 2.5, 2.2): 2 ** (1 + 2 * 1.5 / 2.5),
+    (4.0, 3.5, 2.49, 3.0, 2.2): 2 ** (1 + 1.5 / 1.51),      # a little above does not break it
+    (2.9, 1.8, 2.2, 2.5, 2.2): 1,                           # from the first evaluation on
+}
+
+
+@pytest.mark.parametrize("losses", CROSSINGS)
+def test_crossing(losses):
+    c, expected = bench.crossing(curve(*AR_CURVE, se=0.0), curve(*losses)), CROSSINGS[losses]
+    if expected is None:
+        assert c["first"] is None
+    else:
+        assert c["first"]["epoch"] == pytest.approx(expected) and c["first"].get("before", False) == (expected == 1)
+        assert c["first"]["flops"] == pytest.approx(100 * expected, abs=1)
+    assert c["gap"] == pytest.approx(4.0 - losses[-1]) and c["se"] == 0.01
+    unsure = bench.crossing(curve(*AR_CURVE), curve(*losses, se=2.0))
+    assert unsure["first"] is None, "within the error of the masks nothing is crossed"
+
+
+def test_honest_crossing_is_extrapolated():
+    power = [3 * (2.0 ** i) ** -0.1 for i in range(6)]
+    c = bench.crossing(None, curve(*power), level=1.5)
+    assert c["first"] is None and c["extrapolated"] == pytest.approx(2 ** 10)
+    assert bench.crossing(None, curve(2.0, 2.1, 2.2, 2.3, 2.4), level=1.5)["extrapolated"] is None, "it rises"
+    assert bench.crossing(None, [], level=1.5)["gap"] is None
+    assert bench.crossing(None, curve(*power), level=2.5)["first"]["epoch"] == pytest.approx((3 / 2.5) ** 10, rel=0.02)
+
+
+def test_law_is_what_was_published():
+    """The notes' table: C_crit and Quokka's table 3, which its printed formula gives to 7%."""
+    assert bench.law(1e6, 3e6, 1.0)["critical_flops"] == pytest.approx(2.12e15, rel=0.01)
+    for (U, N), epochs in {(1e7, 4e8): 70, (1e8, 4e8): 175, (1e9, 4e8): 430, (1e8, 1e9): 105}.items():
+        assert bench.law(U, N, 1.0)["overfit_epoch"] == pytest.approx(epochs, rel=0.08)
+
+
+def test_what_a_study_measures():
+    """Verbatim n-grams by counting; confidence against hits; an ensemble of one model is that model."""
+    text = np.arange(20, dtype=np.uint16)
+    assert bench.copied(torch.tensor([[3, 4, 5, 6], [3, 4, 6, 7]]), text, 2) == pytest.approx(5 / 6)
+    assert bench.copied(torch.tensor([[3, 4, 5, 6], [3, 4, 6, 7]]), text, 4) == pytest.approx(1 / 2)
+    lm = LM(tiny(vocab_size=7)).eval()
+    lm.logits = lambda x: torch.tensor([2.0, 0, 0, 0, 0, 0, 0]).expand(*x.shape[:2], 7)
+    x = torch.zeros(4, 8, dtype=torch.long)
+    sure = torch.tensor([2.0, 0, 0, 0, 0, 0, 0]).softmax(0)[0].item()
+    for objective, share in (("ar", None), ("mdm", 0.5)):
+        row = bench.calibration(lm, x, objective, share)
+        assert row["ece"] == pytest.approx(1 - sure, rel=1e-5) and row["nats"] == pytest.approx(-math.log(sure), rel=1e-5)
 
 
 SIZES = "--n_head 2 --head_dim 16 --repeat 1 --device cpu"
@@ -3236,7 +3316,8 @@ FEW = """--scale cpu --dataset DATASET --unique_tokens 320 --epochs 4 --n_layer 
          --batch_tokens 64 --evals 3"""
 RUNS = "--n_layer 1 --n_embd 16 --block_size 128 --batch_tokens 128 --device cpu"
 TOYS = {    # experiment: (its flags, rows of the JSON file, is there a picture?)
-    "crossover": (f"--seeds 2 --schedule wsd {FEW}", 6, True),
+    "crossover": (f"--seeds 2 --anneal all {FEW}", 6, True),
+    "study": (f"--part map --budgets 160,320 --widths 16,32 {FEW}", 4, True),
     "sparsity": (f"--match total {FEW}", 4, True),
     "presets": ("", 7, False),
     "switch": (f"--dataset DATASET --steps 3 --adapt 2 --windows 3 {RUNS}", 5, False),
@@ -3310,7 +3391,7 @@ def test_every_experiment_runs_stops_and_goes_on(name, dataset, runs, tmp_path, 
 
 def test_crossover_is_what_its_runs_say(dataset, tmp_path, arms_here, capsys):
     """Own arms with any flags of train.py, rates and annealed runs on the way; compare reads the same logs."""
-    argv = f"crossover --lr_sweep --schedule cosine {FEW} --out {tmp_path}/runs --results {tmp_path}".replace("DATASET", dataset).split()
+    argv = f"crossover --rates 1e-3,2e-3,4e-3 {FEW} --out {tmp_path}/runs --results {tmp_path}".replace("DATASET", dataset).split()
     assert bench.main([*argv, "--arm", "own: --layers linear --dropout 0.1", "--x", "tokens"]) == 0
     out = capsys.readouterr().out
     assert "curve crossing" in out and "honest crossing" in out
@@ -3322,10 +3403,25 @@ def test_crossover_is_what_its_runs_say(dataset, tmp_path, arms_here, capsys):
     run, = tmp_path.glob(f"runs/*/own-s1337-lr{rows['own']['lr']:g}")
     assert train.load_model(run, "last")[0].config.layers == "linear"
     short = [e["loss"] for folder in tmp_path.glob(f"runs/*/ar-s1337-lr{rows['ar']['lr']:g}/annealed-*") for e in bench.evaluations(folder)]
-    assert rows["ar"]["best"] == min(short + [e["loss"] for e in rows["ar"]["evals"]])
+    assert rows["ar"]["annealed"] == min(short) and rows["ar"]["best"] == min(e["loss"] for e in rows["ar"]["evals"])
+    honest = rows["crossing"]["honest"]
+    assert honest["gap"] == pytest.approx(min(short + [rows["ar"]["best"]]) - rows["mdm"]["last"]), "the least that AR ever was"
     assert bench.main(["compare", str(run), "--x", "seconds", "--results", str(tmp_path)]) == 0
     assert json.loads((tmp_path / "compare.json").read_text())["rows"][0]["evals"] == rows["own"]["evals"]
     assert bench.main(["compare", str(tmp_path)]) == 2 and "no evaluation" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", [part for part in bench.PARTS if part != "map"])
+def test_every_part_of_the_study_runs(part, dataset, tmp_path, arms_here, capsys, monkeypatch):
+    arms_here.append("stop")
+    for name in ("REGULARISED", "DIFFUSION", "CAUSES"):        # the first and the last arm of each
+        table = getattr(bench, name)
+        for arm in list(table)[1:-1]:
+            monkeypatch.delitem(table, arm)
+    argv = f"study --part {part} --ar_epochs 3 --rates 1e-3,2e-3 {FEW} --block_size 64 --out {tmp_path}/runs --results {tmp_path}"
+    assert bench.main(argv.replace("DATASET", dataset).split()) == 130, "interrupted"
+    assert bench.main(argv.replace("DATASET", dataset).split()) == 0
+    assert json.loads(next(tmp_path.glob("study*.json")).read_text())["rows"] and "\n|--" in capsys.readouterr().out
 
 
 def test_judged_is_its_definition():

@@ -63,8 +63,7 @@ FLAGS = {
         "objective": ("ar", "ar | mdm (masked diffusion) | mixed (both losses) | block (block diffusion)"),
         "diffusion_block": (16, "block: tokens in a block, AR over blocks and diffusion inside"),
         "ar_frac": (0.5, "mixed: share of each batch that is trained as AR"),
-        "input_mask": (0.0, "share of AR's input tokens replaced by the mask token, a regulariser"),
-        "token_noise": (0.0, "share of AR's input tokens replaced by random tokens, a regulariser"),
+        "recipe": ([], "key=value ...: regularisers and ablations, see RECIPE in train.py"),
         "dense_steps": (0, "layers with an indexer (dsa, msa): first so many steps with dense attention,"),
         "indexer_warmup": (0, "then so many in which the indexer alone learns, then sparse attention"),
     },
@@ -112,6 +111,16 @@ FLAGS = {
                          "of this kind; or PATH of a checkpoint or run folder"),
     },
 }
+# What --recipe takes: {key: (default, largest, what it does)}. The first five are for AR rows.
+RECIPE = {
+    "mask": (0.0, 1, "share of the input tokens replaced by the mask token (2511.03276)"),
+    "random": (0.0, 1, "share of the input tokens replaced by random ones (2606.16246)"),
+    "reverse": (0.0, 1, "share of the windows that are read from right to left (2606.16246)"),
+    "offset": (1, 16, "a window learns to predict 1 to so many places on (2606.16246)"),
+    "mir": (0.0, 10, "weight of a second loss, on inputs masked at a rate from U(0, .5) (2606.06888)"),
+    "rate": (0.0, 1, "mdm: always this share of masks; what is trained is no bound then"),
+    "orders": (0, 2 ** 31, "block of 1: AR in so many fixed orders of reading, the first left to right"),
+}
 DEFAULTS = {name: default for group in FLAGS.values() for name, (default, _) in group.items()}
 KIND = {**dict.fromkeys(("epochs", "dropout", "max_minutes"), float), **dict.fromkeys(
     ("unique_tokens", "max_steps", "block_size", "n_layer", "n_head", "n_embd", "micro_batch"), int)}
@@ -128,7 +137,7 @@ POSITIVE = ("epochs", "max_steps", "unique_tokens", "block_size", "n_layer", "n_
             "diffusion_block", "timeout")
 NOT_NEGATIVE = ("eval_every", "eval_windows", "probe_every", "dense_steps", "indexer_warmup", "warmup",
                 "weight_decay", "grad_clip")
-SHARES = ("ar_frac", "input_mask", "token_noise", "dropout", "beta2")
+SHARES = ("ar_frac", "dropout", "beta2")
 
 # Dense bf16 peak by device name, from the makers' data sheets, for MFU. Unknown devices get none: no guess.
 PEAK_FLOPS = {"H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12,
@@ -158,7 +167,7 @@ def parse_flags(argv=None):
             kind = KIND.get(name, type(default))
             if kind in (int, float):
                 more |= dict(type=kind)                     # prepare.Parser reads them: 1e6, 30M
-            if name == "set":
+            if name in ("set", "recipe"):
                 more |= dict(nargs="+", action="extend", metavar="KEY=VALUE")
             if name == "fsdp":
                 more |= dict(nargs="?", const="on")
@@ -221,8 +230,24 @@ def check(flags):
             need(value is None or ok(value), f"--{name} {value} must {expected}")
     need(0 <= flags["seed"] < 2 ** 31, f"--seed {flags['seed']} must lie between 0 and {2 ** 31 - 1}")
     need(flags["beta2"] < 1, "--beta2 1.0 never forgets: it must be below 1, such as 0.95")
-    need(flags["objective"] in ("ar", "mixed") or not (flags["input_mask"] or flags["token_noise"]),
-         f"--input_mask and --token_noise damage what AR reads: {flags['objective']} has no AR rows")
+    recipe(flags)
+
+
+def recipe(flags):
+    """{key: value} of RECIPE, from --recipe."""
+    values = {key: default for key, (default, *_) in RECIPE.items()}
+    objective = flags["objective"]
+    for pair in flags["recipe"]:
+        key, eq, value = pair.partition("=")
+        need(eq and key in RECIPE, f"--recipe {pair}: expected key=value{nearest(key, RECIPE)}, the key one of "
+                                   f"{', '.join(RECIPE)}")
+        default, most, _ = RECIPE[key]
+        values[key] = prepare.number(value, type(default))
+        need(default <= values[key] <= most, f"--recipe {pair} must lie between {default} and {most}")
+        kinds = {"rate": ("mdm",), "orders": ("block",)}.get(key, ("ar", "mixed"))
+        need(objective in kinds, f"--recipe {pair} is for --objective {' and '.join(kinds)}, not {objective}")
+    need(not values["orders"] or flags["diffusion_block"] == 1, "--recipe orders=K needs --diffusion_block 1")
+    return values
 
 
 def model_config(flags, vocab_size=None, trained=None):
@@ -435,14 +460,14 @@ def learning_rate(step, total, flags):
 # Evaluation
 
 @torch.no_grad()
-def evaluate(lm, windows, objective, rows=64, seed=0, n_mc=4, diffusion_block=None):
+def evaluate(lm, windows, objective, rows=64, seed=0, n_mc=4, diffusion_block=None, orders=0):
     """Loss of fixed windows (N, T), nats per token: {"loss", "se", ...}; AR exact, diffusion a bound with its
     s.e.
 
     A mixed model is scored both ways (ar_loss, mdm_loss); `loss` is the smaller, since each bounds the same
     likelihood. It has its own generator and leaves the model in the mode that it found, so that training is
     the same with and without it. se is the Monte Carlo error of the masks alone, not that of the choice of
-    windows.
+    windows. orders (see RECIPE): each window is read in one of them.
     """
     was_training = lm.training
     device = lm.embed.weight.device
@@ -456,9 +481,12 @@ def evaluate(lm, windows, objective, rows=64, seed=0, n_mc=4, diffusion_block=No
         out["se"] = 0.0
     if objective != "ar":
         gen = torch.Generator().manual_seed(seed)
-        block = diffusion_block if objective == "block" else None
+        block, more = diffusion_block if objective == "block" else None, {}
+        if orders:
+            more["pos"] = diffusion.reading_order(torch.arange(len(windows)) % orders, windows.size(1))
+            windows = windows.long().gather(1, more["pos"])
         out["mdm_loss"], out["se"] = diffusion.mdm_nll(lm, windows, lm.mask_id, n_mc, gen, batch_size=rows,
-                                                       noise_block=block, device=device)
+                                                       noise_block=block, device=device, **more)
     out["loss"] = min(out[k] for k in ("ar_loss", "mdm_loss") if k in out)
     if objective != "mixed":
         out = {"loss": out["loss"], "se": out["se"]}
@@ -950,7 +978,7 @@ class Batch:
     in parts of one objective and at most `micro` rows.
     """
     def __init__(self, flags, windows, here):
-        self.flags, self.windows, self.here = flags, windows, here
+        self.flags, self.windows, self.here, self.recipe = flags, windows, here, recipe(flags)
         T = windows.T
         self.B = B = flags["batch_tokens"] // T
         # Tokens that share one noise level.
@@ -982,16 +1010,35 @@ class Batch:
         return [(kind, rows[i:i + self.micro]) for kind, rows in (("ar", mine[:ar]), ("mdm", mine[ar:]))
                 for i in range(0, len(rows), self.micro)]
 
-    def ar_pass(self, x, inputs):
+    def ar_pass(self, x, inputs, masked=None):
         aux = {}                                            # losses that layers add: balance, indexer_kl
         f = lambda idx, **k: self.lm(idx, aux=aux, **k)
-        return diffusion.ar_loss(f, x, self.lm.mask_id, inputs=inputs), aux
+        loss = diffusion.ar_loss(f, x, self.lm.mask_id, inputs)
+        if masked is not None:
+            aux["mir"] = self.recipe["mir"] * diffusion.ar_loss(f, x, self.lm.mask_id, masked)
+        return loss, aux
 
-    def mdm_pass(self, x, n, u):
+    def mdm_pass(self, x, n, u, order=None):
         aux = {}
         f = lambda idx, **k: self.lm(idx, aux=aux, **k)
         block = self.block if self.block < x.size(1) else None
-        return diffusion.mdm_loss(f, x, self.lm.mask_id, noise=(n, u), noise_block=block), aux
+        return diffusion.mdm_loss(f, x, self.lm.mask_id, (n, u), noise_block=block, pos=order), aux
+
+    def ar_inputs(self, x, generator):
+        """(targets, what is read for them, the same with masks for mir or None), each (B, T), on the CPU."""
+        values, bos, B = self.recipe, self.lm.mask_id, len(x)
+        rate = lambda: torch.rand(B, 1, generator=generator)
+        if values["reverse"]:
+            x = torch.where(rate() < values["reverse"], x.flip(1), x)
+        inputs = x
+        if values["offset"] > 1:                            # k places on: k - 1 more BOS stand before
+            late = torch.randint(values["offset"], (B, 1), generator=generator)
+            from_ = torch.arange(x.size(1)) - late
+            inputs = torch.where(from_ < 0, bos, x.gather(1, from_.clamp(min=0)))
+        if values["mask"] or values["random"]:
+            inputs = diffusion.corrupt(inputs, bos, values["mask"], values["random"], generator)
+        masked = diffusion.corrupt(x, bos, rate() / 2, 0.0, generator) if values["mir"] else None
+        return x, inputs, masked
 
     def to_device(self, x):
         if self.here.cuda:
@@ -1007,17 +1054,24 @@ class Batch:
         # Noise belongs to the global batch, dropout to a process; both are functions of the step and resume.
         gen = torch.Generator().manual_seed((flags["seed"] << 32) + step)
         torch.manual_seed(-1 - (flags["seed"] << 32) - step * here.world - here.rank)
-        x = inputs = self.windows.read(self.windows.starts(step * B, B))        # (B, T)
+        x = self.windows.read(self.windows.starts(step * B, B))                 # (B, T)
         noise = diffusion.mdm_noise(B * per_row, self.block, generator=gen)
-        if flags["input_mask"] or flags["token_noise"]:
-            inputs = diffusion.corrupt(x, self.lm.mask_id, flags["input_mask"], flags["token_noise"], gen)
+        if self.recipe["rate"]:
+            noise[0].fill_(max(1, round(self.recipe["rate"] * self.block)))
+        order = None
+        if self.recipe["orders"]:
+            order = diffusion.reading_order(torch.randint(self.recipe["orders"], (B,), generator=gen), x.size(1))
+            x = x.gather(1, order)
+        targets, inputs, masked = self.ar_inputs(x, gen)
         losses = {name: torch.zeros((), device=here.device) for name in LOSSES}
         for kind, rows in self.parts:
             r = slice(rows.start, rows.stop)
             n = slice(r.start * per_row, r.stop * per_row)
-            more = [inputs[r]] if kind == "ar" else [a[n] for a in noise]
+            given = [targets[r], inputs[r]] if kind == "ar" else [x[r], *(a[n] for a in noise)]
+            more = masked if kind == "ar" else order
+            given += [] if more is None else [more[r]]
             with autocast(here):
-                loss, aux = self.passes[kind](*map(self.to_device, (x[r], *more)))
+                loss, aux = self.passes[kind](*map(self.to_device, given))
             share = len(rows) / B
             learn = loss + sum(aux.values())
             if stage == "warmup" and "indexer_kl" in aux:
@@ -1182,7 +1236,7 @@ def check_resume(flags, state, source, config, data, batch, total, log):
     need(state["data"] == data.meta["train_sha256"],
          f"{data.folder} holds other tokens than the ones this run began with: prepare the same text, or "
          f"begin a new run from these weights by --init_from {source}")
-    need(not config.dropout or state["cut"] == batch.cut,
+    need(not (config.dropout or config.mlp_dropout) or state["cut"] == batch.cut,
          "with dropout a run goes on with its number of processes and its --micro_batch, which were "
          f"{state['cut']} and not {batch.cut}")
     step, planned = state["step"], state["total"]
@@ -1267,10 +1321,11 @@ def measure(lm, flags, here, at, run, val, seen, ends, log):
     set_stage(lm, flags, max(at.step - 1, 0))               # as trained so far
     how = dict(objective=flags["objective"], rows=flags["micro_batch"] or max(1, 16384 // val.size(1)),
                diffusion_block=flags["diffusion_block"])
+    orders = recipe(flags)["orders"]
     every, number = flags["probe_every"], len(run.evals()) + 1
     with autocast(here):
-        result = evaluate(lm, val, **how)
-        result["train_loss"] = evaluate(lm, seen, **how)["loss"]
+        result = evaluate(lm, val, orders=orders, **how)
+        result["train_loss"] = evaluate(lm, seen, orders=orders, **how)["loss"]
         if every and (number % every == 0 or at.step >= at.total):
             result |= probe(lm, ends, **how)
     for name, value in result.items():
