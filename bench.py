@@ -3,6 +3,7 @@
   few unique tokens
     crossover   the main one: AR against masked diffusion on the same few unique tokens, for many epochs
     compare     any training runs in one picture, against steps, epochs, tokens, FLOPs or seconds
+    study       the crossover taken apart: regularised AR, tuned diffusion, causes, a map, memory; hours
     sparsity    dense against mixture of experts, equal active or equal total parameters, AR and diffusion
   token mixers
     quality     the same small model with every mixer, AR and diffusion
@@ -120,9 +121,10 @@ HELP = """
     block_size: tokens in a window
     batch_tokens: tokens in a step
     lr: peak rate
+    rates: learning rates to try with the first seed; each arm keeps its best
     unique_tokens: the first so many tokens of the text
     epochs: passes over them
-    minutes: of training, at most, for each arm
+    minutes: of training for each arm; 0: chooses itself
     evals: evaluations, geometric in epochs
     max_steps: training of AR; diffusion gets more
     run_ar: run folder of the AR model (default: trained)
@@ -145,7 +147,7 @@ def parameters(run):
     for name, p in inspect.signature(run).parameters.items():
         for flag, default in SHARED.get(name, {name: p.default}).items():
             kind = str if default is None else type(default)
-            out[flag] = default, kind if p.annotation is p.empty else p.annotation
+            out.setdefault(flag, (default, kind if p.annotation is p.empty else p.annotation))
     return out
 
 
@@ -412,6 +414,8 @@ def draw(about, result, path):
     except ImportError:
         return print("no picture: matplotlib is missing (pip install matplotlib)")
     image, figure = io.BytesIO(), about.picture(plt, result)
+    if figure is None:
+        return
     figure.tight_layout()
     figure.savefig(image, format="png", dpi=110)
     plt.close(figure)
@@ -734,14 +738,14 @@ SHARED["few"] = dict(
     dataset="docs-byte",
     unique_tokens=30_000,
     epochs=160.0,
-    minutes=4.5,
+    minutes=0.0,
     evals=12,
     n_layer=3,
     n_head=4,
     n_embd=96,
     block_size=64,
     batch_tokens=2048,
-    lr=2e-3,
+    rates=(2e-3,),
     workers=2,
     out=None,
 )
@@ -749,19 +753,46 @@ FEW_GPU = dict(
     dataset="docs",
     unique_tokens=1_000_000,
     epochs=300.0,
-    minutes=None,
     n_layer=6,
     n_head=6,
     n_embd=384,
     block_size=512,
     batch_tokens=32_768,
-    lr=1e-3,
+    rates=(1e-3,),
     workers=1,
 )
+
+
+def arms_of(objective, **kinds):
+    """{"ar wd 0.4": its flags of train.py, ...}. kinds: {label: (values, flags of a value)}."""
+    return {f"{objective} {label} {value:g}".replace("_", " "): dict(objective=objective, **flags(value))
+            for label, (values, flags) in kinds.items() for value in values}
+
+
 OBJECTIVES = {"ar": dict(objective="ar"), "mdm": dict(objective="mdm")}
-TUNED = {**{f"ar wd {w}": dict(objective="ar", weight_decay=w) for w in (0.4, 0.8, 1.6)},
-         "ar dropout 0.1": dict(objective="ar", dropout=0.1),
-         "ar input mask 0.1": dict(objective="ar", recipe=["mask=0.1"]), "mixed": dict(objective="mixed")}
+REGULARISED = arms_of(
+    "ar",
+    wd=((0.4, 0.8, 1.6), lambda v: dict(weight_decay=v)),
+    dropout=((0.1, 0.2, 0.3), lambda v: dict(dropout=v)),
+    mlp_dropout=((0.1,), lambda v: dict(set=[f"mlp_dropout={v}"])),
+    input_mask=((0.1, 0.3), lambda v: dict(recipe=[f"mask={v}"])),
+    random=((0.15,), lambda v: dict(recipe=[f"random={v}"])),
+    reverse=((0.5,), lambda v: dict(recipe=[f"reverse={v}"])),
+    offset=((5,), lambda v: dict(recipe=[f"offset={v}"])),
+    mir=((0.4,), lambda v: dict(recipe=[f"mir={v}"])),
+) | {"mixed": dict(objective="mixed")}
+DIFFUSION = arms_of(
+    "mdm",
+    wd=((0.0, 0.4), lambda v: dict(weight_decay=v)),
+    dropout=((0.1, 0.2), lambda v: dict(dropout=v)),
+) | arms_of("block", of=((2, 4, 8, 16), lambda v: dict(diffusion_block=v)))
+CAUSES = {
+    **{f"ar in {name} orders": dict(objective="block", diffusion_block=1, recipe=[f"orders={n}"])
+       for name, n in {"1": 1, "4": 4, "16": 16, "all": 2 ** 31}.items()},
+    "mdm causal": dict(objective="mdm", set=["causal=true"]),
+    "mdm rate 0.5": dict(objective="mdm", recipe=["rate=0.5"]),
+}
+ARMS = OBJECTIVES | REGULARISED | DIFFUSION | CAUSES
 MEASURED = {"ar": "exact", "mdm": "bound", "block": "bound", "mixed": "smaller of exact and bound"}
 AXES = {
     "epoch": "epochs over the same tokens",
@@ -770,62 +801,162 @@ AXES = {
     "flops": "FLOPs",
     "seconds": "seconds of training",
 }
+SURE = 3.18     # standard errors of a 95% interval whose error comes from 4 replicates (Student, 3 df)
 
 
-def crossing(diff, mdm, level=None):
-    """Where the diffusion bound passes below `diff`: the AR losses at the same steps, or one number
-    (`level`).
+def crossing(ar, mdm, level=None):
+    """Where diffusion passes below AR for good, and how the two stand at the end.
 
-    A crossing counts when the gap exceeds 2 standard errors of the bound at two successive evaluations; its
-    place is where the gap changes sign, interpolated in log epochs. Returns {"epoch", "step", "tokens",
-    "flops"} or None."""
-    if level is None:  # only steps at which both were evaluated
-        at = {a["step"]: a["loss"] for a in diff}
-        mdm = [d for d in mdm if d["step"] in at]
-    gap = [(at[d["step"]] if level is None else level) - d["loss"] for d in mdm]
-    sure = [g > 2 * d["se"] for g, d in zip(gap, mdm)]
-    i = next((i for i in range(len(sure) - 1) if sure[i] and sure[i + 1]), None)
-    if i is None:
-        return None
-    while i > 0 and gap[i - 1] > 0:  # the change of sign may lie before
-        i -= 1
+    ar, mdm: evaluations; only steps that both have are compared. level: one number in place of ar's losses.
+    The tail is what follows the last evaluation at which diffusion was surely above (by SURE standard errors
+    of its masks). There is a crossing where diffusion is surely below at the end of the tail; its place is
+    the last change of sign before the tail's first sure point, interpolated in log epochs. So what was
+    crossed in the warm-up and went back does not count, and one last evaluation far below does.
+    Returns {"first": {"epoch", "step", "tokens", "flops"} or None, "gap": AR minus diffusion at the end,
+    "se", "extrapolated": epoch at which a power law through the second half of diffusion's curve reaches the
+    level, None where it does not fall}.
+    """
+    at = {a["step"]: a["loss"] for a in ar or ()}
+    goal = lambda d: at.get(d["step"], math.nan) if level is None else level
+    mdm = [d for d in mdm if math.isfinite(d["loss"] + goal(d))]
+    if not mdm:
+        return dict(first=None, gap=None, se=None, extrapolated=None)
+    gap = [goal(d) - d["loss"] for d in mdm]
+    error = [SURE * d["se"] for d in mdm]
+    out = dict(first=None, gap=gap[-1], se=mdm[-1]["se"], extrapolated=None)
+    if gap[-1] > error[-1]:
+        above = [i for i, (g, e) in enumerate(zip(gap, error)) if g < -e]
+        i = next(i for i in range(above[-1] + 1 if above else 0, len(gap)) if gap[i] > error[i])
+        while i > 0 and gap[i - 1] > 0:                         # the change of sign lies before
+            i -= 1
+        out["first"] = crossed_at(mdm, gap, i)
+    elif level is not None:
+        out["extrapolated"] = extrapolate(mdm, level)
+    return out
+
+
+def crossed_at(mdm, gap, i):
+    """Between the evaluations i - 1 and i, where the gap changes its sign."""
+    units = ("epoch", "step", "tokens", "flops")
     if i == 0:
-        return {"before": True, **{k: mdm[0][k] for k in ("epoch", "step", "tokens", "flops")}}
-    w = gap[i - 1] / (gap[i - 1] - gap[i])                                             # 0: at i - 1, 1: at i
+        return {"before": True, **{k: mdm[0][k] for k in units}}
+    w = gap[i - 1] / (gap[i - 1] - gap[i])                      # 0: at i - 1, 1: at i
     epoch = math.exp((1 - w) * math.log(mdm[i - 1]["epoch"]) + w * math.log(mdm[i]["epoch"]))
-    scale = epoch / mdm[i]["epoch"]
-    return {"epoch": epoch, **{k: round(mdm[i][k] * scale) for k in ("step", "tokens", "flops")}}
+    return {"epoch": epoch, **{k: round(mdm[i][k] * epoch / mdm[i]["epoch"]) for k in units[1:]}}
+
+
+def extrapolate(evals, level):
+    """The epoch at which loss = a epoch^-c, fitted to the second half of the evaluations, reaches level: too
+    early where the curve flattens. None where it does not fall."""
+    tail = evals[len(evals) // 2:]
+    if len(tail) < 3:
+        return None
+    c, a = np.polyfit([math.log(e["epoch"]) for e in tail], [math.log(e["loss"]) for e in tail], 1)
+    epoch = (math.log(level) - a) / c if c < 0 else math.inf
+    return math.exp(epoch) if epoch < 20 else None
 
 
 def tell(c, until):
-    if c is None:
-        return f"none up to epoch {until:.0f}"
-    tokens = f"{c['tokens'] / 1e6:.2f}M tokens, {c['flops']:.2e} FLOPs"
-    where = f"epoch {c['epoch']:.1f} (step {c['step']:,}, {tokens})"
-    return "at or before " * bool(c.get("before")) + where
+    if c["gap"] is None:
+        return "nothing to compare"
+    side = "below" if c["gap"] > 0 else "above"
+    end = f"diffusion is {abs(c['gap']):.3f} {side} at the end"
+    if c["se"]:
+        end += f" ({abs(c['gap']) / c['se']:.0f} standard errors of the masks)"
+    if c["first"] is None:
+        if c["extrapolated"]:
+            end += f"; a power law of its tail gets there at epoch {c['extrapolated']:.0f} or later"
+        return f"none up to epoch {until:.0f}, {end}"
+    first = c["first"]
+    tokens = f"{first['tokens'] / 1e6:.2f}M tokens, {first['flops']:.2e} FLOPs"
+    where = f"epoch {first['epoch']:.1f} (step {first['step']:,}, {tokens}), and {end}"
+    return "at or before " * bool(first.get("before")) + where
 
 
-def study(name, few):
-    """(folder of the runs, the flags that all runs of an experiment with few unique tokens have)."""
+def law(U, N, flops_per_epoch):
+    """What is published: the critical compute 191.6 U^2.174 at which diffusion passes AR (2507.15857, fitted
+    for U of 25M to 100M) as an epoch of this run, and the epochs after which diffusion itself overfits
+    (Quokka, 2510.03280, eq. 15). U in tokens, N in parameters."""
+    critical = 191.6 * U ** 2.174
+    e = np.geomspace(1, 1e6, 10_000)
+    k = 254.35 * U ** 0.39 / N ** 0.55
+    horizon = e[np.argmax(1.49 * np.log(e) - ((e - 1) / k) ** 0.4)]
+    return dict(critical_flops=critical, critical_epoch=critical / flops_per_epoch, overfit_epoch=horizon)
+
+
+def few_runs(name, few, arms):
+    """(folder, flags): of the runs of an experiment with few unique tokens. flags(arm, seed, rate, epochs,
+    **more) are those of one of them."""
     data = data_folder(few["dataset"])
     root = Path(few["out"] or f"out/{name}-{few['scale']}")
-    same = (
-        "dataset",
-        "unique_tokens",
-        "epochs",
-        "n_layer",
-        "n_head",
-        "n_embd",
-        "block_size",
-        "batch_tokens",
-        "lr",
-    )
-    flags = {k: few[k] for k in same} | dict(
-        max_minutes=few["minutes"], eval_epochs=f"geometric:{few['evals']}", log_every=100, save_every=500
-    )
-    print(f"{few['unique_tokens']:,} unique tokens of {few['dataset']}, {few['epochs']:g} epochs an arm"
-          + (f", at most {few['minutes']:g} minutes of training each" if few["minutes"] else ""))
-    return root / f"{data.name}-U{few['unique_tokens']}-{few['n_layer']}x{few['n_embd']}", flags
+    root /= f"{data.name}-U{few['unique_tokens']}-{few['n_layer']}x{few['n_embd']}"
+    same = ("dataset", "unique_tokens", "n_layer", "n_head", "n_embd", "block_size", "batch_tokens")
+
+    def flags(arm, seed, rate, epochs=None, folder="", **more):
+        epochs = epochs or few["epochs"]
+        dense = {"ar": 4, "mixed": 2, "mdm": 2}.get(arms[arm]["objective"], 1)    # AR's least is a narrow one
+        evals = dense * (few["evals"] - 1) + 1
+        steps = epochs * few["unique_tokens"] / few["batch_tokens"]
+        given = {k: few[k] for k in same} | dict(
+            epochs=epochs, eval_epochs=f"geometric:{max(1, min(evals, int(steps)))}", schedule="constant",
+            eval_windows=256, warmup=min(100, int(steps) // 10), log_every=100, save_every=500, seed=seed,
+            lr=rate)
+        out = root / f"{file_part(arm)}-s{seed}-lr{rate:g}" / folder
+        return given | arms[arm] | more | dict(out=str(out))
+    return root, flags
+
+
+def planned(few, flags, arms):
+    """A generator: the epochs that all arms reach in the time, by their speed side by side; told before they
+    begin. Without --minutes about five, but 60 epochs at least: before that the curves do not cross."""
+    if few["scale"] == "gpu" and not few["minutes"]:
+        return few["epochs"]
+    short = dict(max_steps=60, eval_epochs=None, eval_every=0, eval_windows=8, log_every=20, folder="speed")
+    jobs = {f"{a} speed": flags(a, 0, few["rates"][0], **short) for a in arms}
+    yield jobs
+    rows = [[r for r in train.read_log(f["out"]) if r["kind"] == "train"] for f in jobs.values()]
+    slowest = min(max(r["tok_per_s"] for r in log) for log in rows)
+    reached = slowest * 60 * (few["minutes"] or 4.5) / few["unique_tokens"]
+    epochs = min(few["epochs"], max(1.0, float(int(reached)), 0 if few["minutes"] else 60.0))
+    took = epochs * few["unique_tokens"] / slowest * math.ceil(len(arms) / few["workers"])
+    print(f"{slowest:,} tokens/s in the slowest arm: {epochs:g} epochs each, about {train.clock(took)}")
+    return epochs
+
+
+def tuned(arms, rates, seeds, flags, epochs, anneal=()):
+    """A generator: trains every arm at each rate with the first seed, at its best rate with all seeds, and
+    the arms `anneal` once more with a rate that falls to 0: an arm that has overfitted over 0.7, 1 and 1.4
+    times the epochs of its best evaluation, another over all epochs.
+    Returns {(arm, seed): row}. epochs: {arm: epochs}."""
+    best = dict.fromkeys(arms, rates[0])
+    if len(rates) > 1:
+        tries = list(itertools.product(arms, rates))
+        evals = yield {f"{a} lr {r:g}": flags(a, seeds[0], r, epochs[a]) for a, r in tries}
+        best = {a: min(rates, key=lambda r: lowest(evals[f"{a} lr {r:g}"])["loss"]) for a in arms}
+    runs = list(itertools.product(arms, seeds))
+    evals = yield {f"{a} s{s}": flags(a, s, best[a], epochs[a]) for a, s in runs}
+    rows = {(a, s): outcome(evals[f"{a} s{s}"]) | dict(lr=best[a]) for a, s in runs}
+    for run in rows:
+        rows[run]["run"] = flags(*run, best[run[0]], epochs[run[0]])["out"]
+    jobs, job_of = {}, {}
+    for a, s in (run for run in runs if run[0] in anneal):
+        row = rows[a, s]
+        fell = row["best"] < row["last"]
+        for n in {max(1, round(f * row["best_epoch"])) for f in (0.7, 1, 1.4)} if fell else {epochs[a]}:
+            job_of[name := f"{a} s{s} annealed over {n:g}"] = a, s
+            jobs[name] = flags(a, s, best[a], n, schedule="wsd", folder=f"annealed-{n:g}")
+    evals = (yield jobs) if jobs else {}
+    for name, run in job_of.items():
+        end = lowest(evals[name])
+        if end["loss"] < rows[run].get("annealed", math.inf):
+            rows[run] |= dict(annealed=end["loss"], annealed_epoch=end["epoch"], annealed_flops=end["flops"],
+                              annealed_se=end["se"], annealed_run=jobs[name]["out"])
+    return rows
+
+
+def floor(row):
+    """The least loss of an arm, annealed or not."""
+    return min(row["best"], row.get("annealed", math.inf))
 
 
 def lowest(evals):
@@ -837,8 +968,29 @@ def outcome(evals):
     if not evals:
         raise ValueError("an arm ended before its first evaluation: give it more time with --minutes")
     best, last = lowest(evals), evals[-1]
-    return dict(best=best["loss"], best_epoch=best["epoch"], last=last["loss"], epochs=last["epoch"],
-                minutes=last["seconds"] / 60, evals=evals)
+    return dict(best=best["loss"], best_epoch=best["epoch"], best_flops=best["flops"], se=best["se"],
+                bpb=best["bpb"], last=last["loss"], train=last["train_loss"], epochs=last["epoch"],
+                flops=last["flops"], minutes=last["seconds"] / 60, evals=evals)
+
+
+def window_nats(run, windows, which="best"):
+    """(W,) nats per token of each window: exact for AR, else the bound; and its error over masks (W,)."""
+    lm, state = train.load_model(run, which)
+    flags = state["flags"]
+    with torch.no_grad():
+        if flags["objective"] == "ar":
+            nats = diffusion.ar_loss(lm, windows, lm.mask_id, reduction="none").double().mean(1)
+            return nats, torch.zeros_like(nats)
+        block = flags["diffusion_block"] if flags["objective"] == "block" else None
+        return diffusion.mdm_nll(lm, windows, lm.mask_id, 16, noise_block=block, per_row=True)
+
+
+def paired_gap(ar, mdm, windows):
+    """AR's best minus diffusion's end on the same windows, in nats per token, with two standard errors: over
+    the choice of windows (paired: what is hard for both cancels) and over the masks."""
+    (a, _), (d, error) = window_nats(ar, windows), window_nats(mdm, windows, "last")
+    return dict(gap=(a - d).mean().item(), se_windows=((a - d).std() / len(a) ** 0.5).item(),
+                se_masks=error.norm().item() / len(a))
 
 
 def own_arms(texts):
@@ -850,7 +1002,7 @@ def own_arms(texts):
             raise ValueError(
                 f"--arm '{text}': expected 'name: flags of train.py', such as 'dropout: --dropout 0.3'"
             )
-        arms[name.strip()] = train.parse_flags(shlex.split(flags))
+        arms[name.strip()] = {"objective": "ar"} | train.parse_flags(shlex.split(flags))
     return arms
 
 
@@ -870,7 +1022,7 @@ def draw_curves(ax, runs, x, y, **style):
         xs, mean, low, high = mean_curve(seeds, x, y)
         colour = {"ar": "tab:red", "mdm": "tab:blue"}.get(name, f"C{(i + 4) % 10}")
         label = name + (f", mean of {len(seeds)} seeds" if len(seeds) > 1 else "")
-        ax.plot(xs, mean, **dict(dict(marker="o", ms=3, color=colour, label=label), **style))
+        ax.plot(xs, mean, **dict(dict(marker="o", ms=2, color=colour, label=label), **style))
         if len(seeds) > 1 and "label" not in style:
             ax.fill_between(xs, low, high, color=colour, alpha=0.2, lw=0)
     ax.grid(alpha=0.25)
@@ -878,29 +1030,27 @@ def draw_curves(ax, runs, x, y, **style):
 
 def crossover_picture(plt, result):
     """Losses of all arms and, below, whether they tell true ends of passages from others; x is the axis of
-    --x."""
+    --x. A star is an annealed run."""
     rows, x = result["rows"], result["flags"].get("x", "epoch")
+    found = [r for r in rows if r["arm"] == "crossing"]
     arms = dict.fromkeys(r["arm"] for r in rows if r["arm"] != "crossing")
     runs = {a: [r["evals"] for r in rows if r["arm"] == a] for a in arms}
     probes = {k: v for k, v in dict(probe_accuracy="true end found", probe_gap="gap, nats").items()
-              if all(k in seed[0] for seeds in runs.values() for seed in seeds)}
-    figure, axes = plt.subplots(
-        1 + len(probes),
-        1,
-        figsize=(8, 5 + 2 * len(probes)),
-        sharex=True,
-        squeeze=False,
-        height_ratios=[5] + [2] * len(probes),
-    )
+              if all(any(k in e for e in seed) for seeds in runs.values() for seed in seeds)}
+    heights = [5] + [2] * len(probes)
+    figure, axes = plt.subplots(len(heights), 1, figsize=(8, sum(heights)), sharex=True, squeeze=False,
+                                height_ratios=heights)
     top, *below = axes[:, 0]
     draw_curves(top, runs, x, "loss")
-    draw_curves(
-        top, {a: runs[a] for a in OBJECTIVES}, x, "train_loss", marker="", lw=0.8, alpha=0.7, label=None
-    )
-    best = min(r["best"] for r in rows if r["arm"] == "ar")
+    plain = {a: runs[a] for a in OBJECTIVES}
+    draw_curves(top, plain, x, "train_loss", marker="", lw=0.8, alpha=0.7, label=None)
+    stars = [r for r in rows if r.get("annealed") and f"annealed_{x}" in r]
+    top.plot([r[f"annealed_{x}"] for r in stars], [r["annealed"] for r in stars], "k*", ms=9, zorder=5,
+             label="annealed, a run of its own")
+    best = min(floor(r) for r in rows if r["arm"] == "ar")
     top.axhline(best, color="0.45", lw=1, ls="--", label=f"AR's best, {best:.3f}")
     for kind, ls in (("curve", ":"), ("honest", "-.")):
-        where = [r[kind][x] for r in rows if r["arm"] == "crossing" and r[kind] and x in r[kind]]
+        where = [r[kind]["first"][x] for r in found if r[kind]["first"] and x in r[kind]["first"]]
         for i, value in enumerate(where):
             label = f"{kind} crossing, {x} {value:,.4g}"
             top.axvline(value, color="0.45", lw=1, ls=ls, label=None if i else label)
@@ -926,42 +1076,40 @@ def crossover_picture(plt, result):
 
 def crossings(result):
     """The table of the arms, and where the curves cross."""
-    shown = (
-        "arm",
-        *["seed"] * (len(result["seeds"]) > 1),
-        "measure",
-        "lr",
-        "best",
-        "best_epoch",
-        "last",
-        "epochs",
-        "se",
-        "probe_accuracy",
-        "probe_gap",
-    )
+    shown = ("arm", *["seed"] * (len(result["seeds"]) > 1), "measure", "lr", "best", "best_epoch",
+             "best_flops", "annealed", "annealed_epoch", "last", "epochs", "se", "probe_accuracy",
+             "probe_gap")
     arms = [r for r in result["rows"] if r["arm"] != "crossing"]
     text = markdown([{k: r.get(k) for k in shown} for r in arms]) + "\n"
     kinds = {"curve": "curve crossing (diffusion below AR at the same epoch)",
-             "honest": "honest crossing (diffusion below the best AR ever reached)",
+             "honest": "honest crossing (diffusion below the best that AR ever was, annealed too)",
              "honest_tuned": "honest crossing against the best regularised AR"}
     found = [r for r in result["rows"] if r["arm"] == "crossing"]
     for kind, told in kinds.items():
         for r in (r for r in found if kind in r):
             until = next(a["epochs"] for a in arms if a["arm"] == "mdm" and a["seed"] == r["seed"])
             text += f"\n{told}, seed {r['seed']}: {tell(r[kind], until)}  "
+    for r in found:
+        gap, mine = "{gap:+.3f} +- {se_windows:.3f} (windows) +- {se_masks:.3f} (masks)", r["law"]
+        text += (f"\non the same windows, seed {r['seed']}: AR's best minus diffusion's end "
+                 f"{gap.format(**r['paired'])}  "
+                 f"\nthe law of 2507.15857: {mine['critical_flops']:.2e} FLOPs, epoch "
+                 f"{mine['critical_epoch']:.0f}; measured over predicted {mine['ratio']}  "
+                 f"\nQuokka: diffusion overfits from epoch {mine['overfit_epoch']:.0f} on  ")
+    if not 25e6 <= result["flags"]["unique_tokens"] <= 100e6:
+        text += "\nBoth laws were fitted to 25M to 100M unique tokens: here they are stretched."
     return text
 
 
 @experiment(named=("scale",), show=crossings, picture=crossover_picture, gpu=FEW_GPU)
 def crossover(
-    arms=("ar", "mdm"),
+    arms: ARMS = ("ar", "mdm"),
     arm: list = (),
-    tuned=False,
+    regularised=False,
+    anneal: ("ar", "all", "none") = "ar",
     seeds=1,
     seed=1337,
-    schedule="constant",
-    lr_sweep=False,
-    x="epoch",
+    x: AXES = "epoch",
     **few,
 ):
     """AR against masked diffusion on the same few unique tokens, for many epochs: where do the validation
@@ -970,74 +1118,49 @@ def crossover(
     The curve crossing is where diffusion passes below AR at the same epoch, the honest one where it passes
     below the best loss that AR ever reached.
 
-    arms: ar,mdm and any of: ar wd 0.4, ar wd 0.8, ar wd 1.6, ar dropout 0.1, ar input mask 0.1, mixed
+    arms: ar,mdm and any other of ARMS in bench.py: 'ar wd 0.8', 'ar dropout 0.1', 'mixed', 'block of 4'
     arm: one of your own, any flags of train.py: "name: --layers 'kda*3 full' --dropout 0.3"; may be repeated
-    tuned: all of these arms
-    schedule: constant | wsd | cosine: with the last two AR's best epoch gets an annealed run of its own
-    lr_sweep: try 1/2, 1 and 2 times the rate with the first seed, and keep each arm's best
+    regularised: all regularised AR arms
+    anneal: which arms get runs whose rate falls to 0: ar, all or none
+    minutes: of training for each arm: as many epochs as all arms reach (default: 5, and 60 epochs at least)
     x: the picture's axis: epoch | step | tokens | flops | seconds
     """
-    choose("x", [x], AXES)
-    known = OBJECTIVES | TUNED
-    names = choose("arms", [*arms, *(TUNED if tuned else ())], known)
+    names = [*arms, *(REGULARISED if regularised else ())]
     if not {"ar", "mdm"} <= set(names):
         raise ValueError(f"--arms {','.join(arms)} must hold ar and mdm")
-    arms = {name: known[name] for name in names} | own_arms(arm)
-    root, common = study("crossover", few)
-    label = lambda a, s: f"{a} s{s}" if seeds > 1 else a
-
-    def flags(a, s, rate, epochs=None):
-        out = root / f"{file_part(a)}-s{s}-lr{rate:g}" / (f"annealed-{epochs}" if epochs else "")
-        given = {
-            **common,
-            "schedule": schedule,
-            "eval_windows": 256,
-            "probe_every": 1,
-            "seed": s,
-            "lr": rate,
-            **arms[a],
-        }
-        return given | dict(out=str(out), epochs=epochs or given["epochs"])
-    rates = dict.fromkeys(arms, few["lr"])
-    if lr_sweep:
-        tried = [few["lr"] * factor for factor in (0.5, 1, 2)]
-        evals = yield {f"{a} lr {rate:g}": flags(a, seed, rate) for a in arms for rate in tried}
-        rates = {a: min(tried, key=lambda rate: outcome(evals[f"{a} lr {rate:g}"])["best"]) for a in arms}
-    all_runs = list(itertools.product(range(seed, seed + seeds), arms))
-    evals = yield {label(a, s): flags(a, s, rates[a]) for s, a in all_runs}
-    done = {(a, s): outcome(evals[label(a, s)]) for s, a in all_runs}
-    floor = {run: row["best"] for run, row in done.items()}
-    if schedule != "constant":  # AR stopped at its best epoch, annealed
-        short = {(a, s): max(1, round(row["best_epoch"])) for (a, s), row in done.items()
-                 if arms[a].get("objective", "ar") != "mdm" and row["best"] < row["last"]}
-        evals = yield {f"{label(a, s)} annealed": flags(a, s, rates[a], n) for (a, s), n in short.items()}
-        for a, s in short:
-            floor[a, s] = min(floor[a, s], outcome(evals[f"{label(a, s)} annealed"])["best"])
-    for s in range(seed, seed + seeds):
+    arms = {name: ARMS[name] for name in names} | own_arms(arm)
+    seeds, pure = range(seed, seed + seeds), [a for a in arms if arms[a]["objective"] == "ar"]
+    root, flags = few_runs("crossover", few, arms)
+    print(f"{few['unique_tokens']:,} unique tokens of {few['dataset']}, {few['epochs']:g} epochs an arm; AR "
+          "untuned, one seed, unless you ask for more: see results/README.md")
+    probed = lambda *run, **more: flags(*run, **dict(probe_every=1) | more)
+    epochs = yield from planned(few, flags, arms)
+    rows = yield from tuned(arms, few["rates"], seeds, probed, dict.fromkeys(arms, epochs),
+                            {"ar": pure, "all": list(arms), "none": []}[anneal])
+    windows = validation(few["dataset"], few["block_size"], 256)
+    for s in seeds:
         for a in arms:
-            row, objective = done[a, s], arms[a].get("objective", "ar")
-            best, last = lowest(row["evals"]), row["evals"][-1]
-            yield dict(arm=a, seed=s), dict(
-                lr=rates[a],
-                measure=MEASURED[objective],
-                train=last["train_loss"],
-                se=best["se"],
-                bpb=best["bpb"],
-                probe_accuracy=last.get("probe_accuracy"),
-                probe_gap=last.get("probe_gap"),
-                **row,
-            ) | dict(best=floor[a, s])
-        mdm = done["mdm", s]["evals"]
-        found = dict(curve=crossing(done["ar", s]["evals"], mdm), honest=crossing(None, mdm, floor["ar", s]))
-        pure = [floor[a, s] for a in arms if arms[a].get("objective", "ar") == "ar"]
+            row, last = rows[a, s], rows[a, s]["evals"][-1]
+            yield dict(arm=a, seed=s), row | dict(measure=MEASURED[arms[a]["objective"]],
+                                                  probe_accuracy=last.get("probe_accuracy"),
+                                                  probe_gap=last.get("probe_gap"))
+        ar, mdm = rows["ar", s], rows["mdm", s]
+        least = ar["annealed_run"] if floor(ar) < ar["best"] else ar["run"]
+        found = dict(curve=crossing(ar["evals"], mdm["evals"]),
+                     honest=crossing(None, mdm["evals"], floor(ar)))
         if len(pure) > 1:
-            found["honest_tuned"] = crossing(None, mdm, min(pure))
-        yield dict(arm="crossing", seed=s), found
+            found["honest_tuned"] = crossing(None, mdm["evals"], min(floor(rows[a, s]) for a in pure))
+        size = train.load_model(mdm["run"])[0].num_params(False)
+        said = law(few["unique_tokens"], size, mdm["flops"] / mdm["epochs"])
+        first = found["honest"]["first"]
+        measured = first["epoch"] if first else mdm["epochs"]
+        said["ratio"] = "above " * (not first) + f"{measured / said['critical_epoch']:.2g}"
+        yield dict(arm="crossing", seed=s), dict(
+            law=said, paired=paired_gap(least, mdm["run"], windows), **found)
     for a in OBJECTIVES:
-        text = Path(flags(a, seed, rates[a])["out"]) / "samples.txt"
+        text = Path(rows[a, seed]["run"]) / "samples.txt"
         if text.exists():
             print(f"\n--- a sample of {a}\n{text.read_text(encoding='utf-8').strip()}")
-    return dict(cut=any(row["epochs"] < few["epochs"] - 1 for row in done.values()))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1122,7 +1245,7 @@ def sparsity_picture(plt, result):
 
 
 def sparsity_table(result):
-    rows = [{k: v for k, v in r.items() if k not in ("minutes", "flops")} for r in result["rows"]]
+    rows = without("minutes", "flops", "best_flops", "bpb", "train")(result)
     text = markdown(rows) + "\n"
     for ar, mdm in (rows[:2], rows[2:]):
         curve, honest = crossing(ar["evals"], mdm["evals"]), crossing(None, mdm["evals"], ar["best"])
@@ -1139,28 +1262,234 @@ def sparsity(match="active", ratio=8.0, **few):
     match: what the dense model has as many of as the mixture: active | total parameters
     ratio: total to active parameters of the mixture
     """
-    root, common = study("sparsity", few)
     base = {k: few[k] for k in ("n_layer", "n_head", "n_embd", "block_size")}
     base["vocab_size"] = prepare.load_tokenizer(data_folder(few["dataset"])).n_vocab
     dense, mixture = match_experts(base, match, ratio)
-    jobs = {}
-    for (kind, values), objective in itertools.product(
-        {"dense": dense, "mixture": mixture}.items(), OBJECTIVES
-    ):
-        # Both matches share the mixture's runs.
-        run = "_".join([objective, kind, *(f"{k}{v}" for k, v in values.items())])
-        jobs[f"{objective} {kind}"] = common | dict(
-            objective=objective, set=[f"{k}={v}" for k, v in values.items()] or None, schedule="constant",
-            out=str(root / run))
+    arms = {f"{o} {kind}": dict(objective=o, set=[f"{k}={v}" for k, v in values.items()])
+            for kind, values in {"dense": dense, "mixture": mixture}.items() for o in OBJECTIVES}
+    root, flags = few_runs("sparsity", few, arms)
+    epochs = yield from planned(few, flags, arms)
+    jobs = {a: flags(a, 1337, few["rates"][0], epochs) for a in arms}
+    for a in arms:                                          # both matches share the mixture's runs
+        jobs[a]["out"] = str(root / file_part("_".join([a, *arms[a]["set"]])))
     evals = yield jobs
     for name, job in jobs.items():
         objective, kind = name.split()
-        row = outcome(evals[name])
         lm, _ = train.load_model(job["out"], "last")
         yield dict(model=kind, objective=objective), dict(
             measure=MEASURED[objective], total=lm.num_params(), active=lm.active_params(),
-            se=lowest(row["evals"])["se"] or None, flops=row["evals"][-1]["flops"], **row)
+            **outcome(evals[name]))
     return dict(dense=dense, mixture=mixture)
+
+# ------------------------------------------------------------------------------------------------------------
+# study: the crossover taken apart; each part is a file of its own
+
+def study_arms(names):
+    def part(few, rates, seeds):
+        """Arms beside plain AR and diffusion, each at its best rate, annealed."""
+        arms = {name: ARMS[name] for name in dict.fromkeys([*OBJECTIVES, *names])}
+        _, flags = few_runs("study", few, arms)
+        short = lambda a: arms[a]["objective"] == "ar"
+        epochs = {a: few["ar_epochs"] if short(a) else few["epochs"] for a in arms}
+        rows = yield from tuned(arms, rates, seeds, flags, epochs, [a for a in arms if a != "mdm"])
+        if names is not REGULARISED and names is not CAUSES:      # diffusion that begins where AR was best
+            begun = {f"{a} from ar": ARMS[a] | dict(init_from=rows["ar", seeds[0]]["run"])
+                     for a in ("mdm", "block of 4")}
+            _, flags = few_runs("study", few, begun)
+            more = yield from tuned(begun, rates, seeds, flags, dict.fromkeys(begun, few["epochs"]))
+            arms, rows = arms | begun, rows | more
+        for (a, s), row in sorted(rows.items(), key=lambda item: floor(item[1])):
+            yield dict(arm=a, seed=s), row | dict(measure=MEASURED[arms[a]["objective"]], least=floor(row))
+    return part
+
+
+def study_map(few, rates, seeds, cells):
+    """The honest gap over unique tokens and width, with equal FLOPs for every diffusion run where its epochs
+    allow: few's epochs at few's tokens and width."""
+    for (U, width), s in itertools.product(cells, seeds):
+        here = few | dict(unique_tokens=U, n_embd=width)
+        _, flags = few_runs("study", here, OBJECTIVES)
+        same_work = few["epochs"] * few["unique_tokens"] / U * (few["n_embd"] / width) ** 2
+        epochs = float(round(min(max(same_work, 32), 8 * few["epochs"])))
+        times = {"ar": min(few["ar_epochs"], epochs), "mdm": epochs}
+        rate = [rates[len(rates) // 2] * min(1, (few["n_embd"] / width) ** 0.5)]
+        rows = yield from tuned(OBJECTIVES, rate, [s], flags, times, ["ar"])
+        ar, mdm = rows["ar", s], rows["mdm", s]
+        c, N = crossing(None, mdm["evals"], floor(ar)), train.load_model(mdm["run"])[0].num_params(False)
+        said = law(U, N, mdm["flops"] / mdm["epochs"])["critical_epoch"]
+        until = c["first"]["epoch"] if c["first"] else mdm["best_epoch"]
+        yield dict(unique_tokens=U, width=width, seed=s), dict(
+            params=N, ar=floor(ar), ar_epoch=ar["best_epoch"], mdm=mdm["best"], se=mdm["se"],
+            mdm_epoch=mdm["best_epoch"], epochs=mdm["epochs"], gap=floor(ar) - mdm["best"],
+            crossing=c["first"] and c["first"]["epoch"], extrapolated=c["extrapolated"], law_epoch=said,
+            measured_over_law=f"{'' if c['first'] else '> '}{until / said:.2g}")
+
+
+def study_curve(few, rates, seeds):
+    """Along the epochs: how loose the bound is, what is memorised, how sure a model is of what is right."""
+    data, T = data_folder(few["dataset"]), few["block_size"]
+    text, val, _ = prepare.load_dataset(data)
+    text = np.asarray(text[:few["unique_tokens"]])
+    held = train.fixed_windows(val, T, 128).long()
+    seen = train.fixed_windows(text, T, 128).long()
+    _, flags = few_runs("study", few, OBJECTIVES)
+    for a, part in itertools.product(OBJECTIVES, (16, 4, 1)):
+        epochs = few["epochs"] / part
+        job = flags(a, seeds[0], rates[len(rates) // 2], epochs, folder=f"until-{epochs:g}")
+        evals = (yield {f"{a} until {epochs:g}": job})[f"{a} until {epochs:g}"]
+
+        def measure():
+            lm, _ = train.load_model(job["out"], "last")
+            out = dict(loss=evals[-1]["loss"], se=evals[-1]["se"], train=evals[-1]["train_loss"])
+            for name, windows in dict(train=seen, held_out=held).items():
+                x = windows.clone()
+                x[:, T // 4:] = lm.mask_id
+                gen = torch.Generator().manual_seed(0)
+                draw = diffusion.sample_ar if a == "ar" else diffusion.sample_mdm
+                with torch.no_grad():
+                    x = draw(lm, x, lm.mask_id, generator=gen)
+                out |= {f"{name}_{n}": copied(x[:, T // 4:], text, n) for n in (8, 16, 32)}
+            out |= {f"text_{n}": copied(held[:, T // 4:], text, n) for n in (8, 16, 32)}
+            return out | (calibration(lm, held, a) if a == "ar" else looseness(lm, held, a))
+        yield dict(arm=a, until=epochs), measure
+
+
+def copied(x, text, n):
+    """Share of the n-grams of x (B, T) that stand in the text word for word."""
+    grams = lambda row: map(bytes, np.lib.stride_tricks.sliding_window_view(row.astype(np.uint16), n))
+    known = set(grams(text))
+    return statistics.mean(gram in known for row in x.numpy() for gram in grams(row))
+
+
+@torch.no_grad()
+def calibration(lm, x, objective, share=None):
+    """{"ece"}: mean distance of confidence and hit rate over 10 bins, for all tokens of AR, or for those that
+    a diffusion model predicts when this share is masked."""
+    if objective == "ar":
+        logits, where = lm(diffusion.shift_right(x, lm.mask_id)), torch.ones_like(x, dtype=torch.bool)
+    else:
+        gen = torch.Generator().manual_seed(0)
+        masks = torch.full((len(x),), int(share * x.size(1)))
+        where = diffusion.smallest(torch.rand(x.shape, generator=gen), masks)
+        logits = lm(torch.where(where, lm.mask_id, x), causal=False)
+    sure, guess = logits.softmax(-1)[where].max(-1)
+    hit, bins = (guess == x[where]).float(), (sure * 10).long().clamp(max=9)
+    total = lambda value: torch.zeros(10).index_add_(0, bins, value)
+    nats = diffusion.token_nll(logits, x)[where].mean().item()
+    return dict(ece=((total(sure) - total(hit)).abs().sum() / len(hit)).item(), nats=nats)
+
+
+def looseness(lm, x, objective):
+    """The bound beside two exact chains of the same model on the same windows, and the loss by mask rate."""
+    bound, se = diffusion.mdm_nll(lm, x, lm.mask_id, 16)
+    rates = {rate: calibration(lm, x, objective, rate) for rate in (0.1, 0.3, 0.5, 0.7, 0.9)}
+    chains = {f"chain_{order}": diffusion.chain_nll(lm, x, lm.mask_id, order).mean().item()
+              for order in ("left", "confidence")}
+    by_rate = {f"nats_at_{rate}": row["nats"] for rate, row in rates.items()}
+    return dict(bound=bound, bound_se=se, **chains, ece=rates[0.5]["ece"], **by_rate)
+
+
+def study_capacity(few, rates, seeds):
+    """Bits that a model holds of random letters, where nothing but memory helps: per parameter."""
+    root = Path(few["out"] or "out/study-random")
+    rng = np.random.default_rng(0)
+    letters = "".join(map(chr, 97 + rng.integers(26, size=max(40_000, few["unique_tokens"] * 2))))
+    write(root / "letters.txt", letters)
+    if not (root / "data" / "meta.json").exists():
+        prepare.prepare(name="data", text=[str(root / "letters.txt")], out_dir=str(root), tokenizer="byte")
+    here = few | dict(dataset=str(root / "data"), out=str(root))
+    _, flags = few_runs("study", here, OBJECTIVES)
+    epochs = dict.fromkeys(OBJECTIVES, few["epochs"])
+    rows = yield from tuned(OBJECTIVES, rates[-1:], seeds[:1], flags, epochs)
+    for (a, s), row in rows.items():
+        N = train.load_model(row["run"])[0].num_params()
+        for e in row["evals"]:
+            bits = few["unique_tokens"] * (math.log2(26) - e["train_loss"] / math.log(2))
+            yield dict(arm=a, epoch=e["epoch"]), dict(
+                train=e["train_loss"], bits=bits, bits_per_parameter=bits / N)
+
+
+def study_ensembles(few, rates, seeds):
+    """K models of different seeds, their probabilities averaged, at equal FLOPs in all: AR from its best
+    checkpoints, diffusion from its last ones, each trained for 1/K of the epochs."""
+    windows = validation(few["dataset"], few["block_size"], 256)
+    _, flags = few_runs("study", few, OBJECTIVES)
+    for a, K in itertools.product(OBJECTIVES, (1, 2, 4)):
+        epochs = few["ar_epochs"] if a == "ar" else few["epochs"] / K
+        how = dict(rate=rates[len(rates) // 2], epochs=epochs, folder=f"until-{epochs:g}")
+        jobs = {f"{a} {i} of {K}": flags(a, seeds[0] + i, **how) for i in range(K)}
+        yield jobs
+
+        def measure():
+            models = [train.load_model(job["out"], "best")[0] for job in jobs.values()]
+            each = lambda idx, **k: torch.stack([m(idx, **k).log_softmax(-1) for m in models])
+            f = lambda idx, **k: each(idx, **k).logsumexp(0)
+            with torch.no_grad():
+                if a == "ar":
+                    return dict(loss=diffusion.ar_loss(f, windows, models[0].mask_id).item(), se=0.0)
+                return dict(zip(("loss", "se"), diffusion.mdm_nll(f, windows, models[0].mask_id, 8)))
+        yield dict(arm=a, models=K, epochs=epochs), measure
+
+
+PARTS = {
+    "ar": study_arms(REGULARISED),
+    "diffusion": study_arms(DIFFUSION),
+    "causes": study_arms(CAUSES),
+    "map": study_map,
+    "curve": study_curve,
+    "capacity": study_capacity,
+    "ensembles": study_ensembles,
+}
+
+
+def study_table(result):
+    hidden = ("evals", "run", "annealed_run", "flops", "minutes", "bpb", "annealed_flops", "annealed_se")
+    return [{k: v for k, v in r.items() if k not in hidden} for r in result["rows"]]
+
+
+def study_picture(plt, result):
+    """map: the gap as coloured cells. curve, capacity, ensembles: nothing is drawn. Else the curves."""
+    figure, ax = plt.subplots(figsize=(8, 5.5))
+    rows, part = result["rows"], result["flags"]["part"]
+    if part == "map":
+        tokens, widths = (sorted({r[k] for r in rows}) for k in ("unique_tokens", "width"))
+        cell = {(r["unique_tokens"], r["width"]): r for r in rows}
+        gap = np.array([[cell.get((U, w), {}).get("gap", math.nan) for w in widths] for U in tokens])
+        ax.imshow(gap, cmap="RdBu", vmin=-0.6, vmax=0.6, origin="lower", aspect="auto")
+        for (i, U), (j, w) in itertools.product(enumerate(tokens), enumerate(widths)):
+            if r := cell.get((U, w)):
+                text = f"{r['gap']:+.3f}\nAR {r['ar']:.3f}\nmdm {r['mdm']:.3f} at {r['mdm_epoch']:.0f}"
+                ax.text(j, i, text, ha="center", va="center", fontsize=9)
+        size = {r["width"]: r["params"] for r in rows}
+        ax.set_xticks(range(len(widths)), [f"{size[w] / 1e6:.2f}M" for w in widths])
+        ax.set_yticks(range(len(tokens)), [f"{U:,}" for U in tokens])
+        ax.set(xlabel="parameters without the embedding", ylabel="unique tokens")
+        ax.set_title("AR's best minus diffusion's best, nats per token (blue: diffusion below)", fontsize=10)
+        return figure
+    if "evals" not in rows[0]:
+        return None
+    runs = {a: [r["evals"] for r in rows if r["arm"] == a] for a in dict.fromkeys(r["arm"] for r in rows)}
+    draw_curves(ax, runs, "epoch", "loss")
+    ax.set(xlabel=AXES["epoch"], ylabel="nats per token", xscale="log")
+    plain_log(ax.xaxis)
+    ax.legend(fontsize=8, ncols=2)
+    return figure
+
+
+@experiment(named=("part", "dataset", "unique_tokens"), show=study_table, picture=study_picture)
+def study(part: PARTS = "ar", rates=(1e-3, 2e-3, 4e-3), seeds=1, seed=1337, ar_epochs=64.0,
+          budgets=(10_000, 30_000, 100_000), widths=(64, 96, 192), **few):
+    """The crossover taken apart, for hours: what AR and diffusion are owed, where diffusion wins, and why.
+
+    part: ar (regularised) | diffusion (tuned as hard) | causes | map | curve | capacity | ensembles
+    rates: learning rates; each arm keeps its best
+    ar_epochs: epochs of AR arms, which overfit early; --epochs are diffusion's
+    budgets: map: unique tokens
+    widths: map: n_embd
+    """
+    cells = itertools.product(budgets, widths)
+    few = few | dict(ar_epochs=ar_epochs)
+    yield from PARTS[part](few, rates, range(seed, seed + seeds), *[cells] * (part == "map"))
 
 # ------------------------------------------------------------------------------------------------------------
 # presets: sizes of the published models

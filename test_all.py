@@ -4208,7 +4208,7 @@ train TRAIN --eval_epochs often                             => neither a list
 train TRAIN --eval_epochs 0                                 => neither a list
 train TRAIN --eval_epochs geometric:99999999999             => neither a list
 train TRAIN --objective mixed --ar_frac 0                   => one of each kind
-train TRAIN --objective mdm --input_mask 0.1                => no AR rows
+train TRAIN --objective mdm --recipe mask=0.1                 => not mdm
 train TRAIN --objective block --diffusion_block 5           => must divide
 train TRAIN --indexer_warmup 3                              => indexer
 train TRAIN --lr nan                                        => --lr

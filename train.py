@@ -239,8 +239,8 @@ def recipe(flags):
     objective = flags["objective"]
     for pair in flags["recipe"]:
         key, eq, value = pair.partition("=")
-        need(eq and key in RECIPE, f"--recipe {pair}: expected key=value{nearest(key, RECIPE)}, the key one of "
-                                   f"{', '.join(RECIPE)}")
+        need(eq and key in RECIPE, f"--recipe {pair}: expected key=value{nearest(key, RECIPE)}, the key one "
+                                   f"of {', '.join(RECIPE)}")
         default, most, _ = RECIPE[key]
         values[key] = prepare.number(value, type(default))
         need(default <= values[key] <= most, f"--recipe {pair} must lie between {default} and {most}")
@@ -1060,7 +1060,8 @@ class Batch:
             noise[0].fill_(max(1, round(self.recipe["rate"] * self.block)))
         order = None
         if self.recipe["orders"]:
-            order = diffusion.reading_order(torch.randint(self.recipe["orders"], (B,), generator=gen), x.size(1))
+            numbers = torch.randint(self.recipe["orders"], (B,), generator=gen)
+            order = diffusion.reading_order(numbers, x.size(1))
             x = x.gather(1, order)
         targets, inputs, masked = self.ar_inputs(x, gen)
         losses = {name: torch.zeros((), device=here.device) for name in LOSSES}
