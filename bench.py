@@ -884,9 +884,9 @@ def law(U, N, flops_per_epoch):
     return dict(critical_flops=critical, critical_epoch=critical / flops_per_epoch, overfit_epoch=horizon)
 
 
-def few_runs(name, few, arms):
+def few_runs(name, few, arms, probe=0):
     """(folder, flags): of the runs of an experiment with few unique tokens. flags(arm, seed, rate, epochs,
-    **more) are those of one of them."""
+    **more) are those of one of them. probe: 1 for about `evals` probes on the way."""
     data = data_folder(few["dataset"])
     root = Path(few["out"] or f"out/{name}-{few['scale']}")
     root /= f"{data.name}-U{few['unique_tokens']}-{few['n_layer']}x{few['n_embd']}"
@@ -900,7 +900,7 @@ def few_runs(name, few, arms):
         given = {k: few[k] for k in same} | dict(
             epochs=epochs, eval_epochs=f"geometric:{max(1, min(evals, int(steps)))}", schedule="constant",
             eval_windows=256, warmup=min(100, int(steps) // 10), log_every=100, save_every=500, seed=seed,
-            lr=rate)
+            lr=rate, probe_every=dense * probe)
         out = root / f"{file_part(arm)}-s{seed}-lr{rate:g}" / folder
         return given | arms[arm] | more | dict(out=str(out))
     return root, flags
@@ -1130,12 +1130,11 @@ def crossover(
         raise ValueError(f"--arms {','.join(arms)} must hold ar and mdm")
     arms = {name: ARMS[name] for name in names} | own_arms(arm)
     seeds, pure = range(seed, seed + seeds), [a for a in arms if arms[a]["objective"] == "ar"]
-    root, flags = few_runs("crossover", few, arms)
+    root, flags = few_runs("crossover", few, arms, probe=1)
     print(f"{few['unique_tokens']:,} unique tokens of {few['dataset']}, {few['epochs']:g} epochs an arm; AR "
           "untuned, one seed, unless you ask for more: see results/README.md")
-    probed = lambda *run, **more: flags(*run, **dict(probe_every=1) | more)
     epochs = yield from planned(few, flags, arms)
-    rows = yield from tuned(arms, few["rates"], seeds, probed, dict.fromkeys(arms, epochs),
+    rows = yield from tuned(arms, few["rates"], seeds, flags, dict.fromkeys(arms, epochs),
                             {"ar": pure, "all": list(arms), "none": []}[anneal])
     windows = validation(few["dataset"], few["block_size"], 256)
     for s in seeds:
