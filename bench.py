@@ -216,7 +216,7 @@ def file_name(command, about, flags):
     for name in about.named:
         value = flags[name]
         if value not in (False, "auto"):
-            parts.append(name if value is True else str(value).split(":")[0])
+            parts.append(name if value is True else Path(str(value)).name.split(":")[0])
     return flags["name"] or "_".join(parts)
 
 
