@@ -1860,17 +1860,22 @@ def train_(preset: PRESETS = "gpt2", n_layer: int = None, n_head: int = None, n_
 # ------------------------------------------------------------------------------------------------------------
 # quality: the same small model with every mixer
 
-def bigram_loss(train_data, val_windows, V):
+# Muon, QK norm and small batches: with them a few minutes of training buy most.
+QUICK = dict(n_head=4, optimizer="muon", lr=4e-3, set=["qk_norm=true"], eval_every=0, log_every=100,
+             save_every=200)
+SHARED["small"] = dict(dataset="docs-byte", n_layer=4, n_embd=128, block_size=512, batch_tokens=512,
+                       device="auto")
+
+
+def bigram_loss(train_data, windows, V):
     """Nats per token of a bigram model with add-one smoothing, the first token of a window from the
     unigram."""
-    pairs = (
-        np.bincount(np.asarray(train_data[:-1], np.int64) * V + train_data[1:], minlength=V * V).reshape(V, V)
-        + 1.0
-    )
-    uni = np.log(pairs.sum(axis=1) / pairs.sum())
-    bi = np.log(pairs / pairs.sum(axis=1, keepdims=True))
-    x = val_windows.numpy()
-    return -(uni[x[:, 0]].sum() + bi[x[:, :-1], x[:, 1:]].sum()) / x.size
+    pairs = np.ones((V, V))
+    np.add.at(pairs, (train_data[:-1], train_data[1:]), 1)
+    first = np.log(pairs.sum(axis=1) / pairs.sum())
+    follow = np.log(pairs / pairs.sum(axis=1, keepdims=True))
+    x = windows.numpy()
+    return -(first[x[:, 0]].sum() + follow[x[:, :-1], x[:, 1:]].sum()) / x.size
 
 
 def same_size(pattern, base):
@@ -1890,87 +1895,48 @@ def joined(result):
         row = rows.setdefault(r["mixer"], dict(mixer=f"`{r['mixer']}`"))
         row[f"{r['objective']} reads"] = r["reads"]
         spread = f" +- {r['std']:.3f}" if r["std"] else ""
-        row[{"ar": "AR", "mdm": "masked diffusion (a bound)"}[r["objective"]]] = (
-            f"{r['loss']:.3f}{spread} ({r['seeds']})"
-        )
+        column = {"ar": "AR", "mdm": "masked diffusion (a bound)"}[r["objective"]]
+        row[column] = f"{r['loss']:.3f}{spread} ({r['seeds']})"
     return sorted(rows.values(), key=lambda row: row.get("AR", "9"))
 
 
 @experiment(named=("device", "dtype"), show=joined, partial=True)
-def quality(
-    mixers=(*ATTENTION, "full window", "gated_deltanet alternate", "gated_deltanet forward", *MIXTURES),
-    objectives=("ar", "mdm"),
-    seeds=3,
-    seed=1337,
-    dataset="docs-byte",
-    steps=1200,
-    n_layer=4,
-    n_embd=128,
-    block_size=512,
-    batch_tokens=512,
-    lr=4e-3,
-    workers=1,
-    out="out/quality",
-    device="auto",
-    dtype="auto",
-):
+def quality(mixers=(*ATTENTION, "full window", "gated_deltanet alternate", "gated_deltanet forward",
+                    *MIXTURES),
+            objectives: OBJECTIVES = ("ar", "mdm"), seeds=3, seed=1337, steps=1200, workers=1,
+            out="out/quality", dtype="auto", **small):
     """The same small model with every mixer, AR and diffusion: validation loss, keys read, equal parameters.
 
     mixers: layers, the names in the default, or any layer patterns, comma-separated
     steps: of training: of each AR run, three times as many for diffusion
     dtype: auto (bfloat16 on a GPU) | bfloat16 | float32
     """
-    choose("objectives", objectives, ("ar", "mdm"))
-    folder, T = data_folder(dataset), block_size
-    train_data, val_data, _ = prepare.load_dataset(folder)
+    folder, T = data_folder(small["dataset"]), small["block_size"]
     V = prepare.load_tokenizer(folder).n_vocab
-    bigram = bigram_loss(train_data, train.fixed_windows(val_data, T, 64).long(), V)
-    shape = dict(n_layer=n_layer, n_head=4, n_embd=n_embd, block_size=T)
-    jobs, patterns, steps_of = {}, {}, {"ar": steps, "mdm": 3 * steps}  # diffusion learns slowly
-    for name in mixers:
-        pattern = patterns[name] = pattern_of(name, T // 4, 16)
-        n_inner = same_size(pattern, dict(shape, vocab_size=V, qk_norm=True))
-        for o, s in itertools.product(objectives, range(seed, seed + seeds)):
-            if o == "mdm" or "bidir" not in pattern:  # causal they are all the same
-                run = f"{file_part(name)}-{o}-{steps_of[o]}-s{s}" + f"-{dtype}" * (dtype != "auto")
-                jobs[f"{name} {o} {s}"] = dict(
-                    shape,
-                    dataset=str(folder),
-                    objective=o,
-                    layers=pattern,
-                    set=["qk_norm=true", f"n_inner={n_inner}"],
-                    seed=s,
-                    max_steps=steps_of[o],
-                    batch_tokens=batch_tokens,
-                    optimizer="muon",
-                    lr=lr,
-                    eval_every=0,
-                    eval_windows=64,
-                    log_every=100,
-                    save_every=200,
-                    device=device,
-                    dtype=dtype,
-                    out=f"{out}/{run}",
-                )
-    jobs = dict(sorted(jobs.items(), key=lambda job: job[1]["seed"]))  # a table of all after the first seed
+    base = dict(n_layer=small["n_layer"], n_head=4, n_embd=small["n_embd"], block_size=T, vocab_size=V,
+                qk_norm=True)
+    patterns = {name: pattern_of(name, T // 4, 16) for name in mixers}
+    inner = {name: same_size(pattern, base) for name, pattern in patterns.items()}
+    steps_of = {"ar": steps, "mdm": 3 * steps}  # diffusion learns slowly
+    runs, jobs = collections.defaultdict(list), {}
+    for s, (name, pattern), o in itertools.product(range(seed, seed + seeds), patterns.items(), objectives):
+        if o == "mdm" or "bidir" not in pattern:        # causal they are all the same
+            run = f"{file_part(name)}-{o}-{steps_of[o]}-s{s}" + f"-{dtype}" * (dtype != "auto")
+            runs[o, name].append(f"{name} {o} {s}")
+            jobs[f"{name} {o} {s}"] = QUICK | small | dict(
+                dataset=str(folder), objective=o, layers=pattern,
+                set=[*QUICK["set"], f"n_inner={inner[name]}"], seed=s, max_steps=steps_of[o], eval_windows=64, dtype=dtype, out=f"{out}/{run}")
     evals = yield jobs
-    for o, name in itertools.product(objectives, mixers):
-        runs = [f"{name} {o} {s}" for s in range(seed, seed + seeds)]
-        last = [evals[r][-1] for r in runs if evals.get(r) and evals[r][-1]["step"] == steps_of[o]]
-        if last:
-            lm, _ = train.load_model(jobs[runs[0]]["out"], "last")
-            losses = [e["loss"] for e in last]
+    for (o, name), mine in sorted(runs.items(), key=lambda item: objectives.index(item[0][0])):
+        last = [evals[run][-1] for run in mine if evals.get(run)]
+        losses = [e["loss"] for e in last if e["step"] == steps_of[o]]
+        if losses:
+            lm, _ = train.load_model(jobs[mine[0]]["out"], "last")
             yield dict(mixer=name, objective=o), dict(
-                measure="exact" if o == "ar" else "bound",
-                loss=statistics.mean(losses),
-                std=statistics.stdev(losses) if len(losses) > 1 else None,
-                seeds=len(losses),
-                losses=losses,
-                se=last[0]["se"] or None,
-                params=lm.num_params(),
-                below_bigram=bigram - statistics.mean(losses),
-                reads=max(b.mixer.reads(T, o == "ar") for b in lm.blocks),
-            )
+                loss=statistics.mean(losses), std=statistics.stdev(losses) if len(losses) > 1 else None,
+                seeds=len(losses), losses=losses, params=lm.num_params(),
+                reads=max(b.mixer.reads(T, o == "ar") for b in lm.blocks))
+    bigram = bigram_loss(prepare.load_dataset(folder)[0], validation(small["dataset"], T, 64), V)
     return dict(bigram=bigram, T=T, steps=steps_of, patterns=patterns)
 
 
@@ -1985,92 +1951,49 @@ def switch_arms(T):
             **{f"window, 1/{n}": f"full(window={T // n})" for n in (4, 16)}}
 
 
-def switch_table(result):
-    shown = ("arm", "reads", "before", "gap_before", "se_before", "after", "gap_after", "se_after")
-    return [{k: r[k] for k in shown} for r in result["rows"]]
-
-
-@experiment(named=("device",), show=switch_table)
-def switch(
-    dataset="docs-byte",
-    steps=1200,
-    adapt=150,
-    n_layer=2,
-    n_embd=128,
-    block_size=1024,
-    batch_tokens=1024,
-    lr=4e-3,
-    windows=64,
-    workers=1,
-    device="auto",
-    out="out/switch",
-):
+@experiment(named=("device",))
+def switch(steps=1200, adapt=150, windows=64, n_layer=2, block_size=1024, batch_tokens=1024, workers=1,
+           out="out/switch", **small):
     """InfLLM-V2's claim (2509.24663) in small: a dense AR checkpoint run sparse, before and after N steps of
     adaptation.
 
     Nothing is added to the parameters: the checkpoint is copied with another layer name, and train.py goes on
     from it. All arms take the same N batches at the same rates; `dense` goes on dense. `window` reads as many
-    keys, without a choice. gap: to dense at the same step, on the same windows; late: of the tokens behind
-    the first quarter.
+    keys, without a choice. gap: to dense at the same step, on the same windows.
 
     steps: of dense training
     adapt: steps of adaptation, N
     windows: validation windows
     """
-    root, T = Path(out) / f"{n_layer}x{n_embd}-T{block_size}-{steps}", block_size
-    # Muon, QK norm and small batches: with them a few minutes of training buy most.
-    base = dict(
-        dataset=str(data_folder(dataset)),
-        n_layer=n_layer,
-        n_head=4,
-        n_embd=n_embd,
-        block_size=T,
-        layers="full",
-        set=["qk_norm=true"],
-        batch_tokens=batch_tokens,
-        optimizer="muon",
-        lr=lr,
-        eval_every=0,
-        device=device,
-        eval_windows=windows,
-        log_every=50,
-        save_every=100,
-        max_steps=steps,
-        out=str(root / "base"),
-    )
+    root, T = Path(out) / f"{n_layer}x{small['n_embd']}-T{block_size}-{steps}", block_size
+    base = QUICK | small | dict(dataset=str(data_folder(small["dataset"])), n_layer=n_layer, block_size=T,
+                                batch_tokens=batch_tokens, layers="full", eval_windows=windows,
+                                max_steps=steps, out=str(root / "base"))
     yield {"base": base}
     jobs = {}
     for arm, pattern in switch_arms(T).items():
         folder = root / f"{file_part(arm)}-{adapt}"
         jobs[arm] = dict(base, layers=pattern, max_steps=steps + adapt, out=str(folder))
-        if not (folder / "ckpt_last.pt").exists():  # the dense checkpoint under another name
+        if not (folder / "ckpt_last.pt").exists():          # the dense checkpoint under another name
             state = train.load_checkpoint(root / "base")
             state["config"]["layers"] = pattern
             state["flags"] |= dict(layers=pattern, out=str(folder))
             folder.mkdir(parents=True, exist_ok=True)
             train.save_atomic(state, folder / "ckpt_last.pt")
     yield jobs
-    x, dense = validation(dataset, T, windows), {}
-
-    @torch.no_grad()
-    def nats(lm):
-        """(windows, T): exact, of every token."""
-        return torch.cat(
-            [diffusion.ar_loss(lm, b, lm.mask_id, reduction="none") for b in x.split(8)]
-        ).double()
-    _, start = train.load_model(root / "base", "last")
+    x, dense = validation(small["dataset"], T, windows), {}
+    start = train.load_checkpoint(root / "base")
     for arm, job in jobs.items():
         lm, state = train.load_model(job["out"], "last")
-        row = dict(reads=lm.blocks[0].mixer.reads(T), params=lm.num_params(), layers=job["layers"])
-        for when, weights in (("after", state), ("before", start)):
+        row = dict(reads=lm.blocks[0].mixer.reads(T), params=lm.num_params())
+        for when, weights in (("before", start), ("after", state)):
             lm.load_state_dict(weights["model"])
-            mine = nats(lm)
-            gap = mine - dense.setdefault(when, mine)
-            row |= {when: mine.mean().item(), f"gap_{when}": gap.mean().item(),
-                    f"se_{when}": (gap.mean(1).std() / len(gap) ** 0.5).item(),
-                    f"late_gap_{when}": gap[:, T // 4:].mean().item()}
-        yield dict(arm=arm), row | dict(minutes=(state["seconds"] - start["seconds"]) / 60)
-    return dict(base_minutes=start["seconds"] / 60)
+            with torch.no_grad():               # (windows,): exact
+                nats = torch.cat([diffusion.ar_loss(lm, b, lm.mask_id, reduction="none") for b in x.split(8)])
+            nats = nats.double().mean(1)
+            gap, se = mean_se((nats - dense.setdefault(when, nats)).tolist())
+            row |= {when: nats.mean().item(), f"gap_{when}": gap, f"se_{when}": se}
+        yield dict(arm=arm), row
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2502,25 +2425,12 @@ def theory(lengths=(24, 96), steps=1000, sequences=128, threads=1, out="out/theo
 # ------------------------------------------------------------------------------------------------------------
 # tools: a calculator inside an answer
 
-# Muon and QK norm: with AdamW the step from guessing to copying, which all this needs, comes several times
-# later.
-CALCULATOR = dict(
-    dataset="arithmetic",
-    n_layer=2,
-    n_head=4,
-    n_embd=96,
-    block_size=128,
-    batch_tokens=2048,
-    optimizer="muon",
-    lr=4e-3,
-    set=["qk_norm=true"],
-    eval_every=400,
-    log_every=100,
-    save_every=200,
-)
+# With AdamW the step from guessing to copying, which all this needs, comes several times later.
+CALCULATOR = QUICK | dict(dataset="arithmetic", n_layer=2, n_embd=96, block_size=128, batch_tokens=2048,
+                          eval_every=400)
 
 
-@experiment(show=without("example", "loss"))
+@experiment()
 def tools(steps=1000, problems=500, workers=1, device="auto", threads=1, out="out/tools"):
     """Held-out arithmetic with and without a calculator, as AR and as block diffusion: share of right
     answers.
@@ -2531,23 +2441,17 @@ def tools(steps=1000, problems=500, workers=1, device="auto", threads=1, out="ou
     _, val, _ = prepare.load_dataset(prepare.prepare("arithmetic"))
     tokenizer = prepare.load_tokenizer("data/arithmetic")
     texts = [t for t in tokenizer.decode(val.tolist()).split(prepare.EOT) if t][:problems]
-    prompts = [tokenizer.encode(t[:t.index("?") + 1]) for t in texts]
-    jobs = {
-        o: dict(
-            CALCULATOR,
-            max_steps=n,
-            objective=o,
-            diffusion_block=4 if o == "block" else None,
-            out=f"{out}/{o}-{n}",
-        )
-        for o, n in (("ar", steps), ("block", 3 * steps))
-    }  # diffusion learns slowly
+    prompts = [t[:t.index("?") + 1] for t in texts]
+    runs = {"ar": dict(max_steps=steps), "block": dict(max_steps=3 * steps, diffusion_block=4)}
+    jobs = {o: CALCULATOR | more | dict(objective=o, out=f"{out}/{o}-{more['max_steps']}")
+            for o, more in runs.items()}
     yield jobs
     cases = [("ar", "left"), ("block", "left"), ("block", "max_prob")]
     for (objective, order), tool in itertools.product(cases, ("none", "calculator")):
         def measure():
             lm, state = train.load_model(jobs[objective]["out"], "last", device)
-            x, valid = (a.to(device) for a in diffusion.canvas(prompts, 60, lm.mask_id))
+            x, valid = diffusion.canvas([tokenizer.encode(p) for p in prompts], 60, lm.mask_id)
+            x, valid = x.to(device), valid.to(device)
             call = sample.calculator if tool == "calculator" else lambda text: ""
             hook = sample.ToolCalls(call, tokenizer, lm.mask_id, valid.sum(1))
             how = dict(temperature=0, eot_id=tokenizer.eot, valid=valid)
@@ -2555,20 +2459,14 @@ def tools(steps=1000, problems=500, workers=1, device="auto", threads=1, out="ou
                 y = diffusion.sample_ar(lm, x, lm.mask_id, on_token=hook, **how)
             else:
                 y = diffusion.sample_block(lm, x, lm.mask_id, 4, order=order, on_block=hook, **how)
-            written = [tokenizer.decode(r).split(prepare.EOT)[0] for r in y.tolist()]
+            written = [tokenizer.decode(row).split(prepare.EOT)[0] for row in y.tolist()]
             answer = lambda text: text.rpartition(" ")[2]
             accuracy, se = mean_se([float(answer(t) == answer(w)) for t, w in zip(texts, written)])
-            made = {(i, call) for i, call, *_ in hook.calls}
-            return dict(
-                problems=len(texts),
-                accuracy=accuracy,
-                se=se,
-                right_calls=sum((i, t[: t.index("?")]) in made for i, t in enumerate(texts)),
-                failed_calls=sum(why is not None for *_, why in hook.calls),
-                minutes=state["seconds"] / 60,
-                loss=state["best"],
-                example=written[0],
-            )
+            made = {(i, call + "?") for i, call, *_ in hook.calls}
+            return dict(problems=len(texts), accuracy=accuracy, se=se,
+                        right_calls=sum(call in made for call in enumerate(prompts)),
+                        failed_calls=sum(why is not None for *_, why in hook.calls),
+                        minutes=state["seconds"] / 60)
         yield dict(model=objective, order=order, tool=tool), measure
 
 # ------------------------------------------------------------------------------------------------------------
