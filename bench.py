@@ -1493,15 +1493,8 @@ def study(part: PARTS = "ar", rates=(1e-3, 2e-3, 4e-3), seeds=1, seed=1337, ar_e
 # ------------------------------------------------------------------------------------------------------------
 # presets: sizes of the published models
 
-PUBLISHED = {
-    "gpt2": "124M",
-    "llama": "8.03B",
-    "llada": "8B",
-    "qwen3-next": "80B-A3B",
-    "kimi-linear": "48B-A3B",
-    "deepseek-v3": "671B-A37B",
-    "gpt-oss": "20.9B-A3.6B",
-}
+PUBLISHED = {"gpt2": "124M", "llama": "8.03B", "llada": "8B", "qwen3-next": "80B-A3B",
+             "kimi-linear": "48B-A3B", "deepseek-v3": "671B-A37B", "gpt-oss": "20.9B-A3.6B"}
 
 
 def published_costs():
@@ -1513,15 +1506,12 @@ def published_costs():
     caches = (("DeepSeek-V3", "mla", mla, 61, 70_272),
               ("Qwen2.5-72B", "full", dict(n_embd=8192, n_head=64, **gqa8), 80, 327_680),
               ("Llama-3.1-405B", "full", dict(n_embd=16384, n_head=128, **gqa8), 126, 516_096))
-    rows = []
+    layer = lambda kind, **values: ATTENTION[kind](override(ModelConfig(), values))
     with torch.device("meta"):
-        for name, kind, values, layers, published in caches:
-            layer = ATTENTION[kind](override(ModelConfig(), values))
-            rows.append(dict(model=name, what="cache, bytes per token", published=published,
-                             ours=layers * layer.cache_bytes(1, torch.bfloat16)))
-        nsa = ATTENTION["nsa"](
-            override(ModelConfig(), dict(n_embd=2560, n_head=64, n_kv_head=4, head_dim=128))
-        )
+        nsa = layer("nsa", n_embd=2560, n_head=64, n_kv_head=4, head_dim=128)
+        rows = [dict(model=name, what="cache, bytes per token", published=published,
+                     ours=layers * layer(kind, **values).cache_bytes(1, torch.bfloat16))
+                for name, kind, values, layers, published in caches]
     for T, ratio in ((8192, 4.0), (16384, 6.4), (32768, 9.1), (65536, 11.6)):
         rows.append(dict(model="NSA 27B", what=f"keys read, dense / sparse at {T // 1024}k", published=ratio,
                          ours=round(T / nsa.reads(T), 1)))
@@ -1529,45 +1519,26 @@ def published_costs():
 
 
 def preset_table(result):
-    billions = lambda n: f"{n / 1e9:.2f}B"
-    rows = [
-        dict(
-            preset=r["preset"],
-            published=r["published"],
-            total=billions(r["total"]),
-            active=billions(r["active"]),
-            mixers=r["mixers"],
-            **{
-                "cache bytes per token": round(r["cache_bytes_per_token_64k"]),
-                "against multi-head": f"{r['vs_mha']:+.0%}",
-            },
-        )
-        for r in result["rows"]
-    ]
-    return (
-        markdown(rows)
-        + "\n\nFrom the papers, and from `cache_bytes` and `reads` at the published settings:\n\n"
-        + markdown(result["published_costs"])
-    )
+    text = "\n\nFrom the papers, and from `cache_bytes` and `reads` at the published settings:\n\n"
+    return markdown(result["rows"]) + text + markdown(result["published_costs"])
 
 
 @experiment(show=preset_table)
 def presets():
     """Sizes and caches of the published models as configured here, counted on the meta device."""
-    T = 65536
+    T, billions = 65536, lambda n: f"{n / 1e9:.2f}B"
     for name, published in PUBLISHED.items():
         with torch.device("meta"):
             lm = LM(from_preset(name))
         c, cache = lm.config, lm.cache_bytes(T, torch.bfloat16) / T
         D = c.head_dim or c.n_embd // c.n_head
-        if c.qk_nope_head_dim:  # MLA: the heads it stands for
+        if c.qk_nope_head_dim:                  # MLA: the heads it stands for
             D = (c.qk_nope_head_dim + c.v_head_dim) // 2
-        mha = 2 * 2 * c.n_layer * c.n_head * D
-        yield dict(preset=name), dict(
-            published=published, total=lm.num_params(), active=lm.active_params(),
-            active_no_embedding=lm.active_params(False),
-            mixers=" ".join(dict.fromkeys(type(b.mixer).__name__ for b in lm.blocks)),
-            cache_bytes_per_token_64k=cache, vs_mha=cache / mha - 1, vs_gqa8=cache / (mha * 8 / c.n_head) - 1)
+        mixers = " ".join(dict.fromkeys(type(b.mixer).__name__ for b in lm.blocks))
+        yield dict(preset=name), {
+            "published": published, "total": billions(lm.num_params()),
+            "active": billions(lm.active_params()), "mixers": mixers, "cache bytes per token": round(cache),
+            "against multi-head": f"{cache / (4 * c.n_layer * c.n_head * D) - 1:+.0%}"}
     return dict(published_costs=published_costs(), context=T, cache_dtype="bfloat16")
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1925,7 +1896,8 @@ def quality(mixers=(*ATTENTION, "full window", "gated_deltanet alternate", "gate
             runs[o, name].append(f"{name} {o} {s}")
             jobs[f"{name} {o} {s}"] = QUICK | small | dict(
                 dataset=str(folder), objective=o, layers=pattern,
-                set=[*QUICK["set"], f"n_inner={inner[name]}"], seed=s, max_steps=steps_of[o], eval_windows=64, dtype=dtype, out=f"{out}/{run}")
+                set=[*QUICK["set"], f"n_inner={inner[name]}"], seed=s, max_steps=steps_of[o],
+                eval_windows=64, dtype=dtype, out=f"{out}/{run}")
     evals = yield jobs
     for (o, name), mine in sorted(runs.items(), key=lambda item: objectives.index(item[0][0])):
         last = [evals[run][-1] for run in mine if evals.get(run)]
@@ -2475,66 +2447,53 @@ def tools(steps=1000, problems=500, workers=1, device="auto", threads=1, out="ou
 def moe_speed(E, k, device, repeat):
     """Tokens/s of the MoE layer against a dense MLP with the same active parameters, forward and backward."""
     cuda = device.startswith("cuda")
-    dtype, C, inner, tokens = (
-        (torch.bfloat16, 2048, 8192, 32768) if cuda else (torch.float32, 384, 1024, 4096)
-    )
+    C, inner, tokens = (2048, 8192, 32768) if cuda else (384, 1024, 4096)
     config = ModelConfig(n_embd=C, n_inner=inner, n_expert=E, n_expert_active=k, expert_inner=inner // k)
-    moe, mlp = MoE(config).to(device, dtype), MLP(config).to(device, dtype)
-    for p in (*moe.parameters(), *mlp.parameters()):
+    dense, moe = (layer(config).to(device, dtype_on(device)) for layer in (MLP, MoE))
+    leaves = [torch.randn(1, tokens, C, device=device, dtype=dtype_on(device), requires_grad=True)]
+    for p in (*dense.parameters(), *moe.parameters()):
         torch.nn.init.normal_(p, std=0.02)
-    x = torch.randn(1, tokens, C, device=device, dtype=dtype, requires_grad=True)
+        leaves.append(p)
+    calls = [dense, moe, lambda x: moe.route(x.view(-1, C))[0]]
+    if cuda:
+        calls = [torch.compile(f, dynamic=False) for f in calls]
 
     def step(f):
-        for a in (x, *moe.parameters(), *mlp.parameters()):
+        for a in leaves:
             a.grad = None
-        (f() * 1.1).sum().backward()
-    calls = [lambda: mlp(x), lambda: moe(x), lambda: moe.route(x.view(-1, C))[0]]
-    calls = [torch.compile(f, dynamic=False) if cuda else f for f in calls]
-    times = [[], [], []]
-    for _ in range(repeat + 2):  # alternating: the machine's mood is shared
-        for t, f in zip(times, calls):
-            t.append(seconds_of(lambda: step(f), device, 1))
-    dense, sparse, route = (min(t[2:]) for t in times)
-    return dict(width=C, tokens=tokens, dense_tok_per_s=tokens / dense, moe_tok_per_s=tokens / sparse,
-                ratio=dense / sparse, routing_share=route / sparse)
+        (f(leaves[0]) * 1.1).sum().backward()
+    # Alternating: the machine's mood is shared.
+    rounds = [[seconds_of(lambda: step(f), device, 1) for f in calls] for _ in range(repeat + 2)]
+    plain, sparse, route = map(min, zip(*rounds[2:]))
+    return dict(width=C, tokens=tokens, dense_tok_per_s=tokens / plain, moe_tok_per_s=tokens / sparse,
+                ratio=plain / sparse, routing_share=route / sparse)
 
 
 def skew_routers(out, windows):
     """Rewrite a fresh checkpoint so that the first k experts of every layer are everyone's first choice."""
     lm, state = train.load_model(out, "last")
-    for name, m in lm.named_modules():
-        if isinstance(m, MoE):
-            seen = []
-            hook = m.register_forward_pre_hook(lambda _, args: seen.append(args[0].mean(dim=(0, 1))))
-            with torch.no_grad():
-                lm(windows)
-            hook.remove()
-            state["model"][f"{name}.router.weight"][:m.k] += 2.0 * seen[0] / seen[0].square().sum()
+    for name, moe in lm.named_modules():
+        if isinstance(moe, MoE):
+            moe.register_forward_pre_hook(lambda moe, args: setattr(moe, "read", args[0].mean(dim=(0, 1))))
+    with torch.no_grad():
+        lm(windows)
+    for name, moe in lm.named_modules():
+        if isinstance(moe, MoE):
+            state["model"][f"{name}.router.weight"][:moe.k] += 2.0 * moe.read / moe.read.square().sum()
     train.save_atomic(state, Path(out) / "ckpt_last.pt")
 
 
 def balance(router, bias_step, steps, device, out):
     """The load of 32 experts from a skewed router on: [step, largest / mean load in the worst layer]."""
     flags = dict(
-        dataset=str(data_folder("docs-byte")),
-        n_layer=2,
-        n_head=4,
-        n_embd=64,
-        block_size=64,
-        batch_tokens=1024,
-        log_every=100,
-        eval_every=0,
-        max_steps=steps,
-        save_every=500,
-        schedule="constant",
-        device=device,
-        out=str(out),
-        set=["n_expert=32", "n_expert_active=4", "expert_inner=64", f"router_bias_step={bias_step}"],
-    )
+        dataset=str(data_folder("docs-byte")), n_layer=2, n_head=4, n_embd=64, block_size=64,
+        batch_tokens=1024, log_every=100, eval_every=0, max_steps=steps, save_every=500, schedule="constant",
+        device=device, out=str(out),
+        set=["n_expert=32", "n_expert_active=4", "expert_inner=64", f"router_bias_step={bias_step}"])
     if not (out / "ckpt_last.pt").exists():
-        train.train({**flags, "max_steps": 1, "log_every": 1}, log=lambda *_: None)
+        train.train(flags | dict(max_steps=1, log_every=1), log=lambda *_: None)
         skew_routers(out, validation("docs-byte", 64, 16))
-    result = train.train({**flags, "resume": "auto"}, log=lambda line: print(f"[{router}] {line}"))
+    result = train.train(flags | dict(resume="auto"), log=lambda line: print(f"[{router}] {line}"))
     if result["stopped"]:
         raise KeyboardInterrupt
     log = [r for r in train.read_log(out) if r["kind"] == "train" and r["step"] > 1]
@@ -2547,22 +2506,17 @@ def balance(router, bias_step, steps, device, out):
 def load_picture(plt, result):
     figure, ax = plt.subplots(figsize=(8, 4.5))
     for r in result["rows"]:
-        if r["what"] == "balance":
-            ax.plot(*zip(*r["loads"]), label=r["router"])
-    ax.set(xlabel="step", ylabel="largest / mean load, worst layer", yscale="log")
-    ax.set_yticks([1, 2, 3, 4, 6, 8], list("123468"))
-    ax.set_yticks([], minor=True)
-    ax.set_title("32 experts, top 4, from a skewed router", fontsize=10)
-    ax.grid(alpha=0.25)
-    ax.legend(fontsize=9)
+        if "loads" in r:
+            ax.semilogy(*zip(*r["loads"]), label=r["router"])
+    log_ticks(ax.yaxis, [1, 2, 3, 4, 6, 8])
+    dress(ax, "32 experts, top 4, from a skewed router", xlabel="step",
+          ylabel="largest / mean load, worst layer")
     return figure
 
 
 def moe_tables(result):
-    of = lambda what: markdown(
-        [{k: v for k, v in r.items() if k != "what"} for r in result["rows"] if r["what"] == what]
-    )
-    return of("speed") + "\n\n" + of("balance")
+    rows = result["rows"]
+    return "\n\n".join(markdown([r for r in rows if key in r]) for key in ("experts", "router"))
 
 
 @experiment(named=("device",), show=moe_tables, picture=load_picture)
@@ -2572,15 +2526,12 @@ def moe(steps=2000, repeat=12, device="auto", threads=1, out="out/moe"):
 
     steps: of the balance runs
     """
-    if steps < 2:
-        raise ValueError(
-            f"--steps {steps} must be at least 2: the first one comes before the routers are skewed"
-        )
+    need(steps > 1, f"--steps {steps} must be at least 2: the first comes before the routers are skewed")
     for E, k in ((64, 8), (128, 8)) if device.startswith("cuda") else ((8, 2), (32, 4), (128, 8)):
-        yield dict(what="speed", experts=E, active=k), lambda: moe_speed(E, k, device, repeat)
+        yield dict(experts=E, active=k), lambda: moe_speed(E, k, device, repeat)
     for router, bias_step in (("bias rule", 1e-3), ("no balancing", 0.0)):
         folder = Path(out) / file_part(router)
-        yield dict(what="balance", router=router), lambda: balance(router, bias_step, steps, device, folder)
+        yield dict(router=router), lambda: balance(router, bias_step, steps, device, folder)
 
 # ------------------------------------------------------------------------------------------------------------
 # decode, panel: what sampling costs and what it gives; the likelihoods of the same models
@@ -2922,10 +2873,26 @@ def probe_as_items(flags, tokenizer, T, limit):
 
 
 @torch.no_grad()
-def end_nats(lm, context, ends, measure, n_mc=32, seed=0, block=None, rows=64):
-    """-log p of each end behind the context, a list: exact, of an AR model; or of a diffusion model the
-    bound, all ends under the same n_mc masks (as far as they have places in common), or the exact chain from
-    left to right. block: of a block-diffusion model; the last block's places behind an end stay hidden."""
+def exact_nats(lm, context, ends):
+    """(-log p of each end behind the context, is each what the model writes?) of an AR model, two lists. The
+    context is read once."""
+    device, nats, greedy = lm.embed.weight.device, [], []
+    read = torch.tensor([[lm.mask_id, *context]], device=device)        # behind BOS
+    cache = lm.init_cache(1, read.size(1) + max(map(len, ends)))
+    lm(read[:, :-1], cache=cache)
+    for end in ends:
+        y = torch.tensor([end], device=device)
+        logits = lm(torch.cat([read[:, -1:], y[:, :-1]], dim=1), cache=cache, commit=False)
+        nats.append(diffusion.token_nll(logits, y).double().sum().item())
+        greedy.append(torch.equal(logits.argmax(-1), y))
+    return nats, greedy
+
+
+@torch.no_grad()
+def diffusion_nats(lm, context, ends, measure, n_mc=32, seed=0, block=None, rows=64):
+    """-log p of each end behind the context under a diffusion model, a list: the bound, all ends under the
+    same n_mc masks (as far as they have places in common), or the exact chain from left to right. block: of a
+    block-diffusion model; the last block's places behind an end stay hidden."""
     mask, device = lm.mask_id, lm.embed.weight.device
     x, real = diffusion.canvas([context + end for end in ends], 0, mask)
     if block:
@@ -2934,8 +2901,6 @@ def end_nats(lm, context, ends, measure, n_mc=32, seed=0, block=None, rows=64):
     scored = real & (torch.arange(x.size(1)) >= len(context))
     x, real, scored = (a.to(device) for a in (x, real, scored))
     keywords = {} if block or real.all() else {"valid": real}
-    if measure == "exact":                                  # causal: padding on the right is never read
-        return (diffusion.ar_loss(lm, x, mask, reduction="none").double() * scored).sum(1).tolist()
     if measure == "bound":
         gen, same = torch.Generator().manual_seed(seed), torch.zeros(len(ends), dtype=torch.int64)
         nats, _ = diffusion.mdm_nll(lm, x, mask, n_mc, gen, batch_size=rows, noise_block=block, scored=scored,
@@ -2947,31 +2912,30 @@ def end_nats(lm, context, ends, measure, n_mc=32, seed=0, block=None, rows=64):
     return (nats.cpu() * scored.sum(1).cpu()).tolist()
 
 
-def writes(lm, context, end, measure, block=None):
-    """Does the model write just these tokens, left to right, always the most probable one?"""
+def greedy_end(lm, context, end, block=None):
+    """Does a diffusion model write just these tokens, left to right, always the most probable one?"""
     x = torch.tensor([context + [lm.mask_id] * len(end)], device=lm.embed.weight.device)
-    if measure == "exact":
-        y = diffusion.sample_ar(lm, x, lm.mask_id, temperature=0)
-    elif block:
-        y = diffusion.sample_block(lm, x, lm.mask_id, block, order="left", temperature=0)
-    else:
-        y = diffusion.sample_mdm(lm, x, lm.mask_id, order="left", temperature=0)
+    how = dict(order="left", temperature=0, fill_block=block)
+    y = (diffusion.sample_block if block else diffusion.sample_mdm)(lm, x, lm.mask_id, **how)
     return y[0, len(context):].tolist() == end
 
 
 def judge_item(lm, flags, item, measure, n_mc, seed):
-    """{"nats": of each end, "greedy": is the only one what the model writes?} or {"failed": why}. A context
-    that does not fit into the window loses its left."""
+    """{"nats": of each end, "greedy": if there is but one, is it what the model writes?} or {"failed": why}.
+    A context that does not fit into the window loses its left."""
     ends, T = item["ends"], lm.config.block_size
     longest = max(map(len, ends))
     if longest > T:
         return {"failed": f"an answer of {longest} tokens is longer than the window of {T}"}
     context = item["context"][max(0, len(item["context"]) + longest - T):]
+    if measure == "exact":
+        nats, greedy = exact_nats(lm, context, ends)
+        return {"nats": nats, "greedy": greedy[0]}
     block = flags["diffusion_block"] if flags["objective"] == "block" else None
     tokens = 65536 if lm.embed.weight.is_cuda else 4096     # in a pass
     rows = max(1, tokens // (len(context) + longest))
-    nats = end_nats(lm, context, ends, measure, n_mc, seed, block, rows)
-    return {"nats": nats, "greedy": len(ends) == 1 and writes(lm, context, ends[0], measure, block)}
+    nats = diffusion_nats(lm, context, ends, measure, n_mc, seed, block, rows)
+    return {"nats": nats, "greedy": len(ends) == 1 and greedy_end(lm, context, ends[0], block)}
 
 
 def summary(items, results):

@@ -97,7 +97,7 @@ def off(a, b, norm=None):
 # Size
 
 BUDGET = {"attention.py": 19_500, "model.py": 7_400, "diffusion.py": 5_300, "train.py": 12_900, "sample.py": 4_700,
-          "prepare.py": 8_300, "bench.py": 26_200, "test_all.py": 64_700}
+          "prepare.py": 8_300, "bench.py": 30_600, "test_all.py": 64_700}
 NARROW = ("attention.py", "model.py", "diffusion.py", "train.py", "sample.py", "prepare.py", "bench.py")
 
 
@@ -3505,16 +3505,16 @@ def random_items(lengths, seed=0):
 
 @pytest.mark.parametrize("layers", ["full", "full(window=4) gated_deltanet", "mla", "nsa"])
 def test_exact_choices_are_the_models_own_sum(layers):
-    """Ends of unequal length at once == one pass a choice, no padding."""
+    """Through the cache, a context read once == one pass a choice."""
     lm = diff_lm(layers)
     for context, ends in random_items([(9, (3, 7, 1, 2)), (9, (1,)), (0, (4, 1))]):
-        for end, value in zip(ends, bench.end_nats(lm, context, ends, "exact")):
+        for end, value, hit in zip(ends, *bench.exact_nats(lm, context, ends)):
             x = torch.tensor([context + end])
             with torch.no_grad():
                 logits = lm(torch.tensor([[13] + context + end[:-1]]))
             assert value == pytest.approx(diffusion.token_nll(logits, x)[0, len(context):].sum().item(), abs=1e-8)
-            assert bench.writes(lm, context, end, "exact") == (logits.argmax(-1)[0, len(context):].tolist() == end)
-    assert sum(bench.writes(lm, [1, 2], [a], "exact") for a in range(13)) == 1
+            assert hit == (logits.argmax(-1)[0, len(context):].tolist() == end)
+    assert sum(bench.exact_nats(lm, [1, 2], [[a] for a in range(13)])[1]) == 1
 
 
 def test_diffusion_choices_are_their_definition():
@@ -3522,10 +3522,10 @@ def test_diffusion_choices_are_their_definition():
     lm = diff_lm()
     (context, ends), = random_items([(4, (3, 2, 3))])
     ends.append(list(ends[0]))
-    nats = bench.end_nats(lm, context, ends, "bound", 400, rows=7)
+    nats = bench.diffusion_nats(lm, context, ends, "bound", 400, rows=7)
     assert nats[0] == nats[3], "equal ends under the same masks: no difference at all"
-    assert bench.end_nats(lm, context, ends, "bound", 400, rows=1000) == pytest.approx(nats, abs=1e-9)
-    chain = bench.end_nats(lm, context, ends, "chain")
+    assert bench.diffusion_nats(lm, context, ends, "bound", 400, rows=1000) == pytest.approx(nats, abs=1e-9)
+    chain = bench.diffusion_nats(lm, context, ends, "chain")
     for end, bound, left in zip(ends, nats, chain):
         x, P, values = torch.tensor(context + end), len(context), []
         for order in itertools.permutations(range(P, P + len(end))):
@@ -3545,8 +3545,8 @@ def test_block_choices_are_their_definition():
     lm = diff_lm()
     (context, ends), = random_items([(5, (4, 2, 6))])
     for S in (1, 4):
-        chain = bench.end_nats(lm, context, ends, "chain", block=S)
-        bound = bench.end_nats(lm, context, ends, "bound", 8, 0, block=S)
+        chain = bench.diffusion_nats(lm, context, ends, "chain", block=S)
+        bound = bench.diffusion_nats(lm, context, ends, "bound", 8, 0, block=S)
         for end, left, value in zip(ends, chain, bound):
             tokens, want = context + end, 0.0
             for i in range(len(context), len(tokens)):              # token i given all before it, its block hidden from i on
@@ -3559,7 +3559,7 @@ def test_block_choices_are_their_definition():
             assert left == pytest.approx(want, abs=1e-8)
             if S == 1:
                 assert value == pytest.approx(want, abs=1e-8)
-    values = [bench.end_nats(lm, context, [[3, 4, 5]], "bound", 200, s, block=4)[0] for s in range(2)]
+    values = [bench.diffusion_nats(lm, context, [[3, 4, 5]], "bound", 200, s, block=4)[0] for s in range(2)]
     assert values[0] != values[1] and values[0] == pytest.approx(values[1], rel=0.05)
 
 
@@ -3571,7 +3571,7 @@ def test_greedy_end_is_argmax_from_the_left():
         how = dict(order="left", temperature=0)
         y = diffusion.sample_block(lm, x, 13, 4, **how) if block else diffusion.sample_mdm(lm, x, 13, **how)
         end = y[0, 3:].tolist()
-        assert bench.writes(lm, context, end, "chain", block) and not bench.writes(lm, context, [(end[0] + 1) % 13, *end[1:]], "chain", block)
+        assert bench.greedy_end(lm, context, end, block) and not bench.greedy_end(lm, context, [(end[0] + 1) % 13, *end[1:]], block)
 
 
 def test_choices_are_cut_on_the_left_or_failed():
