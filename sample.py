@@ -6,11 +6,14 @@
     python sample.py out/RUN --threshold 0.9 --block_size 32 --cache     # diffusion, several tokens a pass
     python sample.py out/RUN --prompt "(17+4)*25?" --tool calculator  # after prepare.py --dataset arithmetic
     python sample.py out/RUN --gif a.gif --beside out/RUN2  # a picture that moves: two runs, one prompt
+    python sample.py FOLDER --prompt "Once upon a time"    # a published model: config.json, model.safetensors
+    python sample.py out/RUN --export FOLDER                             # and back, for transformers
     python sample.py score out/RUN --text FILE                           # nats per token and bits per byte
 
 What is in this file, in this order:
     generate        prompts to text: parse_prompt, sampler (the run's own sampler and the flags that fit it)
     score           panel (all likelihoods that an objective defines), block_chain
+    export          to safetensors
     to look at      watcher (--watch), moving_picture (--gif)
     tools           ToolCalls, calculator
 """
@@ -20,8 +23,10 @@ if __name__ == "__main__":                      # Ctrl-C while the imports run: 
 
 import argparse
 import ast
+import contextlib
 import functools
 import itertools
+import json
 import math
 import operator
 import os
@@ -36,6 +41,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 import diffusion
+import model
 import prepare
 import train
 from model import parse_layers
@@ -234,6 +240,85 @@ def block_chain(lm, x, S, order, scored=None):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Export
+
+GPT2 = """
+n_embd=n_embd n_layer=n_layer n_head=n_head n_positions=block_size n_inner=n_inner layer_norm_epsilon=norm_eps
+activation_function=mlp"""
+LLAMA = """
+hidden_size=n_embd num_hidden_layers=n_layer num_attention_heads=n_head num_key_value_heads=n_kv_head
+head_dim=head_dim intermediate_size=n_inner max_position_embeddings=block_size rms_norm_eps=norm_eps
+rope_theta=rope_base tie_word_embeddings=tied"""
+
+
+@torch.no_grad()
+def export(args, lm, tokenizer, flags):
+    """Writes a new folder that transformers reads, and our scripts: config.json, model.safetensors, and the
+    run's tokenizer. Our row V is a token more there. ValueError where the nearest kind of model, gpt2, llama
+    or qwen3, computes something else."""
+    from safetensors.torch import save
+    V, folder = lm.V, Path(args.export)
+    c = model.override(lm.config, {"n_inner": model.inner_width(lm.config)})
+    kind = "gpt2" if c.mlp in ("gelu", "gelu_new") else "qwen3" if c.qk_norm else "llama"
+    names = model.settings(GPT2 if kind == "gpt2" else LLAMA)
+    config = {theirs: getattr(c, ours) for theirs, ours in names.items()}
+    config |= dict(model_type=kind, vocab_size=V + 1, mask_token_id=V, bos_token_id=V,
+                   eos_token_id=tokenizer.eot, objective=flags["objective"])
+    twin, x, same = model.LM(model.read_config(config)).eval(), torch.arange(c.block_size)[None] % V, False
+    with contextlib.suppress(RuntimeError):                     # other shapes
+        twin.load_state_dict(lm.state_dict(), strict=False)     # biases that ours has not stay 0
+        same = torch.allclose(twin(x), lm.cpu()(x), atol=1e-4)
+    need(same, f"--export: a {kind} is the nearest that there is, and it computes something else")
+    weights = {name: w.contiguous() for name, w in model.their_tensors(twin, kind, V + 1).items()}
+    folder.mkdir(parents=True)
+    with prepare.whole_file(folder / "model.safetensors") as f:
+        f.write(save(weights, {"format": "pt"}))
+    with prepare.whole_file(folder / "config.json", "w") as f:
+        json.dump(config, f, indent=1)
+    for path in prepare.run_files(args.run):
+        shutil.copy(path, folder)
+
+
+def harness(run, device="cpu", measure=None, n_mc=32):
+    """A model for lm-evaluation-harness: lm_eval.simple_evaluate(sample.harness("out/RUN"), tasks=["piqa"]).
+
+    measure: one of bench.MEASURES, None takes the objective's first; what it says of an item is what
+    `bench.py choices` says, with the same masks, drawn from the document's number."""
+    from lm_eval.api.model import LM
+    import bench
+    lm, state = train.load_model(run, device=device)
+    flags, tokenizer = {**train.DEFAULTS, **state["flags"]}, prepare.load_tokenizer(run)
+    measure, T = measure or bench.MEASURES[flags["objective"]][0], lm.config.block_size
+
+    def judge(context, end, seed):
+        item = bench.item_of(context, [end], 0, tokenizer)
+        found = bench.judge_item(lm, flags, item, measure, n_mc, seed)
+        return -found["nats"][0], found["greedy"]
+
+    class Harness(LM):
+        def loglikelihood(self, requests):
+            return [judge(*map(tokenizer.encode, r.args), r.doc_id or 0) for r in requests]
+
+        def loglikelihood_rolling(self, requests):
+            texts = (torch.tensor(tokenizer.encode(*r.args)).split(T) for r in requests)
+            return [sum(judge([], w.tolist(), i)[0] for i, w in enumerate(text)) for text in texts]
+
+        def generate_until(self, requests):
+            return [self.greedy(*r.args) for r in requests]
+
+        def greedy(self, context, how):
+            new = how.get("max_gen_toks", 256)
+            ids = tokenizer.encode(context)[-max(1, T - new):]
+            _, run = sampler(argparse.Namespace(**dict.fromkeys(DIFFUSION)), lm, flags, False)
+            x = torch.tensor([ids + [lm.mask_id] * new], device=lm.embed.weight.device)
+            text = tokenizer.decode(run(x, temperature=0, eot_id=tokenizer.eot)[0, len(ids):].tolist())
+            for stop in (*how["until"], tokenizer.vocab[tokenizer.eot].decode()):
+                text = text.split(stop)[0]
+            return text
+    return Harness()
+
+
+# ------------------------------------------------------------------------------------------------------------
 # To look at
 
 def canvas_text(ids, tokenizer, mask_id):
@@ -390,6 +475,7 @@ TOOLS = {"calculator": calculator}
 
 COMMON = {      # flag: (kind, default, help)
     "device": (str, "auto", "auto | cuda | mps | cpu (default: auto)"),
+    "dtype": (str, "float32", "of a published model's weights, or bfloat16 (default: float32)"),
     "threads": (int, 0, "CPU threads (default: 1 for models below 5M parameters, else all cores)"),
 }
 SCORE = {
@@ -426,8 +512,6 @@ def parse_args(argv):
     parser.add_argument("run", help="run folder of train.py, or a checkpoint in one")
     parser.add_argument("--which", default="best", choices=("best", "last"), help="checkpoint of the folder "
                         "(default: best)")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of a published "
-                        "checkpoint's weights (default: float32)")
     if scoring:
         parser.add_argument("--text", required=True, nargs="+", help="as prepare.py reads it: .txt .md "
                             ".jsonl, packed, folders")
@@ -437,11 +521,13 @@ def parse_args(argv):
         parser.add_argument("--cache", action="store_true", help="diffusion in blocks: the dual cache, an "
                             "approximation")
         parser.add_argument("--watch", action="store_true", help="show every step in the terminal")
+        parser.add_argument("--export", help="no text: a new folder, the model as transformers reads it")
     for flag, (kind, default, text) in {**COMMON, **(SCORE if scoring else GENERATE)}.items():
         parser.add_argument(f"--{flag}", type=kind, default=default, help=text)
     args = parser.parse_args(argv[scoring:])
     args.do, args.runs = score if scoring else generate, [args.run]
     if not scoring:
+        args.do = export if args.export else generate
         need(args.num_samples > 0, f"--num_samples {args.num_samples} must be at least 1")
         need(0 <= args.pause < 3600, f"--pause {args.pause}: expected seconds")
         need(args.gif or not args.beside, "--beside is a second run for the picture: give --gif FILE too")
@@ -454,8 +540,9 @@ def main(argv=None):
     try:
         args, panels = parse_args(list(sys.argv[1:] if argv is None else argv)), []
         for run in args.runs:
-            dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[args.dtype]
-            lm, state = train.load_model(run, args.which, train.pick_device(args.device), dtype)
+            need(args.dtype in ("float32", "bfloat16"), f"--dtype {args.dtype}: expected float32 or bfloat16")
+            device, dtype = train.pick_device(args.device), getattr(torch, args.dtype)
+            lm, state = train.load_model(run, args.which, device, dtype)
             train.set_threads(args.threads, lm)
             tokenizer = prepare.load_tokenizer(run if os.path.isdir(run) else Path(run).parent)
             flags = {**train.DEFAULTS, **state["flags"]}
@@ -467,7 +554,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("sample.py: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, MemoryError) as e:
+    except (ImportError, ValueError, OSError, MemoryError) as e:
         return prepare.complain("sample.py", e)
     return 0
 

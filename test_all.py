@@ -96,7 +96,7 @@ def off(a, b, norm=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # Size
 
-BUDGET = {"attention.py": 19_500, "model.py": 7_400, "diffusion.py": 5_300, "train.py": 12_900, "sample.py": 4_700,
+BUDGET = {"attention.py": 19_500, "model.py": 7_400, "diffusion.py": 5_300, "train.py": 12_900, "sample.py": 5_060,
           "prepare.py": 8_300, "bench.py": 30_600, "test_all.py": 64_700}
 NARROW = ("attention.py", "model.py", "diffusion.py", "train.py", "sample.py", "prepare.py", "bench.py")
 
@@ -4709,6 +4709,46 @@ def test_published_models_equal_transformers(tmp_path, kind):
     lm, x = model.from_pretrained(tmp_path)[0], torch.randint(100, (2, 60))
     with torch.no_grad():
         close(lm(x), theirs(x).logits, 1e-4)
+
+
+@pytest.mark.parametrize("flags", ["--preset gpt2 --n_layer 2 --n_embd 32 --n_head 2", "--set qk_norm=true n_kv_head=2 head_dim=8 tied=false", "--set norm_eps=1e-5"])
+def test_export_is_read_by_transformers_and_us(dataset, tmp_path, flags):
+    """The same logits, and the tokenizer beside them."""
+    run = f"--dataset {dataset} --out {tmp_path}/run --max_steps 2 --block_size 32 --n_embd 32 --n_layer 2 --eval_windows 8 --batch_tokens 64 --device cpu {flags}"
+    assert train.main(run.split()) == 0
+    assert sample.main([f"{tmp_path}/run", "--export", f"{tmp_path}/out", "--device", "cpu"]) == 0
+    assert sample.main([f"{tmp_path}/run", "--export", f"{tmp_path}/out", "--device", "cpu"]) == 2
+    lm, x = train.load_model(tmp_path / "run")[0], torch.randint(257, (2, 32))
+    x[:, 0] = lm.mask_id
+    back, state = train.load_model(tmp_path / "out")
+    assert back.V == lm.V and torch.equal(back(x), lm(x)) and state["flags"]["objective"] == "ar"
+    assert sample.main([f"{tmp_path}/out", "--prompt", "a", "--max_new_tokens", "3", "--device", "cpu"]) == 0
+    theirs = pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    close(theirs(x).logits[..., :257], lm(x), 1e-5)
+
+
+@pytest.mark.parametrize("setting", ["logit_softcap=1", "layers=kda", "n_expert=4", "position=none", "window=9", "mlp=gelu"])
+def test_export_refuses_what_nobody_computes(tmp_path, capsys, setting):
+    lm = LM(tiny(**dict([(setting.split("=")[0], parse_value(setting.split("=")[1]))]))).eval()
+    with pytest.raises(ValueError, match="computes something else"):
+        sample.export(types.SimpleNamespace(export=str(tmp_path / "out"), run="."), lm, prepare.Tokenizer("byte"), train.DEFAULTS)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("objective", ["ar", "mdm"])
+def test_harness_says_what_choices_says(runs, objective):
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+    ask = lambda kind, *args: [Instance(kind, {}, args, 0, metadata=("task", 3, 1))]
+    peer, lm, tok = sample.harness(runs / objective, n_mc=8), train.load_model(runs / objective)[0], prepare.load_tokenizer(runs / objective)
+    flags = {**train.DEFAULTS, "objective": objective}
+    item = bench.item_of(tok.encode("the cat"), [tok.encode(" sat on")], 0, tok)
+    expected = bench.judge_item(lm, flags, item, bench.MEASURES[objective][0], 8, 3)
+    (nats, greedy), = peer.loglikelihood(ask("loglikelihood", "the cat", " sat on"))
+    assert -nats == expected["nats"][0] and greedy == expected["greedy"]
+    assert peer.loglikelihood_rolling(ask("loglikelihood_rolling", "the cat sat " * 20))[0] < nats
+    text, = peer.generate_until(ask("generate_until", "the cat", {"until": ["a"], "max_gen_toks": 12}))
+    assert "a" not in text
 
 
 # ------------------------------------------------------------------------------------------------------------
