@@ -256,7 +256,6 @@ def export(args, lm, tokenizer, flags):
     """Writes a new folder that transformers reads, and our scripts: config.json, model.safetensors, and the
     run's tokenizer. Our row V is a token more there. ValueError where the nearest kind of model, gpt2, llama
     or qwen3, computes something else."""
-    from safetensors.torch import save
     V, folder = lm.V, Path(args.export)
     c = model.override(lm.config, {"n_inner": model.inner_width(lm.config)})
     kind = "gpt2" if c.mlp in ("gelu", "gelu_new") else "qwen3" if c.qk_norm else "llama"
@@ -269,6 +268,7 @@ def export(args, lm, tokenizer, flags):
         twin.load_state_dict(lm.state_dict(), strict=False)     # biases that ours has not stay 0
         same = torch.allclose(twin(x), lm.cpu()(x), atol=1e-4)
     need(same, f"--export: a {kind} is the nearest that there is, and it computes something else")
+    from safetensors.torch import save
     weights = {name: w.contiguous() for name, w in model.their_tensors(twin, kind, V + 1).items()}
     folder.mkdir(parents=True)
     with prepare.whole_file(folder / "model.safetensors") as f:

@@ -4714,6 +4714,7 @@ def test_published_models_equal_transformers(tmp_path, kind):
 @pytest.mark.parametrize("flags", ["--preset gpt2 --n_layer 2 --n_embd 32 --n_head 2", "--set qk_norm=true n_kv_head=2 head_dim=8 tied=false", "--set norm_eps=1e-5"])
 def test_export_is_read_by_transformers_and_us(dataset, tmp_path, flags):
     """The same logits, and the tokenizer beside them."""
+    pytest.importorskip("safetensors")
     run = f"--dataset {dataset} --out {tmp_path}/run --max_steps 2 --block_size 32 --n_embd 32 --n_layer 2 --eval_windows 8 --batch_tokens 64 --device cpu {flags}"
     assert train.main(run.split()) == 0
     assert sample.main([f"{tmp_path}/run", "--export", f"{tmp_path}/out", "--device", "cpu"]) == 0
