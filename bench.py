@@ -486,10 +486,11 @@ def data_folder(name):
     """The folder of a data set, from its name or path as in train.py. The texts that every machine has are
     made where missing."""
     folder = prepare.dataset_folder(name)
-    if name in ("docs", "docs-byte", "pysrc", "pysrc-byte") and not (folder / "meta.json").exists():
-        prepare.prepare(
-            name.split("-")[0], name=name, tokenizer="byte" if name.endswith("byte") else "bpe:4096"
-        )
+    known = re.fullmatch(r"(docs|pysrc)(-byte|-bpe\d+|)(?:-corrupt([\d.]+))?", name)
+    if known and not (folder / "meta.json").exists():
+        source, tokens, damage = known.groups()
+        kind = tokens[1:].replace("bpe", "bpe:") or "bpe:4096"
+        prepare.prepare(source, name=name, tokenizer=kind, corrupt=float(damage or 0))
     return folder
 
 
@@ -1302,11 +1303,11 @@ def study_arms(names):
     return part
 
 
-def study_map(few, rates, seeds, cells):
-    """The honest gap over unique tokens and width, with equal FLOPs for every diffusion run where its epochs
-    allow: few's epochs at few's tokens and width."""
-    for (U, width), s in itertools.product(cells, seeds):
-        here = few | dict(unique_tokens=U, n_embd=width)
+def study_map(few, rates, seeds, texts, budgets, widths):
+    """The honest gap over texts, unique tokens and width, with equal FLOPs for every diffusion run where its
+    epochs allow: few's epochs at few's tokens and width."""
+    for text, U, width, s in itertools.product(texts, budgets, widths, seeds):
+        here = few | dict(dataset=text, unique_tokens=U, n_embd=width)
         _, flags = few_runs("study", here, OBJECTIVES)
         same_work = few["epochs"] * few["unique_tokens"] / U * (few["n_embd"] / width) ** 2
         epochs = float(round(min(max(same_work, 32), 8 * few["epochs"])))
@@ -1317,11 +1318,23 @@ def study_map(few, rates, seeds, cells):
         c, N = crossing(None, mdm["evals"], floor(ar)), train.load_model(mdm["run"])[0].num_params(False)
         said = law(U, N, mdm["flops"] / mdm["epochs"])["critical_epoch"]
         until = c["first"]["epoch"] if c["first"] else mdm["best_epoch"]
-        yield dict(unique_tokens=U, width=width, seed=s), dict(
+        yield dict(text=text, unique_tokens=U, width=width, seed=s), dict(
             params=N, ar=floor(ar), ar_epoch=ar["best_epoch"], mdm=mdm["best"], se=mdm["se"],
             mdm_epoch=mdm["best_epoch"], epochs=mdm["epochs"], gap=floor(ar) - mdm["best"],
             crossing=c["first"] and c["first"]["epoch"], extrapolated=c["extrapolated"], law_epoch=said,
             measured_over_law=f"{'' if c['first'] else '> '}{until / said:.2g}")
+
+
+def with_worth(rows):
+    """Adds to a map how many unique tokens AR needs for what diffusion reaches with these: `worth` times as
+    many (the claim of 2511.03276 is 3), interpolated in log tokens between AR's own points."""
+    for r in rows:
+        if "gap" in r:
+            same = [o for o in rows if all(o[k] == r[k] for k in ("text", "width", "seed"))]
+            points = sorted((o["ar"], math.log(o["unique_tokens"])) for o in same)
+            if len(points) > 1 and points[0][0] <= r["mdm"] <= points[-1][0]:
+                r["worth"] = math.exp(np.interp(r["mdm"], *zip(*points))) / r["unique_tokens"]
+    return rows
 
 
 def study_curve(few, rates, seeds):
@@ -1451,6 +1464,7 @@ def study_picture(plt, result):
     figure, ax = plt.subplots(figsize=(8, 5.5))
     rows, part = result["rows"], result["flags"]["part"]
     if part == "map":
+        rows = [r for r in rows if r["text"] == rows[0]["text"] and r["seed"] == rows[0]["seed"]]
         tokens, widths = (sorted({r[k] for r in rows}) for k in ("unique_tokens", "width"))
         cell = {(r["unique_tokens"], r["width"]): r for r in rows}
         gap = np.array([[cell.get((U, w), {}).get("gap", math.nan) for w in widths] for U in tokens])
@@ -1475,20 +1489,22 @@ def study_picture(plt, result):
     return figure
 
 
-@experiment(named=("part", "dataset", "unique_tokens"), show=study_table, picture=study_picture)
+@experiment(named=("part", "dataset", "unique_tokens"), finish=with_worth, show=study_table,
+            picture=study_picture)
 def study(part: PARTS = "ar", rates=(1e-3, 2e-3, 4e-3), seeds=1, seed=1337, ar_epochs=64.0,
-          budgets=(10_000, 30_000, 100_000), widths=(64, 96, 192), **few):
+          texts=("docs-byte",), budgets=(10_000, 30_000, 100_000), widths=(64, 96, 192), **few):
     """The crossover taken apart, for hours: what AR and diffusion are owed, where diffusion wins, and why.
 
     part: ar (regularised) | diffusion (tuned as hard) | causes | map | curve | capacity | ensembles
     rates: learning rates; each arm keeps its best
     ar_epochs: epochs of AR arms, which overfit early; --epochs are diffusion's
+    texts: map: data sets, such as docs-byte,docs-byte-corrupt0.3,pysrc-byte
     budgets: map: unique tokens
     widths: map: n_embd
     """
-    cells = itertools.product(budgets, widths)
     few = few | dict(ar_epochs=ar_epochs)
-    yield from PARTS[part](few, rates, range(seed, seed + seeds), *[cells] * (part == "map"))
+    axes = (texts, budgets, widths) if part == "map" else ()
+    yield from PARTS[part](few, rates, range(seed, seed + seeds), *axes)
 
 # ------------------------------------------------------------------------------------------------------------
 # presets: sizes of the published models
@@ -3051,6 +3067,7 @@ def gpu(minutes=9.0, results="results"):
         "bench.py crossover --scale gpu --results {r}",
         "bench.py train --rounds 1 --batch 64 --results {r}",
     )
+    tuned_arms = "ar,mdm,'ar wd 0.8','ar mlp dropout 0.1','ar random 0.15','mdm dropout 0.1'"
     peer = " --vs data/nanoGPT" * (HERE / "data" / "nanoGPT" / "model.py").exists()
     medium = f"{speed} --preset small --block_size 512 --vocab_size 4096 --iters 40"
     small = f"{medium} --n_layer 6 --n_head 6 --n_embd 384"
@@ -3064,8 +3081,8 @@ def gpu(minutes=9.0, results="results"):
         ("train_cuda_40M.json", f"{medium} --n_layer 12 --n_head 8 --n_embd 512 --name train_cuda_40M"),
         ("train_cuda_cudnn.json", f"{wide} --objectives ar --sdpa cudnn --name train_cuda_cudnn"),
         ("train_cuda_flash.json", f"{wide} --objectives ar --sdpa flash --name train_cuda_flash"),
-        ("crossover_U1M.json", f"{study} --arms ar,mdm,'ar wd 0.8' --name crossover_U1M"),
-        ("crossover_U1M_seeds.json", f"{study} --seeds 3 --name crossover_U1M_seeds"),
+        ("crossover_U1M.json", f"{study} --arms {tuned_arms} --name crossover_U1M"),
+        ("crossover_U1M_seeds.json", f"{study} --arms {tuned_arms} --seeds 3 --name crossover_U1M_seeds"),
         ("decode_gpu.json", "bench.py decode --results {r}"),
         ("context_cuda.json", f"bench.py context --batches 1,64 {large}"),
         (

@@ -3297,6 +3297,12 @@ def test_law_is_what_was_published():
         assert bench.law(U, N, 1.0)["overfit_epoch"] == pytest.approx(epochs, rel=0.08)
 
 
+def test_worth_is_how_much_text_ar_needs():
+    rows = [dict(text="a", width=64, seed=1, unique_tokens=10 ** k, ar=4.0 - k, mdm=4.5 - k, gap=-0.5) for k in (1, 2, 3)]
+    worth = [r.get("worth") for r in bench.with_worth(rows)]
+    assert worth[0] is None and worth[1:] == pytest.approx([10 ** -0.5] * 2), "half a step of AR's curve"
+
+
 def test_what_a_study_measures():
     """Verbatim n-grams by counting; confidence against hits; an ensemble of one model is that model."""
     text = np.arange(20, dtype=np.uint16)
