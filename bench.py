@@ -4,6 +4,7 @@
     crossover   the main one: AR against masked diffusion on the same few unique tokens, for many epochs
     compare     any training runs in one picture, against steps, epochs, tokens, FLOPs or seconds
     study       the crossover taken apart: regularised AR, tuned diffusion, causes, a map, memory; hours
+    adapt       a diffusion model from the weights of an AR one, and from scratch
     sparsity    dense against mixture of experts, equal active or equal total parameters, AR and diffusion
   token mixers
     quality     the same small model with every mixer, AR and diffusion
@@ -1505,6 +1506,56 @@ def study(part: PARTS = "ar", rates=(1e-3, 2e-3, 4e-3), seeds=1, seed=1337, ar_e
     few = few | dict(ar_epochs=ar_epochs)
     axes = (texts, budgets, widths) if part == "map" else ()
     yield from PARTS[part](few, rates, range(seed, seed + seeds), *axes)
+
+# ------------------------------------------------------------------------------------------------------------
+# adapt: a diffusion model from an AR one
+
+ADAPTED = {
+    "mdm": dict(objective="mdm"),
+    "mdm from ar": dict(objective="mdm"),
+    "mdm from ar, shifted": dict(objective="mdm", set=["shift=true"]),
+    "block of 4": dict(objective="block", diffusion_block=4),
+    "block of 4 from ar": dict(objective="block", diffusion_block=4),
+    "block of 16 from ar": dict(objective="block", diffusion_block=16),
+}
+
+
+def adapt_picture(plt, result):
+    figure, ax = plt.subplots(figsize=(8, 5.5))
+    rows = result["rows"]
+    draw_curves(ax, {r["arm"]: [r["evals"]] for r in rows if r["arm"] != "ar"}, "step", "loss")
+    for r in rows:
+        if r["arm"] == "ar":
+            ax.axhline(r["best"], color="0.3", ls="--", lw=1, label=f"the AR model itself, {r['best']:.3f}")
+    ax.set(xlabel="steps of adaptation", ylabel="nats per token (a bound)", xscale="log")
+    plain_log(ax.xaxis)
+    ax.legend(fontsize=9)
+    return figure
+
+
+@experiment(picture=adapt_picture, show=without("bpb", "train", "minutes"))
+def adapt(ar="", dataset="docs-byte", ar_steps=2000, steps=2000, n_layer=3, n_head=4, n_embd=96,
+          block_size=64, batch_tokens=2048, lr=2e-3, workers=2, out="out/adapt"):
+    """A diffusion model from the weights of an AR one, and from scratch: the bound against steps.
+
+    Shifted: as in AR the state that has read token i predicts token i + 1 (Dream, 2508.15487).
+
+    ar: run of train.py or folder of published weights; none: one is trained for --ar_steps
+    """
+    size = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size)
+    common = dict(dataset=str(data_folder(dataset)), batch_tokens=batch_tokens, lr=lr, eval_windows=256,
+                  log_every=100)
+    if not ar:
+        ar = str(Path(out) / "ar")
+        yield {"ar": common | size | dict(max_steps=ar_steps, eval_every=0, out=ar)}
+        yield dict(arm="ar"), outcome(evaluations(ar)) | dict(measure="exact")
+    common |= dict(max_steps=steps, eval_every=max(1, steps // 16))
+    jobs = {a: common | flags | dict(out=str(Path(out) / file_part(a)))
+            | (dict(init_from=ar, block_size=block_size) if "from" in a else size)
+            for a, flags in ADAPTED.items()}
+    evals = yield jobs
+    for a in jobs:
+        yield dict(arm=a), outcome(evals[a]) | dict(measure="bound")
 
 # ------------------------------------------------------------------------------------------------------------
 # presets: sizes of the published models

@@ -97,7 +97,7 @@ def off(a, b, norm=None):
 # Size
 
 BUDGET = {"attention.py": 19_500, "model.py": 7_400, "diffusion.py": 5_300, "train.py": 12_900, "sample.py": 5_060,
-          "prepare.py": 8_300, "bench.py": 30_800, "test_all.py": 64_700}
+          "prepare.py": 8_300, "bench.py": 31_400, "test_all.py": 64_700}
 NARROW = ("attention.py", "model.py", "diffusion.py", "train.py", "sample.py", "prepare.py", "bench.py")
 
 
@@ -3324,6 +3324,7 @@ RUNS = "--n_layer 1 --n_embd 16 --block_size 128 --batch_tokens 128 --device cpu
 TOYS = {    # experiment: (its flags, rows of the JSON file, is there a picture?)
     "crossover": (f"--seeds 2 --anneal all {FEW}", 6, True),
     "study": (f"--part map --budgets 160 --widths 16,32 {FEW}", 2, True),
+    "adapt": ("--dataset DATASET --ar_steps 2 --steps 2 --n_layer 1 --n_embd 16 --batch_tokens 128", 7, True),
     "sparsity": (f"--match total {FEW}", 4, True),
     "presets": ("", 7, False),
     "switch": (f"--dataset DATASET --steps 3 --adapt 2 --windows 3 {RUNS}", 5, False),
