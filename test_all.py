@@ -1314,112 +1314,132 @@ def test_graphs_grow_slowly(name):
     torch._dynamo.reset()
     assert sizes[1] < 1.6 * sizes[0]
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # model.py
 
 def test_layer_patterns():
     window = ("full", dict(window=4, sink=True))
     assert parse_layers("full(window=4, sink=true)*2 full", 4) == [window, window, ("full", {}), window]
-    assert parse_layers("(full mla*2)*2", 7) == [(name, {}) for name in "full mla mla full mla mla full".split()]
-    with pytest.warns(UserWarning, match=re.escape("4 layers, the model 2: the last 2 are left out (mla, kda)")):
+    assert [name for name, _ in parse_layers("(full mla*2)*2", 7)] == "full mla mla full mla mla full".split()
+    with pytest.warns(UserWarning, match=r"4 layers, the model 2: the last 2 are left out \(mla, kda\)"):
         assert parse_layers("full*2 mla kda", 2) == [("full", {})] * 2
 
 
-@pytest.mark.parametrize("pattern, message", [
-    ("ful", "did you mean 'full'"), ("(full", "unbalanced"), ("full)", "unbalanced"), (")full(", "unbalanced"), ("full(window=8", "unbalanced"),
-    ("(" * 3000 + "full" + ")" * 3000 + ")", "unbalanced"), ("", "no layer"), ("()", "no layer"), ("full*", "count"), ("*3", "count"),
-    ("full*3*2", "count"), ("full*0", "count"), ("full*\u0663", "count"), ("full*999999999", "more than 10,000"),
-    ("(full*5000)*3", "more than 10,000"), ("full*" + "9" * 5000, "more than 10,000"), ("full(window)", "'window' is not a setting"),
-    ("full(n_embd=64)", "not a setting"), ("full(window=8, window=9)", "not a setting"), ("full(windw=3)", "did you mean 'window'"),
-    ("full(window=\u0663)", "window \u0663: expected a whole number")])
-def test_bad_layer_patterns(pattern, message):
+BAD_PATTERNS = {
+    "ful": "did you mean 'full'",
+    "(full": "unbalanced", "full)": "unbalanced", ")full(": "unbalanced", "full(window=8": "unbalanced",
+    "(" * 3000 + "full" + ")" * 3001: "unbalanced",
+    "": "no layer", "()": "no layer",
+    "full*": "count", "*3": "count", "full*3*2": "count", "full*0": "count", "full*\u0663": "count",
+    "full*999999999": "more than 10,000", "(full*5000)*3": "more than 10,000",
+    "full*" + "9" * 5000: "more than 10,000",
+    "full(window)": "'window' is not a setting", "full(n_embd=64)": "not a setting",
+    "full(window=8, window=9)": "not a setting",
+    "full(windw=3)": "did you mean 'window'",
+    "full(window=\u0663)": "window \u0663: expected a whole number",
+}
+
+
+@pytest.mark.parametrize("pattern", BAD_PATTERNS)
+def test_bad_layer_patterns(pattern):
     """A sentence, never another error, and short however long the pattern is."""
-    with pytest.raises(ValueError, match=re.escape(message)) as error:
+    with pytest.raises(ValueError, match=re.escape(BAD_PATTERNS[pattern])) as error:
         LM(tiny(layers=pattern))
     assert len(str(error.value)) < 400
 
 
 def test_values_are_numbers_where_they_look_like_it():
-    for text, value in (("8", 8), ("1e-3", 0.001), ("1e6", 10 ** 6), ("1_000", 1000), ("30M", 30_000_000), ("2.5k", 2500), (".5", 0.5), ("true", True),
-                        ("None", None), ("nan", "nan"), ("\u0663", "\u0663"), ("sigmoid", "sigmoid"), ("9" * 5000, "9" * 5000)):
+    texts = {"8": 8, "1e-3": 0.001, "1e6": 10 ** 6, "1_000": 1000, "30M": 30_000_000, "2.5k": 2500, ".5": 0.5,
+             "true": True, "None": None}
+    for text, value in (texts | {text: text for text in ("nan", "\u0663", "sigmoid", "9" * 5000)}).items():
         assert parse_value(text) == value and type(parse_value(text)) is type(value)
 
 
-def test_settings_have_types_and_ranges():
-    assert tiny(dropout=0, rope_base=10, window=None, linear_decay="head", g_min=-1, dense_len=0).g_min == -1
-    for key, *bad in (("n_expert", "abc", 8.5, True, None, -1), ("qk_norm", "maybe", 1), ("dropout", "x", -0.1, 1.0, math.nan), ("mlp", 3, "swigloo"),
-                      ("n_inner", -8, 0, math.inf), ("logit_softcap", 0, -1.0), ("norm_eps", 0, -1e-6, math.nan), ("router_scale", 0), ("router_aux", -1),
-                      ("rope_base", 0, math.inf, 10 ** 400), ("rotary_fraction", -0.1, 1.1), ("dense_len", -1), ("n_layer", 0, 10 ** 7),
-                      ("n_embd", 0, 10 ** 6), ("n_head", 10 ** 12), ("n_expert_active", 0), ("norm", "rm"), ("router", None), ("position", "rotery")):
-        for value in bad:
-            with pytest.raises(ValueError, match=f"model setting {key} .*expected"):
-                tiny(**{key: value})
+BAD_SETTINGS = dict(
+    n_expert=("abc", 8.5, True, None, -1), qk_norm=("maybe", 1), dropout=("x", -0.1, 1.0, math.nan),
+    mlp=(3, "swigloo"), n_inner=(-8, 0, math.inf), logit_softcap=(0, -1.0), norm_eps=(0, -1e-6, math.nan),
+    router_scale=(0,), router_aux=(-1,), rope_base=(0, math.inf, 10 ** 400), rotary_fraction=(-0.1, 1.1),
+    dense_len=(-1,), n_layer=(0, 10 ** 7), n_embd=(0, 10 ** 6), n_head=(10 ** 12,), n_expert_active=(0,),
+    n_expert_group=(0,), norm=("rm",), router=(None, "top"), position=("rotery",))
+
+
+@pytest.mark.parametrize("field", BAD_SETTINGS)
+def test_settings_have_types_and_ranges(field):
+    for value in BAD_SETTINGS[field]:
+        with pytest.raises(ValueError, match=f"model setting {field} .*expected"):
+            tiny(**{field: value})
+    tiny(dropout=0, rope_base=10, window=None, linear_decay="head", g_min=-1, dense_len=0)
 
 
 def test_models_larger_than_the_memory_are_refused():
-    huge = tiny(n_embd=2 ** 16, n_inner=2 ** 18, n_layer=10_000)
+    huge = dict(n_embd=2 ** 16, n_inner=2 ** 18)
     with pytest.raises(ValueError, match="n_embd 65536, n_layer 10000"):
-        LM(huge)
+        LM(tiny(n_layer=10_000, **huge))
     state = torch.get_rng_state()
     with torch.device("meta"):
-        assert LM(override(huge, dict(n_layer=2))).num_params() > 1e11
+        assert LM(tiny(**huge)).num_params() > 1e11
     assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("shape", [(2, 0), (0, 5), (0, 0)])
-@pytest.mark.parametrize("name", ATTENTION)
-def test_nothing_in_nothing_out(name, shape):
-    lm, idx = LM(tiny(layers=name, n_expert=2)), torch.zeros(shape, dtype=torch.int64)
-    cache = lm.init_cache(shape[0], 4)
-    for keywords in (dict(causal=True), dict(causal=False), dict(cache=cache)):
+def test_models_of_nothing(shape):
+    lm, idx = LM(tiny(n_expert=2)), torch.zeros(shape, dtype=torch.int64)
+    for keywords in (dict(causal=True), dict(causal=False), dict(cache=lm.init_cache(shape[0], 4))):
         assert lm(idx, **keywords).shape == (*shape, 11)
     lm(idx).sum().backward()
 
 
 def test_gpt2_sizes_and_flops():
     with torch.device("meta"):
-        gpt2 = LM(from_preset("gpt2"))
-    biases = 12 * (2 * 768 + (3 + 1 + 4 + 1) * 768) + 768                              # GPT-2 has them, nanoGPT's training recipe not
-    assert gpt2.num_params() + biases - (50304 - 50257) * 768 == 124_439_808
-    assert gpt2.flops_per_token() == 6 * (gpt2.num_params(False) + 50257 * 768) + 3 * 12 * 4 * 768 * (1024 * 1025 // 2) / 1024
-    assert gpt2.flops_per_token(causal=False) > gpt2.flops_per_token()
+        lm = LM(from_preset("gpt2"))
+    biases = 12 * (2 * 768 + (3 + 1 + 4 + 1) * 768) + 768           # GPT-2 has them, nanoGPT's recipe not
+    assert lm.num_params() + biases - (50304 - 50257) * 768 == 124_439_808
+    attended = 12 * 4 * 768 * (1024 * 1025 // 2) / 1024
+    assert lm.flops_per_token() == 6 * (lm.num_params(False) + 50257 * 768) + 3 * attended
+    assert lm.flops_per_token(causal=False) > lm.flops_per_token()
 
 
 def test_logits_have_no_mask_column_and_weights_are_tied():
-    lm = LM(tiny())
+    lm, untied = LM(tiny()), LM(tiny(tied=False))
     assert lm(torch.tensor([[11, 0]])).shape == (1, 2, 11) and lm.head.weight is lm.embed.weight
-    untied = LM(tiny(tied=False))
     assert untied.num_params() == lm.num_params() + lm.embed.weight.numel()
     assert untied.num_params(False) == lm.num_params(False)
 
 
 @exactly
-@pytest.mark.parametrize("values", [{}, dict(position="learned", norm="layer", mlp="gelu", bias=True), dict(mlp="relu2", logit_softcap=5.0),
-                                    dict(layers="full(window=4) full(sink=true)", n_kv_head=2)])
+@pytest.mark.parametrize("values", [
+    {},
+    dict(position="learned", norm="layer", mlp="gelu", bias=True),
+    dict(mlp="relu2", logit_softcap=5.0),
+    dict(layers="full(window=4) full(sink=true)", n_kv_head=2)])
+@torch.no_grad()
 def test_model_cached_equals_parallel(values):
     torch.manual_seed(0)
     lm, x = LM(tiny(**values)).eval(), torch.randint(11, (2, 40))
-    with torch.no_grad():
-        y, cache = lm(x), lm.init_cache(2, 40)
-        close(decode(lm, x, [7, 20] + [1] * 13, cache), y)
+    y, cap = lm(x), lm.config.logit_softcap
+    close(decode(lm, x, [7, 20] + [1] * 13, lm.init_cache(2, 40)), y)
+    if cap:
+        lm.config.logit_softcap = None
+        close(y, cap * torch.tanh(lm(x) / cap))
 
 
 def test_beyond_block_size():
-    x = torch.zeros(1, 20, dtype=torch.int64)
+    x, lm = torch.zeros(1, 20, dtype=torch.int64), LM(tiny(block_size=16, position="learned"))
     with pytest.warns(UserWarning, match="block_size 16"):
         LM(tiny(block_size=16))(x)
     with pytest.raises(ValueError, match="learned positions"):
-        LM(tiny(block_size=16, position="learned"))(x)
+        lm(x)
     for pos in ([-1, 0], [15, 16]):
         with pytest.raises(ValueError, match="pos must lie between 0 and 15"):
-            LM(tiny(block_size=16, position="learned"))(x[:, :2], pos=torch.tensor(pos))
+            lm(x[:, :2], pos=torch.tensor(pos))
 
 
 def test_init_knows_every_parameter(monkeypatch):
     """The documented standard deviations, and an error for a parameter that no rule covers."""
     torch.manual_seed(0)
     lm = LM(tiny(n_embd=128, vocab_size=255))
-    assert abs(lm.embed.weight.std() - 0.02) < 1e-3 and abs(lm.blocks[0].mlp.down_proj.weight.std() - 0.01) < 5e-4
+    assert abs(lm.embed.weight.std() - 0.02) < 1e-3
+    assert abs(lm.blocks[0].mlp.down_proj.weight.std() - 0.01) < 5e-4
 
     class Odd(attention.Full):
         def __init__(self, config):
@@ -1433,74 +1453,87 @@ def test_init_knows_every_parameter(monkeypatch):
 @pytest.mark.parametrize("objective", ["ar", "mdm"])
 @pytest.mark.parametrize("without", [(), ("flops", "state")], ids=["as it stands", "without flops and state"])
 def test_readme_layer_works(monkeypatch, dataset, tmp_path, capsys, objective, without):
-    """The layer that the README tells readers to write: both directions, gradients, and the real commands, to the end."""
-    code = re.search(r"```python\n(.*?)```", Path(__file__).with_name("README.md").read_text(encoding="utf-8"), re.S)[1]
-    monkeypatch.setitem(ATTENTION, "mean", None)        # taken out again behind the test
+    """The layer that the README tells readers to write: in a model, and by the real commands, to the end."""
+    readme = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+    monkeypatch.setitem(ATTENTION, "mean", None)    # taken out again behind the test
     scope = {}
-    exec(code, scope)
+    exec(re.search(r"```python\n(.*?)```", readme, re.S)[1], scope)
     for method in without:
         delattr(scope["Mean"], method)
     lm, x = LM(tiny(layers="mean full")), torch.randint(11, (2, 9))
-    assert torch.equal(lm(x)[:, :5], lm(torch.cat([x[:, :5], x[:, :4]], 1))[:, :5]) and not torch.equal(lm(x), lm(x, causal=False))
-    lm(x).sum().backward()
+    y, other = lm(x), torch.cat([x[:, :5], x[:, :4]], dim=1)
+    assert torch.equal(y[:, :5], lm(other)[:, :5]) and not torch.equal(y, lm(x, causal=False))
+    y.sum().backward()
     assert lm.flops_per_token() > 0 and lm.has_cache == (not without)
     if without:
         with pytest.raises(ValueError, match="sample without a cache"):
-            diffusion.sample_ar(lm, x, 11, cache=True)
+            sample_ar(lm, x, 11, cache=True)
     else:
-        y, cache = lm(x), lm.init_cache(2, 9)
-        close(decode(lm, x, [5, 1, 3], cache), y)
-    run = str(tmp_path / "run")
-    small = "--n_layer 2 --n_embd 16 --n_head 2 --block_size 16 --batch_tokens 32 --max_steps 2 --eval_windows 4 --device cpu --layers".split()
-    assert train.main(["--dataset", dataset, "--out", run, "--objective", objective, *small, "mean full"]) == 0
+        close(decode(lm, x, [5, 1, 3], lm.init_cache(2, 9)), y)
+    run, text = str(tmp_path / "run"), str(Path(dataset).parents[1] / "text.txt")
+    small = "--n_layer 2 --n_embd 16 --n_head 2 --block_size 16 --batch_tokens 32 --max_steps 2"
+    flags = f"--dataset {dataset} --out {run} --objective {objective} --device cpu {small}".split()
+    assert train.main([*flags, "--eval_windows", "4", "--layers", "mean full"]) == 0
     assert sample.main([run, "--prompt", "the cat", "--max_new_tokens", "5"]) == 0
-    assert sample.main(["score", run, "--text", str(Path(dataset).parents[1] / "text.txt"), "--n_mc", "4", "--windows", "2"]) == 0
+    assert sample.main(["score", run, "--text", text, "--n_mc", "4", "--windows", "2"]) == 0
     assert "nats/token" in capsys.readouterr().out
 
-# ---------------------------------------------------------------------------------------------------------------------
+
+# ------------------------------------------------------------------------------------------------------------
 # model.py: mixture of experts
 
-def make_moe(seed=0, **values):
-    torch.manual_seed(seed)
-    moe = MoE(tiny(**{**dict(n_expert=8, n_expert_active=2, expert_inner=16), **values}))
+MOES = {
+    "sigmoid": dict(router="sigmoid", router_scale=2.5, shared_inner=16),
+    "softmax": dict(router="softmax", shared_inner=16),
+    "groups": dict(n_expert_group=4, n_expert_group_active=2),
+    "groups of one": dict(n_expert_group=8, n_expert_group_active=3),
+    "relu2": dict(mlp="relu2", n_expert_active=3),
+    "gpt-oss": dict(router="softmax", bias=True, mlp="swiglu_clamped"),
+}
+
+
+def make_moe(**values):
+    torch.manual_seed(0)
+    moe = MoE(tiny(**dict(n_expert=8, n_expert_active=2, expert_inner=16) | values))
     with torch.no_grad():
         for p in moe.parameters():
             p.normal_(std=0.3)
     return moe
 
 
-MOES = {"sigmoid": dict(router="sigmoid", router_scale=2.5, shared_inner=16), "softmax": dict(router="softmax", shared_inner=16),
-        "groups": dict(n_expert_group=4, n_expert_group_active=2), "groups of one": dict(n_expert_group=8, n_expert_group_active=3), "relu2": dict(mlp="relu2", n_expert_active=3),
-        "gpt-oss": dict(router="softmax", bias=True, mlp="swiglu_clamped")}
+def by_hand(moe, x):
+    """The experts of each token of (N, C), one by one."""
+    out = []
+    for token, weights, experts in zip(x, *moe.route(x)[:2]):
+        y = torch.zeros_like(token)
+        for w, e in zip(weights, experts):
+            h, bias = token @ moe.expert_up[e], moe.expert_up_bias is not None
+            h = activate(h + moe.expert_up_bias[e] if bias else h, moe.kind) @ moe.expert_down[e]
+            y = y + w * (h + moe.expert_down_bias[e] if bias else h)
+        if moe.shared is not None:
+            y = y + moe.shared(token) * (1 if moe.sigmoid else moe.shared_gate(token).sigmoid())
+        out.append(y)
+    return torch.stack(out)
 
 
 @pytest.mark.parametrize("case", MOES)
 def test_moe_paths_are_equal(case):
-    """grouped_mm == every expert with zero weights == a loop over tokens; outputs and all gradients; one expert stays empty."""
+    """grouped_mm == every expert with zero weights, gradients too; == a loop in float64; an empty expert."""
     moe, results = make_moe(**MOES[case]), []
-    moe.bias[3] = -100.0                                                               # never chosen
+    moe.bias[3] = -100.0                            # never chosen
     x = torch.randn(2, 9, 32, requires_grad=True)
     for path in (moe.grouped, moe.every):
-        moe.grouped = path                                                             # on the CPU in float32 forward calls this one
-        moe.zero_grad()
-        x.grad, aux = None, {}
+        moe.grouped, aux = path, {}                 # on the CPU in float32 forward calls this one
         y = moe(x, aux)
-        (y.square().sum() + sum(aux.values())).backward()
-        results.append([y.detach(), x.grad.clone()] + [p.grad.clone() for p in moe.parameters()])
+        loss = y.square().sum() + sum(aux.values())
+        results.append([y, *torch.autograd.grad(loss, [x, *moe.parameters()])])
     for a, b in zip(*results):
         close(a, b)
-    weights, experts, _ = moe.route(x.detach().view(-1, 32))
-    assert not (experts == 3).any()
-    for n, token in enumerate(x.detach().view(-1, 32)):
-        out = sum(w * one_expert(moe, token, e) for w, e in zip(weights[n], experts[n]))
-        if moe.shared is not None:
-            out = out + (1 if moe.shared_gate is None else moe.shared_gate(token).sigmoid()) * moe.shared(token)
-        close(results[0][0].view(-1, 32)[n], out)
-
-
-def one_expert(moe, token, e):
-    up, down = (0, 0) if moe.expert_up_bias is None else (moe.expert_up_bias[e], moe.expert_down_bias[e])
-    return activate(token @ moe.expert_up[e] + up, moe.kind) @ moe.expert_down[e] + down
+    moe, x = moe.double(), x.detach().double()      # buffers too, which a count in float32 does not forgive
+    want = by_hand(moe, x.view(-1, 32)).view_as(x)
+    close(moe(x), want)
+    close(y, want.float())
+    assert not (moe.route(x.view(-1, 32))[1] == 3).any() and moe(x[:, :0]).shape == (2, 0, 32)
 
 
 @exactly
@@ -1511,37 +1544,38 @@ def test_moe_router_is_its_definition():
     weights, experts, _ = moe.route(x)
     for n in range(20):
         s = torch.sigmoid(moe.router.weight @ x[n])
-        groups = [(sum(sorted((s + moe.bias)[g * 2:g * 2 + 2].tolist())[-2:]), g) for g in range(4)]
-        allowed = [e for _, g in sorted(groups)[-2:] for e in (2 * g, 2 * g + 1)]
-        chosen = sorted(allowed, key=lambda e: -(s + moe.bias)[e].item())[:2]
+        choice = (s + moe.bias).tolist()
+        groups = sorted(range(4), key=lambda g: -sum(choice[2 * g:2 * g + 2]))[:2]
+        allowed = [e for e in range(8) if e // 2 in groups]
+        chosen = sorted(allowed, key=lambda e: -choice[e])[:2]
         assert experts[n].tolist() == chosen
         close(weights[n], 2.5 * s[chosen] / s[chosen].sum())
 
 
 @exactly
 def test_moe_balance_loss_is_its_definition():
-    """E sum_e f_e P_e, f_e: choices of e per token of the last batch, P_e: mean probability of e; summed over layers. A mean
-    over tokens, so that equal micro-batches average to the loss of the whole, and padding counts nowhere."""
-    moe, x, aux = make_moe(**MOES["softmax"], router_aux=0.5), torch.randn(2, 10, 32), {"balance": 1.0}
-    moe(x[:1])                                                                         # two micro-batches of one step
+    """E sum_e f_e P_e, summed over layers: f_e choices of e per token in the last batch, P_e its probability.
+
+    A mean over tokens: equal micro-batches average to the loss of the whole, and padding counts nowhere.
+    """
+    moe, x = make_moe(**MOES["softmax"], router_aux=0.5), torch.randn(2, 10, 32)
+
+    def loss(x, valid=None, before=0.0):
+        aux = {"balance": before}
+        moe(x, aux, valid)
+        return aux["balance"]
+    moe(x[:1])                                      # two micro-batches of one step
     moe(x[1:])
     moe.balance()
-    moe(x, aux)
     p = (x.view(-1, 32) @ moe.router.weight.T).softmax(1)
-    chosen = [set(row.argsort(descending=True)[:2].tolist()) for row in p]
-    expected = 1.0 + 0.5 * 8 * sum(sum(e in c for c in chosen) / 20 * p[:, e].mean() for e in range(8))
-    close(aux["balance"], expected)
-    parts = [{}, {}]
-    for row, part in zip(x.split(1), parts):
-        moe(row, part)
-    close((parts[0]["balance"] + parts[1]["balance"]) / 2, aux["balance"] - 1)
+    f = best(p, 2).sum(0) / 20
+    close(loss(x, before=1.0), 1.0 + 0.5 * 8 * (f * p.mean(0)).sum())
+    close((loss(x[:1]) + loss(x[1:])) / 2, loss(x))
     moe.balance()
-    padded, valid, results = torch.cat([x, torch.randn(2, 5, 32)], 1), torch.arange(15).expand(2, 15) < 10, []
-    for args in ((x, part := {}), (padded, part := {}, valid)):
-        y = moe(*args)
-        results.append((y[:, :10], args[1]["balance"], moe.balance()))
-    for a, b in zip(*results):
-        close(a, b)
+    padded = torch.cat([x, torch.randn(2, 5, 32)], dim=1), torch.arange(15).expand(2, 15) < 10
+    plain, counts = loss(x), moe.balance()
+    close(loss(*padded), plain)
+    close(moe.balance(), counts)
 
 
 def test_moe_built_alone():
@@ -1549,26 +1583,15 @@ def test_moe_built_alone():
     for router in ("sigmoid", "softmax"):
         config = tiny(n_embd=128, n_expert=8, router=router, shared_inner=16)
         for name, p in MoE(config).named_parameters():
-            assert 0.01 < p.std() < 0.2, name                                          # torch.empty held 4e28
+            assert 0.01 < p.std() < 0.2, name
         with torch.device("meta"):
             assert MoE(config)(torch.empty(2, 5, 128)).shape == (2, 5, 128)
 
 
-def test_moe_in_float64_is_exact():
-    """The router, too: else a float64 likelihood is right to seven digits only."""
-    moe, x = make_moe(**MOES["groups"]).double(), torch.randn(1, 6, 32, dtype=torch.float64)
-    weights, experts, _ = moe.route(x[0])
-    s = torch.sigmoid(x[0] @ moe.router.weight.T).gather(1, experts)
-    close(weights, s / s.sum(1, keepdim=True), 1e-12)
-    out = torch.stack([sum(w * one_expert(moe, t, e) for w, e in zip(*row)) for t, *row in zip(x[0], weights, experts)])
-    close(moe(x)[0], out)
-    assert moe(x[:, :0]).shape == (1, 0, 32)
-
-
 def test_moe_bias_balances_without_a_gradient():
     moe, x = make_moe(router_bias_step=0.02), 1 + torch.randn(1, 512, 32)
-    with torch.no_grad():
-        moe.router.weight.mul_(0.3)[0] += 0.1                                          # a skewed start: expert 0 is everyone's first choice
+    with torch.no_grad():                           # a skewed start: expert 0 is everyone's first choice
+        moe.router.weight.mul_(0.3)[0] += 0.1
     loads = []
     for _ in range(60):
         moe(x)
@@ -1582,45 +1605,44 @@ def test_moe_bias_balances_without_a_gradient():
     assert moe.count.sum() == 0, "evaluation must not move the bias"
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-def test_moe_compiles_once(dtype, monkeypatch):
-    """float32: the readable path, bfloat16: grouped_mm. Changing routing and an empty expert: no recompile, the same gradients."""
-    moe, results = make_moe().to(dtype), []
-    monkeypatch.setattr(moe, "every" if dtype == torch.bfloat16 else "grouped", None)  # under compile the other one must be taken
+@pytest.mark.parametrize("dtype, path, tol", [(torch.float32, "every", 1e-5),
+                                              (torch.bfloat16, "grouped", 1e-2)])
+def test_moe_compiles_once(dtype, path, tol, monkeypatch):
+    """float32: the readable path, bfloat16: grouped_mm. Other routes and an empty expert: the same graph."""
+    moe = make_moe().to(dtype)
+    monkeypatch.setattr(moe, "grouped" if path == "every" else "every", None)           # must not be taken
     torch._dynamo.reset()
     f = torch.compile(moe, backend="aot_eager", fullgraph=True)
     f(torch.randn(1, 16, 32, dtype=dtype, requires_grad=True)).sum().backward()
     moe.bias[3] = -100.0
     x = (torch.randn(1, 16, 32) * 10).to(dtype).requires_grad_()
     with torch.compiler.set_stance("fail_on_recompile"):
-        results.append(torch.autograd.grad(f(x).sum(), [x, *moe.parameters()]))
+        compiled = torch.autograd.grad(f(x).sum(), [x, *moe.parameters()])
     torch._dynamo.reset()
     monkeypatch.undo()
-    results.append(torch.autograd.grad(moe(x).sum(), [x, *moe.parameters()]))
-    for a, b in zip(*results):
-        close(a, b, 1e-2 if dtype == torch.bfloat16 else 1e-5)                         # compiled, products are rounded before the sum
+    for a, b in zip(compiled, torch.autograd.grad(moe(x).sum(), [x, *moe.parameters()])):
+        close(a, b, tol)                            # compiled, products are rounded before the sum
 
 
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float64))
-def test_moe_in_another_dtype(dtype):
-    """model.to(dtype) converts the buffers too, which a scatter of float32 counts does not forgive."""
-    moe, x = make_moe(n_expert=4, n_expert_active=2, expert_inner=16, bias=True), torch.randn(2, 8, 32)
-    expected, y = moe(x), moe.to(dtype)(x.to(dtype))
-    close(y.float(), expected, 0.05)
+def test_moe_in_bfloat16():
+    moe, x = make_moe(n_expert=4, bias=True), torch.randn(2, 8, 32)
+    y = moe(x)
+    close(moe.bfloat16()(x.bfloat16()).float(), y, 0.05)
 
 
 def test_moe_active_parameters():
-    lm = LM(tiny(n_expert=8, n_expert_active=2, expert_inner=16, shared_inner=16))
-    expert = 3 * 32 * 16
-    assert lm.num_params() - lm.active_params() == 2 * 6 * expert and lm.active_params(False) == lm.num_params(False) - 2 * 6 * expert
-    assert lm.flops_per_token() < LM(tiny(n_expert=8, n_expert_active=4, expert_inner=16)).flops_per_token()
+    two, four = (LM(tiny(n_expert=8, n_expert_active=k, expert_inner=16, shared_inner=16)) for k in (2, 4))
+    idle = 2 * 6 * 3 * 32 * 16                      # layers x experts x matrices
+    assert two.num_params() - two.active_params() == two.num_params(False) - two.active_params(False) == idle
+    assert two.flops_per_token() < four.flops_per_token()
 
 
-@pytest.mark.parametrize("bad", [dict(n_expert_active=9), dict(n_expert_group=3), dict(n_expert_group=4, n_expert_group_active=5),
-                                 dict(n_expert_group=0), dict(router="top"), dict(mlp="swigloo")])
-def test_moe_refuses(bad):
-    with pytest.raises(ValueError, match="n_expert|router|mlp swigloo"):
-        make_moe(**bad)
+def test_moe_refuses():
+    with pytest.raises(ValueError, match="n_expert_active 9 must not exceed"):
+        make_moe(n_expert_active=9)
+    for bad in (dict(n_expert_group=3), dict(n_expert_group=4, n_expert_group_active=5)):
+        with pytest.raises(ValueError, match="groups must be equal"):
+            make_moe(**bad)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # model.py: presets
@@ -4421,123 +4443,6 @@ def test_ctrl_c_during_imports_is_no_traceback(script, tmp_path):
     p.send_signal(signal.SIGINT)
     assert p.communicate(timeout=30) == ("", "") and p.returncode == -signal.SIGINT
 
-# ------------------------------------------------------------------------------------------------------------
-# Peers, where they are installed:
-# pip install transformers einops; pip install --no-deps flash-linear-attention fla-core
-# The presets are compared as whole models. Here are the layers that no preset has.
-
-RANKS = dict(q_lora_rank=24, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16)
-
-# our layer: (model, config and class in transformers, settings there, settings here, names there -> here)
-PEERS = {
-    "dsa": (
-        "deepseek_v32", "DeepseekV32Config", "DeepseekV32Attention",
-        dict(RANKS, index_topk=8, index_head_dim=16, index_n_heads=16, n_routed_experts=8, n_group=2,
-             topk_group=1, num_experts_per_tok=2, num_key_value_heads=4),
-        dict(RANKS, sel_topk=8, index_head_dim=16, index_n_head=16),    # fewer heads have ties at 0
-        {"a_layernorm": "a_norm", "kv_a_proj_with_mqa": "kv_a_proj", "indexer.wq_b": "index_q_proj",
-         "indexer.wk": "index_k_proj", "weights_proj": "w_proj", "indexer.": "index_"}),
-    "msa": (
-        "minimax_m3_vl", "MiniMaxM3VLTextConfig", "MiniMaxM3VLAttention",
-        dict(num_key_value_heads=2, head_dim=16, layer_types=["minimax_m3_sparse"] * 2, index_n_heads=2,
-             index_head_dim=16, index_block_size=4, index_topk_blocks=3, index_local_blocks=1,
-             rope_parameters=dict(rope_type="default", rope_theta=5e6, partial_rotary_factor=0.5)),
-        dict(n_kv_head=2, head_dim=16, rotary_fraction=0.5, rope_base=5e6, qk_norm=True, index_head_dim=16,
-             sel_block=4, sel_topk=3),
-        {"indexer.": "index_"}),
-    "gated_deltanet": (
-        "olmo_hybrid", "OlmoHybridConfig", "OlmoHybridGatedDeltaNet",
-        dict(linear_num_key_heads=4, linear_num_value_heads=4, linear_key_head_dim=16,
-             linear_value_head_dim=24, linear_allow_neg_eigval=True),
-        dict(linear_key_dim=16, linear_value_dim=24, neg_eigval=True, norm_eps=1e-5),
-        {"a_proj": "decay_proj", "b_proj": "beta_proj", "g_proj": "gate_proj", "conv1d.": "conv_"}),
-    "kda": (
-        "glm5_next", "Glm5NextTextConfig", "Glm5NextTextLinearAttention",
-        dict(linear_head_dim=16, linear_num_heads=4, linear_lower_bound=-5.0, num_key_value_heads=4),
-        dict(linear_key_dim=16),
-        {"forget_gate.": "", "f_a_proj": "decay_proj.0", "f_b_proj": "decay_proj.1",
-         "g_a_proj": "gate_proj.0", "g_b_proj": "gate_proj.1", "b_proj": "beta_proj", "conv1d.": "conv_"}),
-}
-
-
-@pytest.mark.parametrize("name", PEERS)
-def test_layers_equal_transformers(name):
-    """The same random weights, the same outputs and gradients."""
-    model, config, layer, their_settings, settings, names = PEERS[name]
-    module = pytest.importorskip(f"transformers.models.{model}.modeling_{model}")
-    config = getattr(module, config)(vocab_size=64, hidden_size=64, num_hidden_layers=2, rms_norm_eps=1e-6,
-                                     num_attention_heads=4, **their_settings)
-    config._attn_implementation = "eager"
-    theirs, weights = getattr(module, layer)(config, 0).eval(), {}
-    torch.manual_seed(0)
-    for key, p in theirs.state_dict().items():
-        p.copy_(torch.randn(p.shape) * (0.3 if p.ndim == 1 else p.size(-1) ** -0.5))
-        for old, new in names.items():
-            key = key.replace(old, new)
-        if name == "msa" and "norm" in key:
-            p = 1 + p                               # theirs is x (1 + w)
-        weights[key] = p.squeeze(1) if "conv" in key else p
-    if "k_proj.weight" in weights:
-        weights["qkv_proj.weight"] = torch.cat([weights.pop(f"{n}_proj.weight") for n in "qkv"])
-    ours = ATTENTION[name](tiny(**dict(n_embd=64) | settings))
-    ours.load_state_dict(weights)
-    x, how = torch.randn(2, 100, 64, requires_grad=True), {}
-    if ours.family == "sparse":
-        pos = torch.arange(100).expand(2, -1)
-        rotary = getattr(module, layer.replace("Attention", "RotaryEmbedding"))(config)
-        how = dict(position_embeddings=rotary(x, pos), position_ids=pos,
-                   attention_mask=torch.full((2, 1, 100, 100), -math.inf).triu(1))
-
-    def run(x):
-        y = theirs(x, **how)
-        return y[0] if isinstance(y, tuple) else y
-    same_gradients(ours, run, [x], 1e-5)
-
-
-def fla_naive(name):
-    """fla's plain-torch reference of one operator: a file that loads without Triton, unlike its package."""
-    fla = pytest.importorskip("fla")
-    pytest.importorskip("einops")
-    path = Path(fla.__file__).parent / "ops" / name / "naive.py"
-    spec = importlib.util.spec_from_file_location("naive", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_rules_equal_fla():
-    torch.manual_seed(0)
-    q, k, v, beta, g, _ = rule_inputs(128, "head", beta=1.0, H=3)
-    channel = rule_inputs(128, "channel", H=3)[4]
-    fixed = torch.log1p(-2.0 ** (-5 - torch.arange(3.0))).view(1, 3, 1).expand(2, 3, 128)
-
-    def fla(name, *x):
-        f = getattr(fla_naive(name), f"naive_recurrent_{name}")
-        o, S = f(*(a.transpose(1, 2) for a in x), output_final_state=True)      # their order is (B, T, H, .)
-        return o.transpose(1, 2), S
-    for ours, theirs in (
-            (delta_rule(q, k, v, beta), fla_naive("delta_rule").delta_rule_recurrence(q, k, v, beta)),
-            (delta_rule(q, k, v, beta, g), fla("gated_delta_rule", q, k, v, beta, g)),
-            (delta_rule(q, k, v, beta, channel, g_min=-5.0), fla("kda", q, k, v, channel, beta)),
-            (linear_attention(q, k, v), fla("linear_attn", q, k, v)),
-            (linear_attention(q, k, v, g), fla("simple_gla", q, k, v, g)),
-            (linear_attention(q, k, v, channel), fla("gla", q, k, v, channel))):
-        close(ours[0], theirs[0])
-        close(ours[1], theirs[1])
-    close(linear_attention(q, k, v, fixed)[0], fla_naive("retention").naive_retention(q, k, v))
-
-
-def test_balance_loss_equals_transformers():
-    module = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
-    moe, x, aux = make_moe(**MOES["softmax"]), torch.randn(2, 7, 32), {}
-    valid = torch.arange(7) < torch.tensor([[7], [4]])
-    moe(x, valid=valid)
-    moe.balance()
-    moe(x, aux, valid)
-    logits = moe.router(x.flatten(0, 1)),
-    theirs = module.load_balancing_loss_func(logits, num_experts=8, top_k=2, attention_mask=valid.long())
-    close(aux["balance"], 1e-3 * theirs)
-
 # ---------------------------------------------------------------------------------------------------------------------
 # published checkpoints
 
@@ -4757,6 +4662,124 @@ def test_harness_says_what_choices_says(runs, objective):
     assert peer.loglikelihood_rolling(ask("loglikelihood_rolling", "the cat sat " * 20))[0] < nats
     text, = peer.generate_until(ask("generate_until", "the cat", {"until": ["a"], "max_gen_toks": 12}))
     assert "a" not in text
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Peers, where they are installed:
+# pip install transformers einops; pip install --no-deps flash-linear-attention fla-core
+# The presets are compared as whole models. Here are the layers that no preset has.
+
+RANKS = dict(q_lora_rank=24, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16)
+
+# our layer: (model, config and class in transformers, settings there, settings here, names there -> here)
+PEERS = {
+    "dsa": (
+        "deepseek_v32", "DeepseekV32Config", "DeepseekV32Attention",
+        dict(RANKS, index_topk=8, index_head_dim=16, index_n_heads=16, n_routed_experts=8, n_group=2,
+             topk_group=1, num_experts_per_tok=2, num_key_value_heads=4),
+        dict(RANKS, sel_topk=8, index_head_dim=16, index_n_head=16),    # fewer heads have ties at 0
+        {"a_layernorm": "a_norm", "kv_a_proj_with_mqa": "kv_a_proj", "indexer.wq_b": "index_q_proj",
+         "indexer.wk": "index_k_proj", "weights_proj": "w_proj", "indexer.": "index_"}),
+    "msa": (
+        "minimax_m3_vl", "MiniMaxM3VLTextConfig", "MiniMaxM3VLAttention",
+        dict(num_key_value_heads=2, head_dim=16, layer_types=["minimax_m3_sparse"] * 2, index_n_heads=2,
+             index_head_dim=16, index_block_size=4, index_topk_blocks=3, index_local_blocks=1,
+             rope_parameters=dict(rope_type="default", rope_theta=5e6, partial_rotary_factor=0.5)),
+        dict(n_kv_head=2, head_dim=16, rotary_fraction=0.5, rope_base=5e6, qk_norm=True, index_head_dim=16,
+             sel_block=4, sel_topk=3),
+        {"indexer.": "index_"}),
+    "gated_deltanet": (
+        "olmo_hybrid", "OlmoHybridConfig", "OlmoHybridGatedDeltaNet",
+        dict(linear_num_key_heads=4, linear_num_value_heads=4, linear_key_head_dim=16,
+             linear_value_head_dim=24, linear_allow_neg_eigval=True),
+        dict(linear_key_dim=16, linear_value_dim=24, neg_eigval=True, norm_eps=1e-5),
+        {"a_proj": "decay_proj", "b_proj": "beta_proj", "g_proj": "gate_proj", "conv1d.": "conv_"}),
+    "kda": (
+        "glm5_next", "Glm5NextTextConfig", "Glm5NextTextLinearAttention",
+        dict(linear_head_dim=16, linear_num_heads=4, linear_lower_bound=-5.0, num_key_value_heads=4),
+        dict(linear_key_dim=16),
+        {"forget_gate.": "", "f_a_proj": "decay_proj.0", "f_b_proj": "decay_proj.1",
+         "g_a_proj": "gate_proj.0", "g_b_proj": "gate_proj.1", "b_proj": "beta_proj", "conv1d.": "conv_"}),
+}
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_layers_equal_transformers(name):
+    """The same random weights, the same outputs and gradients."""
+    model, config, layer, their_settings, settings, names = PEERS[name]
+    module = pytest.importorskip(f"transformers.models.{model}.modeling_{model}")
+    config = getattr(module, config)(vocab_size=64, hidden_size=64, num_hidden_layers=2, rms_norm_eps=1e-6,
+                                     num_attention_heads=4, **their_settings)
+    config._attn_implementation = "eager"
+    theirs, weights = getattr(module, layer)(config, 0).eval(), {}
+    torch.manual_seed(0)
+    for key, p in theirs.state_dict().items():
+        p.copy_(torch.randn(p.shape) * (0.3 if p.ndim == 1 else p.size(-1) ** -0.5))
+        for old, new in names.items():
+            key = key.replace(old, new)
+        if name == "msa" and "norm" in key:
+            p = 1 + p                               # theirs is x (1 + w)
+        weights[key] = p.squeeze(1) if "conv" in key else p
+    if "k_proj.weight" in weights:
+        weights["qkv_proj.weight"] = torch.cat([weights.pop(f"{n}_proj.weight") for n in "qkv"])
+    ours = ATTENTION[name](tiny(**dict(n_embd=64) | settings))
+    ours.load_state_dict(weights)
+    x, how = torch.randn(2, 100, 64, requires_grad=True), {}
+    if ours.family == "sparse":
+        pos = torch.arange(100).expand(2, -1)
+        rotary = getattr(module, layer.replace("Attention", "RotaryEmbedding"))(config)
+        how = dict(position_embeddings=rotary(x, pos), position_ids=pos,
+                   attention_mask=torch.full((2, 1, 100, 100), -math.inf).triu(1))
+
+    def run(x):
+        y = theirs(x, **how)
+        return y[0] if isinstance(y, tuple) else y
+    same_gradients(ours, run, [x], 1e-5)
+
+
+def fla_naive(name):
+    """fla's plain-torch reference of one operator: a file that loads without Triton, unlike its package."""
+    fla = pytest.importorskip("fla")
+    pytest.importorskip("einops")
+    path = Path(fla.__file__).parent / "ops" / name / "naive.py"
+    spec = importlib.util.spec_from_file_location("naive", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_rules_equal_fla():
+    torch.manual_seed(0)
+    q, k, v, beta, g, _ = rule_inputs(128, "head", beta=1.0, H=3)
+    channel = rule_inputs(128, "channel", H=3)[4]
+    fixed = torch.log1p(-2.0 ** (-5 - torch.arange(3.0))).view(1, 3, 1).expand(2, 3, 128)
+
+    def fla(name, *x):
+        f = getattr(fla_naive(name), f"naive_recurrent_{name}")
+        o, S = f(*(a.transpose(1, 2) for a in x), output_final_state=True)      # their order is (B, T, H, .)
+        return o.transpose(1, 2), S
+    for ours, theirs in (
+            (delta_rule(q, k, v, beta), fla_naive("delta_rule").delta_rule_recurrence(q, k, v, beta)),
+            (delta_rule(q, k, v, beta, g), fla("gated_delta_rule", q, k, v, beta, g)),
+            (delta_rule(q, k, v, beta, channel, g_min=-5.0), fla("kda", q, k, v, channel, beta)),
+            (linear_attention(q, k, v), fla("linear_attn", q, k, v)),
+            (linear_attention(q, k, v, g), fla("simple_gla", q, k, v, g)),
+            (linear_attention(q, k, v, channel), fla("gla", q, k, v, channel))):
+        close(ours[0], theirs[0])
+        close(ours[1], theirs[1])
+    close(linear_attention(q, k, v, fixed)[0], fla_naive("retention").naive_retention(q, k, v))
+
+
+def test_balance_loss_equals_transformers():
+    module = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
+    moe, x, aux = make_moe(**MOES["softmax"]), torch.randn(2, 7, 32), {}
+    valid = torch.arange(7) < torch.tensor([[7], [4]])
+    moe(x, valid=valid)
+    moe.balance()
+    moe(x, aux, valid)
+    logits = moe.router(x.flatten(0, 1)),
+    theirs = module.load_balancing_loss_func(logits, num_experts=8, top_k=2, attention_mask=valid.long())
+    close(aux["balance"], 1e-3 * theirs)
 
 
 # ------------------------------------------------------------------------------------------------------------
