@@ -99,7 +99,7 @@ def off(a, b, norm=None):
 
 BUDGET = {"attention.py": 19_500, "model.py": 7_400, "diffusion.py": 5_300, "train.py": 12_900,
           "sample.py": 5_060, "prepare.py": 8_300, "bench.py": 31_400,
-          "test_all.py": 62_800}
+          "test_all.py": 60_950}
 NARROW = ("attention.py", "model.py", "diffusion.py", "train.py", "sample.py", "prepare.py", "bench.py")
 
 
@@ -2048,7 +2048,7 @@ def exact_law(f, order, patch):
 @pytest.mark.parametrize("order", diffusion.ORDERS)
 def test_oracle_sampler_has_the_exact_law(order, monkeypatch):
     """One token a step at temperature 1: an order that does not look at the drawn token gives the law itself."""
-    f, rand = DiffOracle(3, 3), torch.rand
+    f = DiffOracle(3, 3)
     for scores in permutations([0.1, 0.2, 0.3]):                                       # of the random order
         monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.tensor(scores).expand(shape))
         close(exact_law(f, order, monkeypatch), f.p, 1e-12)
@@ -2403,9 +2403,10 @@ def test_resume_is_bit_exact(dataset, tmp_path, kind):
 
 
 @pytest.mark.parametrize("objective", ["ar", "mdm", "mixed", "block"])
-def test_looking_does_not_disturb_training(dataset, tmp_path, objective):
-    """Evaluations, probes, lines of the log, checkpoints."""
-    kind = dict(objective=objective, dropout=0.1, diffusion_block=4)
+def test_looking_does_not_disturb_training(dataset, tmp_path, monkeypatch, objective):
+    """Evaluations, also where they draw, probes, lines of the log, checkpoints."""
+    kind, evaluate = dict(objective=objective, dropout=0.1, diffusion_block=4), train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda *a, **k: evaluate(*a, **k) | {"drawn": torch.rand(()).item()})
     a = go(dataset, tmp_path / "a", eval_every=0, log_every=5, save_every=2, **kind)
     b = go(dataset, tmp_path / "b", eval_every=3, probe_every=2, **kind)
     assert train.digest(a["lm"].state_dict()) == train.digest(b["lm"].state_dict())
@@ -2495,9 +2496,11 @@ def test_init_from_takes_the_weights_alone(dataset, tmp_path):
 
 # The run folder, and what can befall it
 
-def test_log_lines_and_metrics_say_the_same(dataset, tmp_path):
+def test_log_lines_and_metrics_say_the_same(dataset, tmp_path, monkeypatch):
     """A line is the mean since the last one; the first step has a line of its own, and the time left is known after two."""
-    lines, out = [], tmp_path / "run"
+    lines, out, tok = [], tmp_path / "run", prepare.load_tokenizer(dataset)
+    tok.token_bytes *= 3
+    monkeypatch.setattr(prepare, "load_tokenizer", lambda path: tok)
     go(dataset, out, lines.append, objective="mdm", log_every=5)
     go(dataset, tmp_path / "each", objective="mdm")
     seen = re.findall(r"^step (\d+)/\d+ \| epoch [\d.]+ \| loss ([\d.]+) \|", "\n".join(lines), re.M)
@@ -2507,7 +2510,7 @@ def test_log_lines_and_metrics_say_the_same(dataset, tmp_path):
     assert history(out) == means and any("ms per step, about" in line for line in lines)
     row = train.read_log(out)[-1]
     assert (row["kind"], row["tokens"], row["epoch"]) == ("eval", 12 * 64, pytest.approx(12 * 64 / 320)) and row["se"] > 0
-    assert row["bpb"] == pytest.approx(row["loss"] / math.log(2), rel=0.01), "a byte a token, but for end-of-text"
+    assert row["bpb"] == pytest.approx(row["loss"] / math.log(2) / 3), "nats per token to bits per byte"
     assert {f.name for f in out.iterdir()} == {"config.json", "meta.json", "metrics.jsonl", "ckpt_last.pt", "ckpt_prev.pt",
                                                "ckpt_best.pt", "loss.png", "lock"}
 
@@ -2525,7 +2528,7 @@ def test_nothing_bad_is_saved(dataset, tmp_path, monkeypatch, told):
     monkeypatch.setattr(train, "evaluate", train.evaluate)          # put back afterwards
     at_step(monkeypatch, 9, lambda batch, losses: BAD_NUMBERS[told](batch.lm, losses))
     with pytest.raises(ValueError, match=rf"{told} at step 9.*last good checkpoint is .*ckpt_last.pt \(step 6\)"):
-        go(dataset, out, eval_every=3, save_every=9)
+        go(dataset, out, eval_every=3, save_every=9, log_every=5)
     state = train.load_checkpoint(out)
     assert state["step"] == 6 and all(p.isfinite().all() for p in state["model"].values())
     assert max(r["step"] for r in train.read_log(out)) < 9 + ("evaluation" in told)
@@ -2552,9 +2555,10 @@ def test_every_flipped_bit_of_a_checkpoint_is_seen(dataset, tmp_path):
 
 
 @pytest.mark.parametrize("damage, told", (("truncated", "ckpt_last.pt is truncated"), ("missing", "(step 8)"), ("all", "begins again")))
-def test_resume_auto_falls_back(dataset, tmp_path, damage, told):
+def test_resume_auto_falls_back(dataset, tmp_path, monkeypatch, damage, told):
     """To the checkpoint before, and to the beginning where none is left; the run ends as if nothing had been."""
     out, lines = tmp_path / "run", []
+    scripted_losses(monkeypatch, {4: 1.0, 8: 2.0, 10: 3.0, 12: 3.0})          # the best is older than the one before
     go(dataset, tmp_path / "whole", eval_every=4)
     go_until(10, dataset, out, eval_every=4)
     for path in out.glob("ckpt_*.pt" if damage == "all" else "ckpt_last.pt"):
@@ -2645,8 +2649,9 @@ def test_one_trainer_per_folder(dataset, tmp_path, monkeypatch):
     assert len(set(outs)) == 4
 
 
-def test_resume_in_another_folder_leaves_both_whole(dataset, tmp_path):
+def test_resume_in_another_folder_leaves_both_whole(dataset, tmp_path, monkeypatch):
     a, b, c = (tmp_path / name for name in "abc")
+    scripted_losses(monkeypatch, {6: 1.0, 12: 2.0})                 # the best is not made again
     go(dataset, a)
     go_until(7, dataset, b)
     before = contents(b)
@@ -3172,34 +3177,38 @@ def runs(dataset, tmp_path_factory):
     return folder
 
 
-def test_sample_goes_on_fills_in_and_scores(runs, capsys, tmp_path):
-    say = lambda *argv: (sample.main([str(a) for a in argv]), capsys.readouterr().out)
+def test_sample_goes_on_fills_in_and_scores(runs, tmp_path):
+    def say(line):
+        status, out, _ = typed(sample, line)
+        assert status == 0
+        return out
     for objective in ("ar", "mdm", "mixed"):
-        status, out = say(runs / objective, "--prompt", "the cat", "--max_new_tokens", 6, "--num_samples", 2)
-        assert status == 0 and out.count("the cat") == 2
+        out = say(f"{runs}/{objective} --prompt 'the cat' --max_new_tokens 6 --num_samples 2")
+        assert out.count("the cat") == 2
     for objective in ("mdm", "mixed"):
-        status, out = say(runs / objective, "--prompt", "the [MASK:3] sat", "--watch", "--pause", 0)
-        assert status == 0 and "step 1" in out and "step 3" in out and re.search(r"\nthe [^░]* sat\s*$", out)
-    status, out = say(runs / "mdm", "--prompt", "a", "--prompt", "the cat", "--max_new_tokens", 2, "--watch", "--pause", 0)
+        out = say(f"{runs}/{objective} --prompt 'the [MASK:3] sat' --watch --pause 0")
+        assert "step 1" in out and "step 3" in out and re.search(r"\nthe [^░]* sat\s*$", out)
+    out = say(f"{runs}/mdm --prompt a --prompt 'the cat' --max_new_tokens 2 --watch --pause 0")
     assert len(out.split("step 1\n")[1].split("\x1b")[0]) <= 4, "the first row, without the padding up to the second"
     (tmp_path / "text").write_text("the cat sat on a mat. " * 10)
     for objective, measures in (("ar", 1), ("mdm", 3), ("mixed", 4), ("block", 3)):
-        status, out = say("score", runs / objective, "--text", tmp_path / "text", "--n_mc", 8, "--windows", 2)
-        assert status == 0 and out.count("nats/token") == measures
+        out = say(f"score {runs}/{objective} --text {tmp_path}/text --n_mc 8 --windows 2")
+        assert out.count("nats/token") == measures
 
 
 @exactly
 @pytest.mark.parametrize("run, flags, steps", [
-    ("ar", "--top_k 5", 6), ("mixed", "", 6), ("mixed", "--steps 2", 2), ("mdm", "--steps 3 --order margin", 3), ("mdm", "--threshold 1e-9", 1),
-    ("mdm", "--block_size 3 --steps 4", 4), ("mdm", "--block_size 3 --cache --top_p 0.9", 6), ("mdm", "--block_size 3 --cache --refresh 2", 6),
+    ("ar", "--top_k 5", 6), ("mixed", "", 6), ("mixed", "--steps 2", 2), ("mdm", "--steps 3 --order margin", 3),
+    ("mdm", "--threshold 1e-9", 1), ("mdm", "--block_size 3 --steps 4", 4),
+    ("mdm", "--block_size 3 --cache --top_p 0.9", 6), ("mdm", "--block_size 3 --cache --refresh 2", 6),
     ("block", "", None), ("block", "--steps 1", None), ("block", "--threshold 0.9 --order max_prob", None)])
-def test_sample_reaches_every_sampler(runs, capsys, run, flags, steps):
+def test_sample_reaches_every_sampler(runs, run, flags, steps):
     """Prompts of two lengths go through one batch, and each comes out as it does alone."""
     def say(*prompts):
-        argv = [str(runs / run), *flags.split(), "--max_new_tokens", "6", "--temperature", "0"] + [a for p in prompts for a in ("--prompt", p)]
-        assert sample.main(argv) == 0
-        out, err = capsys.readouterr()
-        return out, int(re.search(r"tokens? in (\d+) steps?", err)[1])
+        given = [a for p in prompts for a in ("--prompt", p)]
+        status, out, error = typed(sample, f"{runs}/{run} {flags} --max_new_tokens 6 --temperature 0", *given)
+        assert status == 0
+        return out, int(re.search(r"tokens? in (\d+) steps?", error)[1])
     prompts = ["the", "the cat s"]
     together, n = say(*prompts)
     alone = [say(p)[0] for p in prompts]
@@ -3207,53 +3216,44 @@ def test_sample_reaches_every_sampler(runs, capsys, run, flags, steps):
     assert all(text.startswith(p) for text, p in zip(alone, prompts))
 
 
-def test_sample_prints_nothing_after_end_of_text(runs, capsys, monkeypatch):
+def test_sample_prints_nothing_after_end_of_text(runs, monkeypatch):
     monkeypatch.setattr(diffusion, "sample_mdm", lambda f, x, mask, **how: torch.where(x == mask, how["eot_id"], x))
-    assert sample.main([str(runs / "mdm"), "--prompt", "a [MASK:2]b", "--prompt", "the cat"]) == 0
-    assert capsys.readouterr().out == "--- sample 1\na b\n--- sample 2\nthe cat\n"
-
-
-def test_gif_shows_both_runs(runs, tmp_path, capsys):
-    Image = pytest.importorskip("PIL.Image")
-    path = tmp_path / "a.gif"
-    assert sample.main([str(runs / "mdm"), "--gif", str(path), "--beside", str(runs / "ar"), "--prompt", "the", "--max_new_tokens", "9", "--steps", "3"]) == 0
-    with Image.open(path) as both:
-        assert both.n_frames == 10 and path.stat().st_size < 1 << 20
-        size = both.size
-    assert sample.main([str(runs / "ar"), "--gif", str(path), "--max_new_tokens", "4"]) == 0
-    with Image.open(path) as one:
-        assert one.size[0] < 0.6 * size[0]
-    before = path.read_bytes()
-    for argv, message in ((["--beside", "x"], "--gif"), (["--max_new_tokens", "1e12"], "--max_new_tokens"), (["--num_samples", "1e12"], "--num_samples"),
-                          (["--gif", str(tmp_path / "no" / "a.gif")], "cannot write"), (["--gif", str(path), "--beside", "x"], "no checkpoint")):
-        assert sample.main([str(runs / "ar"), *argv]) == 2 and message in capsys.readouterr().err
-    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.gif"]
-
-
-def test_canvas_text_has_blocks_and_no_end_of_text():
+    out = typed(sample, f"{runs}/mdm --prompt 'a [MASK:2]b' --prompt 'the cat'")[1]
+    assert out == "--- sample 1\na b\n--- sample 2\nthe cat\n"
     tok = prepare.Tokenizer("byte")
     assert sample.canvas_text([*"é".encode(), 300, 300, 97, tok.eot, tok.eot], tok, 300) == "é░░a"
+
+
+def test_gif_shows_both_runs(runs, tmp_path):
+    Image, path = pytest.importorskip("PIL.Image"), tmp_path / "a.gif"
+
+    def size(line):
+        assert typed(sample, f"{runs}/{line} --gif {path}")[0] == 0 and path.stat().st_size < 1 << 20
+        with Image.open(path) as image:
+            return image.n_frames, image.size[0]
+    frames, wide = size(f"mdm --beside {runs}/ar --prompt the --max_new_tokens 9 --steps 3")
+    assert frames == 10 and size("ar --max_new_tokens 4")[1] < 0.6 * wide
 
 
 def test_block_chain_is_a_distribution():
     """exp(-nll) sums to 1 over all texts; size 1 is the bound without variance, size T the chain of the whole window."""
     torch.manual_seed(0)
-    lm = LM(tiny(vocab_size=2, n_layer=2)).double().eval()
-    x = torch.tensor(list(itertools.product((0, 1), repeat=6)))
+    lm, x = LM(tiny(vocab_size=2)).double().eval(), torch.tensor(list(product((0, 1), repeat=6)))
     with torch.no_grad():
         for order in ("left", "confidence"):
             for S in (1, 2, 3, 6):
                 nll = sample.block_chain(lm, x, S, order)
                 assert torch.exp(-6 * nll).sum().item() == pytest.approx(1, abs=1e-9)
-            close(nll, diffusion.chain_nll(lm, x, 2, order))
-        assert sample.block_chain(lm, x, 1, "left").mean().item() == pytest.approx(diffusion.mdm_nll(lm, x, 2, 4, noise_block=1)[0], abs=1e-9)
+            close(nll, chain_nll(lm, x, 2, order))
+        nats, _ = mdm_nll(lm, x, 2, 4, noise_block=1)
+        assert sample.block_chain(lm, x, 1, "left").mean().item() == pytest.approx(nats, abs=1e-9)
 
 
 def test_dual_cache_needs_layers_that_rewrite():
     sample.check_dual_cache(tiny(layers="mla full"))
-    for bad in (tiny(layers="full(window=4) full"), tiny(window=8), tiny(layers="kda*3 full")):
+    for bad in (dict(layers="full(window=4) full"), dict(window=8), dict(layers="kda full")):
         with pytest.raises(ValueError, match="leave --cache out"):
-            sample.check_dual_cache(bad)
+            sample.check_dual_cache(tiny(**bad))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # bench.py
@@ -3330,18 +3330,19 @@ def test_what_a_study_measures():
 SIZES = "--n_head 2 --head_dim 16 --repeat 1 --device cpu"
 FEW = """--scale cpu --dataset DATASET --unique_tokens 320 --epochs 4 --n_layer 1 --n_head 2 --n_embd 32 --block_size 16
          --batch_tokens 64 --evals 3"""
-RUNS = "--n_layer 1 --n_embd 16 --block_size 128 --batch_tokens 128 --device cpu"
+RUNS3 = "--run_ar RUNS/ar --run_mdm RUNS/mdm --run_block RUNS/block"
+SMALL = "--n_layer 1 --n_embd 16 --block_size 128 --batch_tokens 128 --device cpu"
 TOYS = {    # experiment: (its flags, rows of the JSON file, is there a picture?)
     "crossover": (f"--seeds 2 --anneal all {FEW}", 6, True),
     "study": (f"--part map --budgets 160 --widths 16,32 {FEW}", 2, True),
     "adapt": ("--dataset DATASET --ar_steps 2 --steps 2 --n_layer 1 --n_embd 16 --batch_tokens 128", 7, True),
     "sparsity": (f"--match total {FEW}", 4, True),
     "presets": ("", 7, False),
-    "switch": (f"--dataset DATASET --steps 3 --adapt 2 --windows 3 {RUNS}", 5, False),
+    "switch": (f"--dataset DATASET --steps 3 --adapt 2 --windows 3 {SMALL}", 5, False),
     "recall": ("--layers full,dsa --steps 2 --lengths 64,512 --batch_tokens 512", 8 + 6, True),
     "moe": ("--steps 2 --repeat 1", 5, True),
-    "decode": ("--run_ar RUNS/ar --run_mdm RUNS/mdm --run_block RUNS/block --run_judge RUNS/ar --batches 1,2", 1 + 26 + 5, True),
-    "panel": ("--run_ar RUNS/ar --run_mdm RUNS/mdm --run_block RUNS/block --windows 2 --n_mc 4", 7, False),
+    "decode": (f"{RUNS3} --run_judge RUNS/ar --batches 1,2", 1 + 26 + 5, True),
+    "panel": (f"{RUNS3} --windows 2 --n_mc 4", 7, False),
     "choices": ("RUNS/ar RUNS/mdm --files probe --limit 4 --n_mc 4", 3, False),
     "compare": ("RUNS/ar RUNS/mdm", 2, True),
     "theory": ("--steps 4 --sequences 2 --lengths 3,6", 2 * 2 * (6 + 5 + 1), True),
@@ -3349,42 +3350,50 @@ TOYS = {    # experiment: (its flags, rows of the JSON file, is there a picture?
     "context": (f"--lengths 64,300 --batches 1,2 --layers full,infllm,kda {SIZES}", 12, True),
     "functions": (f"--lengths 96 --n_kv_head 2 --block 32 --tile 32 --topk 2 {SIZES}", 13, False),
     "attention": (f"--lengths 64,96 --layers full,msa,linear {SIZES}", 6, True),
-    "quality": (f"--dataset DATASET --mixers full,msa --steps 2 --seeds 2 {RUNS}", 4, False),
+    "quality": (f"--dataset DATASET --mixers full,msa --steps 2 --seeds 2 {SMALL}", 4, False),
 }
 
 
 @pytest.fixture
-def arms_here(monkeypatch):
-    """Training runs of experiments in this process: a list of their run folders, as they are trained."""
-    trained = []
+def lab(dataset, runs, tmp_path, monkeypatch):
+    """bench.py in an empty folder: lab(line) -> (status, stdout, stderr). Training takes place in this process:
+    lab.trained lists the run folders; where it is ["stop"], the next training is interrupted before it begins."""
+    problems = prepare.arithmetic
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare, "arithmetic", lambda n, seed: problems(300, seed))
+    monkeypatch.setattr(bench, "CALCULATOR", {**bench.CALCULATOR, "n_layer": 1, "n_embd": 16, "eval_windows": 8})
 
     def run_arms(jobs, workers):
         for job in jobs.values():
-            if trained == ["stop"]:
-                trained.clear()
+            if lab.trained == ["stop"]:
+                lab.trained.clear()
                 return False
-            trained.append(job["out"])
+            lab.trained.append(job["out"])
             given = {k: v for k, v in job.items() if v is not None}
             train.train({**given, "eval_windows": 4, "resume": "auto"}, log=quiet)
         return True
+    validation = bench.validation
     monkeypatch.setattr(bench, "run_arms", run_arms)
-    monkeypatch.setattr(bench, "validation", lambda name, T, count, real=bench.validation: real(name, T, min(count, 8)))
-    return trained
+    monkeypatch.setattr(bench, "validation", lambda name, T, count: validation(name, T, min(count, 8)))
+
+    def lab(line):
+        return typed(bench, line.replace("DATASET", dataset).replace("RUNS", str(runs)))
+    lab.trained = []
+    return lab
+
+
+def found(name):
+    """The rows of the experiment's file in the present folder."""
+    return json.loads(Path(f"out/{name}.json").read_text())["rows"]
 
 
 @pytest.mark.parametrize("name", TOYS)
-def test_every_experiment_runs_stops_and_goes_on(name, dataset, runs, tmp_path, arms_here, monkeypatch, capsys):
+def test_every_experiment_runs_stops_and_goes_on(name, lab, monkeypatch):
     """Interrupted at its second point, or before its runs; the same command measures the rest, once; JSON and PNG are whole."""
     flags, count, picture = TOYS[name]
-    monkeypatch.setattr(prepare, "arithmetic", lambda n, seed, problems=prepare.arithmetic: problems(300, seed))
-    monkeypatch.setattr(bench, "CALCULATOR", {**bench.CALCULATOR, "n_layer": 1, "n_embd": 16, "eval_windows": 8})
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench, "PAIRS", (4, 8))
     monkeypatch.setattr(bench, "moe_speed", lambda *_: {"ratio": 1.0})
     monkeypatch.setattr(bench, "balance", lambda *_: {"loads": [[1, 8.0], [2, 7.0]]})
-    flags = flags.replace("DATASET", dataset).replace("RUNS", str(runs)).split() + ["--results", str(tmp_path)]
-    if "out" in bench.parameters(bench.EXPERIMENTS[name].run):
-        flags += ["--out", str(tmp_path / "runs")]
     attempt, measured = bench.attempt, []
 
     def stops(measure, label):
@@ -3393,82 +3402,91 @@ def test_every_experiment_runs_stops_and_goes_on(name, dataset, runs, tmp_path, 
             raise KeyboardInterrupt
         return attempt(measure, label)
     monkeypatch.setattr(bench, "attempt", stops)
-    arms_here.append("stop")
-    for _ in range(3):
-        code = bench.main([name, *flags])
-        out, err = capsys.readouterr()
-        if code == 0:
-            break
-        assert code == 130 and "goes on from here" in out, err
-    file, = tmp_path.glob("*.json")
+    lab.trained.append("stop")
+    status = tries = 0
+    while status or not tries:
+        status, out, error = lab(f"{name} {flags}")
+        tries += 1
+        assert status == 0 or status == 130 and "goes on from here" in out and tries < 3, error
+    file, = Path("out").glob("*.json")
     result = json.loads(file.read_text())
-    assert code == 0 and len(result["rows"]) == count and not list(tmp_path.glob("*.points.jsonl"))
+    assert len(result["rows"]) == count and "\n|--" in out and not list(Path("out").glob("*.points.jsonl"))
     assert len(measured) == len(set(measured)) + (len(measured) > 1), "the interrupted point alone is measured again"
-    assert {"command", "date", "device", "versions", "seed", "seeds", "cut", "flags"} <= set(result) and not result["cut"]
-    assert file.with_suffix(".png").exists() == picture and "\n|--" in out
+    assert {"command", "date", "device", "versions", "seed", "seeds", "flags"} <= set(result) and not result["cut"]
+    assert file.with_suffix(".png").exists() == picture
 
 
-def test_crossover_is_what_its_runs_say(dataset, tmp_path, arms_here, capsys):
+def test_crossover_is_what_its_runs_say(lab, tmp_path):
     """Own arms with any flags of train.py, rates and annealed runs on the way; compare reads the same logs."""
-    argv = f"crossover --rates 1e-3,2e-3,4e-3 {FEW} --out {tmp_path}/runs --results {tmp_path}".replace("DATASET", dataset).split()
-    assert bench.main([*argv, "--arm", "own: --layers linear --dropout 0.1", "--x", "tokens"]) == 0
-    out = capsys.readouterr().out
-    assert "curve crossing" in out and "honest crossing" in out
-    rows = {r["arm"]: r for r in json.loads((tmp_path / "crossover_cpu.json").read_text())["rows"]}
+    line = f"crossover --rates 1e-3,2e-3,4e-3 {FEW} --x tokens --arm 'own: --layers linear --dropout 0.1'"
+    status, out, _ = lab(line)
+    assert status == 0 and "curve crossing" in out and "honest crossing" in out
+    rows = {r["arm"]: r for r in found("crossover_cpu")}
     assert list(rows) == ["ar", "mdm", "own", "crossing"] and "honest_tuned" in rows["crossing"]
-    assert all(0 <= e["probe_accuracy"] <= 1 and "probe_gap" in e for a in ("ar", "mdm", "own") for e in rows[a]["evals"][-1:])
-    sweep = {lr: min(e["loss"] for e in bench.evaluations(next(tmp_path.glob(f"runs/*/own-s1337-lr{lr:g}")))) for lr in (1e-3, 2e-3, 4e-3)}
+    for last in (rows[arm]["evals"][-1] for arm in ("ar", "mdm", "own")):
+        assert 0 <= last["probe_accuracy"] <= 1 and "probe_gap" in last
+    losses = lambda pattern: [e["loss"] for out in tmp_path.rglob(pattern) for e in bench.evaluations(out)]
+    sweep = {lr: min(losses(f"own-s1337-lr{lr:g}")) for lr in (1e-3, 2e-3, 4e-3)}
     assert rows["own"]["lr"] == min(sweep, key=sweep.get) and rows["own"]["best"] <= min(sweep.values())
-    run, = tmp_path.glob(f"runs/*/own-s1337-lr{rows['own']['lr']:g}")
+    run, = tmp_path.rglob(f"own-s1337-lr{rows['own']['lr']:g}")
     assert train.load_model(run, "last")[0].config.layers == "linear"
-    short = [e["loss"] for folder in tmp_path.glob(f"runs/*/ar-s1337-lr{rows['ar']['lr']:g}/annealed-*") for e in bench.evaluations(folder)]
-    assert rows["ar"]["annealed"] == min(short) and rows["ar"]["best"] == min(e["loss"] for e in rows["ar"]["evals"])
-    honest = rows["crossing"]["honest"]
-    assert honest["gap"] == pytest.approx(min(short + [rows["ar"]["best"]]) - rows["mdm"]["last"]), "the least that AR ever was"
-    assert bench.main(["compare", str(run), "--x", "seconds", "--results", str(tmp_path)]) == 0
-    assert json.loads((tmp_path / "compare.json").read_text())["rows"][0]["evals"] == rows["own"]["evals"]
-    assert bench.main(["compare", str(tmp_path)]) == 2 and "no evaluation" in capsys.readouterr().err
+    annealed, ar = losses(f"ar-s1337-lr{rows['ar']['lr']:g}/annealed-*"), rows["ar"]
+    assert ar["annealed"] == min(annealed) and ar["best"] == min(e["loss"] for e in ar["evals"])
+    least = min(*annealed, ar["best"])
+    assert rows["crossing"]["honest"]["gap"] == pytest.approx(least - rows["mdm"]["last"]), "the least that AR ever was"
+    assert lab(f"compare {run} --x seconds")[0] == 0 and found("compare")[0]["evals"] == rows["own"]["evals"]
 
 
 @pytest.mark.parametrize("part", [part for part in bench.PARTS if part != "map"])
-def test_every_part_of_the_study_runs(part, dataset, tmp_path, arms_here, capsys, monkeypatch):
-    arms_here.append("stop")
-    for name in ("REGULARISED", "DIFFUSION", "CAUSES"):        # the first and the last arm of each
+def test_every_part_of_the_study_runs(part, lab, monkeypatch):
+    lab.trained.append("stop")
+    for name in ("REGULARISED", "DIFFUSION", "CAUSES"):             # the first and the last arm of each
         table = getattr(bench, name)
         for arm in list(table)[1:-1]:
             monkeypatch.delitem(table, arm)
-    argv = f"study --part {part} --ar_epochs 3 --rates 1e-3,2e-3 {FEW} --block_size 64 --batch_tokens 128 --out {tmp_path}/runs --results {tmp_path}"
-    assert bench.main(argv.replace("DATASET", dataset).split()) == 130, "interrupted"
-    assert bench.main(argv.replace("DATASET", dataset).split()) == 0
-    assert json.loads(next(tmp_path.glob("study*.json")).read_text())["rows"] and "\n|--" in capsys.readouterr().out
+    line = f"study --part {part} --ar_epochs 3 --rates 1e-3,2e-3 {FEW} --block_size 64 --batch_tokens 128"
+    assert lab(line)[0] == 130, "interrupted"
+    status, out, _ = lab(line)
+    file, = Path("out").glob("study*.json")
+    assert status == 0 and json.loads(file.read_text())["rows"] and "\n|--" in out
 
 
 def test_judged_is_its_definition():
     torch.manual_seed(0)
     lm, x = LM(tiny(vocab_size=7)).eval(), torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 6, 6, 6, 6]])
     loss, se, entropy = bench.judged(lm, x, 2).values()
-    with torch.no_grad():
-        want = diffusion.token_nll(lm(diffusion.shift_right(x, 7)), x)[:, 2:]
+    want = ar_loss(lm, x, 7, reduction="none")[:, 2:]
     assert loss == pytest.approx(want.mean().item()) and se == pytest.approx(want.mean(1).std().item() / 2 ** 0.5)
     assert entropy == pytest.approx(math.log(4) / 2), "four different tokens, and four equal ones"
 
 
-def test_decode_is_what_was_timed(runs, tmp_path, monkeypatch):
-    """Every sampler with each of its settings, at every batch size."""
-    argv = TOYS["decode"][0].replace("RUNS", str(runs)).split() + ["--results", str(tmp_path), "--out", str(tmp_path / "out")]
-    called = []
+def test_decode_is_what_was_timed(lab, monkeypatch):
+    """Every sampler with each of its settings, at every batch size; the judge reads what the largest batch wrote."""
+    called, read, judged = [], [], bench.judged
     for name in ("sample_ar", "sample_mdm", "sample_block"):
         def sampler(f, x, mask_id, generator, real=getattr(diffusion, name), name=name, **how):
             called.append((name, len(x), {k: v for k, v in how.items() if (k, name) != ("fill_block", "sample_block")}))
             return real(f, x, mask_id, generator=generator, **how)
         monkeypatch.setattr(diffusion, name, sampler)
-    assert bench.main(["decode", *argv]) == 0
-    rows = json.loads((tmp_path / "decode_cpu.json").read_text())["rows"]
-    timed = [r for r in rows if "tokens/s, batch 2" in r]
-    assert [r["sampler"] for r in timed] == [family for family, (_, settings) in bench.decoders(14).items() for _ in settings]
-    assert all(r["tokens/s, batch 1"] > 0 and r["loss"] > 0 for r in timed) and all(r["agreement"] <= 1 for r in rows if "speedup" in r)
-    for role, settings in bench.decoders(14).values():
-        assert all((f"sample_{role}", B, how) in called for how in settings for B in (1, 2))
+    monkeypatch.setattr(bench, "judged", lambda *given: read.append(called[-1:]) or judged(*given))
+    assert lab(f"decode {TOYS['decode'][0]}")[0] == 0
+    rows = found("decode_cpu")
+    timed, settings = [r for r in rows if "tokens/s, batch 2" in r], bench.decoders(14)
+    assert [r["sampler"] for r in timed] == [family for family, (_, kinds) in settings.items() for _ in kinds]
+    assert all(r["tokens/s, batch 1"] > 0 and r["loss"] > 0 for r in timed)
+    assert all((f"sample_{role}", B, how) in called for role, kinds in settings.values() for how in kinds for B in (1, 2))
+    assert read[0] == [] and len(read) > 9 and all(batch == 2 for ((_, batch, _),) in read[1:])
+    assert all(r["agreement"] <= 1 for r in rows if "speedup" in r)
+
+
+def test_decode_trains_what_was_asked_for(lab, monkeypatch):
+    """A run that other settings have left is not taken: train.py --resume auto compares them."""
+    jobs = {}
+    monkeypatch.setattr(bench, "run_arms", lambda asked, workers: jobs.update(asked) and False)
+    Path("here/ar").mkdir(parents=True)
+    Path("here/ar/metrics.jsonl").write_text('{"kind": "eval", "step": 5, "epoch": 1.0, "loss": 1.0}\n')
+    line = "panel --run_mdm RUNS/mdm --run_block RUNS/block --dataset DATASET --max_steps 5 --n_embd 16 --out here"
+    assert lab(line)[0] == 130 and list(jobs) == ["ar"] and jobs["ar"]["n_embd"] == 16
 
 
 def test_moe_starts_from_skewed_routers(dataset, tmp_path, monkeypatch):
@@ -3477,264 +3495,105 @@ def test_moe_starts_from_skewed_routers(dataset, tmp_path, monkeypatch):
 
     def short(flags, log):
         stops.append(flags["max_steps"])
-        return real({**flags, "dataset": str(dataset), "log_every": 1}, log=quiet)
+        return real({**flags, "dataset": dataset, "log_every": 1}, log=quiet)
     monkeypatch.setattr(bench, "data_folder", lambda name: dataset)
     monkeypatch.setattr(train, "train", short)
-    balanced, not_ = (bench.balance("", step, 3, "cpu", tmp_path / str(step)) for step in (1e-3, 0.0))
-    assert balanced["first_load_ratio"] > 7 and not_["first_load_ratio"] > 7 and balanced["bias_range"] > 0 == not_["bias_range"]
+    balance = lambda step: bench.balance("", step, 3, "cpu", tmp_path / str(step))
+    balanced, not_ = balance(1e-3), balance(0.0)
+    assert balanced["first_load_ratio"] > 7 and not_["first_load_ratio"] > 7
+    assert balanced["bias_range"] > 0 == not_["bias_range"]
     assert stops == [1, 3, 1, 3] and [s for s, _ in balanced["loads"]] == [2, 3]
-    assert bench.balance("", 1e-3, 3, "cpu", tmp_path / "0.001") == balanced and stops[4:] == [3]
+    assert balance(1e-3) == balanced and stops[4:] == [3]
 
 
-def test_decode_runs_are_what_was_asked_for(dataset, runs, tmp_path, capsys, monkeypatch):
-    """Wrong flags and given runs of another kind are refused before anything is trained; runs left by other settings are not taken."""
-    jobs = []
+def test_finished_arms_start_no_process(dataset, tmp_path, monkeypatch):
+    job, started = TOY_RUN | dict(dataset=dataset, out=str(tmp_path / "run"), max_steps=2), []
+
+    class Process:
+        returncode, stdout = -signal.SIGINT, ["Traceback\n"]        # Ctrl-C while it still imported torch
+        poll = lambda self: self.returncode
+
+        def __init__(self, command, **_):
+            started.append(command)
+    monkeypatch.setattr(bench.subprocess, "Popen", Process)
+    assert not bench.run_arms({"a": job}, 1) and len(started) == 1
+    train.train(job, log=quiet)
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as f:
+        f.write('{"kind": "ev')                                     # killed while it wrote
+    assert bench.run_arms({"a": {**job, "lr": None}}, 1) and len(started) == 1
+    for other in (dict(max_steps=3), dict(lr=0.5)):                 # more to do; train.py will refuse
+        bench.run_arms({"a": {**job, **other}}, 1)
+    assert len(started) == 3
+
+
+def test_quality_compares_equals():
+    """Parameters within 3%, a sparse layer's query reads at most a quarter."""
+    base = dict(n_layer=4, n_head=4, n_embd=128, block_size=512, vocab_size=257, qk_norm=True)
+    full = LM(ModelConfig(**base)).num_params()
+    for name in bench.parameters(bench.EXPERIMENTS["quality"].run)["mixers"][0]:
+        pattern = bench.pattern_of(name)
+        lm = LM(ModelConfig(**base, layers=pattern, n_inner=bench.same_size(pattern, base)))
+        assert lm.num_params() == pytest.approx(full, rel=0.03), name
+        for mixer in (block.mixer for block in lm.blocks):
+            if type(mixer).__name__ in ("NSA", "InfLLM", "MSA", "DSA"):
+                assert all(mixer.reads(512, causal) <= 128 for causal in (True, False)), name
+
+
+def test_quality_shows_what_is_finished(lab, monkeypatch):
+    """Interrupted before the last run: a table of the others, means over their seeds."""
     run_arms = bench.run_arms
-    monkeypatch.setattr(bench, "run_arms", lambda j, workers: jobs.append(j) or run_arms({}, workers) and False)
-    given = " ".join(f"--run_{r} {runs / r}" for r in ("ar", "mdm", "block"))
-    for argv, message in ((f"decode --run_mdm {runs / 'ar'} --dataset {dataset}", "--run_mdm"), (f"panel --run_block {runs / 'mixed'} --dataset {dataset}", "--run_block"),
-                          ("decode --run_judge none", "no checkpoint none"), ("decode --batches 0,8", "--batches 0"), ("panel --n_mc 3", "multiple of 4"),
-                          ("panel --windows 0", "--windows 0"), ("panel --threads 0", "--threads 0"), ("choices none --threads -1", "--threads -1"),
-                          ("choices none --which worst", "--which worst")):
-        assert bench.main(f"{argv} --out {tmp_path}".split() if "tools" not in argv else argv.split()) == 2 and not jobs, argv
-        error = capsys.readouterr().err
-        assert message in error and len(error.splitlines()) == 1, (argv, error)
-    assert bench.main(f"panel {given} --workers 0".split()) == 2 and "--workers 0" in capsys.readouterr().err
-    (tmp_path / "ar").mkdir()
-    (tmp_path / "ar" / "metrics.jsonl").write_text(json.dumps(dict(kind="eval", step=5, epoch=1.0, loss=1.0)) + "\n")
-    assert bench.main(f"panel --run_mdm {runs / 'mdm'} --run_block {runs / 'block'} --dataset {dataset} --max_steps 5 --n_embd 16 --out {tmp_path}".split()) == 130
-    assert list(jobs[-1]) == ["ar"] and jobs[-1]["ar"]["n_embd"] == 16, "train.py --resume auto compares the settings"
-
-# ---------------------------------------------------------------------------------------------------------------------
-# bench.py choices, and the probe of train.py
-
-def write_jsonl(path, *rows):
-    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
-    return path
+    monkeypatch.setattr(bench, "run_arms", lambda jobs, n: run_arms(dict(list(jobs.items())[:-1]), n) and False)
+    line = f"quality {TOYS['quality'][0]}"
+    assert lab(line)[0] == 130
+    rows = {(r["mixer"], r["objective"]): r for r in found("quality_cpu")}
+    assert [rows[m, o]["seeds"] for o in ("ar", "mdm") for m in ("full", "msa")] == [2, 2, 2, 1]
+    losses = [bench.evaluations(out)[-1]["loss"] for out in lab.trained if "full-ar" in out]
+    assert rows["full", "ar"]["losses"] == losses and rows["full", "ar"]["loss"] == pytest.approx(sum(losses) / 2)
+    assert lab(f"{line} --objectives ar --dtype bfloat16")[0] == 130, "runs and a table of their own"
+    assert found("quality_cpu_bfloat16") and "bfloat16" in lab.trained[-1]
 
 
-def random_items(lengths, seed=0):
-    """[(context, ends)] of random tokens of diff_lm: one item for each (length of the context, lengths of the ends)."""
-    rng = random.Random(seed)
-    draw = lambda n: [rng.randrange(13) for _ in range(n)]
-    return [(draw(c), [draw(e) for e in ends]) for c, ends in lengths]
+def test_switch_changes_nothing_but_the_layer(lab, dataset, tmp_path):
+    """The dense checkpoint under other names: a second call gives the same, and `dense` is what train.py evaluates."""
+    def rows():
+        assert lab(f"switch {TOYS['switch'][0]}")[0] == 0
+        return [{**r, "minutes": 0} for r in found("switch_cpu")]
+    dense, *others = first = rows()
+    assert [r["arm"] for r in first] == list(bench.switch_arms(128)) and len({r["params"] for r in first}) == 1
+    assert dense["gap_before"] == dense["gap_after"] == 0 and dense["reads"] == 128
+    for r in others:
+        assert r["reads"] <= max(128 // int(r["arm"].split("/")[1]), 48) and r["gap_before"] != 0 != r["gap_after"]
+    base, _ = train.load_model(next(tmp_path.glob("out/*/*/base")), "last")
+    windows = train.fixed_windows(prepare.load_dataset(dataset)[1], 128, 3)
+    assert dense["before"] == pytest.approx(train.evaluate(base, windows, "ar")["loss"], rel=1e-6)
+    assert rows() == first
 
 
-@pytest.mark.parametrize("layers", ["full", "full(window=4) gated_deltanet", "mla", "nsa"])
-def test_exact_choices_are_the_models_own_sum(layers):
-    """Through the cache, a context read once == one pass a choice."""
-    lm = diff_lm(layers)
-    for context, ends in random_items([(9, (3, 7, 1, 2)), (9, (1,)), (0, (4, 1))]):
-        for end, value, hit in zip(ends, *bench.exact_nats(lm, context, ends)):
-            x = torch.tensor([context + end])
-            with torch.no_grad():
-                logits = lm(torch.tensor([[13] + context + end[:-1]]))
-            assert value == pytest.approx(diffusion.token_nll(logits, x)[0, len(context):].sum().item(), abs=1e-8)
-            assert hit == (logits.argmax(-1)[0, len(context):].tolist() == end)
-    assert sum(bench.exact_nats(lm, [1, 2], [[a] for a in range(13)])[1]) == 1
+def test_tables_join_what_was_measured(tmp_path):
+    """A mixture's time and cache are the mean over its layers; prose stays, a table changes with its file."""
+    page, line, layers = tmp_path / "README.md", f"tables --results {tmp_path}", {"full": 8.0, "gated_deltanet": 2.0}
+    context = [dict(layer=n, T=T, batch=B, ms=B * T * ms, cache_mib=T * ms) for n, ms in layers.items() for T in (1, 4) for B in (1, 64)]
+    files = dict(
+        quality_cpu=[dict(mixer="gated_deltanet*3 full", objective="ar", loss=1.5, std=None, seeds=1, reads=4)],
+        recall=[dict(layers="full", objective="mdm", task=t, T=T, pairs=n, accuracy=n / 100)
+                for t, T, n in (("pairs", 512, 64), ("needle", 1024, 4))],
+        attention_cpu=[dict(layer=n, T=T, both_ms=10 * T * ms) for n, ms in layers.items() for T in (1, 2)],
+        context_cpu=[*context, dict(layer="full", T=8, batch=1, ms=None, cache_mib=64.0)])          # out of memory
+    about = dict(command="python", device="d", versions={"torch": "2"}, date="now", seeds=[1], cut=True, flags={})
+    for name, rows in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(dict(about, experiment=name.split("_")[0], rows=rows)))
+    assert [list(r.values()) for r in bench.mixtures(tmp_path)] == [
+        ["`full`", "- / -", "- / 64", "- / 4", "1.0x", "100.0%", "1.00x"],
+        ["`gated_deltanet*3 full`", "1.500 / -", "- / -", "- / -", f"{8 / 3.5:.1f}x", f"{3.5 / 8:.1%}", f"{8 / 3.5:.2f}x"]]
+    page.write_text("hand <!-- recall -->old<!-- end --> made\n")
+    (first, text), (second, again) = ((typed(bench, line)[0], page.read_text()) for _ in range(2))
+    assert first == second == 0 and text == again
+    assert text.startswith("hand <!-- recall -->\n`python`") and "cut off" in text
+    assert "<!-- end --> made" in text and "old" not in text
+    page.write_text("<!-- recall -->")
+    status, _, error = typed(bench, line)
+    assert status == 2 and "has no <!-- end -->" in error
 
-
-def test_diffusion_choices_are_their_definition():
-    """The bound == the mean over all orders of the end, within its error; the chain == the end revealed from the left."""
-    lm = diff_lm()
-    (context, ends), = random_items([(4, (3, 2, 3))])
-    ends.append(list(ends[0]))
-    nats = bench.diffusion_nats(lm, context, ends, "bound", 400, rows=7)
-    assert nats[0] == nats[3], "equal ends under the same masks: no difference at all"
-    assert bench.diffusion_nats(lm, context, ends, "bound", 400, rows=1000) == pytest.approx(nats, abs=1e-9)
-    chain = bench.diffusion_nats(lm, context, ends, "chain")
-    for end, bound, left in zip(ends, nats, chain):
-        x, P, values = torch.tensor(context + end), len(context), []
-        for order in itertools.permutations(range(P, P + len(end))):
-            masked = torch.arange(len(x)) >= P
-            values.append(0.0)
-            for i in order:
-                with torch.no_grad():
-                    logits = lm(torch.where(masked, 13, x)[None], causal=False)
-                values[-1] += F.cross_entropy(logits[0, i], x[i]).item()
-                masked[i] = False
-        assert bound == pytest.approx(statistics.mean(values), abs=0.05 * statistics.pstdev(values) + 0.05)
-        assert left == pytest.approx(values[0], abs=1e-8), "the first permutation is left to right"
-
-
-def test_block_choices_are_their_definition():
-    """Block diffusion: a chain of blocks, the places behind an end hidden for good; blocks of 1 have no masks to draw."""
-    lm = diff_lm()
-    (context, ends), = random_items([(5, (4, 2, 6))])
-    for S in (1, 4):
-        chain = bench.diffusion_nats(lm, context, ends, "chain", block=S)
-        bound = bench.diffusion_nats(lm, context, ends, "bound", 8, 0, block=S)
-        for end, left, value in zip(ends, chain, bound):
-            tokens, want = context + end, 0.0
-            for i in range(len(context), len(tokens)):              # token i given all before it, its block hidden from i on
-                start = i - i % S
-                x = torch.tensor([tokens[:i] + [13] * (start + S - i)])
-                block = torch.arange(x.size(1)) // S
-                with torch.no_grad():
-                    logits = lm(x, causal=False, mask=block[:, None] >= block)
-                want += F.cross_entropy(logits[0, i], torch.tensor(tokens[i])).item()
-            assert left == pytest.approx(want, abs=1e-8)
-            if S == 1:
-                assert value == pytest.approx(want, abs=1e-8)
-    values = [bench.diffusion_nats(lm, context, [[3, 4, 5]], "bound", 200, s, block=4)[0] for s in range(2)]
-    assert values[0] != values[1] and values[0] == pytest.approx(values[1], rel=0.05)
-
-
-def test_greedy_end_is_argmax_from_the_left():
-    lm = diff_lm()
-    for block in (None, 4):
-        context, end = [1, 2, 3], []
-        x = torch.tensor([context + [13] * 4])
-        how = dict(order="left", temperature=0)
-        y = diffusion.sample_block(lm, x, 13, 4, **how) if block else diffusion.sample_mdm(lm, x, 13, **how)
-        end = y[0, 3:].tolist()
-        assert bench.greedy_end(lm, context, end, block) and not bench.greedy_end(lm, context, [(end[0] + 1) % 13, *end[1:]], block)
-
-
-def test_choices_are_cut_on_the_left_or_failed():
-    lm = diff_lm()                                                  # its window: 64 tokens
-    drawn = random_items([(100, (4, 9)), (5, (65, 3)), (70, (64, 2))])
-    for objective, measure in (("ar", "exact"), ("mdm", "chain")):
-        judge = lambda context, ends: bench.judge_item(lm, {"objective": objective}, {"context": context, "ends": ends}, measure, 4, 0)
-        (long, ends), (short, wide), (lost, whole) = drawn
-        assert "65 tokens" in judge(short, wide)["failed"] and "window of 64" in judge(short, wide)["failed"]
-        assert judge(long, ends) == judge(long[-55:], ends) and len(judge(long, ends)["nats"]) == 2
-        assert judge(lost, whole) == judge([], whole), "an end that fills the window leaves no context"
-
-
-def test_summary_is_its_definition():
-    items = [{"gold": g, "ends": [[0] * n for n in (1, 2, 4)], "bytes": [2, 4, 8]} for g in (0, 2, 1, 0)]
-    results = [{"nats": [1.0, 5.0, 6.0]}, {"nats": [3.0, 5.0, 4.0]}, {"nats": [7.0, 7.0, 9.0]}, {"failed": "why"}]
-    s = bench.summary(items, results)
-    assert (s["items"], s["failed"], s["accuracy"]) == (3, 1, pytest.approx(1 / 3)), "a tie is no hit"
-    assert s["se"] == pytest.approx((1 / 3 / 3) ** 0.5) and s["accuracy_norm"] == pytest.approx(2 / 3)
-    assert s["gap"] == pytest.approx(statistics.mean([4.5, 0.0, 1.0])) and s["loss"] == pytest.approx((1 + 4 + 7) / (1 + 4 + 2))
-    one = [{"gold": 0, "ends": [[1, 2]], "bytes": [3]}, {"gold": 0, "ends": [[3]], "bytes": [3]}]
-    s = bench.summary(one, [{"nats": [2.0], "greedy": True}, {"nats": [4.0], "greedy": False}])
-    assert s["accuracy"] == 0.5 and s["loss"] == 2 and "gap" not in s and "accuracy" not in bench.summary(one[:1], [{"failed": ""}])
-
-
-def test_read_items_forms(tmp_path):
-    rows = [{"ctx": "A man ", "endings": ["sits.", "runs."], "label": "1", "ind": 7},
-            {"query": "Question: why?\n", "choices": ["a", "b", "c"], "gold": [2]},
-            {"context": "It was", "continuation": "so"}, {"ctx": "", "endings": ["x", "y"], "label": 0}]
-    text = "\n".join(map(json.dumps, rows)) + "\n\n"
-    (tmp_path / "a.jsonl").write_text(text)
-    for name, pack in (("bz2", bz2.compress), ("gz", gzip.compress), ("xz", lzma.compress), ("bom", lambda raw: b"\xef\xbb\xbf" + raw)):
-        (tmp_path / f"a.jsonl.{name}").write_bytes(pack(text.encode()))
-    tok = prepare.Tokenizer("byte")
-    for name in ("a.jsonl", "a.jsonl.bz2", "a.jsonl.gz", "a.jsonl.xz", "a.jsonl.bom"):
-        items = bench.read_items(tmp_path / name, tok)
-        told = [(tok.decode(i["context"]), [tok.decode(e) for e in i["ends"]], i["gold"]) for i in items]
-        assert told == [("A man", [" sits.", " runs."], 1), ("Question: why?\nAnswer:", [" a", " b", " c"], 2), ("It was", [" so"], 0),
-                        ("", ["x", "y"], 0)]
-    assert items[0]["bytes"] == [6, 6] and len(bench.read_items(tmp_path / "a.jsonl", tok, 2)) == 2
-
-
-GOOD = {"ctx": "a", "endings": ["b", "c"], "label": 0}
-
-
-@pytest.mark.parametrize("row, message", [
-    ("{\"ctx\": ", "line 2 is no JSON"), ("[]", "no object of the keys ctx"), ({"ctx": "a", "label": 1}, "no object of the keys"), ("7", "no object"),
-    ({**GOOD, "ctx": 5}, "a text under 'ctx'"), ({**GOOD, "endings": "bc"}, "a list of texts under 'endings'"),
-    ({**GOOD, "endings": [1, 2]}, "a list of texts"),
-    ({**GOOD, "label": 2}, "one right answer"), ({**GOOD, "label": -1}, "one right answer"), ({**GOOD, "label": None}, "one right answer"),
-    ({**GOOD, "label": ""}, "one right answer"), ({**GOOD, "label": [0, 1]}, "one right answer"), ({**GOOD, "label": []}, "one right answer"),
-    ({**GOOD, "label": True}, "one right answer"), ({**GOOD, "endings": ["b", "b "]}, "one right answer"),
-    ({**GOOD, "endings": ["b"]}, "one right answer"),
-    ({"context": "a", "continuation": " "}, "one right answer"), ({"context": "a", "continuation": ["b"]}, "a text under 'continuation'"),
-    ('{"ctx": "\\ud800", "endings": ["b", "c"], "label": 0}', "line 2 is no JSON")])
-def test_bad_items_name_file_and_line(runs, tmp_path, capsys, row, message):
-    path = write_jsonl(tmp_path / "items.jsonl", GOOD, row, GOOD)
-    assert bench.main(["choices", str(runs / "ar"), "--files", str(path), "--results", str(tmp_path), "--out", str(tmp_path / "o")]) == 2
-    error = capsys.readouterr().err
-    assert f"{path} line 2 " in error and message in error and len(error.splitlines()) == 1 and not (tmp_path / "o").exists(), error
-
-
-def test_choices_end_to_end_and_resume(runs, tmp_path, capsys, monkeypatch):
-    """All kinds of runs and of files; a larger --limit only does what is missing, and gives what one run at once gives."""
-    rows = [{**GOOD, "ctx": "the cat " * n, "endings": ["sat on", "ran"], "label": n % 2} for n in range(6)] + [{**GOOD, "endings": ["b", "c" * 99]}]
-    one = {"context": "the red", "continuation": "bird"}
-    files = [str(write_jsonl(tmp_path / "many.jsonl", *rows)), str(write_jsonl(tmp_path / "last.jsonl", one)), "probe"]
-    argv = ["choices", *(str(runs / k) for k in ("ar", "mdm", "mixed", "block")), "--files", *files, "--n_mc", "4", "--results", str(tmp_path)]
-    assert bench.main([*argv, "--out", str(tmp_path / "a"), "--limit", "4"]) == 0 and "failed" in capsys.readouterr().out
-    judged, judge = [], bench.judge_item
-    monkeypatch.setattr(bench, "judge_item", lambda *given: judged.append(given[3]) or judge(*given))
-    assert bench.main([*argv, "--out", str(tmp_path / "a"), "--limit", "9"]) == 0
-    capsys.readouterr()
-    measures = [m for k in ("ar", "mdm", "mixed", "block") for m in bench.MEASURES[k]]
-    assert collections.Counter(judged) == {m: measures.count(m) * (3 + 0 + 9) for m in measures}, "the probe has other ends now"
-    a = json.loads((tmp_path / "choices.json").read_text())["rows"]
-    assert bench.main([*argv, "--out", str(tmp_path / "b"), "--limit", "9"]) == 0
-    b = json.loads((tmp_path / "choices.json").read_text())["rows"]
-    plain = lambda rows: [{k: v for k, v in r.items() if k != "items_per_s"} for r in rows]
-    assert plain(a) == plain(b) and len(b) == 3 * len(measures)
-    assert [(r["items"], r["failed"]) for r in b if r["file"] == "many"] == [(6, 1)] * len(measures) and all(r["loss"] > 0 for r in b)
-
-
-def test_choices_stop_and_go_on(runs, tmp_path, capsys, monkeypatch):
-    path, judge = write_jsonl(tmp_path / "many.jsonl", *({**GOOD, "ctx": "x" * n} for n in range(5))), bench.judge_item
-    argv = ["choices", str(runs / "ar"), "--files", str(path), "--results", str(tmp_path), "--out", str(tmp_path / "o")]
-
-    def interrupted(lm, flags, item, *rest):
-        if len(item["context"]) == 3:
-            raise KeyboardInterrupt
-        return judge(lm, flags, item, *rest)
-    monkeypatch.setattr(bench, "judge_item", interrupted)
-    assert bench.main(argv) == 130 and "goes on from here" in capsys.readouterr().out
-    part, = (tmp_path / "o").iterdir()
-    with part.open("a") as f:
-        f.write('[12, {"na')                                        # killed while it wrote
-    seen = []
-    monkeypatch.setattr(bench, "judge_item", lambda *given: seen.append(len(given[2]["context"])) or judge(*given))
-    assert bench.main(argv) == 0 and seen == [3, 4]
-    assert len(set(key for key, _ in map(json.loads, part.read_text().splitlines()))) == 5
-    part.write_text("7\n")
-    assert bench.main(argv) == 2 and f"{part} line 1 is damaged" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("objective", ["ar", "mdm", "block"])
-def test_probe_picks_the_truth(objective):
-    """An oracle of a cyclic language finds every true end, a model that knows nothing none (ties are no hits)."""
-    V, T = 12, 16
-    val = np.concatenate([(np.arange(T) * (1 + i % 3) + i) % V for i in range(40)])    # a stride and a start for each window
-    items = train.probe_items(val, T, 40)
-    assert items.shape == (40, 4, T) and torch.equal(items[:, 0].flatten(), torch.from_numpy(val))
-    counts = collections.Counter(tuple(e) for i in range(4) for e in items[:, i, -4:].tolist())
-    true = collections.Counter(tuple(e) for e in items[:, 0, -4:].tolist())
-    assert all(counts[e] == 4 * true[e] for e in true), "each end is right once, and wrong three times"
-
-    class Oracle(nn.Module):
-        def __init__(self, knows):
-            super().__init__()
-            self.embed, self.mask_id, self.knows = nn.Embedding(1, 1), V, knows
-
-        def forward(self, idx, causal=True, mask=None, pos=None):
-            first = idx[:, :2] if not causal else idx[:, 1:3]       # AR reads BOS first
-            step, t = first[:, 1:] - first[:, :1], torch.arange(idx.size(1)) if pos is None else pos
-            return F.one_hot((first[:, :1] + step * t) % V, V) * (5.0 if self.knows else 0.0)
-    for knows, accuracy in ((True, 1.0), (False, 0.0)):
-        keep = [i for i in range(40) if sum(torch.equal(items[i, 0, -4:], items[i, j, -4:]) for j in range(4)) == 1]
-        lm = Oracle(knows).train()
-        got = train.probe(lm, items[keep], objective, diffusion_block=4)
-        assert got["probe_accuracy"] == accuracy and (got["probe_gap"] > 1) == knows and lm.training
-        assert got == train.probe(lm, items[keep], objective, rows=3, diffusion_block=4)
-
-
-def test_probe_is_that_of_bench_choices(runs):
-    lm, state = train.load_model(runs / "ar", "last")
-    val = prepare.load_dataset(Path(state["flags"]["dataset"]))[1]
-    items = train.probe_items(val, 16, 20)
-    got = train.probe(lm, items, "ar")
-    batch = [{"context": p[0, :12].tolist(), "ends": p[:, 12:].tolist(), "gold": 0, "bytes": [4] * 4} for p in items]
-    s = bench.summary(batch, [bench.judge_item(lm, state["flags"], item, "exact", 0, 0) for item in batch])
-    assert s["gap"] == pytest.approx(got["probe_gap"], abs=1e-4) and s["accuracy"] == pytest.approx(got["probe_accuracy"])
-    with pytest.raises(ValueError, match="4 validation windows"):
-        train.probe_items(val[:50], 16)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# bench.py presets, functions, context, switch
 
 def test_published_costs_come_out():
     rows = bench.published_costs()
@@ -3746,97 +3605,223 @@ def test_kept_bytes():
     assert bench.kept_bytes(lambda: a * b) == 80 and bench.kept_bytes(lambda: a * a) == 40, "a storage counts once"
     assert bench.kept_bytes(lambda: a + b) == 0
 
+# ---------------------------------------------------------------------------------------------------------------------
+# bench.py choices, and the probe of train.py
 
-def test_finished_arms_start_no_process(dataset, tmp_path, monkeypatch):
-    job = dict(dataset=str(dataset), n_layer=1, n_head=2, n_embd=16, block_size=16, batch_tokens=32, max_steps=2, eval_every=0, eval_windows=2,
-               out=str(tmp_path / "run"))
-    started = []
-
-    class Process:
-        returncode, stdout = -signal.SIGINT, ["Traceback\n"]                          # Ctrl-C while it still imported torch
-        poll = lambda self: self.returncode
-
-        def __init__(self, command, **_):
-            started.append(command)
-    monkeypatch.setattr(bench.subprocess, "Popen", Process)
-    assert not bench.run_arms({"a": job}, 1) and len(started) == 1
-    train.train(job, log=quiet)
-    with open(tmp_path / "run" / "metrics.jsonl", "a") as f:
-        f.write('{"kind": "ev')                                                        # killed while it wrote
-    assert bench.run_arms({"a": {**job, "lr": None}}, 1) and len(started) == 1
-    for other in (dict(max_steps=3), dict(lr=0.5)):                                    # more to do; train.py will refuse
-        bench.run_arms({"a": {**job, **other}}, 1)
-    assert len(started) == 3
+def write_jsonl(path, *rows):
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+    return path
 
 
-def test_tables_join_what_was_measured(tmp_path, capsys):
-    """A mixture's time and cache are the mean over its layers; prose stays, a table changes with its file."""
-    argv = ["tables", "--results", str(tmp_path)]
-    layers = {"full": 8.0, "gated_deltanet": 2.0}
-    rows = dict(quality_cpu=[dict(mixer="gated_deltanet*3 full", objective="ar", loss=1.5, std=None, seeds=1, reads=4)],
-                recall=[dict(layers="full", objective="mdm", task=t, T=T, pairs=n, accuracy=n / 100) for t, T, n in (("pairs", 512, 64), ("needle", 1024, 4))],
-                attention_cpu=[dict(layer=n, T=T, both_ms=10 * T * ms) for n, ms in layers.items() for T in (1, 2)],
-                context_cpu=[dict(layer=n, T=T, batch=B, ms=B * T * ms, cache_mib=T * ms) for n, ms in layers.items() for T in (1, 4) for B in (1, 64)])
-    rows["context_cpu"].append(dict(layer="full", T=8, batch=1, ms=None, cache_mib=64.0))              # out of memory
-    about = dict(command="python", device="d", versions={"torch": "2"}, date="now", seeds=[1], cut=True, flags={})
-    for name, r in rows.items():
-        (tmp_path / f"{name}.json").write_text(json.dumps(dict(about, experiment=name.split("_")[0], rows=r)))
-    found = {r["mixer"]: list(r.values())[1:] for r in bench.mixtures(tmp_path)}
-    assert found == {"`full`": ["- / -", "- / 64", "- / 4", "1.0x", "100.0%", "1.00x"],
-                     "`gated_deltanet*3 full`": ["1.500 / -", "- / -", "- / -", f"{8 / 3.5:.1f}x", f"{3.5 / 8:.1%}", f"{8 / 3.5:.2f}x"]}
-    (tmp_path / "README.md").write_text("hand <!-- recall -->old<!-- end --> made\n")
-    assert bench.main(argv) == 0
-    text = (tmp_path / "README.md").read_text()
-    assert text.startswith("hand <!-- recall -->\n`python`") and "<!-- end --> made" in text and "old" not in text and "cut off" in text
-    assert bench.main(argv) == 0 and (tmp_path / "README.md").read_text() == text
-    (tmp_path / "README.md").write_text("<!-- recall -->")
-    assert bench.main(argv) == 2 and "has no <!-- end -->" in capsys.readouterr().err
+def random_item(context, *ends):
+    """(context, ends) of random tokens of diff_lm, of these lengths."""
+    rng = random.Random(0)
+    context, *ends = ([rng.randrange(13) for _ in range(n)] for n in (context, *ends))
+    return context, ends
 
 
-def test_quality_compares_equals():
-    """Parameters within 3%, a sparse layer's query reads at most a quarter."""
-    base = dict(n_layer=4, n_head=4, n_embd=128, block_size=512, vocab_size=257, qk_norm=True)
-    full = LM(ModelConfig(**base)).num_params()
-    for name in bench.parameters(bench.EXPERIMENTS["quality"].run)["mixers"][0]:
-        pattern = bench.pattern_of(name)
-        lm = LM(ModelConfig(**base, layers=pattern, n_inner=bench.same_size(pattern, base)))
-        assert lm.num_params() == pytest.approx(full, rel=0.03), name
-        for block in lm.blocks:
-            if type(block.mixer).__name__ in ("NSA", "InfLLM", "MSA", "DSA"):
-                assert all(block.mixer.reads(512, causal) <= 128 for causal in (True, False)), name
+@pytest.mark.parametrize("layers", ["full", "full(window=4) gated_deltanet", "mla", "nsa"])
+def test_exact_choices_are_the_models_own_sum(layers):
+    """Through the cache, a context read once == one pass a choice."""
+    lm = diff_lm(layers)
+    for context, ends in (random_item(9, 3, 7, 1, 2), random_item(9, 1), random_item(0, 4, 1)):
+        for end, value, hit in zip(ends, *bench.exact_nats(lm, context, ends)):
+            with torch.no_grad():
+                logits = lm(torch.tensor([[13] + context + end[:-1]]))[:, len(context):]
+            assert value == pytest.approx(token_nll(logits, torch.tensor([end])).sum().item(), abs=1e-6)
+            assert hit == (logits.argmax(-1)[0].tolist() == end)
+    assert sum(bench.exact_nats(lm, [1, 2], [[a] for a in range(13)])[1]) == 1
 
 
-def test_quality_shows_what_is_finished(dataset, tmp_path, arms_here, monkeypatch):
-    """Interrupted before the last run: a table of the others, means over their seeds."""
-    run_arms = bench.run_arms
-    monkeypatch.setattr(bench, "run_arms", lambda jobs, n: run_arms(dict(list(jobs.items())[:-1]), n) and False)
-    argv = f"quality {TOYS['quality'][0]} --out {tmp_path}/runs --results {tmp_path}".replace("DATASET", dataset).split()
-    assert bench.main(argv) == 130
-    result = json.loads((tmp_path / "quality_cpu.json").read_text())
-    rows = {(r["mixer"], r["objective"]): r for r in result["rows"]}
-    assert result["cut"] and [rows[m, o]["seeds"] for o in ("ar", "mdm") for m in ("full", "msa")] == [2, 2, 2, 1]
-    losses = [bench.evaluations(out)[-1]["loss"] for out in arms_here if "full-ar" in out]
-    assert rows["full", "ar"]["losses"] == losses and rows["full", "ar"]["loss"] == pytest.approx(sum(losses) / 2)
-    assert bench.main([*argv, "--objectives", "ar", "--dtype", "bfloat16"]) == 130, "runs and a table of their own"
-    assert (tmp_path / "quality_cpu_bfloat16.json").exists() and "bfloat16" in arms_here[-1]
+def test_diffusion_choices_are_their_definition():
+    """The bound == the mean over all orders of the end, within its error; the chain == the end revealed from the left."""
+    lm, (context, ends) = diff_lm(), random_item(4, 3, 2, 3)
+    ends.append(list(ends[0]))
+    nats = bench.diffusion_nats(lm, context, ends, "bound", 400, rows=7)
+    assert nats[0] == nats[3], "equal ends under the same masks: no difference at all"
+    assert bench.diffusion_nats(lm, context, ends, "bound", 400, rows=1000) == pytest.approx(nats, abs=1e-9)
+    chain = bench.diffusion_nats(lm, context, ends, "chain")
+    for end, bound, left in zip(ends, nats, chain):
+        values = chains(lm, torch.tensor(context + end), range(len(context), len(context + end)))
+        assert bound == pytest.approx(statistics.mean(values), abs=0.05 * statistics.pstdev(values) + 0.05)
+        assert left == pytest.approx(values[0], abs=1e-8)
 
 
-def test_switch_changes_nothing_but_the_layer(dataset, tmp_path, arms_here):
-    """The dense checkpoint under other names: a second call gives the same, and `dense` is what train.py evaluates."""
-    argv = f"switch {TOYS['switch'][0]} --out {tmp_path / 'runs'} --results {tmp_path}".replace("DATASET", dataset).split()
-    assert bench.main(argv) == 0
-    rows = json.loads((tmp_path / "switch_cpu.json").read_text())["rows"]
-    assert [r["arm"] for r in rows] == list(bench.switch_arms(128)) and len({r["params"] for r in rows}) == 1
-    assert rows[0]["gap_before"] == rows[0]["gap_after"] == 0 and rows[0]["reads"] == 128
-    for r in rows[1:]:
-        assert r["reads"] <= max(128 // int(r["arm"].split("/")[1]), 48) and r["gap_before"] != 0 != r["gap_after"]
-    base, _ = train.load_model(next(tmp_path.glob("runs/*/base")), "last")
-    _, val, _ = prepare.load_dataset(Path(dataset))
-    loss = train.evaluate(base, train.fixed_windows(val, 128, 3), "ar")["loss"]
-    assert rows[0]["before"] == pytest.approx(loss, rel=1e-6)
-    assert bench.main(argv) == 0
-    again = json.loads((tmp_path / "switch_cpu.json").read_text())["rows"]
-    assert [{**r, "minutes": 0} for r in again] == [{**r, "minutes": 0} for r in rows]
+def test_block_choices_are_their_definition():
+    """Block diffusion: a chain of blocks, the places behind an end hidden for good; blocks of 1 have no masks to draw."""
+    lm, (context, ends) = diff_lm(), random_item(5, 4, 2, 6)
+    for S in (1, 4):
+        chain = bench.diffusion_nats(lm, context, ends, "chain", block=S)
+        bound = bench.diffusion_nats(lm, context, ends, "bound", 8, 0, block=S)
+        for end, left, value in zip(ends, chain, bound):
+            tokens, want = context + end, 0.0
+            for i in range(len(context), len(tokens)):              # token i given all before it, its block hidden from i on
+                x = torch.tensor([tokens[:i] + [13] * (S - i % S)])
+                block = torch.arange(x.size(1)) // S
+                with torch.no_grad():
+                    logits = lm(x, causal=False, mask=block[:, None] >= block)
+                want += F.cross_entropy(logits[0, i], torch.tensor(tokens[i])).item()
+            assert left == pytest.approx(want, abs=1e-8) and (S > 1 or value == pytest.approx(want, abs=1e-8))
+    a, b = (bench.diffusion_nats(lm, context, [[3, 4, 5]], "bound", 200, seed, block=4)[0] for seed in range(2))
+    assert a != b and a == pytest.approx(b, rel=0.05)
+
+
+def test_greedy_end_is_argmax_from_the_left():
+    lm, x = diff_lm(), torch.tensor([[1, 2, 3] + [13] * 4])
+    for block in (None, 4):
+        sampler = functools.partial(sample_block, fill_block=4) if block else sample_mdm
+        end = sampler(lm, x, 13, order="left", temperature=0)[0, 3:].tolist()
+        other = [(end[0] + 1) % 13, *end[1:]]
+        assert bench.greedy_end(lm, [1, 2, 3], end, block) and not bench.greedy_end(lm, [1, 2, 3], other, block)
+
+
+def test_choices_are_cut_on_the_left_or_failed():
+    lm = diff_lm()                                                  # its window: 64 tokens
+    for objective, measure in (("ar", "exact"), ("mdm", "chain")):
+        judge = lambda context, ends: bench.judge_item(
+            lm, {"objective": objective}, {"context": context, "ends": ends}, measure, 4, 0)
+        context, ends = random_item(100, 4, 9)
+        nats = judge(context, ends)["nats"]
+        assert nats == judge(context[-55:], ends)["nats"] and len(nats) == 2
+        failed = judge(*random_item(5, 65, 3))["failed"]
+        assert "65 tokens" in failed and "window of 64" in failed
+        context, ends = random_item(70, 64, 2)
+        assert judge(context, ends) == judge([], ends), "an end that fills the window leaves no context"
+
+
+def test_summary_is_its_definition():
+    items = [{"gold": g, "ends": [[0] * n for n in (1, 2, 4)], "bytes": [2, 4, 8]} for g in (0, 2, 1, 0)]
+    results = [{"nats": [1.0, 5.0, 6.0]}, {"nats": [3.0, 5.0, 4.0]}, {"nats": [7.0, 7.0, 9.0]}, {"failed": "why"}]
+    s = bench.summary(items, results)
+    assert (s["items"], s["failed"], s["accuracy"]) == (3, 1, pytest.approx(1 / 3)), "a tie is no hit"
+    assert s["se"] == pytest.approx((1 / 3 / 3) ** 0.5) and s["accuracy_norm"] == pytest.approx(2 / 3)
+    assert s["gap"] == pytest.approx(statistics.mean([4.5, 0.0, 1.0])) and s["loss"] == pytest.approx((1 + 4 + 7) / (1 + 4 + 2))
+    one = [{"gold": 0, "ends": [[1, 2]], "bytes": [3]}, {"gold": 0, "ends": [[3]], "bytes": [3]}]
+    s = bench.summary(one, [{"nats": [2.0], "greedy": True}, {"nats": [4.0], "greedy": False}])
+    assert s["accuracy"] == 0.5 and s["loss"] == 2 and "gap" not in s
+    assert "accuracy" not in bench.summary(one[:1], [{"failed": ""}])
+
+
+def test_read_items_forms(tmp_path):
+    raw = write_jsonl(
+        tmp_path / "a.jsonl", {"ctx": "A man ", "endings": ["sits.", "runs."], "label": "1", "ind": 7},
+        {"query": "Question: why?\n", "choices": ["a", "b", "c"], "gold": [2]},
+        {"context": "It was", "continuation": "so"}, {"ctx": "", "endings": ["x", "y"], "label": 0}, "").read_bytes()
+    tok = prepare.Tokenizer("byte")
+    for name, pack in (("", bytes), (".bz2", bz2.compress), (".gz", gzip.compress), (".xz", lzma.compress),
+                       (".bom", lambda raw: b"\xef\xbb\xbf" + raw)):
+        path = tmp_path / f"a.jsonl{name}"
+        path.write_bytes(pack(raw))
+        items = bench.read_items(path, tok)
+        assert [(tok.decode(i["context"]), [tok.decode(e) for e in i["ends"]], i["gold"]) for i in items] == [
+            ("A man", [" sits.", " runs."], 1), ("Question: why?\nAnswer:", [" a", " b", " c"], 2), ("It was", [" so"], 0),
+            ("", ["x", "y"], 0)]
+        assert items[0]["bytes"] == [6, 6] and len(bench.read_items(path, tok, 2)) == 2
+
+
+GOOD = {"ctx": "a", "endings": ["b", "c"], "label": 0}
+BAD_ITEMS = {   # what is told: second lines of a file of items; those of dictionaries change GOOD
+    "is no JSON": ['{"ctx": ', '{"ctx": "\\ud800", "endings": ["b", "c"], "label": 0}'],
+    "is no object of the keys ctx": ["[]", "7", '{"ctx": "a", "label": 1}'],
+    "a text under 'ctx'": [{"ctx": 5}], "a list of texts under 'endings'": [{"endings": "bc"}, {"endings": [1, 2]}],
+    "a text under 'continuation'": ['{"context": "a", "continuation": ["b"]}'],
+    "one right answer": [*({"label": label} for label in (2, -1, None, "", [0, 1], [], True)), {"endings": ["b", "b "]},
+                         {"endings": ["b"]}, '{"context": "a", "continuation": " "}']}
+
+
+@pytest.mark.parametrize("told", BAD_ITEMS)
+def test_bad_items_name_file_and_line(lab, tmp_path, told):
+    for row in BAD_ITEMS[told]:
+        write_jsonl(tmp_path / "items.jsonl", GOOD, row if isinstance(row, str) else GOOD | row, GOOD)
+        status, _, error = lab("choices RUNS/ar --files items.jsonl")
+        assert status == 2 and "items.jsonl line 2 " in error and told in error and len(error.splitlines()) == 1, (row, error)
+        assert not Path("out").exists()
+
+
+def test_choices_end_to_end_and_resume(lab, tmp_path, monkeypatch):
+    """All kinds of runs and of files; a larger --limit only does what is missing, and gives what one run at once gives."""
+    kinds, judged, judge = ("ar", "mdm", "mixed", "block"), collections.Counter(), bench.judge_item
+    rows = [{**GOOD, "ctx": "the cat " * n, "endings": ["sat on", "ran"], "label": n % 2} for n in range(6)]
+    write_jsonl(tmp_path / "many.jsonl", *rows, {**GOOD, "endings": ["b", "c" * 99]})
+    write_jsonl(tmp_path / "last.jsonl", {"context": "the red", "continuation": "bird"})
+    monkeypatch.setattr(bench, "judge_item", lambda *given: judged.update([given[3]]) or judge(*given))
+
+    def choices(out, limit):
+        runs = " ".join(f"RUNS/{kind}" for kind in kinds)
+        status, said, _ = lab(f"choices {runs} --files many.jsonl last.jsonl probe --n_mc 4 --out {out} --limit {limit}")
+        assert status == 0
+        return said, [{k: v for k, v in r.items() if k != "items_per_s"} for r in found("choices")]
+    assert "failed" in choices("a", 4)[0]
+    judged.clear()
+    _, rows = choices("a", 9)
+    measures = [m for kind in kinds for m in bench.MEASURES[kind]]
+    assert judged == {m: measures.count(m) * (3 + 0 + 9) for m in measures}, "the probe has other ends now"
+    assert rows == choices("b", 9)[1] and len(rows) == 3 * len(measures) and all(r["loss"] > 0 for r in rows)
+    assert [(r["items"], r["failed"]) for r in rows if r["file"] == "many"] == [(6, 1)] * len(measures)
+
+
+def test_choices_stop_and_go_on(lab, tmp_path, monkeypatch):
+    judge, seen = bench.judge_item, []
+    write_jsonl(tmp_path / "many.jsonl", *({**GOOD, "ctx": "x" * n} for n in range(5)))
+
+    def interrupted(lm, flags, item, *rest):
+        seen.append(len(item["context"]))
+        if seen == [0, 1, 2, 3]:
+            raise KeyboardInterrupt
+        return judge(lm, flags, item, *rest)
+    monkeypatch.setattr(bench, "judge_item", interrupted)
+    line = "choices RUNS/ar --files many.jsonl --out o"
+    status, out, _ = lab(line)
+    assert status == 130 and "goes on from here" in out
+    part, = Path("o").iterdir()
+    with part.open("a") as f:
+        f.write('[12, {"na')                                        # killed while it wrote
+    assert lab(line)[0] == 0 and seen[4:] == [3, 4]
+    assert len({key for key, _ in map(json.loads, part.read_text().splitlines())}) == 5
+    part.write_text("7\n")
+    status, _, error = lab(line)
+    assert status == 2 and f"{part} line 1 is damaged" in error
+
+
+class Cyclic(nn.Module):
+    """Knows that in each window every token is the one before it plus one and the same number, or knows nothing."""
+    def __init__(self, V, knows):
+        super().__init__()
+        self.embed, self.mask_id, self.knows = nn.Embedding(1, 1), V, knows
+
+    def forward(self, idx, causal=True, mask=None, pos=None):
+        first = idx[:, 1:3] if causal else idx[:, :2]               # AR reads BOS first
+        step, t = first[:, 1:] - first[:, :1], torch.arange(idx.size(1)) if pos is None else pos
+        return 5.0 * self.knows * F.one_hot((first[:, :1] + step * t) % self.mask_id, self.mask_id)
+
+
+@pytest.mark.parametrize("objective", ["ar", "mdm", "block"])
+def test_probe_picks_the_truth(objective):
+    """An oracle finds every true end, a model that knows nothing none: ties are no hits. An end is right once, wrong three times."""
+    V, T = 12, 16
+    val = np.concatenate([(np.arange(T) * (1 + i % 3) + i) % V for i in range(40)])    # a stride and a start for each window
+    items = train.probe_items(val, T, 40)
+    assert items.shape == (40, 4, T) and torch.equal(items[:, 0].flatten(), torch.from_numpy(val))
+    every, true = (collections.Counter(map(tuple, ends.reshape(-1, 4).tolist())) for ends in (items[..., -4:], items[:, 0, -4:]))
+    assert every == {end: 4 * n for end, n in true.items()}
+    clear = torch.stack([(item[1:, -4:] != item[0, -4:]).any(1).all() for item in items])
+    for knows in (True, False):
+        lm = Cyclic(V, knows).train()
+        got = train.probe(lm, items[clear], objective, diffusion_block=4)
+        assert got["probe_accuracy"] == knows and (got["probe_gap"] > 1) == knows and lm.training
+        assert got == train.probe(lm, items[clear], objective, rows=3, diffusion_block=4)
+
+
+def test_probe_is_that_of_bench_choices(runs):
+    lm, state = train.load_model(runs / "ar", "last")
+    val = prepare.load_dataset(state["flags"]["dataset"])[1]
+    items = train.probe_items(val, 16, 20)
+    got = train.probe(lm, items, "ar")
+    batch = [{"context": p[0, :12].tolist(), "ends": p[:, 12:].tolist(), "gold": 0, "bytes": [4] * 4} for p in items]
+    s = bench.summary(batch, [bench.judge_item(lm, state["flags"], item, "exact", 0, 0) for item in batch])
+    assert s["gap"] == pytest.approx(got["probe_gap"], abs=1e-4) and s["accuracy"] == pytest.approx(got["probe_accuracy"])
+    with pytest.raises(ValueError, match="4 validation windows"):
+        train.probe_items(val[:50], 16)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # bench.py theory
@@ -3949,107 +3934,105 @@ def test_recall_accuracy_of_the_oracle_is_one_and_of_guessing_chance(causal):
         assert abs(share - 1 / bench.VALUES) < 5 * se < 0.05
 
 # ---------------------------------------------------------------------------------------------------------------------
-# tool calls
+# Tool calls
 
 class Letters:
     """A tokenizer of 13 tokens, two of which open and close a call: a random model then calls often."""
     vocab = ["<tool>", "</tool>", *"abcdefghijk"]
 
-    def encode(self, text): return [self.vocab.index(c) for c in text]
+    def encode(self, text): return [self.vocab.index(c) for c in re.findall("</?tool>|.", text)]
     def decode(self, ids): return "".join(self.vocab[i] for i in ids)
 
 
 def test_calculator():
     for problem in prepare.arithmetic(500, 3):
-        text, _, rest = problem.partition("? <tool>")
-        call, _, rest = rest.partition("</tool>")
-        assert text == call and rest == f"{sample.calculator(call)}, so {sample.calculator(call)}"
+        text, call, result = re.fullmatch(r"(.*)\? <tool>(.*)</tool>(.*)", problem).groups()
+        assert text == call and result == f"{sample.calculator(call)}, so {sample.calculator(call)}"
     for text, result in (("3/2", "1.5"), ("6/3", "2"), (" -(2-5)*4 ", "12"), ("1/3", "0.3333333333"), ("2*(3+4)*5", "70")):
         assert sample.calculator(text) == result
     code = sample.calculator.__code__
     names = {n for c in (code, *code.co_consts) for n in getattr(c, "co_names", ())}
     assert not names & {"eval", "exec", "compile", "__import__", "literal_eval"}
-    for text in ("2**9", "__import__('os').getcwd()", "a", "1+", "", "(" * 150, "1" * 201, "1,2", "'a'*3", "True", "\0", "lambda: 1", "1j", "[1][0]"):
+    for text in ("2**9", "__import__('os').getcwd()", "a", "1+", "", "(" * 150, "1" * 201, "1,2", "'a'*3", "True", "\0",
+                 "lambda: 1", "1j", "[1][0]"):
         with pytest.raises(ValueError, match="no arithmetic"):
             sample.calculator(text)
-
-
-@pytest.fixture(scope="module")
-def calls_run(dataset, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("calls")
-    for objective in ("ar", "block"):
-        go(dataset, folder / f"{objective}-2", objective=objective, diffusion_block=4, block_size=64, max_steps=2, batch_tokens=64)
-    return folder
 
 
 @pytest.mark.parametrize("kind", ["ar", "block"])
 def test_tool_calls_pause_and_resume(kind, monkeypatch):
     """An empty result is no pause, bit for bit; after a result, tokens and logits are those of a start from scratch."""
-    lm, draw, seen, likes = diff_lm(), diffusion.draw, [], torch.eye(13)[1] * 4        # ... to close calls
+    lm, draw, seen, tok = diff_lm(), diffusion.draw, [], Letters()
+    likes = 4 * torch.eye(13)[1]                                    # to close calls
     monkeypatch.setattr(diffusion, "draw", lambda logits, *a, **kw: seen.append(logits) or draw(logits + likes, *a, **kw))
 
-    def run(x, tool=None, **how):
-        hook = sample.ToolCalls(tool, Letters(), 13, [x.size(1)] * len(x))
-        name = {"on_token" if kind == "ar" else "on_block": hook if tool else None}
-        y = diffusion.sample_ar(lm, x, 13, **name, **how) if kind == "ar" else diffusion.sample_block(lm, x, 13, 4, **name, **how)
-        return y, hook.calls
-    x, _ = diffusion.canvas([[0, 5], [0, 3, 0, 4], [0, 7, 0], [2, 0, 0]], 40, 13)
-    plain, paused = (run(x[:, :40], tool, generator=torch.Generator().manual_seed(0)) for tool in (None, lambda call: ""))
-    assert torch.equal(plain[0], paused[0]) and len(paused[1]) > 1
-    resumed = 0
-    for start in itertools.product(range(2, 10), (2, 3)):
-        x = diffusion.canvas([[0, *start]], 19, 13)[0]
+    def run(prompts, new, tool=None, **how):
+        x = canvas(prompts, new, 13)[0][:, :40]
+        hook = sample.ToolCalls(tool, tok, 13, [x.size(1)] * len(x))
         seen.clear()
-        y, calls = run(x, lambda call: "fgh"[:1 + len(call) % 3], temperature=0)
+        if kind == "ar":
+            return sample_ar(lm, x, 13, on_token=hook if tool else None, **how), hook.calls
+        return sample_block(lm, x, 13, 4, on_block=hook if tool else None, **how), hook.calls
+    prompts = [[0, 5], [0, 3, 0, 4], [0, 7, 0], [2, 0, 0]]
+    plain, _ = run(prompts, 40, generator=seeded(0))
+    paused, calls = run(prompts, 40, lambda call: "", generator=seeded(0))
+    assert torch.equal(plain, paused) and len(calls) > 1
+    resumed = 0
+    for start in product(range(2, 10), (2, 3)):
+        y, calls = run([[0, *start]], 19, lambda call: "fgh"[:1 + len(call) % 3], temperature=0)
         logits, row = torch.cat(seen), y[0].tolist()
-        text = Letters().decode(row)
-        for _, call, result, why in calls:
-            assert f"<tool>{call}</tool>{result}" in text and why is None and result
-        if calls:
-            stop = max(i for i in range(len(row)) if Letters().decode(row[:i]).endswith(f"<tool>{calls[-1][1]}</tool>{calls[-1][2]}"))
-            left = 22 - stop
-            if left > 1:
-                seen.clear()
-                z, _ = run(diffusion.canvas([row[:stop]], left, 13)[0], temperature=0)
-                assert torch.equal(z, y)
-                close(torch.cat(seen)[-left:], logits[-left:])
-                resumed += 1
+        written = [f"<tool>{call}</tool>{result}" for _, call, result, _ in calls]
+        assert all(text in tok.decode(row) for text in written) and all(result and why is None for _, _, result, why in calls)
+        ends = [i for i in range(21) if calls and tok.decode(row[:i]).endswith(written[-1])]
+        if ends:
+            stop = ends[-1]
+            assert torch.equal(run([row[:stop]], 22 - stop, temperature=0)[0], y)
+            close(torch.cat(seen)[stop - 22:], logits[stop - 22:])
+            resumed += 1
     assert resumed > 2
 
 
-@pytest.mark.parametrize("tool, reason", [
-    (lambda call: 1 / 0, "raised ZeroDivisionError"), (lambda call: sys.exit(3), "raised SystemExit"), (lambda call: "\ud800", None),
+def fails(_=None):
+    return 1 / 0
+
+
+BAD_TOOLS = [
+    (fails, "raised ZeroDivisionError"), (lambda call: sys.exit(3), "raised SystemExit"),
     (lambda call: threading.Event().wait(), "longer than 0.05 seconds"), (lambda call: "9" * 99, "99 tokens, and there is room for"),
-    (lambda call: type("Odd", (), {"__str__": lambda self: 1 / 0})(), "raised ZeroDivisionError"), (lambda call: 42, None), (lambda call: None, None)])
-@pytest.mark.parametrize("run", ["ar-2", "block-2"])
-def test_bad_tools_leave_a_sentence(calls_run, run, tool, reason, capsys, monkeypatch):
+    (lambda call: type("Odd", (), {"__str__": fails})(), "raised ZeroDivisionError"),
+    (lambda call: "\ud800", None), (lambda call: 42, None), (lambda call: None, None)]
+
+
+@pytest.mark.parametrize("objective", ["ar", "block"])
+def test_bad_tools_leave_a_sentence(dataset, tmp_path, objective, monkeypatch):
     """sample.py with a tool that misbehaves: the text goes on, one line says what failed, and the status is 0."""
     hook = sample.ToolCalls
-    ends = iter("1</tool>".encode())
-    monkeypatch.setattr(diffusion, "draw", lambda rows, *_, **how: torch.tensor([next(ends, 46)] * len(rows)))     # a model that closes its call
     monkeypatch.setattr(sample, "ToolCalls", lambda *a: hook(*a, seconds=0.05))
-    monkeypatch.setitem(sample.TOOLS, "calculator", tool)
-    order = ["--order", "left"] if run == "block-2" else []
-    assert sample.main([str(calls_run / run), "--prompt", "2+1? <tool>2+", "--tool", "calculator", "--max_new_tokens", "24", *order]) == 0
-    out, err = capsys.readouterr()
-    assert "<tool>2+1</tool>" in out and "calculator('2+1')" in err and "Traceback" not in err
-    assert (", failed: it" in err) == (reason is not None) and (reason is None or reason in err), err
-    assert reason is None or "</tool>error" in out
+    go(dataset, tmp_path, objective=objective, diffusion_block=4, block_size=64, max_steps=2)
+    line = f"{tmp_path} --prompt '2+1? <tool>2+' --tool calculator --max_new_tokens 24"
+    for tool, reason in BAD_TOOLS:
+        text = iter(b"1</tool>")                                    # a model that closes its call
+        monkeypatch.setattr(diffusion, "draw", lambda rows, *_, **how: torch.tensor([next(text, 46)] * len(rows)))
+        monkeypatch.setitem(sample.TOOLS, "calculator", tool)
+        status, out, err = typed(sample, line + " --order left" * (objective == "block"))
+        assert status == 0 and "<tool>2+1</tool>" in out and "calculator('2+1')" in err and "Traceback" not in err
+        assert ("</tool>error" in out and ", failed: it" in err and reason in err) if reason else "failed" not in err, err
 
 
 def test_tool_calls_that_fail():
     """A failed call leaves a result marked as such and a reason; what generated it goes on."""
+    tok = Letters()
+
     def answer(text, tool, room=6, given=0, **how):
-        ids = Letters().encode(["<tool>" if c == "(" else "</tool>" if c == ")" else c for c in text])
+        ids = tok.encode(text.replace("(", "<tool>").replace(")", "</tool>"))
         x = torch.tensor([ids + [13] * room])
-        locked = torch.arange(len(ids) + room)[None] < given
-        hook = sample.ToolCalls(tool, Letters(), 13, [x.size(1)], failed="k", **how)
-        hook(x, locked)
-        return "".join("_" if t == 13 else {"<tool>": "(", "</tool>": ")"}.get(Letters.vocab[t], Letters.vocab[t]) for t in x[0].tolist()), hook.calls
+        hook = sample.ToolCalls(tool, tok, 13, [x.size(1)], failed="k", **how)
+        hook(x, torch.arange(x.size(1))[None] < given)
+        return "".join("()abcdefghijk_"[t] for t in x[0].tolist()), hook.calls
     assert answer("ab(cd)ef", lambda call: "gh") == ("ab(cd)gh______", [(0, "cd", "gh", None)]), "what followed is masked again"
-    for tool, reason, how in ((lambda call: 1 / 0, "ZeroDivisionError", {}), (lambda call: threading.Event().wait(1), "longer than 0.02 s", dict(seconds=0.02)),
-                              (lambda call: "g" * 7, "room for 6", {})):
-        text, ((_, call, result, why),) = answer("(c)", tool, **how)
+    for tool, reason, how in ((fails, "ZeroDivisionError", {}), (lambda call: "g" * 7, "room for 6", {}),
+                              (lambda call: threading.Event().wait(1), "longer than 0.02 s", dict(seconds=0.02))):
+        text, ((_, _, result, why),) = answer("(c)", tool, **how)
         assert text == "(c)k_____" and result == "k" and reason in why
     assert answer("(c)", lambda call: "gg", room=0) == ("(c)", [(0, "c", "", "its result has 2 tokens, and there is room for 0")])
     for text, given in (("(cd", 0), ("cd)", 0), ("(c)d", 3)):
@@ -4057,39 +4040,37 @@ def test_tool_calls_that_fail():
     assert [c[1] for c in answer("(c)(d)e", lambda call: None)[1]] == ["c", "d"], "no result, no pause"
 
 
-def test_arithmetic_and_tools_end_to_end(tmp_path, monkeypatch, runs, capsys, arms_here):
-    problems = prepare.arithmetic
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(prepare, "arithmetic", lambda n, seed: problems(300, seed))
-    monkeypatch.setattr(bench, "CALCULATOR", {**bench.CALCULATOR, "n_layer": 1, "n_embd": 16, "n_head": 2, "eval_windows": 8})
-    assert bench.main("tools --steps 2 --problems 3".split()) == 0
-    rows = json.loads(Path("out/tools.json").read_text())["rows"]
-    assert [(r["model"], r["tool"]) for r in rows] == [(m, t) for m in ("ar", "block", "block") for t in ("none", "calculator")]
+def test_arithmetic_and_tools_end_to_end(lab):
+    assert lab("tools --steps 2 --problems 3")[0] == 0
+    rows = [(r["model"], r["tool"]) for r in found("tools")]
+    assert rows == [(m, t) for m in ("ar", "block", "block") for t in ("none", "calculator")]
     folder = prepare.prepare("arithmetic")
-    train_ids, val_ids, meta = prepare.load_dataset(folder)
-    questions = [{t.split("?")[0] for t in prepare.load_tokenizer(folder).decode(ids.tolist()).split(prepare.EOT) if t} for ids in (train_ids, val_ids)]
-    assert folder.name == "arithmetic" and meta["tokenizer"] == "byte" and [len(q) for q in questions] == [270, 30] and not questions[0] & questions[1]
-    for run, argv, message in (("out/tools/ar-2", "--tool abacus", "calculator"), (runs / "mdm", "--tool calculator", "ar or block")):
-        assert sample.main([str(run), *argv.split()]) == 2 and message in capsys.readouterr().err
+    *parts, meta = prepare.load_dataset(folder)
+    texts = [prepare.load_tokenizer(folder).decode(ids).split(prepare.EOT)[:-1] for ids in parts]
+    train, val = ({text.split("?")[0] for text in part} for part in texts)
+    assert folder.name == "arithmetic" and meta["tokenizer"] == "byte" and (len(train), len(val)) == (270, 30) and not train & val
     for run in ("ar-2", "block-6"):
-        assert sample.main([f"out/tools/{run}", "--prompt", "2+(3*4)? <tool>2+", "--tool", "calculator", "--max_new_tokens", "20"]) == 0
-        assert "never closed" in capsys.readouterr().err
+        line = f"out/tools/{run} --prompt '2+(3*4)? <tool>2+' --tool calculator --max_new_tokens 20"
+        status, _, error = typed(sample, line)
+        assert status == 0 and "never closed" in error
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bench.py on a GPU, and its clocks
 
 def test_gpu_queue(tmp_path, monkeypatch, capsys):
     """Without a GPU: every command of the queue is one that bench.py understands, and leaves the file that the queue looks for."""
     def leave(command, typed):
         about = bench.EXPERIMENTS[command]
         (tmp_path / f"{bench.file_name(command, about, bench.settle(about, typed))}.json").write_text("{}")
-    monkeypatch.setattr(bench, "perform", leave)
 
     def popen(command, **_):
         if command[1] == "bench.py":
             assert bench.main(command[2:]) == 0
         return types.SimpleNamespace(pid=0, wait=lambda timeout=None: 0, returncode=0)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(bench, "device_name", lambda device: "none")
-    monkeypatch.setattr(bench.subprocess, "Popen", popen)
+    for module, name, stand_in in ((bench, "perform", leave), (torch.cuda, "is_available", lambda: True),
+                                   (bench, "device_name", lambda device: "none"), (bench.subprocess, "Popen", popen)):
+        monkeypatch.setattr(module, name, stand_in)
     bench.gpu(results=str(tmp_path))
     assert capsys.readouterr().out.rstrip().endswith("not measured yet: nothing")
 
@@ -4109,36 +4090,33 @@ def test_functions_are_what_they_are_called():
 
 
 def test_ratios_are_to_the_reference_of_the_same_point():
-    rows = [dict(layer=n, T=T, ms=ms) for n, T, ms in (("full", 1, 2.0), ("kda", 1, 1.0), ("full", 2, 9.0), ("kda", 2, 3.0), ("kda", 3, 1.0))]
+    points = (("full", 1, 2.0), ("kda", 1, 1.0), ("full", 2, 9.0), ("kda", 2, 3.0), ("kda", 3, 1.0))
+    rows = [dict(layer=n, T=T, ms=ms) for n, T, ms in points]
     assert [r["vs_full"] for r in bench.compared("layer", "full", ("ms",))(rows)] == [1, 2, 1, 3, None]
 
 
-def test_a_kernel_that_refuses_costs_no_other_row(tmp_path, monkeypatch, capsys):
+def test_a_kernel_that_refuses_costs_no_other_row(lab, monkeypatch):
     """On a GPU: it is told and recorded, and the measurements behind it go on. A broken GPU, and any error on a CPU, ends the run."""
     def only(kernel):
         if kernel == "sdpa":
-            raise RuntimeError("No available kernel. Aborting execution.\nwarnings")
+            raise RuntimeError(f"{message}\nwarnings")
         return contextlib.nullcontext()
     monkeypatch.setattr(bench, "sdpa", only)
-    argv = f"functions --functions linear,deltanet --lengths 64 --n_head 2 --n_kv_head 2 --head_dim 16 --repeat 1 --device cpu --results {tmp_path}"
-    with pytest.raises(RuntimeError, match="No available kernel"):
-        bench.main(argv.split())
+    line, message = f"functions --functions linear,deltanet --lengths 64 --n_kv_head 2 {SIZES}", "No available kernel."
+    with pytest.raises(RuntimeError, match=message):
+        lab(line)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert bench.main(argv.split()) == 0
-    assert capsys.readouterr().out.startswith("sdpa 64: No available kernel. Aborting execution.\n")
-    result = json.loads((tmp_path / "functions_cpu.json").read_text())
+    status, out, _ = lab(line)
+    assert status == 0 and out.startswith(f"sdpa 64: {message}\n")
+    result = json.loads(Path("out/functions_cpu.json").read_text())
     assert [r["function"] for r in result["failed"]] == ["sdpa"] and [r["function"] for r in result["rows"]] == ["linear", "deltanet"]
     assert all(r["both_ms"] > 0 and r["both_vs_sdpa"] is None for r in result["rows"])
-
-    def broken():
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-    with pytest.raises(RuntimeError, match="illegal"):
-        bench.attempt(broken, "")
+    message = "CUDA error: an illegal memory access was encountered"
+    with pytest.raises(RuntimeError, match=message):
+        lab(line)
 
 
-def test_train_speed_beside_a_peer(tmp_path, monkeypatch, capsys):
-    """bench.py train --vs: the same shapes, ratios of the medians of alternating runs; the children run in this process here."""
-    (tmp_path / "model.py").write_text("""
+PEER = """
 import torch, types
 GPTConfig = types.SimpleNamespace
 class GPT(torch.nn.Linear):
@@ -4149,35 +4127,42 @@ class GPT(torch.nn.Linear):
     def forward(self, x, y):
         z = self.weight[x]
         return z, torch.nn.functional.cross_entropy(z.flatten(0, 1), y.flatten())
-""")
+"""
+
+
+def test_train_speed_beside_a_peer(lab, tmp_path, monkeypatch):
+    """bench.py train --vs: the same shapes, ratios of the medians of alternating runs; the children run in this process here."""
+    (tmp_path / "model.py").write_text(PEER)
 
     def child(command, **_):
-        bench.throughput(**json.loads(command[-1]))
-        return types.SimpleNamespace(returncode=0, stdout=capsys.readouterr().out, stderr="")
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            bench.throughput(**json.loads(command[-1]))
+        return types.SimpleNamespace(returncode=0, stdout=out.getvalue(), stderr="")
     monkeypatch.setattr(bench.subprocess, "run", child)
     monkeypatch.setattr(torch.compiler, "set_stance", lambda *_: None)
     monkeypatch.setitem(sys.modules, "model", sys.modules["model"])                    # put back afterwards, as is the path
     monkeypatch.setattr(sys, "path", list(sys.path))
-    ms = iter((1, 2, 8, 2, 2, 4, 1, 2, 8))                                             # AR, diffusion, peer; three rounds
-    clock = [t for run in ms for t in (0.0, run / 1e3)]
-    monkeypatch.setattr(bench.time, "process_time", lambda: clock.pop(0))
-    argv = f"""train --preset small --n_layer 1 --n_head 2 --n_embd 16 --block_size 8 --batch 2 --iters 1 --warmup 0 --device cpu
-               --compile off --results {tmp_path}""".split()
-    assert bench.main([*argv, "--vs", str(tmp_path)]) == 0
-    result = json.loads((tmp_path / "train_cpu.json").read_text())
+    clock = (t for ms in (1, 2, 8, 2, 2, 4, 1, 2, 8) for t in (0.0, ms / 1e3))         # AR, diffusion, peer; three rounds
+    monkeypatch.setattr(bench.time, "process_time", lambda: next(clock))
+    sizes = dict(n_layer=1, n_head=2, n_embd=16, block_size=8)
+    line = " ".join(f"--{key} {n}" for key, n in sizes.items()) + " --batch 2 --iters 1 --warmup 0 --device cpu --compile off"
+    assert lab(f"train --preset small {line} --vs {tmp_path}")[0] == 0
+    result = json.loads(Path("out/train_cpu.json").read_text())
     rows = {r["model"]: r for r in bench.speed_table(result)}
-    assert [rows[k]["speed_vs_nanoGPT"] for k in ("ar", "mdm", "nanoGPT")] == [pytest.approx(n) for n in (8, 4, 1)] and len(result["rows"]) == 9
-    assert rows["ar"]["params"] == LM(override(ModelConfig(), dict(n_layer=1, n_head=2, n_embd=16, block_size=8))).num_params()
-    assert rows["ar"]["tok_per_s"] == pytest.approx(2 * 8 / 1e-3) and rows["nanoGPT"]["params"] == 257 * 258 and rows["ar"]["mfu"] is None
-    assert bench.main([*argv, "--vs", str(tmp_path / "no")]) == 2 and "nanoGPT checkout" in capsys.readouterr().err
+    assert [rows[k]["speed_vs_nanoGPT"] for k in ("ar", "mdm", "nanoGPT")] == [pytest.approx(n) for n in (8, 4, 1)]
+    assert len(result["rows"]) == 9 and rows["ar"]["tok_per_s"] == pytest.approx(2 * 8 / 1e-3) and rows["ar"]["mfu"] is None
+    assert rows["ar"]["params"] == LM(override(ModelConfig(), sizes)).num_params() and rows["nanoGPT"]["params"] == 257 * 258
 
 
 def test_a_compiled_kernel_is_the_one_asked_for(monkeypatch):
     """torch's cache of compiled graphs forgets which SDPA kernel a graph was made for: then a time stands beside the wrong name."""
     monkeypatch.setattr(bench, "SDPA", {"default": [], "math": [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]})
-    state = lambda: (functorch_config.enable_autograd_cache, torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.math_sdp_enabled())
+    cuda = torch.backends.cuda
+    state = lambda: (functorch_config.enable_autograd_cache, cuda.flash_sdp_enabled(), cuda.math_sdp_enabled())
     before = state()
-    for kernel, only, expected in (("math", True, (False, False, True)), ("math", False, (False, True, True)), ("default", True, before), ("gqa", True, before)):
+    for kernel, only, expected in (("math", True, (False, False, True)), ("math", False, (False, True, True)),
+                                   ("default", True, before), ("gqa", True, before)):
         with bench.sdpa(kernel, only):
             assert state() == expected
         assert state() == before
