@@ -113,7 +113,7 @@ class LM(nn.Module):
             x = block(x, step, None if cache is None else cache.layers[i])
         if cache is not None and commit:
             cache.advance(step)
-        if self.config.shift and not step.causal:
+        if self.config.shift and not causal:
             need(cache is None, "a model with shift=true reads no cache unless it is causal")
             x = torch.cat([x[:, :1], x[:, :-1]], dim=1)
         return self.logits(self.norm(x))
@@ -749,6 +749,7 @@ vocab_size                       vocab_size
 max_position_embeddings          block_size
 n_positions                      block_size
 max_sequence_length              block_size
+model_max_length                 block_size
 rms_norm_eps                     norm_eps
 layer_norm_epsilon               norm_eps
 attention_bias                   bias
@@ -761,12 +762,61 @@ partial_rotary_factor            rotary_fraction
 rope_theta                       rope_base
 rope_scaling.rope_theta          rope_base
 rope_scaling.factor              rope_factor
-rope_scaling.original_max_position_embeddings  rope_original
-rope_scaling.partial_rotary_factor  rotary_fraction
+rope_scaling.original_max_position_embeddings rope_original
+rope_scaling.partial_rotary_factor rotary_fraction
 rope_scaling.low_freq_factor     = 1 1.0
 rope_scaling.high_freq_factor    = 4 4.0
 rope_scaling.rope_type           = default linear llama3
 rope_scaling.type                = default linear llama3
+rope_parameters.rope_theta       rope_base
+rope_parameters.factor           rope_factor
+rope_parameters.original_max_position_embeddings rope_original
+rope_parameters.partial_rotary_factor rotary_fraction
+rope_parameters.low_freq_factor  = 1 1.0
+rope_parameters.high_freq_factor = 4 4.0
+rope_parameters.rope_type        = default linear llama3
+rope_parameters.type             = default linear llama3
+linear_num_key_heads             linear_n_head
+linear_num_heads                 linear_n_head
+linear_attn_config.num_heads     linear_n_head
+linear_num_value_heads           linear_n_v_head
+linear_key_head_dim              linear_key_dim
+linear_head_dim                  linear_key_dim
+linear_attn_config.head_dim      linear_key_dim
+linear_value_head_dim            linear_value_dim
+linear_conv_kernel_dim           conv_size
+linear_attn_config.short_conv_kernel_size  conv_size
+q_lora_rank                      q_lora_rank
+kv_lora_rank                     kv_lora_rank
+qk_nope_head_dim                 qk_nope_head_dim
+qk_rope_head_dim                 qk_rope_head_dim
+v_head_dim                       v_head_dim
+num_experts                      n_expert
+n_routed_experts                 n_expert
+num_local_experts                n_expert
+num_experts_per_tok              n_expert_active
+num_experts_per_token            n_expert_active
+moe_intermediate_size            expert_inner
+shared_expert_intermediate_size  shared_inner
+n_shared_experts                 shared_inner
+num_shared_experts               shared_inner
+n_group                          n_expert_group
+num_expert_group                 n_expert_group
+topk_group                       n_expert_group_active
+routed_scaling_factor            router_scale
+router_aux_loss_coef             router_aux
+rope_interleave                  = true
+scoring_func                     = sigmoid
+moe_router_activation_func       = sigmoid
+topk_method                      = noaux_tc
+norm_topk_prob                   = true
+moe_renormalize                  = true
+moe_layer_freq                   = 1
+decoder_sparse_step              = 1
+mlp_only_layers                  = []
+mla_use_nope                     = true
+swiglu_limit                     = 7.0
+swiglu_alpha                     = 1.702
 hidden_act                       = silu
 activation_type                  = silu
 use_sliding_window               = false
@@ -830,6 +880,20 @@ sliding_window                   -
 layer_types                      -
 rope_scaling                     -
 rope_parameters                  -
+linear_attn_config               -
+linear_attn_config.kda_layers    -
+linear_attn_config.full_attn_layers  -
+full_attention_interval          -
+first_k_dense_replace            -
+mlp_layer_types                  -
+use_grouped_topk                 -
+experts_per_token                -
+initial_context_length           -
+num_nextn_predict_layers         -
+aux_loss_alpha                   -
+seq_aux                          -
+ep_size                          -
+qk_head_dim                      -
 """
 LLAMA = r"""
 ^blocks            model.layers
@@ -839,6 +903,13 @@ LLAMA = r"""
 norm1              input_layernorm
 norm2              post_attention_layernorm
 mixer              self_attn
+"""
+ROUTED = LLAMA + r"""
+mlp\.router        mlp.gate
+mlp\.bias          mlp.gate.e_score_correction_bias
+shared\.           shared_experts.
+a_norm             a_layernorm
+kv_a_proj          kv_a_proj_with_mqa
 """
 # model_type: what is fixed in it, and what turns our names into its, one substitution after the other.
 ARCHITECTURES = {
@@ -870,11 +941,34 @@ mlp\.gate_proj     ff_proj
 mlp\.up_proj       up_proj
 mlp\.down_proj     ff_out
 """),
+    "gpt_oss": ("bias=true sink=true mlp=swiglu_clamped router=softmax", LLAMA + """
+sink$              sinks
+expert_up          experts.gate_up_proj
+expert_down        experts.down_proj
+"""),
+    "deepseek_v3": ("bias=false", ROUTED),
+    "qwen3_next": ("bias=false qk_norm=true attn_gate=true router=softmax", r"""
+mixer\.(?=in_proj|conv|A_log|dt_bias|o_norm|out_proj)  linear_attn.
+conv_weight        conv1d.weight
+o_norm             norm
+shared_gate        shared_expert_gate
+shared\.           shared_expert.
+""" + ROUTED),
+    "kimi_linear": ("bias=false position=none decay_gate=softplus", ROUTED + r"""
+(experts\.\d.*)gate_proj  \1w1
+(experts\.\d.*)up_proj    \1w3
+(experts\.\d.*)down_proj  \1w2
+decay_proj.0       f_a_proj
+decay_proj.1       f_b_proj
+gate_proj.0        g_a_proj
+gate_proj.1        g_b_proj
+beta_proj          b_proj
+"""),
 }
 
 
 def columns(table):
-    return [line.split() for line in table.strip().splitlines()]
+    return [line.split() for line in table.splitlines() if line]
 
 
 def read_config(c):
@@ -882,8 +976,9 @@ def read_config(c):
     kind = c["model_type"]
     need(kind in ARCHITECTURES, f"model_type {kind!s:.40} is none of {', '.join(ARCHITECTURES)}")
     fixed = settings(ARCHITECTURES[kind][0])
-    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
-    given = c | {f"rope_scaling.{key}": value for key, value in rope.items()}
+    given = dict(c)
+    for name in ("rope_scaling", "rope_parameters", "linear_attn_config"):
+        given |= {f"{name}.{key}": value for key, value in (c.get(name) or {}).items()}
     fields, values = {name: rest for name, *rest in columns(FIELDS)}, {"tied": False}
     for name, value in given.items():
         if value is None:
@@ -898,7 +993,26 @@ def read_config(c):
     lacking = {"n_embd", "n_layer", "n_head", "vocab_size", "block_size", "norm_eps"} - values.keys()
     need(not lacking, f"nothing says {', '.join(sorted(lacking))}")
     values["vocab_size"] -= c.get("mask_token_id") == values["vocab_size"] - 1      # our own row V
+    if values.get("n_expert"):
+        values.setdefault("expert_inner", values["n_inner"])
+    if kind in ("deepseek_v3", "kimi_linear"):                      # their shared experts are a number
+        values["shared_inner"] *= values["expert_inner"]
+    values["layers"] = read_layers(c, kind, values["n_layer"])
     return override(ModelConfig(), values | fixed)
+
+
+def read_layers(c, kind, n):
+    """The layer pattern. Layers are counted from 1."""
+    names = {"full_attention": "mla" if "kv_lora_rank" in c else "full",
+             "linear_attention": "kda" if kind == "kimi_linear" else "gated_deltanet",
+             "sliding_attention": f"full(window={c.get('sliding_window')})"}
+    every, kda = c.get("full_attention_interval", 1), c.get("linear_attn_config", {}).get("kda_layers", [])
+    linear = [i % every > 0 or i in kda for i in range(1, n + 1)]
+    types = c.get("layer_types") or ["linear_attention" if yes else "full_attention" for yes in linear]
+    need(len(types) == n and {*types} <= {*names}, f"layer_types {types!s:.60}: expected {n} of {[*names]}")
+    dense = c.get("first_k_dense_replace") or (c.get("mlp_layer_types") or []).count("dense")
+    layers = [names[name] + "(n_expert=0)" * (i < dense) for i, name in enumerate(types)]
+    return " ".join(layers) if len({*layers}) > 1 else layers[0]
 
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -931,30 +1045,67 @@ def read_safetensors(path):
 
 
 def their_tensors(lm, kind, rows):
-    """{name in a checkpoint: our weights of it}: views, to write to or to read from. rows: of embeddings."""
+    """{name in a checkpoint: (views of our weights, the dimension in which they are joined there)}: to write
+    to, or to read from. rows: of the embeddings."""
+    ours = {name: w for name, w in lm.state_dict().items() if not name.startswith("blocks")}
+    for name in ("embed.weight", "head.weight"):
+        ours[name] = ours[name][:rows]
+    if lm.config.tied:
+        del ours["head.weight"]
+    for i, block in enumerate(lm.blocks):
+        ours |= {f"blocks.{i}.{name}": w for name, w in parts(block, kind).items()}
     out = {}
-    for name, w in lm.state_dict().items():
-        stem, _, tail = name.rpartition(".")
-        if stem == "head" and lm.config.tied or kind in ONLY_QKV and tail == "bias" and "qkv" not in stem:
-            continue
-        views = {name: w}
-        if stem in ("embed", "head"):
-            views = {name: w[:rows]}
-        elif kind == "gpt2" and name.startswith("blocks") and w.dim() == 2:
-            views = {name: w.mT}
-        elif kind == "gpt2":
-            pass
-        elif stem.endswith("qkv_proj"):
-            q = lm.get_submodule(stem.replace("qkv", "o")).in_features
-            cut = w[:q], *w[q:].chunk(2)
-            views = {name.replace("qkv", part): a for part, a in zip("qkv", cut)}
-        elif stem.endswith("up_proj"):
-            views = dict(zip((name.replace("up", "gate"), name), w.chunk(2)))
-        for name, view in views.items():
-            for ours, *theirs in columns(ARCHITECTURES[kind][1]):
-                name = re.sub(ours, *theirs, name)
-            out[name] = view
+    for name, w in ours.items():
+        for old, *new in columns(ARCHITECTURES[kind][1]):
+            name = re.sub(old, *new, name)
+        out[name] = w if isinstance(w, tuple) else ([w], 0)
     return out
+
+
+def parts(block, kind):
+    """The weights of a block under our names, what is one here and several there cut, and the reverse."""
+    w, m = block.state_dict(), block.mixer
+    sizes = getattr(m, "sizes", None)                               # of q, k and v
+    qkv = "mixer.q_proj.", "mixer.k_proj.", "mixer.v_proj."
+
+    def cut(name, sizes, *into):
+        for tail in ("weight", "bias"):
+            if name + tail in w:
+                whole = w.pop(name + tail)
+                w.update(zip((part + tail for part in into), whole.split(sizes or len(whole) // 2)))
+
+    def join(name, *old):                                           # head by head
+        views = [w.pop(f"mixer.{part}.weight").unflatten(0, (m.H, -1)) for part in old]
+        w[f"mixer.{name}.weight"] = views, 1
+
+    if kind == "gpt2":
+        return {name: a.mT if a.dim() == 2 else a for name, a in w.items()}
+    if hasattr(m, "qkv_proj"):
+        cut("mixer.qkv_proj.", sizes or [m.H * m.D, m.Hkv * m.D, m.Hkv * m.D], *qkv)
+    elif m.q_a_proj is None:
+        w["mixer.q_proj.weight"] = w.pop("mixer.q_b_proj.weight")
+    for at in ("mlp.", "mlp.shared."):
+        cut(at + "up_proj.", None, at + "gate_proj.", at + "up_proj.")
+    if kind in ONLY_QKV:
+        w = {name: a for name, a in w.items() if name.endswith("weight") or name.startswith(qkv)}
+    if kind in ("gpt_oss", "qwen3_next"):                           # what balances them is not kept there
+        del w["mlp.bias"], w["mlp.share"]
+    if kind == "gpt_oss":                                           # gate and up by turns
+        for name in ("mlp.expert_up", "mlp.expert_up_bias"):
+            w[name] = [half.unsqueeze(-1) for half in w[name].chunk(2, -1)], -1
+    elif isinstance(block.mlp, MoE):
+        for e, (up, down) in enumerate(zip(w.pop("mlp.expert_up"), w.pop("mlp.expert_down"))):
+            three = zip(("gate", "up", "down"), (*up.mT.chunk(2), down.mT))
+            w |= {f"mlp.experts.{e}.{part}_proj.weight": a for part, a in three}
+    if kind == "kimi_linear":
+        cut("mixer.conv_", sizes, "mixer.q_conv1d.", "mixer.k_conv1d.", "mixer.v_conv1d.")
+    elif kind == "qwen3_next" and sizes:
+        join("in_proj_qkvz", "q_proj", "k_proj", "v_proj", "gate_proj")
+        join("in_proj_ba", "beta_proj", "decay_proj")
+        w["mixer.out_proj.weight"] = w.pop("mixer.o_proj.weight")
+    elif kind == "qwen3_next":
+        join("q_proj", "q_proj", "gate_proj")
+    return w
 
 
 ONLY_QKV = ("qwen2", "Dream")           # have biases there alone: our others are zero
@@ -978,7 +1129,7 @@ def from_pretrained(folder, dtype=torch.float32, device="cpu"):
         raise ValueError(f"{folder / 'config.json'}: {e!s:.300}") from None
     for path in sorted(folder.glob("model*.safetensors")):
         for name, tensor in read_safetensors(path).items():
-            name = name.removeprefix("transformer.")
+            name = name.removeprefix("transformer.").replace("block_sparse_moe", "mlp")
             need(name not in tensors, f"{path}: tensor {name} is in another file too")
             tensors[name] = tensor
     need(tensors, f"{folder} has no model.safetensors, and no other kind of weights is read")
@@ -990,11 +1141,16 @@ def from_pretrained(folder, dtype=torch.float32, device="cpu"):
         lm.head.weight = lm.embed.weight
     for a in lm.state_dict().values():
         a.zero_()                                                   # rows behind V, biases that it has not
-    for name, view in their_tensors(lm, kind, c["vocab_size"]).items():
+    for name, (views, dim) in their_tensors(lm, kind, c["vocab_size"]).items():
         need(name in tensors, f"{folder}: tensor {name} is missing")
-        shape = tensors[name].shape
-        need(shape == view.shape, f"{folder}: tensor {name} has shape {[*shape]}, expected {[*view.shape]}")
-        view.copy_(tensors.pop(name))
+        tensor, whole = tensors.pop(name), torch.cat([view.to("meta") for view in views], dim)
+        flat = whole.flatten(dim - 1, dim) if len(views) > 1 else whole
+        need(tensor.squeeze().shape == flat.squeeze().shape,
+             f"{folder}: tensor {name} has shape {[*tensor.shape]}, expected {[*flat.shape]}")
+        for view, part in zip(views, tensor.view(whole.shape).split([view.size(dim) for view in views], dim)):
+            view.copy_(part)
+        if kind == "qwen3_next" and "norm" in name and "linear" not in name:
+            views[0].add_(1)                                        # its norms are x (1 + w)
     unknown = [name for name in tensors if not re.search(UNUSED, name)]
     need(not unknown, f"{folder}: tensor {unknown and unknown[0]} is unknown in a {kind}")
     if lm.V == c["vocab_size"]:                                     # else the checkpoint has our row V

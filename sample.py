@@ -269,7 +269,7 @@ def export(args, lm, tokenizer, flags):
         same = torch.allclose(twin(x), lm.cpu()(x), atol=1e-4)
     need(same, f"--export: a {kind} is the nearest that there is, and it computes something else")
     from safetensors.torch import save
-    weights = {name: w.contiguous() for name, w in model.their_tensors(twin, kind, V + 1).items()}
+    weights = {name: w.contiguous() for name, ([w], _) in model.their_tensors(twin, kind, V + 1).items()}
     folder.mkdir(parents=True)
     with prepare.whole_file(folder / "model.safetensors") as f:
         f.write(save(weights, {"format": "pt"}))

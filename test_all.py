@@ -97,7 +97,7 @@ def off(a, b, norm=None):
 # ------------------------------------------------------------------------------------------------------------
 # Size
 
-BUDGET = {"attention.py": 19_500, "model.py": 7_400, "diffusion.py": 5_300, "train.py": 12_900,
+BUDGET = {"attention.py": 19_500, "model.py": 8_100, "diffusion.py": 5_300, "train.py": 12_900,
           "sample.py": 5_060, "prepare.py": 8_300, "bench.py": 31_400,
           "test_all.py": 60_950}
 NARROW = ("attention.py", "model.py", "diffusion.py", "train.py", "sample.py", "prepare.py", "bench.py")
@@ -1665,101 +1665,6 @@ def test_presets_equal_transformers(name):
     with torch.device("meta"):
         model = getattr(tf, theirs[0] + "ForCausalLM")(getattr(tf, theirs[0] + "Config")(**theirs[1]))
     assert sum(p.numel() for p in model.parameters()) == PUBLISHED[name][0]
-
-
-# transformers' names -> ours, applied in this order to "layers.0.self_attn.q_proj.weight" and the like
-HF_NAMES = {"model.": "", "embed_tokens": "embed", "lm_head": "head", "layers.": "blocks.", "input_layernorm": "norm1", "post_attention_layernorm": "norm2",
-            "self_attn": "mixer", "linear_attn": "mixer", "mixer.norm": "mixer.o_norm", "out_proj": "o_proj", "conv1d.weight": "conv_weight", "sinks": "sink",
-            "forget_gate.": "", "f_a_proj": "decay_proj.0", "f_b_proj": "decay_proj.1", "mixer.b_proj": "mixer.beta_proj", "g_a_proj": "gate_proj.0",
-            "g_b_proj": "gate_proj.1", "a_layernorm": "a_norm", "kv_a_proj_with_mqa": "kv_a_proj", "mlp.gate.e_score_correction_bias": "mlp.bias",
-            "mlp.gate.weight": "mlp.router.weight", "shared_experts": "shared", "shared_expert": "shared", "experts.gate_up_proj": "expert_up",
-            "experts.down_proj": "expert_down"}
-
-
-def hf_weights(theirs, lm):
-    """The weights of a causal LM of transformers under our names, fused and laid out as ours."""
-    w, c = {}, lm.config
-    for name, p in theirs.state_dict().items():
-        for old, new in HF_NAMES.items():
-            name = name.replace(old, new)
-        qwen_norm = "Qwen3Next" in type(theirs).__name__ and "norm" in name and "o_norm" not in name
-        w[name] = p + 1 if qwen_norm else p.squeeze(1) if "conv" in name else p.flatten() if "A_log" in name else p     # its norms are x (1 + w)
-    for row in ("embed.weight", "head.weight"):                                        # mask row and padding: never read here
-        w[row] = F.pad(w[row], (0, 0, 0, lm.embed.weight.size(0) - c.vocab_size))
-
-    def fuse(new, *old):
-        for kind in (".weight", ".bias"):
-            if old[0] + kind in w:
-                w[new + kind] = torch.cat([w.pop(name + kind) for name in old])
-    for i, block in enumerate(lm.blocks):
-        m, f = f"blocks.{i}.mixer.", f"blocks.{i}.mlp."
-        if m + "kv_a_proj.weight" in w:                                                # mla
-            fuse(m + "q_b_proj", m + ("q_b_proj" if m + "q_b_proj.weight" in w else "q_proj"))
-        elif m + "in_proj_ba.weight" in w:                                             # Qwen3-Next interleaves by key head
-            x, r = block.mixer, block.mixer.Hv // block.mixer.H
-            q, k, v, z = w.pop(m + "in_proj_qkvz.weight").unflatten(0, (x.H, -1)).split([x.K, x.K, r * x.V, r * x.V], dim=1)
-            b, a = w.pop(m + "in_proj_ba.weight").unflatten(0, (x.H, -1)).split([r, r], dim=1)
-            w[m + "qkv_proj.weight"] = torch.cat([p.flatten(0, 1) for p in (q, k, v)])
-            w.update({f"{m}{n}_proj.weight": p.flatten(0, 1) for n, p in (("gate", z), ("beta", b), ("decay", a))})
-        else:
-            if c.attn_gate:                                                            # each head's query, then its gate
-                q = w[m + "q_proj.weight"].unflatten(0, (c.n_head, 2, -1))
-                w[m + "q_proj.weight"], w[m + "gate_proj.weight"] = q[:, 0].flatten(0, 1), q[:, 1].flatten(0, 1)
-            fuse(m + "qkv_proj", *(f"{m}{n}_proj" for n in "qkv"))
-        for part in (f, f + "shared."):
-            fuse(part + "up_proj", part + "gate_proj", part + "up_proj")
-        if f + "expert_up_bias" in w:                                                  # gpt-oss: gate and up by turns, and no transpose
-            w.update({n: torch.cat([w[n][..., ::2], w[n][..., 1::2]], dim=-1) for n in (f + "expert_up", f + "expert_up_bias")})
-        elif f + "expert_up" in w:
-            w.update({n: w[n].mT for n in (f + "expert_up", f + "expert_down")})
-    return w
-
-
-HF_SMALL = dict(vocab_size=100, hidden_size=32, num_attention_heads=4, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-HF_MLA = dict(num_key_value_heads=4, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=12)
-# preset: (class in transformers, its settings, ours); all that is not a size stays as published on both sides
-HF_MODELS = {
-    "llama": ("Llama", dict(num_hidden_layers=2, num_key_value_heads=2, intermediate_size=48, rms_norm_eps=1e-5, rope_parameters=dict(rope_type="default", rope_theta=5e5)),
-              dict(n_layer=2, n_kv_head=2, n_inner=48)),
-    "qwen3-next": ("Qwen3Next", dict(num_hidden_layers=4, num_key_value_heads=2, head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
-                                     linear_value_head_dim=12, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=24, shared_expert_intermediate_size=40,
-                                     rope_parameters=dict(rope_type="default", rope_theta=1e7, partial_rotary_factor=0.25)),
-                   dict(n_layer=4, n_kv_head=2, head_dim=16, linear_n_head=2, linear_n_v_head=4, linear_key_dim=8, linear_value_dim=12, n_expert=8,
-                        n_expert_active=3, expert_inner=24, shared_inner=40)),
-    "kimi-linear": ("KimiLinear", dict(**HF_MLA, num_hidden_layers=4, layer_types=["linear_attention"] * 3 + ["full_attention"], linear_head_dim=8, linear_num_heads=4,
-                                       num_experts=8, num_experts_per_token=3, moe_intermediate_size=24, intermediate_size=48),
-                    dict(n_layer=4, n_inner=48, linear_n_head=4, linear_key_dim=8, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=12, n_expert=8,
-                         n_expert_active=3, expert_inner=24, shared_inner=24)),
-    "deepseek-v3": ("DeepseekV3", dict(**HF_MLA, num_hidden_layers=4, q_lora_rank=24, n_routed_experts=16, num_experts_per_tok=3, moe_intermediate_size=24, intermediate_size=48),
-                    dict(n_layer=4, n_inner=48, q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=12, n_expert=16, n_expert_active=3,
-                         expert_inner=24, shared_inner=24)),
-    "gpt-oss": ("GptOss", dict(num_hidden_layers=4, num_key_value_heads=2, head_dim=16, sliding_window=8, num_local_experts=8, num_experts_per_tok=3, intermediate_size=24,
-                               rope_parameters=dict(rope_type="default", rope_theta=150_000.0)),        # the published one stretches it by YaRN
-                dict(n_layer=4, n_kv_head=2, head_dim=16, layers="full(window=8) full", n_expert=8, n_expert_active=3, expert_inner=24)),
-}
-
-
-@pytest.mark.parametrize("preset", HF_MODELS)
-def test_presets_are_the_published_models(preset):
-    """Whole models: the logits of transformers' class with the same random weights, float32, to 1e-4."""
-    tf = pytest.importorskip("transformers")
-    kind, settings, sizes = HF_MODELS[preset]
-    config = getattr(tf, kind + "Config")(**HF_SMALL, **settings)
-    config._attn_implementation = "eager"                                              # the readable one; gpt-oss's sink has no other here
-    theirs = getattr(tf, kind + "ForCausalLM")(config).eval()
-    torch.manual_seed(0)
-    for name, p in theirs.state_dict().items():                                        # norms near 1; a memory of some 30 tokens
-        mean = 1.0 * ("norm" in name and not (kind == "Qwen3Next" and "linear_attn" not in name)) - 3.0 * ("A_log" in name)
-        p.copy_(mean + 0.3 * torch.randn(p.shape) if p.ndim == 1 or "A_log" in name else torch.randn(p.shape) * max(p.size(-1), 4) ** -0.5)
-    lm = LM(from_preset(preset, vocab_size=100, block_size=128, n_embd=32, n_head=4, **sizes)).eval()
-    missing, unknown = lm.load_state_dict(hf_weights(theirs, lm), strict=False)
-    assert not unknown and all(n.endswith(("mlp.bias", "mlp.share")) for n in missing), (missing, unknown)
-    with torch.no_grad():
-        x = torch.randint(100, (2, 100))
-        y, expected = lm(x), theirs(x, use_cache=False).logits
-        error = (y - expected).abs().max()
-        print(f"{preset}: {error:.1e} at most, {error / expected.abs().max():.1e} of the largest logit {expected.abs().max():.2f}")
-        close(y, expected, 1e-4)
 
 
 @exactly
@@ -4440,7 +4345,8 @@ def safetensors(path, tensors, edit=lambda header: None, tail=b""):
 def random_weights(config, seed=0):
     torch.manual_seed(seed)
     lm = LM(model.read_config(config))
-    return {name: torch.randn(w.shape) * 0.2 + (w.dim() == 1) for name, w in model.their_tensors(lm, config["model_type"], config["vocab_size"]).items()}
+    return {name: torch.randn(w.shape) * 0.2 + (w.dim() == 1)
+            for name, ([w], _) in model.their_tensors(lm, config["model_type"], config["vocab_size"]).items()}
 
 
 def published(folder, config, tensors):
@@ -4569,31 +4475,66 @@ def test_tokenizer_json_equals_tokenizers(tmp_path, steps):
         assert ours.encode(text) == theirs.encode(text).ids, repr(text)
 
 
-PEERS = {   # model_type: (class in transformers, its settings)
-    "gpt2": ("GPT2LMHeadModel", dict(vocab_size=100, n_embd=32, n_head=4, n_layer=2, n_positions=64, bos_token_id=99)),
+MLA = dict(num_key_value_heads=4, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=12, moe_intermediate_size=24)
+THEIRS = {      # preset, or the name of a class: (class in transformers, its settings); what is no size stays as published
+    "gpt2": ("GPT2LMHead", dict(n_embd=32, n_head=4, n_layer=2, n_positions=64)),
     "llama": ("LlamaForCausalLM", dict(rope_parameters=dict(rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                                                             original_max_position_embeddings=16))),
     "qwen2": ("Qwen2ForCausalLM", dict(rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=3.0))),
     "qwen3": ("Qwen3ForCausalLM", dict(head_dim=16, tie_word_embeddings=True)),
+    "gpt-oss": ("GptOssForCausalLM", dict(head_dim=16, sliding_window=8, num_local_experts=8, num_experts_per_tok=3, intermediate_size=24,
+                                          rope_parameters=dict(rope_type="default", rope_theta=150_000.0))),
+    "deepseek-v3": ("DeepseekV3ForCausalLM", dict(**MLA, q_lora_rank=24, n_routed_experts=16, num_experts_per_tok=3)),
+    "deepseek without a rank": ("DeepseekV3ForCausalLM", dict(**MLA, q_lora_rank=None, n_routed_experts=16, num_experts_per_tok=3, first_k_dense_replace=1)),
+    "qwen3-next": ("Qwen3NextForCausalLM", dict(head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=12, num_experts=8,
+                                                num_experts_per_tok=3, moe_intermediate_size=24, shared_expert_intermediate_size=40)),
+    "kimi-linear": ("KimiLinearForCausalLM", dict(**MLA, layer_types=["linear_attention"] * 3 + ["full_attention"], linear_head_dim=8, linear_num_heads=4, num_experts=8,
+                                                  num_experts_per_token=3, model_max_length=64)),
 }
 
 
-@pytest.mark.parametrize("kind", PEERS)
+@pytest.mark.parametrize("kind", THEIRS)
 def test_published_models_equal_transformers(tmp_path, kind):
-    """What transformers saves, read by us: the same logits."""
+    """What transformers saves, read by us: the same logits, and the preset is the same kind of model."""
     tf = pytest.importorskip("transformers")
-    name, given = PEERS[kind]
-    sizes = dict(vocab_size=100, hidden_size=32, num_attention_heads=4, num_hidden_layers=2, num_key_value_heads=2, intermediate_size=48, max_position_embeddings=64,
-                 bos_token_id=1, eos_token_id=2)
-    theirs = getattr(tf, name)
-    theirs = theirs(theirs.config_class(**(given if kind == "gpt2" else sizes | given))).eval()
+    name, given = THEIRS[kind]
+    sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=4, num_key_value_heads=2, intermediate_size=48, max_position_embeddings=64)
+    theirs = getattr(tf, name + "Model" * (kind == "gpt2"))
+    config = theirs.config_class(**(sizes if kind != "gpt2" else {}) | dict(vocab_size=100, pad_token_id=0, bos_token_id=1, eos_token_id=2) | given)
+    config._attn_implementation = "eager"                                              # gpt-oss's sink has no other here
+    theirs = theirs(config).eval()
     torch.manual_seed(0)
-    for name, p in theirs.named_parameters():                                          # norms near 1
-        p.data = torch.randn(p.shape) * (0.3 if p.ndim == 1 else max(p.size(-1), 4) ** -0.5) + (p.ndim == 1 and "norm" in name)
+    for name, p in theirs.state_dict().items():                                        # norms near 1; a memory of some 30 tokens
+        mean = 1.0 * ("norm" in name and not (kind == "qwen3-next" and "linear_attn" not in name)) - 3.0 * ("A_log" in name)
+        p.copy_(mean + 0.3 * torch.randn(p.shape) if p.ndim == 1 or "A_log" in name else torch.randn(p.shape) * max(p.size(-1), 4) ** -0.5)
     theirs.save_pretrained(tmp_path, max_shard_size="20KB")
     lm, x = model.from_pretrained(tmp_path)[0], torch.randint(100, (2, 60))
     with torch.no_grad():
-        close(lm(x), theirs(x).logits, 1e-4)
+        close(lm(x), theirs(x, use_cache=False).logits, 1e-4)
+    assert not any(isinstance(v, (str, bool)) and k not in ("layers", "tied") and getattr(lm.config, k) != v for k, v in PRESETS.get(kind, {}).items() if k != "mlp" or kind != "gpt2")
+
+
+HUB = {     # the config.json of the published models, where it is of another form than what transformers saves
+    "qwen3-next": dict(model_type="qwen3_next", decoder_sparse_step=1, full_attention_interval=4, head_dim=256, hidden_act="silu", hidden_size=2048, intermediate_size=5120,
+                       linear_conv_kernel_dim=4, linear_key_head_dim=128, linear_num_key_heads=16, linear_num_value_heads=32, linear_value_head_dim=128, mlp_only_layers=[],
+                       max_position_embeddings=262144, moe_intermediate_size=512, norm_topk_prob=True, num_attention_heads=16, num_experts=512, num_experts_per_tok=10,
+                       num_hidden_layers=48, num_key_value_heads=2, partial_rotary_factor=0.25, rms_norm_eps=1e-6, rope_scaling=None, rope_theta=10000000,
+                       shared_expert_intermediate_size=512, vocab_size=151936),
+    "kimi-linear": dict(model_type="kimi_linear", first_k_dense_replace=1, head_dim=72, hidden_size=2304, intermediate_size=9216, kv_lora_rank=512, mla_use_nope=True,
+                        linear_attn_config=dict(full_attn_layers=[4, 8, 12, 16, 20, 24, 27], head_dim=128, num_heads=32, short_conv_kernel_size=4,
+                                                kda_layers=[i for i in range(1, 27) if i % 4]), model_max_length=1048576, moe_intermediate_size=1024, moe_layer_freq=1,
+                        moe_renormalize=True, moe_router_activation_func="sigmoid", num_attention_heads=32, num_expert_group=1, num_experts=256, num_experts_per_token=8,
+                        num_hidden_layers=27, num_shared_experts=1, qk_nope_head_dim=128, qk_rope_head_dim=64, rms_norm_eps=1e-5, rope_theta=10000.0,
+                        routed_scaling_factor=2.446, topk_group=1, use_grouped_topk=True, v_head_dim=128, vocab_size=163840),
+}
+
+
+@pytest.mark.parametrize("preset", HUB)
+def test_config_json_is_the_preset(preset):
+    config, values = model.read_config(HUB[preset]), dict(PRESETS[preset], block_size=None)
+    same = lambda c: [(name, override(ModelConfig(), given)) for name, given in parse_layers(c.layers, c.n_layer)]
+    assert same(config) == same(from_preset(preset))
+    assert not [k for k, v in values.items() if k not in ("layers", "block_size", "position") and getattr(config, k) != v] and config.position == (values.get("position", "rotary") or "none")
 
 
 @pytest.mark.parametrize("flags", ["--preset gpt2 --n_layer 2 --n_embd 32 --n_head 2", "--set qk_norm=true n_kv_head=2 head_dim=8 tied=false", "--set norm_eps=1e-5"])
