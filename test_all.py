@@ -63,9 +63,14 @@ torch.set_num_threads(1)
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # for the bit-exact resume on a GPU
 
 
+DRAW = train.draw
+
+
 @pytest.fixture(autouse=True)
 def cpu_only(request, monkeypatch):
-    """Where there is a GPU, `auto` would choose it: only the tests marked gpu may see it."""
+    """Where there is a GPU, `auto` would choose it: only the tests marked gpu may see it. And runs draw no picture,
+    which takes longer than they do."""
+    monkeypatch.setattr(train, "draw", lambda rows, path: None)
     if "gpu" not in request.keywords:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
@@ -2423,7 +2428,7 @@ def test_log_lines_and_metrics_say_the_same(dataset, tmp_path, monkeypatch):
     assert (row["kind"], row["tokens"], row["epoch"]) == ("eval", 12 * 64, pytest.approx(12 * 64 / 320)) and row["se"] > 0
     assert row["bpb"] == pytest.approx(row["loss"] / math.log(2) / 3), "nats per token to bits per byte"
     assert {f.name for f in out.iterdir()} == {"config.json", "meta.json", "metrics.jsonl", "ckpt_last.pt", "ckpt_prev.pt",
-                                               "ckpt_best.pt", "loss.png", "lock"}
+                                               "ckpt_best.pt", "lock"}
 
 
 BAD_NUMBERS = {     # what is told: what happened in the 9th step
@@ -2604,7 +2609,7 @@ def test_half_written_checkpoint_never_gets_the_final_name(dataset, tmp_path, mo
 def test_a_picture_that_cannot_be_written_is_named(tmp_path):
     pytest.importorskip("matplotlib")
     with pytest.raises(ValueError, match="cannot write .*loss.png"):
-        train.draw([], tmp_path / "none" / "loss.png")
+        DRAW([], tmp_path / "none" / "loss.png")
 
 
 def test_evaluation_out_of_memory_keeps_the_training(dataset, tmp_path, monkeypatch):
@@ -3284,7 +3289,9 @@ def lab(dataset, runs, tmp_path, monkeypatch):
             train.train({**given, "eval_windows": 4, "resume": "auto"}, log=quiet)
         return True
     validation = bench.validation
+    items = train.probe_items
     monkeypatch.setattr(bench, "run_arms", run_arms)
+    monkeypatch.setattr(train, "probe_items", lambda val, T: items(val, T, 8))
     monkeypatch.setattr(bench, "validation", lambda name, T, count: validation(name, T, min(count, 8)))
 
     def lab(line):
@@ -3355,7 +3362,7 @@ def test_every_part_of_the_study_runs(part, lab, monkeypatch):
         table = getattr(bench, name)
         for arm in list(table)[1:-1]:
             monkeypatch.delitem(table, arm)
-    line = f"study --part {part} --ar_epochs 3 --rates 1e-3,2e-3 {FEW} --block_size 64 --batch_tokens 128"
+    line = f"study --part {part} --ar_epochs 3 --rates 1e-3 {FEW} --evals 2 --block_size 64 --batch_tokens 128"
     assert lab(line)[0] == 130, "interrupted"
     status, out, _ = lab(line)
     file, = Path("out").glob("study*.json")
