@@ -506,13 +506,13 @@ def mean_se(values):
     return statistics.mean(values), error
 
 
-def fit(lm, loss_at, steps, flags, path, label):
+def fit(lm, loss_at, steps, flags, path):
     """`steps` optimizer steps on loss_at(step), a scalar; or the weights in `path`, if they are there."""
     if path.exists():
         lm.load_state_dict(train.load_checkpoint(path)["model"])
         return lm.eval()
     optimizers = train.make_optimizers(lm, flags, lm.embed.weight.device)
-    progress = prepare.Progress(label)
+    progress = prepare.Progress(path.stem)
     for step in range(steps):
         loss_at(step).backward()
         torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
@@ -2038,14 +2038,13 @@ def switch(steps=1200, adapt=150, windows=64, n_layer=2, block_size=1024, batch_
 # ------------------------------------------------------------------------------------------------------------
 # recall: keys and values seen once, asked for later
 
-KEYS, VALUES, TEXT = 128, 32, 8  # ids: keys, values, letters of the text
-RECALL = dict(n_head=2, n_embd=64, tied=False, position="none")  # a linear layer's state: 2 heads of 32 x 32
+KEYS, VALUES, TEXT = 128, 32, 8                 # ids: keys, values, letters of the text
 NEEDLES, LENGTHS, PAIRS = 4, (256, 512, 1024, 2048, 4096), (4, 8, 16, 32, 64, 128)
 # Every model starts with a layer that sees one neighbour (linear layers have that in their short
 # convolution), so that the key stands in its value's vector, and has one layer of the kind behind it, a 3:1
 # hybrid four: one state, one cache are measured. Sparse layers read at most a quarter of 512 tokens, so they
-# are not asked at 256.
-ARENA = (*ATTENTION, *MIXTURES)
+# are not asked at 256. A linear layer's state: 2 heads of 32 x 32.
+RECALL = dict(n_head=2, n_embd=64, tied=False, position="none", vocab_size=KEYS + VALUES + TEXT)
 
 
 def draw_recall(B, T, n, generator, text=None):
@@ -2057,22 +2056,20 @@ def draw_recall(B, T, n, generator, text=None):
     language, and T / 8 queries at the end. Where Zoology has a random token an answer is hidden, so a query
     helps no later one, and AR and diffusion read the same."""
     asks = T // 2 - n if text is None else T // 8
-    if T % 8 or not 1 <= n <= min(KEYS, T // 2 - asks) or asks < 1:
-        raise ValueError(
-            f"{n} pairs do not fit into {T} tokens with their queries: expected a multiple of 8 tokens, at "
-            f"least {2 * n + 8}, and at most {KEYS} pairs"
-        )
+    need(T % 8 == 0 and 1 <= n <= min(KEYS, T // 2 - asks) and asks > 0,
+         f"{n} pairs do not fit into {T} tokens with their queries: expected a multiple of 8 tokens, at least "
+         f"{2 * n + 8}, and at most {KEYS} pairs")
     keys = torch.rand(B, KEYS, generator=generator).argsort(1)[:, :n]
     values = KEYS + torch.randint(VALUES, (B, n), generator=generator)
-    pairs = torch.stack([keys, values], dim=-1)                                        # (B, n, 2)
-    asked = torch.randint(n, (B, asks), generator=generator)
-    queries, body = pairs.gather(1, asked[..., None].expand(-1, -1, 2)), pairs
+    pairs = torch.stack([keys, values], dim=-1)                         # (B, n, 2)
+    rows = lambda index: index[..., None].expand(-1, -1, 2)
+    queries = pairs.gather(1, rows(torch.randint(n, (B, asks), generator=generator)))
     if text is not None:
         body = KEYS + VALUES + text.draw(B, T - 2 * asks, generator).view(B, -1, 2)
-        place = torch.rand(body.shape[:2], generator=generator).argsort(1)[:, :n, None].expand(-1, -1, 2)
-        body = body.scatter(1, place, pairs)
+        place = torch.rand(body.shape[:2], generator=generator).argsort(1)[:, :n]
+        pairs = body.scatter(1, rows(place), pairs)
     t = torch.arange(T).expand(B, T)
-    return torch.cat([body, queries], dim=1).flatten(1), (t >= T - 2 * asks) & (t % 2 == 1)
+    return torch.cat([pairs, queries], dim=1).flatten(1), (t >= T - 2 * asks) & (t % 2 == 1)
 
 
 def recall_logits(f, x, answer, mask_id, causal, aux=None):
@@ -2095,10 +2092,11 @@ def recall_accuracy(f, T, n, mask_id, causal, text=None, device="cpu"):
     return mean_se(right)
 
 
-def learn_recall(lm, objective, steps, tokens, lengths, path, label):
-    """Short sequences first: copying is found in seconds with 8 pairs in 32 tokens and hardly ever in 512.
-    Later both tasks in turn."""
-    text, device = Bigram(TEXT), lm.embed.weight.device
+def learn_recall(config, causal, steps, tokens, lengths, path, device):
+    """A model that has learned both tasks. Short sequences first: copying is found in seconds with 8 pairs in
+    32 tokens and hardly ever in 512; later both in turn."""
+    torch.manual_seed(1337)
+    lm = LM(config).to(device)
     sparse = [b.mixer for b in lm.blocks if hasattr(b.mixer, "stage")]
 
     def loss_at(step):
@@ -2107,52 +2105,41 @@ def learn_recall(lm, objective, steps, tokens, lengths, path, label):
         if done < 0.6:
             T = min(32 << max(0, int(16 * done - 4)), max(lengths))
         pairs = [8] if T == 32 else [n for n in PAIRS if n <= T // 4]
-        needle = step % 2 and done > 0.5
         n = pairs[torch.randint(len(pairs), (), generator=gen)]
-        x, answer = draw_recall(max(1, tokens // T), T, n, gen, text if needle else None)
-        for mixer in sparse:  # its indexer learns beside dense attention
+        text = Bigram(TEXT) if step % 2 and done > 0.5 else None
+        x, answer = draw_recall(max(1, tokens // T), T, n, gen, text)
+        for mixer in sparse:                    # its indexer learns beside dense attention
             mixer.stage = "warmup" if done < 0.6 else "sparse"
         aux = {}
-        z, y = recall_logits(lm, x.to(device), answer.to(device), lm.mask_id, objective == "ar", aux)
+        z, y = recall_logits(lm, x.to(device), answer.to(device), lm.mask_id, causal, aux)
         return F.cross_entropy(z, y) + sum(aux.values())
-    fit(lm, loss_at, steps, {**train.DEFAULTS, "lr": 4e-3, "warmup": 50, "optimizer": "muon"}, path, label)
+    return fit(lm, loss_at, steps, {**train.DEFAULTS, "lr": 4e-3, "warmup": 50, "optimizer": "muon"}, path)
 
 
 def recall_picture(plt, result):
     """A map for each objective, a row for each layer, a column for each number of pairs and each length."""
     rows = result["rows"]
-    objectives, layers = (list(dict.fromkeys(r[k] for r in rows)) for k in ("objective", "layers"))
-    point = lambda r: (r["task"] == "needle", r["T"], r["pairs"])
-    points = sorted(set(map(point, rows)))
-    at = {(r["objective"], r["layers"], point(r)): r["accuracy"] for r in rows}
-    figure, axes = plt.subplots(
-        len(objectives), 1, figsize=(8, len(objectives) * (1 + 0.3 * len(layers))), squeeze=False
-    )
+    titles = {"ar": "causal (AR)", "mdm": "bidirectional (masked diffusion)"}
+    objectives = [o for o in titles if o in result["flags"]["objectives"]]
+    layers = list(dict.fromkeys(r["layers"] for r in rows))
+    points = sorted({(r["task"] == "needle", r["T"], r["pairs"]) for r in rows})
+    size = 8, len(objectives) * (1 + 0.3 * len(layers))
+    figure, axes = plt.subplots(len(objectives), 1, figsize=size, squeeze=False)
     for ax, objective in zip(axes[:, 0], objectives):
-        share = np.array([[at.get((objective, layer, p), np.nan) for p in points] for layer in layers])
+        share = np.full((len(layers), len(points)), np.nan)
+        for r in rows:
+            if r["objective"] == objective:
+                j = points.index((r["task"] == "needle", r["T"], r["pairs"]))
+                share[layers.index(r["layers"]), j] = r["accuracy"]
         ax.imshow(share, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
         for (i, j), v in np.ndenumerate(share):
-            if not np.isnan(v):
-                text = f"{100 * v:.0f}" if v < 0.99 else f"{100 * v:.1f}".replace("100.0", "100")
-                ax.text(
-                    j,
-                    i,
-                    text,
-                    ha="center",
-                    va="center",
-                    fontsize=9,
-                    color="black" if 0.15 < v < 0.85 else "white",
-                )
+            colour = "black" if 0.15 < v < 0.85 else "white"
+            text = "" if np.isnan(v) else f"{100 * v:.{0 if v < 0.99 else 1}f}".replace("100.0", "100")
+            ax.text(j, i, text, color=colour, fontsize=9, ha="center", va="center")
         ax.axvline(sum(not needle for needle, *_ in points) - 0.5, color="black")
-        ax.set_xticks(range(len(points)), [f"{T}" if needle else f"{n}" for needle, T, n in points])
+        ax.set_xticks(range(len(points)), [T if needle else n for needle, T, n in points])
         ax.set_yticks(range(len(layers)), layers)
-        ax.set_title(
-            {
-                "ar": "causal (AR): right answers, %",
-                "mdm": "bidirectional (masked diffusion): right answers, %",
-            }[objective],
-            fontsize=10,
-        )
+        ax.set_title(f"{titles[objective]}: right answers, %", fontsize=10)
     ax.set_xlabel(f"pairs to recall in 512 tokens   |   length of text with {NEEDLES} needles")
     return figure
 
@@ -2166,16 +2153,8 @@ def recall_table(result):
 
 
 @experiment(show=recall_table, picture=recall_picture)
-def recall(
-    layers=ARENA,
-    objectives=("ar", "mdm"),
-    steps=600,
-    lengths=LENGTHS,
-    batch_tokens=2048,
-    device="auto",
-    threads=1,
-    out="out/recall",
-):
+def recall(layers=(*ATTENTION, *MIXTURES), objectives: OBJECTIVES = ("ar", "mdm"), steps=600, lengths=LENGTHS,
+           batch_tokens=2048, device="auto", threads=1, out="out/recall"):
     """Associative recall and a needle in generated text: accuracy of every layer against pairs and length, in
     %.
 
@@ -2183,52 +2162,27 @@ def recall(
     lengths: of the text with needles; also trained on
     steps: of training, each
     """
-    choose("objectives", objectives, OBJECTIVES)
-    if any(T % 8 or T < 16 for T in lengths):
-        raise ValueError(f"--lengths {','.join(map(str, lengths))}: expected multiples of 8, at least 16")
-    folder = Path(out) / f"{','.join(map(str, lengths))}-steps{steps}-tokens{batch_tokens}"
+    asked = ",".join(map(str, lengths))
+    need(all(T % 8 == 0 and T >= 16 for T in lengths),
+         f"--lengths {asked}: expected multiples of 8, at least 16")
+    folder = Path(out) / f"{asked}-steps{steps}-tokens{batch_tokens}"
     grid = [("pairs", 512, n) for n in PAIRS] + [("needle", T, NEEDLES) for T in lengths]
     for name, objective in itertools.product(layers, objectives):
         pattern = "linear(linear_decay=none)" if name == "linear" else pattern_of(name, 128)
-        config = override(
-            ModelConfig(),
-            dict(
-                RECALL,
-                vocab_size=KEYS + VALUES + TEXT,
-                block_size=max(512, *lengths),
-                n_layer=5 if "*3" in name else 2,
-                layers=f"full(window=2, position=rotary) {pattern}",
-            ),
-        )
+        config = override(ModelConfig(), dict(
+            RECALL, block_size=max(512, *lengths), n_layer=5 if "*3" in name else 2,
+            layers=f"full(window=2, position=rotary) {pattern}"))
+        ar, path = objective == "ar", folder / f"{objective}-{file_part(name)}.pt"
+        model = functools.cache(lambda: learn_recall(config, ar, steps, batch_tokens, lengths, path, device))
         with torch.device("meta"):
-            mixers, ar = [b.mixer for b in LM(config).blocks], objective == "ar"
-
-        @functools.cache
-        def model():  # nothing to measure, nothing to learn
-            torch.manual_seed(1337)
-            lm = LM(config).to(device)
-            learn_recall(
-                lm,
-                objective,
-                steps,
-                batch_tokens,
-                lengths,
-                folder / f"{objective}-{file_part(name)}.pt",
-                f"{objective} {name}",
-            )
-            return lm
+            mixers = [b.mixer for b in LM(config).blocks]
         for task, T, n in grid:
             def measure():
                 lm, text = model(), Bigram(TEXT) if task == "needle" else None
                 accuracy, se = recall_accuracy(lm, T, n, lm.mask_id, ar, text, device)
-                return dict(
-                    accuracy=accuracy,
-                    se=se,
-                    reads=max(m.reads(T, ar) for m in mixers),
-                    blocks=config.n_layer,
-                    params=lm.num_params(),
-                )
-            if max((m.reads(T, ar) for m in mixers if hasattr(m, "topk")), default=0) <= T // 4:
+                return dict(accuracy=accuracy, se=se, reads=max(m.reads(T, ar) for m in mixers),
+                            params=lm.num_params())
+            if all(m.reads(T, ar) <= T // 4 for m in mixers if hasattr(m, "topk")):
                 yield dict(layers=name, objective=objective, task=task, T=T, pairs=n), measure
     return dict(chance=1 / VALUES)
 
@@ -2377,8 +2331,7 @@ def learn(language, objective, lengths, steps, path):
         if objective == "ar":
             return diffusion.ar_loss(f, x, lm.mask_id)
         return diffusion.mdm_loss(f, x, lm.mask_id, generator=gen)
-    flags = {**train.DEFAULTS, "lr": 3e-3, "warmup": 50}
-    fit(lm, loss_at, steps, flags, path, f"{language.name} {objective}")
+    fit(lm, loss_at, steps, {**train.DEFAULTS, "lr": 3e-3, "warmup": 50}, path)
     return f
 
 
