@@ -156,22 +156,21 @@ def add_flags(parser, about):
     """The flags of an experiment; what was not typed stays out of the parser's answer."""
     told = dict(re.findall(r"^    (\w+): (.*)$", HELP + about.run.__doc__, re.M))
     for name, (default, kind) in (COMMON | parameters(about.run)).items():
-        text = told.get(name, "").replace("%", "%%")
+        how = dict(help=told.get(name, "").replace("%", "%%"))
         if default is inspect.Parameter.empty:
-            parser.add_argument(name, nargs="+", metavar=name.rstrip("s").upper(), help=text)
+            parser.add_argument(name, nargs="+", **how)
             continue
-        how = dict(metavar=name.upper(), type=kind if isinstance(kind, type) else str)
         if default is False:
-            how = dict(action="store_true")
+            how["action"] = "store_true"
         elif kind is list:
-            how = dict(action="extend", nargs="+")
-        elif default is not None:
-            shown = default
-            if isinstance(default, tuple):
-                how["type"] = items_like(default)
-                shown = ",".join(map(str, default))
-            text += f" (default: {shown})"
-        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text, **how)
+            how |= dict(action="extend", nargs="+")
+        elif isinstance(default, tuple):
+            how["type"] = items_like(default)
+            how["help"] += f" (default: {','.join(map(str, default))})" * bool(default)
+        else:
+            how["type"] = kind if isinstance(kind, type) else str
+            how["help"] += f" (default: {default})" * (default is not None)
+        parser.add_argument(f"--{name}", **how)
 
 
 def items_like(default):
@@ -202,8 +201,9 @@ def settle(about, typed):
         values = flags[name] if isinstance(flags[name], tuple) else [flags[name]]
         if not isinstance(kind, type):
             choose(name, values, kind)
-        for value in values if default != 0 and name not in ("seed", "warmup") else ():  # what counts
-            need(type(value) is not int or value > 0, f"--{name} {value} must be at least 1")
+        free = default == 0 or name in ("seed", "warmup")
+        for value in values:
+            need(free or type(value) is not int or value > 0, f"--{name} {value} must be at least 1")
     if "device" in flags:
         flags["device"] = train.pick_device(flags["device"])
     if flags.get("threads"):
@@ -217,27 +217,20 @@ def file_name(command, about, flags):
     for name in about.named:
         value = flags[name]
         if value not in (False, "auto"):
-            parts.append(name if value is True else Path(str(value)).name.split(":")[0])
+            parts.append(name if value is True else str(value).split(":")[0])
     return flags["name"] or "_".join(parts)
 
 
 class Journal:
-    """Results by their keys, in a file of one JSON list [key, result] a line, written as they come. A half
-    last line, of a process that was killed, is cut off."""
+    """Results by their keys, in a file of one JSON list [key, result] a line, written as they come. A line
+    that cannot be read, of a process that was killed, counts as not written."""
     def __init__(self, path):
         self.path = path
         self.results = {}
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        if lines and not lines[-1].endswith("\n"):
-            write(path, "".join(lines[:-1]))
-        for n, line in enumerate(lines, 1):
-            try:
+        for line in path.read_text().splitlines() if path.exists() else ():
+            with contextlib.suppress(ValueError, TypeError):
                 key, result = json.loads(line)
-            except (ValueError, TypeError):
-                need(not line.endswith("\n"),
-                     f"{path} line {n} is damaged: delete the line, or the file to begin anew")
-                continue
-            self.results[json.dumps(key)] = result
+                self.results[json.dumps(key)] = result
 
     def find(self, key):
         return self.results.get(json.dumps(key))
@@ -245,7 +238,7 @@ class Journal:
     def add(self, key, result):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
-            file.write(json.dumps([key, result]) + "\n")
+            file.write("\n" + json.dumps([key, result]))       # behind half a line, too
         self.results[json.dumps(key)] = result
 
 
@@ -599,23 +592,19 @@ def run_arms(jobs, workers):
 # ------------------------------------------------------------------------------------------------------------
 # Timing
 
-FASTEST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
-           SDPBackend.MATH]
-SDPA = {"default": [], "cudnn": FASTEST, "flash": FASTEST[1:]}
+SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 
 
 @contextlib.contextmanager
-def sdpa(kernel, only=True):
-    """A context in which SDPA takes this kernel or fails; not only: takes it first. "default" and unknown
-    names: no change.
+def sdpa(kernel):
+    """A context in which SDPA takes this kernel or fails; with another name it chooses by itself.
 
     Without torch's cache of compiled graphs, whose key does not say which kernel a graph was made for, so
     that the second kernel asked for is silently the first again (pytorch #185449; torch 2.13 too)."""
-    if not SDPA.get(kernel):
-        yield
-        return
-    with (sdpa_kernel(SDPA[kernel][:1] if only else SDPA[kernel], set_priority=not only),
-          functorch_config.patch(enable_autograd_cache=False)):
+    if kernel in SDPA:
+        with sdpa_kernel(SDPA[kernel]), functorch_config.patch(enable_autograd_cache=False):
+            yield
+    else:
         yield
 
 
@@ -637,7 +626,7 @@ def seconds_of(step, device, repeat):
     return best
 
 
-def time_passes(f, inputs, device, repeat, parameters=(), kernel="default", compiled=True):
+def time_passes(f, inputs, device, repeat, parameters=(), kernel=None, compiled=True):
     """Milliseconds of f(*inputs), forward alone and forward + backward: the smallest of `repeat` calls behind
     one that warms up, and on a GPU compiles; and there the largest memory. kernel: SDPA's, for `sdpa`."""
     cuda = device.startswith("cuda")
@@ -1684,7 +1673,7 @@ def context(lengths=(1024, 4096, 16384, 65536), batches=(1,), layers: SWEEP = SW
 
 
 # ------------------------------------------------------------------------------------------------------------
-# functions: the mixers as pure functions of (q, k, v, beta, g, gc)
+# functions: the mixers as pure functions
 
 def peers():
     """Plain-torch rules of transformers, where it is installed. Theirs are (B, T, H, D)."""
@@ -1694,15 +1683,15 @@ def peers():
     except ImportError:
         return {}
 
-    def turned(rule, *inputs):
+    def turned(*inputs, rule):
         q, k, v, beta, g = (a.transpose(1, 2).contiguous() for a in inputs)
         return rule(q, k, v, beta=beta, g=g)[0].transpose(1, 2)
-    return {"gated_deltanet, transformers": lambda q, k, v, beta, g, gc: turned(gdn, q, k, v, beta, g),
-            "kda, transformers": lambda q, k, v, beta, g, gc: turned(kda, q, k, v, beta, gc)}
+    return {"gated_deltanet, transformers": (turned, "qkvbg", dict(rule=gdn)),
+            "kda, transformers": (turned, "qkvbc", dict(rule=kda))}
 
 
-def dense(causal=True):
-    return lambda q, k, v, *_: F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+def attend(q, k, v, causal=True):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
 
 
 def moba(q, k, block, topk, tile, causal):
@@ -1713,22 +1702,28 @@ def moba(q, k, block, topk, tile, causal):
     limit = slots + 1 if causal else torch.full_like(slots, q.size(2))
     means = k.detach().unflatten(2, (-1, block)).mean(3)
     groups = q.detach().unflatten(1, (k.size(1), -1)).sum(2)
-    return select_blocks(lambda rows: groups[:, :, rows] @ means.mT, slots, limit, means.size(2), block, topk,
-                         tile=tile)
+    score = lambda rows: groups[:, :, rows] @ means.mT
+    return select_blocks(score, slots, limit, means.size(2), block, topk, tile=tile)
 
 
+# name: (rule, what it takes, keywords): q, k, v, b (beta), g (log decay of a head), c (of a channel).
 FUNCTIONS = {
-    "sdpa": dense(), "sdpa cudnn": dense(), "sdpa flash": dense(), "sdpa, both ways": dense(False),
-    "linear": lambda q, k, v, *_: linear_attention(q, k, v)[0],
-    "linear, decay a head": lambda q, k, v, beta, g, gc: linear_attention(q, k, v, g)[0],
-    "linear, decay a channel": lambda q, k, v, beta, g, gc: linear_attention(q, k, v, gc)[0],
-    "deltanet": lambda q, k, v, beta, *_: delta_rule(q, k, v, beta)[0],
-    "gated_deltanet": lambda q, k, v, beta, g, gc: delta_rule(q, k, v, beta, g)[0],
-    "gated_deltanet, both ways": lambda q, k, v, beta, g, gc: delta_rule(q, k, v, beta, g, causal=False)[0],
-    "kda": lambda q, k, v, beta, g, gc: delta_rule(q, k, v, beta, gc, g_min=-5.0)[0],
-    "kda, any decay": lambda q, k, v, beta, g, gc: delta_rule(q, k, v, beta, gc)[0],
+    "sdpa": (attend, "qkv", {}),
+    "sdpa cudnn": (attend, "qkv", {}),
+    "sdpa flash": (attend, "qkv", {}),
+    "sdpa, both ways": (attend, "qkv", dict(causal=False)),
+    "linear": (linear_attention, "qkv", {}),
+    "linear, decay a head": (linear_attention, "qkvg", {}),
+    "linear, decay a channel": (linear_attention, "qkvc", {}),
+    "deltanet": (delta_rule, "qkvb", {}),
+    "gated_deltanet": (delta_rule, "qkvbg", {}),
+    "gated_deltanet, both ways": (delta_rule, "qkvbg", dict(causal=False)),
+    "kda": (delta_rule, "qkvbc", dict(g_min=-5.0)),
+    "kda, any decay": (delta_rule, "qkvbc", {}),
+    "block-sparse": (block_sparse_attention, "qkv", {}),
+    "block-sparse, with selection": (block_sparse_attention, "qkv", {}),
+    "block-sparse, both ways, with selection": (block_sparse_attention, "qkv", dict(causal=False)),
 }
-SPARSE = ("block-sparse", "block-sparse, with selection", "block-sparse, both ways, with selection")
 
 
 @experiment(named=("device",), finish=compared("function", "sdpa", PASSES))
@@ -1742,30 +1737,35 @@ def functions(lengths=(1024, 4096, 8192), functions=(), n_head=4, n_kv_head=4, h
     topk: blocks that a query picks
     tile: queries that share their picks
     """
-    table = FUNCTIONS | peers() | dict.fromkeys(SPARSE)
+    table = FUNCTIONS | peers()
     if not device.startswith("cuda"):
-        table = {name: f for name, f in table.items() if name.removeprefix("sdpa ") not in SDPA}
+        table = {name: rule for name, rule in table.items() if name.removeprefix("sdpa ") not in SDPA}
     names = dict.fromkeys(["sdpa", *choose("functions", functions or table, table)])
     for T, name in itertools.product(lengths, names):
-        need(name not in SPARSE or T % math.lcm(block, tile) == 0 and topk * block <= T,
+        rule, takes, how = table[name]
+        sparse, ours = rule is block_sparse_attention, name in FUNCTIONS
+        need(not sparse or T % math.lcm(block, tile) == 0 and topk * block <= T,
              f"--lengths {T}: block-sparse attention takes multiples of --block {block} and --tile {tile}, "
              f"at least --topk {topk} blocks")
 
         def measure():
-            draw = lambda heads: torch.randn(1, heads, T, head_dim, device=device, dtype=dtype_on(device))
-            q, k, v = (F.normalize(draw(heads), dim=-1) for heads in (n_head, n_kv_head, n_kv_head))
-            beta, decay = torch.rand(2, 1, n_head, T, device=device)
-            channels = torch.rand(1, n_head, T, head_dim, device=device)
-            causal, picks = "both ways" not in name, None
-            if name == "block-sparse":
-                picks = moba(q, k, block, topk, tile, causal)
+            draw = lambda heads, *more: torch.randn(1, heads, T, *more, device=device)
+            unit = lambda heads: F.normalize(draw(heads, head_dim), dim=-1).to(dtype_on(device))
+            given = dict(q=unit(n_head), k=unit(n_kv_head), v=unit(n_kv_head), b=draw(n_head).sigmoid(),
+                         g=-draw(n_head).sigmoid(), c=-draw(n_head, head_dim).sigmoid())
+            choice = lambda q, k: moba(q, k, block, topk, tile, how.get("causal", True))
+            picks = choice(given["q"], given["k"]) if name == "block-sparse" else None
 
-            def sparse(q, k, v, *_):
-                sel = moba(q, k, block, topk, tile, causal) if picks is None else picks
-                return block_sparse_attention(q, k, v, sel, block, causal, tile, most=topk)
+            def f(*inputs):
+                more = how
+                if sparse:
+                    sel = choice(*inputs[:2]) if picks is None else picks
+                    more = dict(how, sel=sel, key_block=block, tile=tile, most=topk)
+                out = rule(*inputs, **more)
+                return out if torch.is_tensor(out) else out[0]
             torch._dynamo.reset()
-            return time_passes(table[name] or sparse, (q, k, v, beta, -decay, -channels), device, repeat,
-                               kernel=name.removeprefix("sdpa "), compiled="transformers" not in name)
+            return time_passes(f, [given[key] for key in takes], device, repeat, compiled=ours,
+                               kernel=name.removeprefix("sdpa "))
         yield dict(function=name, T=T), measure
 
 
@@ -1774,6 +1774,7 @@ def functions(lengths=(1024, 4096, 8192), functions=(), n_head=4, n_kv_head=4, h
 
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 COMPILE = ("auto", "on", "off", "graphs")
+KERNELS = ("default", *SDPA)
 
 
 def to_train(kind, config, device, folder):
@@ -1813,7 +1814,7 @@ def throughput(kind, values, batch, iters, warmup, device, compile, threads, ker
         ticks.append(torch.cuda.Event(enable_timing=True) if cuda else time.process_time())
         if cuda:
             ticks[-1].record()
-    with sdpa(kernel, only=False):
+    with sdpa(kernel):
         for i in range(warmup + iters):
             if i == warmup and kind != "nanoGPT":
                 torch.compiler.set_stance("fail_on_recompile")  # after the warm-up there is none, or stop
@@ -1865,7 +1866,7 @@ def speed_table(result):
 def train_(preset: PRESETS = "gpt2", n_layer: int = None, n_head: int = None, n_embd: int = None,
            block_size: int = None, vocab_size: int = None, objectives: OBJECTIVES = ("ar", "mdm"), batch=12,
            iters=40, warmup=5, rounds=3, compile: COMPILE = "auto",
-           sdpa: SDPA = "default", vs=None, device="auto", threads=1):
+           sdpa: KERNELS = "default", vs=None, device="auto", threads=1):
     """Training speed, memory and MFU, with --vs beside nanoGPT: alternating runs in processes of their own.
 
     preset: model; the sizes are its own where none is given
@@ -2057,8 +2058,8 @@ def draw_recall(B, T, n, generator, text=None):
     helps no later one, and AR and diffusion read the same."""
     asks = T // 2 - n if text is None else T // 8
     need(T % 8 == 0 and 1 <= n <= min(KEYS, T // 2 - asks) and asks > 0,
-         f"{n} pairs do not fit into {T} tokens with their queries: expected a multiple of 8 tokens, at least "
-         f"{2 * n + 8}, and at most {KEYS} pairs")
+         f"{n} pairs do not fit into {T} tokens with their queries: expected a multiple of 8 tokens, at "
+         f"least {2 * n + 8}, and at most {KEYS} pairs")
     keys = torch.rand(B, KEYS, generator=generator).argsort(1)[:, :n]
     values = KEYS + torch.randint(VALUES, (B, n), generator=generator)
     pairs = torch.stack([keys, values], dim=-1)                         # (B, n, 2)
@@ -3091,7 +3092,7 @@ def gpu(minutes=9.0, results="results"):
         ("context_cuda.json", f"bench.py context --batches 1,64 {large}"),
         (
             "sparse_cuda.json",
-            f"bench.py functions --functions 'sdpa cudnn,sdpa flash,{','.join(SPARSE[:2])}' "
+            "bench.py functions --functions 'sdpa cudnn,sdpa flash,block-sparse,block-sparse, with selection' "
             "--lengths 32768,65536,131072 --n_head 32 --n_kv_head 2 --head_dim 128 --block 64 --topk 64 "
             "--tile 64 --name sparse_cuda --results {r}",
         ),
@@ -3134,7 +3135,8 @@ def main(argv=None):
     for name, about in EXPERIMENTS.items():
         text = re.sub(r"^    \w+: .*\n", "", about.run.__doc__, flags=re.M)
         summary = " ".join(text.partition("\n\n")[0].split()).replace("%", "%%")  # argparse formats it
-        add_flags(commands.add_parser(name, help=summary, description=text), about)
+        one = commands.add_parser(name, help=summary, description=text, argument_default=argparse.SUPPRESS)
+        add_flags(one, about)
     try:
         typed = vars(parser.parse_args(argv))
         return perform(typed.pop("command"), typed) or 0
