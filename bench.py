@@ -37,7 +37,6 @@ if __name__ == "__main__":                      # Ctrl-C while the imports run: 
 import argparse
 import collections
 import contextlib
-import copy
 import dataclasses
 import functools
 import inspect
@@ -45,6 +44,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import platform
 import re
@@ -1795,7 +1795,7 @@ def to_train(kind, config, device, folder):
 
 
 def throughput(kind, values, batch, iters, warmup, device, compile, threads, kernel, vs):
-    """One process, one model: times optimizer steps on random tokens; prints one JSON line."""
+    """Times optimizer steps of one model on random tokens; in a process of its own."""
     cuda, ticks, gen = device.startswith("cuda"), [], torch.Generator().manual_seed(0)
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -1814,22 +1814,21 @@ def throughput(kind, values, batch, iters, warmup, device, compile, threads, ker
         ticks.append(torch.cuda.Event(enable_timing=True) if cuda else time.process_time())
         if cuda:
             ticks[-1].record()
-    with sdpa(kernel):
-        for i in range(warmup + iters):
-            if i == warmup and kind != "nanoGPT":
-                torch.compiler.set_stance("fail_on_recompile")  # after the warm-up there is none, or stop
-            x = pin(torch.randint(config.vocab_size, (batch, T + 1), generator=gen))
-            noise = [pin(a) for a in diffusion.mdm_noise(batch, T, generator=gen)]
-            tick()
-            x, *noise = (a.to(device, non_blocking=True) for a in (x, *noise))
-            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=cuda):
-                loss = loss_of(x, noise)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
-            for o in optimizers:
-                o.step()
-                o.zero_grad()
-            tick()
+    for i in range(warmup + iters):
+        if i == warmup and kind != "nanoGPT":
+            torch.compiler.set_stance("fail_on_recompile")      # after the warm-up there is none, or stop
+        x = pin(torch.randint(config.vocab_size, (batch, T + 1), generator=gen))
+        noise = [pin(a) for a in diffusion.mdm_noise(batch, T, generator=gen)]
+        tick()
+        x, *noise = (a.to(device, non_blocking=True) for a in (x, *noise))
+        with sdpa(kernel), torch.autocast(torch.device(device).type, torch.bfloat16, enabled=cuda):
+            loss = loss_of(x, noise)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
+        for o in optimizers:
+            o.step()
+            o.zero_grad()
+        tick()
     if cuda:
         torch.cuda.synchronize()
         times = [a.elapsed_time(b) / 1e3 for a, b in zip(ticks[::2], ticks[2::2])]      # gaps count
@@ -1838,13 +1837,12 @@ def throughput(kind, values, batch, iters, warmup, device, compile, threads, ker
         times = [b - a for a, b in zip(ticks[::2], ticks[1::2])]
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     seconds, params = statistics.median(times[warmup:]), sum(p.numel() for p in lm.parameters())
-    speed, peak = batch * T / seconds, train.peak_flops(device)
-    flops = 6 * params + 12 * config.n_layer * config.n_embd * T        # per token, nanoGPT's own formula
-    mfu = speed * flops / peak if peak else None
-    need(not mfu or mfu <= 1, f"{speed:,.0f} tokens/s are {mfu or 0:.0%} of this GPU's peak: the clock or "
-                              "the FLOPs are wrong")
-    row = dict(params=params, ms=1e3 * seconds, tok_per_s=speed, peak_mib=memory / 2 ** 20, mfu=mfu)
-    print(json.dumps(row))
+    speed, mfu = batch * T / seconds, None
+    if peak := train.peak_flops(device):
+        mfu = speed * (6 * params + 12 * config.n_layer * config.n_embd * T) / peak
+        need(mfu <= 1, f"{speed:,.0f} tokens/s are {mfu:.0%} of this GPU's peak: the clock or the FLOPs are "
+                       "wrong")
+    return dict(params=params, ms=1e3 * seconds, tok_per_s=speed, peak_mib=memory / 2 ** 20, mfu=mfu)
 
 
 def speed_table(result):
@@ -1886,11 +1884,9 @@ def train_(preset: PRESETS = "gpt2", n_layer: int = None, n_head: int = None, n_
                threads=threads, kernel=sdpa, vs=vs and str(Path(vs).resolve()))
     for i, kind in itertools.product(range(rounds), [*objectives, *["nanoGPT"] * bool(vs)]):
         def measure():
-            code = "import json, sys, bench; bench.throughput(**json.loads(sys.argv[1]))"
-            p = subprocess.run([sys.executable, "-c", code, json.dumps(dict(how, kind=kind))], cwd=HERE,
-                               capture_output=True, text=True)
-            need(not p.returncode, f"{kind}: {(p.stderr.strip() or 'failed').splitlines()[-1]}")
-            return json.loads(p.stdout.strip().splitlines()[-1])
+            process = multiprocessing.get_context("spawn")      # Ctrl-C is for this one, which ends it
+            with process.Pool(1, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+                return pool.apply(throughput, (kind,), how)
         yield dict(model=kind, round=i + 1), measure
     return dict(clock="GPU events, step to step" if device.startswith("cuda") else "process CPU time",
                 mfu="nanoGPT's formula, 6 N + 12 L C T per token, over the GPU's dense bf16 peak")
@@ -1904,17 +1900,6 @@ QUICK = dict(n_head=4, optimizer="muon", lr=4e-3, set=["qk_norm=true"], eval_eve
              save_every=200)
 SHARED["small"] = dict(dataset="docs-byte", n_layer=4, n_embd=128, block_size=512, batch_tokens=512,
                        device="auto")
-
-
-def bigram_loss(train_data, windows, V):
-    """Nats per token of a bigram model with add-one smoothing, the first token of a window from the
-    unigram."""
-    pairs = np.ones((V, V))
-    np.add.at(pairs, (train_data[:-1], train_data[1:]), 1)
-    first = np.log(pairs.sum(axis=1) / pairs.sum())
-    follow = np.log(pairs / pairs.sum(axis=1, keepdims=True))
-    x = windows.numpy()
-    return -(first[x[:, 0]].sum() + follow[x[:, :-1], x[:, 1:]].sum()) / x.size
 
 
 def same_size(pattern, base):
@@ -1976,7 +1961,10 @@ def quality(mixers=(*ATTENTION, "full window", "gated_deltanet alternate", "gate
                 loss=statistics.mean(losses), std=statistics.stdev(losses) if len(losses) > 1 else None,
                 seeds=len(losses), losses=losses, params=lm.num_params(),
                 reads=max(b.mixer.reads(T, o == "ar") for b in lm.blocks))
-    bigram = bigram_loss(prepare.load_dataset(folder)[0], validation(small["dataset"], T, 64), V)
+    ids, x = prepare.load_dataset(folder)[0], validation(small["dataset"], T, 64).numpy()
+    pairs = np.ones((V, V))                     # counts of a bigram model, add-one smoothing
+    np.add.at(pairs, (ids[:-1], ids[1:]), 1)
+    bigram = -np.log(pairs / pairs.sum(1, keepdims=True))[x[:, :-1], x[:, 1:]].mean()
     return dict(bigram=bigram, T=T, steps=steps_of, patterns=patterns)
 
 
@@ -2119,29 +2107,21 @@ def learn_recall(config, causal, steps, tokens, lengths, path, device):
 
 def recall_picture(plt, result):
     """A map for each objective, a row for each layer, a column for each number of pairs and each length."""
-    rows = result["rows"]
+    table = recall_table(result)
     titles = {"ar": "causal (AR)", "mdm": "bidirectional (masked diffusion)"}
-    objectives = [o for o in titles if o in result["flags"]["objectives"]]
-    layers = list(dict.fromkeys(r["layers"] for r in rows))
-    points = sorted({(r["task"] == "needle", r["T"], r["pairs"]) for r in rows})
-    size = 8, len(objectives) * (1 + 0.3 * len(layers))
-    figure, axes = plt.subplots(len(objectives), 1, figsize=size, squeeze=False)
-    for ax, objective in zip(axes[:, 0], objectives):
-        share = np.full((len(layers), len(points)), np.nan)
-        for r in rows:
-            if r["objective"] == objective:
-                j = points.index((r["task"] == "needle", r["T"], r["pairs"]))
-                share[layers.index(r["layers"]), j] = r["accuracy"]
-        ax.imshow(share, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    maps = {o: [r for r in table if r["objective"] == o] for o in result["flags"]["objectives"]}
+    columns = list(dict.fromkeys(c for r in table for c in r))[2:]
+    figure, axes = plt.subplots(len(maps), 1, figsize=(8, 1.2 + 0.32 * len(table)), squeeze=False)
+    for ax, (objective, rows) in zip(axes[:, 0], maps.items()):
+        share = np.array([[float(r.get(c, "nan")) for c in columns] for r in rows])
+        ax.imshow(share, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
         for (i, j), v in np.ndenumerate(share):
-            colour = "black" if 0.15 < v < 0.85 else "white"
-            text = "" if np.isnan(v) else f"{100 * v:.{0 if v < 0.99 else 1}f}".replace("100.0", "100")
-            ax.text(j, i, text, color=colour, fontsize=9, ha="center", va="center")
-        ax.axvline(sum(not needle for needle, *_ in points) - 0.5, color="black")
-        ax.set_xticks(range(len(points)), [T if needle else n for needle, T, n in points])
-        ax.set_yticks(range(len(layers)), layers)
+            colour = "black" if 15 < v < 85 else "white"
+            ax.text(j, i, rows[i].get(columns[j], ""), color=colour, fontsize=9, ha="center", va="center")
+        ax.set_xticks(range(len(columns)), [c.replace(" ", "\n") for c in columns], fontsize=9)
+        ax.set_yticks(range(len(rows)), [r["layers"] for r in rows])
         ax.set_title(f"{titles[objective]}: right answers, %", fontsize=10)
-    ax.set_xlabel(f"pairs to recall in 512 tokens   |   length of text with {NEEDLES} needles")
+    ax.set_xlabel(f"pairs to recall in 512 tokens, and length of a text with {NEEDLES} needles")
     return figure
 
 
@@ -2467,27 +2447,15 @@ def tools(steps=1000, problems=500, workers=1, device="auto", threads=1, out="ou
 
 def moe_speed(E, k, device, repeat):
     """Tokens/s of the MoE layer against a dense MLP with the same active parameters, forward and backward."""
-    cuda = device.startswith("cuda")
-    C, inner, tokens = (2048, 8192, 32768) if cuda else (384, 1024, 4096)
+    C, inner, tokens = (2048, 8192, 32768) if device.startswith("cuda") else (384, 1024, 4096)
     config = ModelConfig(n_embd=C, n_inner=inner, n_expert=E, n_expert_active=k, expert_inner=inner // k)
     dense, moe = (layer(config).to(device, dtype_on(device)) for layer in (MLP, MoE))
-    leaves = [torch.randn(1, tokens, C, device=device, dtype=dtype_on(device), requires_grad=True)]
-    for p in (*dense.parameters(), *moe.parameters()):
-        torch.nn.init.normal_(p, std=0.02)
-        leaves.append(p)
-    calls = [dense, moe, lambda x: moe.route(x.view(-1, C))[0]]
-    if cuda:
-        calls = [torch.compile(f, dynamic=False) for f in calls]
-
-    def step(f):
-        for a in leaves:
-            a.grad = None
-        (f(leaves[0]) * 1.1).sum().backward()
-    # Alternating: the machine's mood is shared.
-    rounds = [[seconds_of(lambda: step(f), device, 1) for f in calls] for _ in range(repeat + 2)]
-    plain, sparse, route = map(min, zip(*rounds[2:]))
-    return dict(width=C, tokens=tokens, dense_tok_per_s=tokens / plain, moe_tok_per_s=tokens / sparse,
-                ratio=plain / sparse, routing_share=route / sparse)
+    parameters = [torch.nn.init.normal_(p, std=0.02) for p in (*dense.parameters(), *moe.parameters())]
+    x = torch.randn(1, tokens, C, device=device, dtype=dtype_on(device))
+    calls = (dense, moe, lambda x: moe.route(x.view(-1, C))[0])
+    plain, sparse, route = (time_passes(f, [x], device, repeat, parameters)["both_ms"] for f in calls)
+    return dict(width=C, tokens=tokens, dense_tok_per_s=1e3 * tokens / plain,
+                moe_tok_per_s=1e3 * tokens / sparse, ratio=plain / sparse, routing_share=route / sparse)
 
 
 def skew_routers(out, windows):
@@ -2628,7 +2596,7 @@ def decode_picture(plt, result):
     """Quality against speed. Along a line the steps change: the further right, the fewer, or the lower the
     threshold."""
     figure, ax = plt.subplots(figsize=(8, 6))
-    real, *rows = (r for r in result["rows"] if "loss" in r)
+    real, *rows = result["rows"]
     few, *_, many = sorted(result["flags"]["batches"])
     for i, family in enumerate(dict.fromkeys(r["sampler"] for r in rows)):
         for B, style in ((many, dict(ls="-", label=family)), (few, dict(ls=":", mfc="white"))):
@@ -2642,15 +2610,7 @@ def decode_picture(plt, result):
     return figure
 
 
-def decode_tables(result):
-    """Every sampler; and what the dual cache changes."""
-    rows = without("cache")(result)
-    cached = [{k: v for k, v in r.items() if k not in ("sampler", "steps")} for r in rows if "speedup" in r]
-    text = "\n\nThe dual cache against none, greedy, one token a step; agreement: share of equal tokens\n\n"
-    return markdown([r for r in rows if "loss" in r]) + text + markdown(cached)
-
-
-@experiment(named=("scale",), show=decode_tables, picture=decode_picture, gpu=MODELS_GPU)
+@experiment(named=("scale",), show=without("cache"), picture=decode_picture, gpu=MODELS_GPU)
 def decode(batches=(1, 8, 64), run_judge=None, **models):
     """Tokens/s against quality of every sampler on trained models, by batch size.
 
@@ -2682,8 +2642,7 @@ def decode(batches=(1, 8, 64), run_judge=None, **models):
         tic = clock()
         return samplers[role](lm, x, lm.mask_id, generator=draws, **how), clock() - tic
     yield dict(sampler="real text"), lambda: judged(judge, data, P)
-    families = decoders(T - P)
-    for family, (role, settings) in families.items():
+    for family, (role, settings) in decoders(T - P).items():
         for setting in settings:
             def measure():
                 row = {}
@@ -2697,15 +2656,6 @@ def decode(batches=(1, 8, 64), run_judge=None, **models):
                     row[f"tokens/s, batch {B}"] = round(len(texts) * (T - P) / sum(seconds))
                 return row
             yield dict(sampler=family, **setting), measure
-    _, cached = families["diffusion in blocks, dual cache"]
-    cached = [s for s in cached if s.get("steps") == T - P]
-    for setting in cached + [dict(cached[0], refresh=r) for r in (4, 2)]:
-        def measure():
-            plain = {k: v for k, v in setting.items() if k not in ("cache", "refresh")}
-            a, slow = go("mdm", canvas[:16], **plain, temperature=0)
-            b, fast = go("mdm", canvas[:16], **setting, temperature=0)
-            return dict(speedup=slow / fast, agreement=(a == b)[:, P:].float().mean().item())
-        yield dict(sampler="dual cache against none", **setting, batch=len(canvas[:16])), measure
     return dict(prompt=P, new=T - P)
 
 
@@ -2737,57 +2687,46 @@ def mixtures(folder, device="cpu"):
     Losses in nats per token and right answers in %, AR / diffusion; decoding of one token with the longest
     cache and training at the longest length, how many times faster than full. A mixture's are the mean over
     its layers."""
-    def rows_of(file, column, *key):
+    def rows_of(file, *key):
         path = Path(folder) / f"{file}.json"
         rows = json.loads(path.read_text())["rows"] if path.exists() else []
-        return {tuple(r.get(k) for k in key): r for r in rows if r.get(column) is not None}
-    quality = rows_of(f"quality_{device}", "loss", "mixer", "objective")
-    recalls = rows_of("recall", "accuracy", "layers", "objective", "task", "pairs", "T")
-    speed = rows_of(f"attention_{device}", "both_ms", "layer", "T")
-    decoding = {
-        key[:2]: r
-        for key, r in rows_of(f"context_{device}", "ms", "layer", "T", "batch").items()
-        if key[2] == 1
-    }
+        return {tuple(r[k] for k in key): r for r in rows}
+    quality = rows_of(f"quality_{device}", "mixer", "objective")
+    recalls = rows_of("recall", "layers", "objective", "task", "pairs", "T")
+    speed = rows_of(f"attention_{device}", "layer", "T")
+    decoding = rows_of(f"context_{device}", "layer", "batch", "T")
     if not all((quality, recalls, speed, decoding)):
         return []
-    far, trained, tokens = (
-        max(key[-1] for key in found if key[0] == "full") for found in (recalls, speed, decoding)
-    )
-    percent = lambda r: r and f"{100 * r['accuracy']:.0f}"
-    both = lambda of: " / ".join(of(o) or "-" for o in OBJECTIVES)
+    far, length, cached = (max(key[-1] for key in found) for found in (recalls, speed, decoding))
+    both = lambda of: " / ".join(of(o) for o in OBJECTIVES)
+    loss = lambda r: f"{r['loss']:.3f}" if r else "-"
+    percent = lambda r: f"{100 * r['accuracy']:.0f}" if r else "-"
     rows = []
     for name in dict.fromkeys(["full", *(mixer for mixer, _ in quality)]):
-        if name not in ATTENTION and "*" not in name:  # a setting of another row's layer
+        if name not in ATTENTION and "*" not in name:       # a setting of another row's layer
             continue
         layers = [n for n, _ in parse_layers(name, 4 if "*" in name else 1)]
-        if not all((n, trained) in speed and (n, tokens) in decoding for n in layers):
+        if not all((n, length) in speed and (n, 1, cached) in decoding for n in layers):
             continue
-        mean = lambda found, T, column: statistics.mean(found[n, T][column] for n in layers)
-        full, train_ms = decoding["full", tokens], speed["full", trained]["both_ms"]
-        rows.append(
-            {
-                "mixer": f"`{name}`",
-                "loss": both(lambda o: (name, o) in quality and f"{quality[name, o]['loss']:.3f}"),
-                "64 pairs": both(lambda o: percent(recalls.get((name, o, "pairs", 64, 512)))),
-                f"needles in {far:,}": both(
-                    lambda o: percent(recalls.get((name, o, "needle", NEEDLES, far)))
-                ),
-                f"decoding at {tokens:,}": f"{full['ms'] / mean(decoding, tokens, 'ms'):.1f}x",
-                "cache": f"{mean(decoding, tokens, 'cache_mib') / full['cache_mib']:.1%}",
-                f"training at {trained:,}": f"{train_ms / mean(speed, trained, 'both_ms'):.2f}x",
-            }
-        )
+        mean = lambda found, *at: statistics.mean(found[n, *at[:-1]][at[-1]] for n in layers)
+        full = decoding["full", 1, cached]
+        rows.append({
+            "mixer": f"`{name}`",
+            "loss": both(lambda o: loss(quality.get((name, o)))),
+            "64 pairs": both(lambda o: percent(recalls.get((name, o, "pairs", 64, 512)))),
+            f"needles in {far:,}": both(lambda o: percent(recalls.get((name, o, "needle", NEEDLES, far)))),
+            f"decoding at {cached:,}": f"{full['ms'] / mean(decoding, 1, cached, 'ms'):.1f}x",
+            "cache": f"{mean(decoding, 1, cached, 'cache_mib') / full['cache_mib']:.1%}",
+            f"training at {length:,}":
+                f"{speed['full', length]['both_ms'] / mean(speed, length, 'both_ms'):.2f}x"})
     return rows
 
 
 def told(result):
     """How a file was made, in a line."""
-    seeds = ", ".join(map(str, result.get("seeds", ())))
-    return (
-        f"`{result['command']}`: {result['device']}, torch {result['versions']['torch']}, {result['date']}, "
-        f"seed{'s' * (',' in seeds)} {seeds}" + ", **cut off by time**" * result["cut"]
-    )
+    seeds = ", ".join(map(str, result["seeds"]))
+    return (f"`{result['command']}`: {result['device']}, torch {result['versions']['torch']}, "
+            f"{result['date']}, seed{'s' * (',' in seeds)} {seeds}" + ", **cut off by time**" * result["cut"])
 
 
 @experiment()
@@ -2798,30 +2737,28 @@ def tables(results="results", pictures=False):
 
     pictures: draw them again too
     """
-    folder = Path(results)
-    page_file = folder / "README.md"
-    text = page_file.read_text(encoding="utf-8") if page_file.exists() else "# Results\n"
-    blocks = {"mixtures": markdown(mixtures(folder))} if mixtures(folder) else {}
+    folder, blocks = Path(results), {}
+    if rows := mixtures(folder):
+        blocks["mixtures"] = markdown(rows)
     for file in sorted(folder.glob("*.json")):
         result = json.loads(file.read_text())
-        about = EXPERIMENTS.get(result.get("experiment"))
-        if about is None:
-            continue
-        if pictures:
-            draw(about, result, file)
-        image = f"![{file.stem}]({file.stem}.png)\n\n" if file.with_suffix(".png").exists() else ""
-        blocks[file.stem] = f"{told(result)}\n\n{image}{page(about, result)}"
+        if about := EXPERIMENTS.get(result.get("experiment")):
+            if pictures:
+                draw(about, result, file)
+            image = f"![{file.stem}]({file.stem}.png)\n\n" * file.with_suffix(".png").exists()
+            blocks[file.stem] = f"{told(result)}\n\n{image}{page(about, result)}"
+    path = folder / "README.md"
+    text = path.read_text(encoding="utf-8") if path.exists() else "# Results\n"
     for name, block in blocks.items():
-        mark = f"<!-- {name} -->"
+        mark, end = f"<!-- {name} -->", "<!-- end -->"
         if mark not in text:
-            text += f"\n## {name}\n\n{mark}\n<!-- end -->\n"
+            text += f"\n## {name}\n\n{mark}\n{end}\n"
         before, _, rest = text.partition(mark)
-        old, end, after = rest.partition("<!-- end -->")
-        if not end or "<!--" in old:
-            raise ValueError(f"{page_file}: {mark} has no <!-- end --> behind its table")
+        old, found, after = rest.partition(end)
+        need(found and "<!--" not in old, f"{path}: {mark} has no {end} behind its table")
         text = f"{before}{mark}\n{block}\n{end}{after}"
-    write(page_file, text)
-    print(f"wrote {page_file}")
+    write(path, text)
+    print(f"wrote {path}")
 
 # ------------------------------------------------------------------------------------------------------------
 # choices: multiple choice by likelihood
@@ -3092,7 +3029,8 @@ def gpu(minutes=9.0, results="results"):
         ("context_cuda.json", f"bench.py context --batches 1,64 {large}"),
         (
             "sparse_cuda.json",
-            "bench.py functions --functions 'sdpa cudnn,sdpa flash,block-sparse,block-sparse, with selection' "
+            "bench.py functions --functions 'sdpa cudnn,sdpa flash,block-sparse,block-sparse, with "
+            "selection' "
             "--lengths 32768,65536,131072 --n_head 32 --n_kv_head 2 --head_dim 128 --block 64 --topk 64 "
             "--tile 64 --name sparse_cuda --results {r}",
         ),
