@@ -3257,7 +3257,7 @@ TOYS = {    # experiment: (its flags, rows of the JSON file, is there a picture?
     "switch": (f"--dataset DATASET --steps 3 --adapt 2 --windows 3 {SMALL}", 5, False),
     "recall": ("--layers full,dsa --steps 2 --lengths 64,512 --batch_tokens 512", 8 + 6, True),
     "moe": ("--steps 2 --repeat 1", 5, True),
-    "decode": (f"{RUNS3} --run_judge RUNS/ar --batches 1,2", 1 + 26 + 5, True),
+    "decode": (f"{RUNS3} --run_judge RUNS/ar --batches 1,2", 1 + 26, True),
     "panel": (f"{RUNS3} --windows 2 --n_mc 4", 7, False),
     "choices": ("RUNS/ar RUNS/mdm --files probe --limit 4 --n_mc 4", 3, False),
     "compare": ("RUNS/ar RUNS/mdm", 2, True),
@@ -3394,7 +3394,6 @@ def test_decode_is_what_was_timed(lab, monkeypatch):
     assert all(r["tokens/s, batch 1"] > 0 and r["loss"] > 0 for r in timed)
     assert all((f"sample_{role}", B, how) in called for role, kinds in settings.values() for how in kinds for B in (1, 2))
     assert read[0] == [] and len(read) > 9 and all(batch == 2 for ((_, batch, _),) in read[1:])
-    assert all(r["agreement"] <= 1 for r in rows if "speedup" in r)
 
 
 def test_decode_trains_what_was_asked_for(lab, monkeypatch):
@@ -3496,7 +3495,7 @@ def test_tables_join_what_was_measured(tmp_path):
         recall=[dict(layers="full", objective="mdm", task=t, T=T, pairs=n, accuracy=n / 100)
                 for t, T, n in (("pairs", 512, 64), ("needle", 1024, 4))],
         attention_cpu=[dict(layer=n, T=T, both_ms=10 * T * ms) for n, ms in layers.items() for T in (1, 2)],
-        context_cpu=[*context, dict(layer="full", T=8, batch=1, ms=None, cache_mib=64.0)])          # out of memory
+        context_cpu=context)
     about = dict(command="python", device="d", versions={"torch": "2"}, date="now", seeds=[1], cut=True, flags={})
     for name, rows in files.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(dict(about, experiment=name.split("_")[0], rows=rows)))
@@ -3693,12 +3692,11 @@ def test_choices_stop_and_go_on(lab, tmp_path, monkeypatch):
     assert status == 130 and "goes on from here" in out
     part, = Path("o").iterdir()
     with part.open("a") as f:
-        f.write('[12, {"na')                                        # killed while it wrote
+        f.write('\n[12, {"na')                                        # killed while it wrote
     assert lab(line)[0] == 0 and seen[4:] == [3, 4]
-    assert len({key for key, _ in map(json.loads, part.read_text().splitlines())}) == 5
-    part.write_text("7\n")
-    status, _, error = lab(line)
-    assert status == 2 and f"{part} line 1 is damaged" in error
+    assert len(bench.Journal(part).results) == 5
+    part.write_text("7\n[1]\n")
+    assert lab(line)[0] == 0 and seen[6:] == [0, 1, 2, 3, 4], "what cannot be read is done again"
 
 
 class Cyclic(nn.Module):
@@ -3997,14 +3995,16 @@ def test_functions_are_what_they_are_called():
     """transformers' rules beside ours; tile-shared picks of all blocks are dense attention."""
     torch.manual_seed(0)
     q, k, v = (F.normalize(torch.randn(1, 2, 70, 16), dim=-1) for _ in range(3))
-    beta, g, gc = torch.rand(1, 2, 70), -torch.rand(1, 2, 70), -torch.rand(1, 2, 70, 16)
-    for name, f in bench.peers().items():
-        ours = bench.FUNCTIONS["kda, any decay" if "kda" in name else "gated_deltanet"]
-        close(f(q, k, v, beta, g, gc), ours(q, k, v, beta, g, gc))
+    given = dict(q=q, k=k, v=v, b=torch.rand(1, 2, 70), g=-torch.rand(1, 2, 70), c=-torch.rand(1, 2, 70, 16))
+    for name, (rule, takes, how) in bench.peers().items():
+        ours, same, more = bench.FUNCTIONS["kda, any decay" if "kda" in name else "gated_deltanet"]
+        inputs = [given[key] for key in takes]
+        assert takes == same
+        close(rule(*inputs, **how), ours(*inputs, **more)[0])
     q, k, v = torch.randn(3, 1, 2, 64, 16)
     for causal in (True, False):
         picks = bench.moba(q, k, 16, 4, 16, causal)
-        close(block_sparse_attention(q, k, v, picks, 16, causal, 16), bench.dense(causal)(q, k, v))
+        close(block_sparse_attention(q, k, v, picks, 16, causal, 16), bench.attend(q, k, v, causal))
 
 
 def test_ratios_are_to_the_reference_of_the_same_point():
@@ -4052,12 +4052,9 @@ def test_train_speed_beside_a_peer(lab, tmp_path, monkeypatch):
     """bench.py train --vs: the same shapes, ratios of the medians of alternating runs; the children run in this process here."""
     (tmp_path / "model.py").write_text(PEER)
 
-    def child(command, **_):
-        out = io.StringIO()
-        with contextlib.redirect_stdout(out):
-            bench.throughput(**json.loads(command[-1]))
-        return types.SimpleNamespace(returncode=0, stdout=out.getvalue(), stderr="")
-    monkeypatch.setattr(bench.subprocess, "run", child)
+    pool = types.SimpleNamespace(apply=lambda f, given, how: f(*given, **how))
+    here = types.SimpleNamespace(Pool=lambda *_: contextlib.nullcontext(pool))
+    monkeypatch.setattr(bench.multiprocessing, "get_context", lambda kind: here)
     monkeypatch.setattr(torch.compiler, "set_stance", lambda *_: None)
     monkeypatch.setitem(sys.modules, "model", sys.modules["model"])                    # put back afterwards, as is the path
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -4075,13 +4072,12 @@ def test_train_speed_beside_a_peer(lab, tmp_path, monkeypatch):
 
 def test_a_compiled_kernel_is_the_one_asked_for(monkeypatch):
     """torch's cache of compiled graphs forgets which SDPA kernel a graph was made for: then a time stands beside the wrong name."""
-    monkeypatch.setattr(bench, "SDPA", {"default": [], "math": [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]})
+    monkeypatch.setattr(bench, "SDPA", {"math": SDPBackend.MATH})
     cuda = torch.backends.cuda
     state = lambda: (functorch_config.enable_autograd_cache, cuda.flash_sdp_enabled(), cuda.math_sdp_enabled())
     before = state()
-    for kernel, only, expected in (("math", True, (False, False, True)), ("math", False, (False, True, True)),
-                                   ("default", True, before), ("gqa", True, before)):
-        with bench.sdpa(kernel, only):
+    for kernel, expected in (("math", (False, False, True)), ("default", before), (None, before)):
+        with bench.sdpa(kernel):
             assert state() == expected
         assert state() == before
 
