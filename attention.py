@@ -153,8 +153,8 @@ class Step:
     limit: torch.Tensor             # (1 or B, T)
     length: int                     # slots that are read: T where there is nothing but the new tokens
     plain: bool                     # no key below `length` is hidden from a query but by `causal`
-    moved: bool                     # pos was given
-    rewrites: bool                  # it names slots that are in use
+    dense: bool                     # the host knows that all rows of the cache then hold as many tokens
+    rewrites: bool                  # pos names slots that are in use
     valid: Optional[torch.Tensor]   # (B, T) bool, False = padding on the right
     mask: Optional[torch.Tensor]    # (T, T) bool, or (B, 1, T, T): given by the caller instead of causal
     aux: Optional[dict]             # where a layer adds named scalars, such as a loss of its own
@@ -206,21 +206,21 @@ def step_of(x, cache=None, causal=True, commit=True, pos=None, valid=None, mask=
         end = slots.new_full((1, 1), T) if valid is None else valid.sum(1, keepdim=True)
         length = T
         plain = mask is None and (causal or valid is None)
-        rewrites = False
+        dense = rewrites = False
     else:
         slots, rewrites = cache.place(B, T, pos, valid)
         end = cache.end(slots, valid)[:, None]
         # A graph cannot count: it reads all slots, and hides what is not in use.
         length = min(cache.max_len, cache.used + T) if eager else cache.max_len
-        plain = eager and cache.stays_dense(pos, valid) and (not causal or T == 1 and pos is None)
+        dense = eager and cache.dense and valid is None and (pos is None or cache.used == cache.max_len)
+        plain = dense and (not causal or T == 1 and pos is None)
         if length == T:                                             # the new tokens are all there is
             plain = causal or valid is None
-    moved = pos is not None
-    if not moved or cache is not None:
+    if pos is None or cache is not None:
         pos = slots
     limit = slots + 1 if causal and mask is None else end.expand(-1, T)
     limit = limit.clamp(min=1)
-    return Step(causal, commit, pos, slots, limit, length, plain, moved, rewrites, valid, mask, aux)
+    return Step(causal, commit, pos, slots, limit, length, plain, dense, rewrites, valid, mask, aux)
 
 
 class Cache:
@@ -283,23 +283,11 @@ class Cache:
         end = F.pad(end, (0, 1))                # a pad: amax of no tokens is an error
         return torch.maximum(self.pos, end.amax(dim=1))
 
-    def stays_dense(self, pos, valid):
-        return self.dense and valid is None and (pos is None or self.used == self.max_len)
-
     def advance(self, step):
         """Count the tokens of a step as seen."""
         self.pos.copy_(self.end(step.slots, step.valid))
-        if compiling():
-            self.used = self.max_len
-            self.dense = False
-        else:
-            self.dense = self.stays_dense(step.pos if step.moved else None, step.valid)
-            self.used = min(self.max_len, self.used + step.slots.size(1))
-
-
-def write_slots(buffer, new, slots):
-    """buffer (B, h, S, D)[b, :, slots[b, t]] = new (B, h, T, D)[b, :, t], in place; slots (B, T)."""
-    buffer.scatter_(2, slots[:, None, :, None].expand_as(new), new.to(buffer.dtype))
+        self.dense = step.dense
+        self.used = self.max_len if compiling() else min(self.max_len, self.used + step.slots.size(1))
 
 
 def put(cache, new, step, block=1):
@@ -329,34 +317,43 @@ def put(cache, new, step, block=1):
     return read
 
 
-def put_ring(cache, k, v, step, window):
-    """As put, for a sliding window: the cache keeps the last W tokens in a ring, slot = position % W.
+def put_window(cache, k, v, step, window):
+    """As put, for a sliding window: the cache holds the last W tokens, zeros where there are none yet.
 
-    Returns k, v and the mask. The ring has one slot more, W, that takes what is not kept and is never read.
+    Returns k, v and the mask.
     """
-    new = k, v
-    ok = step.valid
-    if ok is None:
-        ok = torch.ones_like(step.slots, dtype=torch.bool)
     if cache is not None:
-        old = cache.k, cache.v
+        W = cache.k.size(2)
         T = k.size(2)
-        W = cache.k.size(2) - 1
-        last = step.slots[:, :1] - 1                                # (B, 1) the last token seen before
-        k_pos = last - (last - count_to(W, k)) % W                  # (B, W); negative: nothing is there yet
-        if step.length > T:
-            k, v = (torch.cat([b[:, :, :W].to(a.dtype), a], dim=2) for a, b in zip(new, old))
+        old_k = torch.cat([cache.k.to(k.dtype), k], dim=2)
+        old_v = torch.cat([cache.v.to(v.dtype), v], dim=2)
         if step.commit:
-            keep = ok & (count_to(T, k) >= ok.sum(1, keepdim=True) - W)
-            for a, b in zip(new, old):
-                write_slots(b, a, torch.where(keep, step.slots % W, W))
+            cache.k.copy_(last_tokens(old_k, W, step.valid))
+            cache.v.copy_(last_tokens(old_v, W, step.valid))
         if step.length > T:
-            k_ok = torch.cat([k_pos >= 0, ok], dim=1)
-            k_pos = torch.cat([k_pos, step.slots], dim=1)
-            return k, v, visible(step.slots, k_pos, step.causal, window, k_ok).unsqueeze(1)
-    if step.plain and not step.moved:
+            k_pos = step.slots[:, :1] - W + count_to(W + T, k)
+            there = k_pos >= 0
+            if step.valid is not None:
+                there = there & F.pad(step.valid, (W, 0), value=True)
+            return old_k, old_v, visible(step.slots, k_pos, step.causal, window, there).unsqueeze(1)
+    if step.plain and step.pos is step.slots:
         return k, v, None
     return k, v, step.below() & visible(step.pos, step.pos, False, window).unsqueeze(1)
+
+
+def last_tokens(x, n, valid):
+    """x (B, h, n + T, D) -> (B, h, n, D): the last n tokens, of each row the valid ones."""
+    if valid is None:
+        return x[:, :, x.size(2) - n:]
+    return key_windows(x, valid.sum(1, keepdim=True), n, 1).squeeze(2)
+
+
+def key_windows(k, i, size, stride):
+    """Windows i (B, m) of k (B, h, S, D) -> (B, h, m, size, D): slots [i stride, i stride + size)."""
+    at = i[:, :, None] * stride + count_to(size, k)
+    at = at.clamp(0, k.size(2) - 1).flatten(1)
+    at = at[:, None, :, None].expand(-1, k.size(1), -1, k.size(3))
+    return k.gather(2, at).unflatten(2, (i.size(1), size))
 
 
 class Mixer(nn.Module):
@@ -371,8 +368,6 @@ class Mixer(nn.Module):
     takes_mask = False
     rewrites = False                # can it compute slots in use anew?
     wide = ()                       # buffers that are float32 at least
-    spare = ()                      # buffers with one slot more, which takes what is not kept
-    block = 1                       # caches are cut at multiples of it
 
     def __init__(self, config):
         super().__init__()
@@ -383,12 +378,12 @@ class Mixer(nn.Module):
         own = step is None
         if own:
             step = step_of(x, cache, causal, **keywords)
-        if step.mask is not None and not self.takes_mask:
-            raise ValueError(f"layer '{self.name}' takes no mask=: only 'full' and 'mla' can read one "
-                             "(block diffusion's two streams)")
-        if step.rewrites and not self.rewrites:
-            raise ValueError(f"layer '{self.name}' reads its cache in order: pos must go on behind it, and "
-                             "only 'mla' and 'full' without a window compute a slot in use anew")
+        name = type(self).__name__
+        need(self.takes_mask or step.mask is None,
+             f"{name} takes no mask=: only 'full' and 'mla' can read one (block diffusion's two streams)")
+        need(self.rewrites or not step.rewrites,
+             f"{name} reads its cache in order: pos must go on behind it, and only 'mla' and 'full' without "
+             "a window compute a slot in use anew")
         if x.numel() == 0:
             return x
         y = self.mix(x, step, cache)
@@ -396,24 +391,13 @@ class Mixer(nn.Module):
             cache.advance(step)
         return y
 
-    @property
-    def name(self):
-        """As in ATTENTION, for messages."""
-        kind = type(self)
-        return next((name for name, layer in ATTENTION.items() if layer is kind), kind.__name__)
-
-    def dtypes(self, dtype):
-        """{buffer: dtype} of a cache in dtype."""
-        return {name: at_least_float32(dtype) if name in self.wide else dtype for name in self.state(1)}
-
     def buffers_for(self, batch_size, max_len, device=None, dtype=None):
         """{name: zeros (batch_size, ...)}: what the layer keeps of max_len tokens."""
-        dtypes = self.dtypes(dtype or torch.get_default_dtype())
+        dtype = dtype or torch.get_default_dtype()
         out = {}
-        slots = -(-max_len // self.block) * self.block
-        for name, (*lead, n, width) in self.state(slots).items():
-            shape = batch_size, *lead, n + (name in self.spare), width
-            out[name] = torch.zeros(shape, device=device, dtype=dtypes[name])
+        for name, shape in self.state(max_len).items():
+            kept = at_least_float32(dtype) if name in self.wide else dtype
+            out[name] = torch.zeros(batch_size, *shape, device=device, dtype=kept)
         return out
 
     def init_cache(self, batch_size, max_len, device=None, dtype=None):
@@ -421,9 +405,7 @@ class Mixer(nn.Module):
 
     def cache_bytes(self, T, dtype):
         """Of one sequence of T tokens."""
-        dtypes = self.dtypes(dtype)
-        sizes = {name: math.prod(shape) for name, shape in self.state(T).items()}
-        return sum(size * itemsize(dtypes[name]) for name, size in sizes.items())
+        return sum(a.nbytes for a in self.buffers_for(1, T, "meta", dtype).values())
 
 
 def compiling():
@@ -435,8 +417,7 @@ def count_to(n, x):
     return torch.arange(n, device=x.device)
 
 
-def itemsize(dtype):
-    return torch.empty(0, dtype=dtype).element_size()
+
 
 
 def at_least_float32(dtype):
@@ -500,6 +481,8 @@ def rotary(x, pos, dim=None, rope=(), interleaved=False):
     in float32: bf16 has no integer above 256 next to each other.
     """
     dim = x.size(-1) if dim is None else dim
+    if dim == 0:
+        return x
     angle = pos[..., None].float() * angles(dim, *rope, device=x.device)
     angle = angle.unsqueeze(-3)                             # (1 or B, 1, T, dim/2)
     cos = angle.cos().to(x.dtype)
@@ -576,7 +559,7 @@ class Full(Mixer):
 
     n_kv_head < n_head: grouped queries (arXiv 2305.13245), 1 = multi-query. qk_norm: RMSNorm of queries and
     keys per head (Qwen3). attn_gate: the output times sigmoid(W x), per channel (arXiv 2505.06708,
-    Qwen3-Next). window: sliding window, with a ring cache of that size. sink: a learned null logit per head
+    Qwen3-Next). window: sliding window, with a cache of that size. sink: a learned null logit per head
     (gpt-oss). rotary_fraction: share of the head's channels that are rotated (Qwen3-Next: 0.25).
     """
     settings = ("n_embd", "n_head", "n_kv_head", "head_dim", "bias", "norm_eps", "position", "rope_base",
@@ -598,7 +581,6 @@ class Full(Mixer):
              f"{self.rope_dim} channels: it must be an even number")
         self.window = config.window if "window" in self.settings else None
         self.rewrites = self.window is None
-        self.spare = () if self.window is None else ("k", "v")
         self.qkv_proj = nn.Linear(C, (H + 2 * self.Hkv) * self.D, bias=config.bias)
         self.o_proj = nn.Linear(H * self.D, C, bias=config.bias)
         self.gate_proj = linear_map(C, H * self.D) if config.attn_gate else None
@@ -612,7 +594,7 @@ class Full(Mixer):
             k, v = put(cache, {"k": k, "v": v}, step)
             mask = step.hidden()
         else:
-            k, v, mask = put_ring(cache, k, v, step, self.window)
+            k, v, mask = put_window(cache, k, v, step, self.window)
         y = softmax_attention(q, k, v, step.causal, self.window, self.sink, mask=mask)
         return self.output(y, x)
 
@@ -623,9 +605,7 @@ class Full(Mixer):
         if self.q_norm is not None:
             q = self.q_norm(q).to(v.dtype)
             k = self.k_norm(k).to(v.dtype)
-        if self.rope_dim:
-            q = rotary(q, pos, self.rope_dim, self.angles)
-            k = rotary(k, pos, self.rope_dim, self.angles)
+        q, k = (rotary(a, pos, self.rope_dim, self.angles) for a in (q, k))
         return q, k, v
 
     def output(self, y, x):
@@ -672,7 +652,8 @@ class MLA(Mixer):
         default = 4 * D, D, D // 4 * 2, D
         self.R, self.nope, self.rope, self.Dv = (b if a is None else a for a, b in zip(given, default))
         need(self.rope % 2 == 0, f"qk_rope_head_dim {self.rope} must be even: channels are rotated in pairs")
-        self.angles = rope_of(config) if config.position == "rotary" and self.rope else None
+        self.angles = rope_of(config)
+        self.rotated = self.rope if config.position == "rotary" else 0
         self.scale = (self.nope + self.rope) ** -0.5
         rank = config.q_lora_rank
         self.q_a_proj = nn.Linear(C, rank, bias=config.bias) if rank else None
@@ -700,9 +681,9 @@ class MLA(Mixer):
         q, q_rope = q.split([self.nope, self.rope], dim=-1)
         latent = self.kv_a_proj(x).unsqueeze(1)
         c, k_rope = latent.split([self.R, self.rope], dim=-1)
-        if self.angles:
-            q_rope = rotary(q_rope, pos, None, self.angles, interleaved=True)
-            k_rope = rotary(k_rope, pos, None, self.angles, interleaved=True)
+        turn = functools.partial(rotary, pos=pos, dim=self.rotated, rope=self.angles, interleaved=True)
+        q_rope = turn(q_rope)
+        k_rope = turn(k_rope)
         latent = torch.cat([self.kv_a_norm(c).to(c.dtype), k_rope], dim=-1)
         return torch.cat([q, q_rope], dim=-1), latent, source
 
@@ -759,23 +740,21 @@ def delta_rule_recurrent(q, k, v, beta, g=None, state=None, causal=True, g_min=N
     own token counts once; state seeds and returns the scan from the left. Returns (o (B, H, T, V), state
     after the last token).
     """
-    return two_way(token_by_token, q, k, v, beta, g, state, causal, reset, scale)
+    return two_way(token_by_token, q, k, v, beta, g, state, causal, scale, reset)
 
 
 def linear_attention_recurrent(q, k, v, g=None, state=None, causal=True, chunk_size=None, scale=None):
     """The same without the correction, u = v_t. Shapes and g as there."""
-    return two_way(token_by_token, q, k, v, None, g, state, causal, None, scale)
+    return two_way(token_by_token, q, k, v, None, g, state, causal, scale)
 
 
-def token_by_token(q, k, v, beta, g, S, own, reset, scale):
+def token_by_token(q, k, v, beta, g, S, own, scale):
     q, k, v = (a.to(S.dtype) for a in (q, k, v))
     out = []
     for t in range(q.size(2)):
         qt = q[:, :, t, None]                                                   # (B, H, 1, K)
         kt = k[:, :, t, :, None]                                                # (B, H, K, 1)
         u = v[:, :, t, None]                                                    # (B, H, 1, V)
-        if reset is not None:
-            S = S.masked_fill(reset[:, t, None, None, None], 0)
         if g is not None:
             S = S * g[:, :, t].exp().unsqueeze(-1)                              # g (B, H, T, 1 or K)
         if beta is not None:
@@ -804,36 +783,39 @@ def check_shapes(q, k, v, beta, g, state, reset):
              "transpose(1, 2)")
 
 
-def two_way(core, q, k, v, beta, g, state, causal, reset, scale, **settings):
-    """Run core(q, k, v, beta, g, S, own, reset, scale) after checks and defaults.
+def two_way(core, q, k, v, beta, g, state, causal, scale, reset=None, **settings):
+    """Run core(q, k, v, beta, g, S, own, scale) after checks and defaults.
 
     beta None is linear attention. When not causal it runs on [x ; flip(x)] along the batch; own (2 B,) is
     False for the flipped half, which reads before it writes.
     """
     check_shapes(q, k, v, beta, g, state, reset)
     B, H, T, K = q.shape
-    V = v.size(-1)
-    own = None
     f = at_least_float32(q.dtype)
-    S = q.new_zeros(B, H, K, V, dtype=f) if state is None else state.to(f)
+    S = q.new_zeros(B, H, K, v.size(-1), dtype=f) if state is None else state.to(f)
     scale = K ** -0.5 if scale is None else scale
+    own = None
     if v.numel() == 0:
         return v.to(q.dtype), S
+    if reset is not None and g is None:
+        g = q.new_zeros(B, H, T)
     if g is not None:
         g = g.to(f)
         g = g.unsqueeze(-1) if g.dim() == 3 else g
-        if settings.get("g_min") is None:
-            g = g.clamp(min=-1e3)                                       # still exp = 0; sums stay exact
     if not causal:
         both = lambda a: None if a is None else torch.cat([a, a.flip(2)])
         q, k, v, beta, g = (both(a) for a in (q, k, v, beta, g))
+        S = torch.cat([S, torch.zeros_like(S)])
+        own = count_to(2 * B, q) < B
         if reset is not None:                                           # backwards it starts at its end
             ends = F.pad(reset[:, 1:], (0, 1))
             reset = torch.cat([reset, ends.flip(1)])
-        S = torch.cat([S, torch.zeros_like(S)])
-        own = count_to(2 * B, q) < B
+    if reset is not None:
+        g = g.masked_fill(reset[:, None, :, None], -math.inf)
+    if g is not None and settings.get("g_min") is None:
+        g = g.clamp(min=-1e3)                                           # still exp = 0; sums stay exact
     with no_autocast(q):                                                        # the inverse in bf16 is wrong
-        o, S = core(q, k, v, beta, g, S, own, reset, scale, **settings)
+        o, S = core(q, k, v, beta, g, S, own, scale, **settings)
     if not causal:
         o = o[:B] + o[B:].flip(2)
         S = S[:B]
@@ -881,12 +863,14 @@ class FixedState(Mixer):
         self.K = config.linear_key_dim or C // self.H
         self.V = config.linear_value_dim or self.K
         self.bidir = config.bidir
-        self.out_gate = self.own_or(config.out_gate, self.out_gate)
+        if config.out_gate != "auto":
+            self.out_gate = config.out_gate
         if "linear_decay" in self.settings:
             self.decay = config.linear_decay
         if "decay_gate" in self.settings:
-            self.gate = self.own_or(config.decay_gate, self.gate)
             self.g_min = config.g_min
+            if config.decay_gate != "auto":
+                self.gate = config.decay_gate
         self.beta_max = 2.0 if "neg_eigval" in self.settings and config.neg_eigval else 1.0
         self.sizes = [self.H * self.K, self.H * self.K, self.Hv * self.V]       # q, k, v
         self.qkv_proj = linear_map(C, sum(self.sizes))
@@ -915,16 +899,11 @@ class FixedState(Mixer):
         self.o_norm = nn.RMSNorm(self.V, eps=config.norm_eps)
         self.o_proj = linear_map(self.Hv * self.V, C)
 
-    @staticmethod
-    def own_or(given, own):
-        return own if given == "auto" else given
-
     def mix(self, x, step, cache):
         if step.causal or self.bidir != "backward":
             return self.scan(x, step.valid, self.two_scans(step.causal), cache, step.commit)
         need(cache is None,
-             f"layer '{self.name}' with bidir=backward starts at the end of the text and has no cache: "
-             "use bidir=sum or causal=True")
+             "bidir=backward starts at the end of the text and has no cache: use bidir=sum or causal=True")
         valid = None if step.valid is None else step.valid.flip(1)
         return self.scan(x.flip(1), valid, False).flip(1)
 
@@ -933,29 +912,27 @@ class FixedState(Mixer):
 
     def scan(self, x, valid, both, cache=None, commit=True):
         """The layer, from the left or from both ends. Tokens that are not valid write and decay nothing."""
-        qkv = self.qkv_proj(x)
         if valid is not None:
-            qkv = qkv.masked_fill(~valid[:, :, None], 0)
+            x = x.masked_fill(~valid[:, :, None], 0)
+        qkv = self.qkv_proj(x)
         W = self.conv_weight.size(1)
         if cache is None:
             qkv = F.pad(qkv, (0, 0, W - 1, 0))
         else:
             qkv = torch.cat([cache.conv.to(qkv.dtype), qkv], dim=1)
         mixed = F.silu(short_conv(qkv, self.conv_weight, both))
+        if valid is not None:
+            mixed = mixed.masked_fill(~valid[:, :, None], 0)                    # k v^T = 0
         q, k, v = mixed.split(self.sizes, dim=-1)
         q = l2_norm(heads(q, self.H))                                           # (B, H, T, K)
         k = l2_norm(heads(k, self.H))
         v = heads(v, self.Hv)                                                   # (B, Hv, T, V)
         if self.Hv > self.H:
             q, k = (a.repeat_interleave(self.Hv // self.H, dim=1) for a in (q, k))
-        g = self.log_decay(x)
-        if valid is not None and g is not None:
-            hide = ~valid[:, None]
-            g = g.masked_fill(hide if g.dim() == 3 else hide.unsqueeze(-1), 0)
         state = None if cache is None else cache.state
-        o, S = self.rule(x, q, k, v, g, valid, state, not both)
+        o, S = self.rule(x, q, k, v, self.log_decay(x, valid), state, not both)
         if cache is not None and commit:
-            cache.conv.copy_(last_tokens(qkv, W - 1, valid))
+            cache.conv.copy_(last_tokens(qkv.unsqueeze(1), W - 1, valid).squeeze(1))
             cache.state.copy_(S)
         y = self.o_norm(o.transpose(1, 2).to(self.o_norm.weight.dtype))         # (B, T, Hv, V)
         if self.out_gate:
@@ -964,30 +941,26 @@ class FixedState(Mixer):
             y = y * gate(z)
         return self.o_proj(y.flatten(2).to(x.dtype))
 
-    def log_decay(self, x):
+    def log_decay(self, x, valid):
         """(B, T, C) -> None, (B, Hv, T) or (B, Hv, T, K), at least float32."""
-        B, T, _ = x.shape
-        if self.decay == "fixed":                                               # RetNet: 1 - 2^(-5 - head)
-            h = torch.arange(self.Hv, device=x.device, dtype=torch.float32)
-            g = torch.log1p(-2.0 ** (-5 - h))
-            return g.view(1, -1, 1).expand(B, -1, T)
         if self.decay is None:
             return None
-        f = heads(self.decay_proj(x) + widen(self.dt_bias), self.Hv)
-        A = widen(self.A_log).exp().view(-1, 1, 1)
-        if self.gate == "lower":
-            g = self.g_min * torch.sigmoid(A * f)
+        if self.decay == "fixed":                                               # RetNet: 1 - 2^(-5 - head)
+            g = torch.log1p(-2.0 ** (-5 - count_to(self.Hv, x).float()))
+            g = g.view(-1, 1, 1).expand(x.size(0), -1, x.size(1), 1)
         else:
-            g = -A * F.softplus(f)
+            f = heads(self.decay_proj(x) + widen(self.dt_bias), self.Hv)
+            A = widen(self.A_log).exp().view(-1, 1, 1)
+            g = self.g_min * torch.sigmoid(A * f) if self.gate == "lower" else -A * F.softplus(f)
+        if valid is not None:
+            g = g.masked_fill(~valid[:, None, :, None], 0)
         return g if self.decay == "channel" else g.squeeze(-1)
 
-    def rule(self, x, q, k, v, g, valid, state, causal):
+    def rule(self, x, q, k, v, g, state, causal):
         one = q.size(2) == 1
         if self.delta:
             beta = self.beta_max * torch.sigmoid(widen(self.beta_proj(x)))
             beta = beta.transpose(1, 2)                                         # (B, Hv, T)
-            if valid is not None:
-                beta = beta.masked_fill(~valid[:, None], 0)
             rule = delta_rule_recurrent if one else delta_rule
             g_min = self.g_min if self.gate == "lower" else None
             return rule(q, k, v, beta, g, state, causal, g_min)
@@ -995,8 +968,6 @@ class FixedState(Mixer):
             # Mamba-2 writes dt v, g = -A dt
             dt = -g / self.A_log.exp()[:, None]
             v = v * dt.unsqueeze(-1).to(v.dtype)
-        if valid is not None:
-            v = v.masked_fill(~valid[:, None, :, None], 0)
         rule = linear_attention_recurrent if one else linear_attention
         # The norm that follows undoes any scale; 1 keeps small first outputs (Mamba-2's dt v) out of its eps.
         return rule(q, k, v, g, state, causal, scale=1.0)
@@ -1069,12 +1040,7 @@ def l2_norm(x):
     return (w * torch.rsqrt(square + 1e-6)).to(x.dtype)
 
 
-def last_tokens(x, n, valid):
-    """x (B, n + T, D) -> (B, n, D): the last n tokens, of each row the valid ones."""
-    if valid is None:
-        return x[:, x.size(1) - n:]
-    at = valid.sum(1)[:, None] + count_to(n, x)
-    return x.gather(1, at[:, :, None].expand(-1, -1, x.size(2)))
+
 
 
 def short_conv(x, weight, symmetric=False):
@@ -1106,7 +1072,9 @@ def delta_rule(q, k, v, beta, g=None, state=None, causal=True, g_min=None, reset
     first derivatives are right: see r and c in chunked.
     """
     chunk_size = pick_chunk(chunk_size, q, g_min)
-    return two_way(chunked, q, k, v, beta, g, state, causal, reset, scale, g_min=g_min, chunk_size=chunk_size)
+    if reset is not None:
+        g_min = None                                                    # a reset is a decay without bound
+    return two_way(chunked, q, k, v, beta, g, state, causal, scale, reset, g_min=g_min, chunk_size=chunk_size)
 
 
 def linear_attention(q, k, v, g=None, state=None, causal=True, chunk_size=None, scale=None):
@@ -1118,15 +1086,13 @@ def linear_attention(q, k, v, g=None, state=None, causal=True, chunk_size=None, 
     """
     chunk_size = pick_chunk(chunk_size, q)
     if g is None and not causal:
-        check_shapes(q, k, v, None, g, state, None)
-        with no_autocast(q):
-            S = widen(k).mT @ widen(v)
-            if state is not None:
-                S = S + state
-            if scale is None:
-                scale = q.size(-1) ** -0.5
-            return (q @ S.to(q.dtype)) * scale, S
-    return two_way(chunked, q, k, v, None, g, state, causal, None, scale, g_min=None, chunk_size=chunk_size)
+        return two_way(one_matrix, q, k, v, None, None, state, True, scale)
+    return two_way(chunked, q, k, v, None, g, state, causal, scale, g_min=None, chunk_size=chunk_size)
+
+
+def one_matrix(q, k, v, beta, g, S, own, scale):
+    S = S + widen(k).mT @ widen(v)
+    return (q @ S.to(q.dtype)) * scale, S
 
 
 def pick_chunk(chunk_size, q, g_min=None):
@@ -1141,7 +1107,7 @@ def pick_chunk(chunk_size, q, g_min=None):
     return chunk_size
 
 
-def chunked(q, k, v, beta, g, S, own, reset, scale, g_min, chunk_size):
+def chunked(q, k, v, beta, g, S, own, scale, g_min, chunk_size):
     """The chunk-parallel core; beta None is linear attention, u = v. For the arguments see two_way.
 
     Inside a chunk of C tokens with G = cumsum(g) and D_ij = exp(G_i - G_j), u solves a triangular system:
@@ -1196,12 +1162,6 @@ def chunked(q, k, v, beta, g, S, own, reset, scale, g_min, chunk_size):
         later = ~own.repeat_interleave(H)[:, None, None, None]
         hide = torch.eye(C, dtype=torch.bool, device=q.device) & later
         scores[0] = scores[0].masked_fill(hide, 0)
-    if reset is not None:
-        doc = chunks(reset[:, None, :, None].expand(B, H, T, 1)).cumsum(-2)
-        scores = [A * (doc == doc.mT) for A in scores]
-        ins = [a * (doc == 0) for a in ins]
-        k_out = k_out * (doc == doc[:, :, -1:])
-        through = through * (doc[:, :, -1:] == 0)
     U = v
     W = None
     if beta is not None:
@@ -1325,7 +1285,7 @@ def block_sparse_attention(q, k, v, sel, key_block, causal=True, tile=1, limit=N
                            path=None):
     """Softmax attention over chosen blocks of keys. q (B, H, T, D); k, v (B, H_kv, S, D) -> (B, H, T, Dv).
 
-    sel (B, H_kv, ceil(T / tile), ceil(S / key_block)) bool; a query with nothing to read gives 0. limit
+    sel (B, H_kv or 1, ceil(T / tile), ceil(S / key_block)) bool; a query with nothing to read gives 0. limit
     (1 or B, T): query t reads slots < limit[t]; default from causal, the queries being the last T of S. most:
     a bound on the picks of a row, which torch.compile cannot count. path, all three exact and equal up to
     rounding:
@@ -1344,15 +1304,14 @@ def block_sparse_attention(q, k, v, sel, key_block, causal=True, tile=1, limit=N
     """
     B, H, T, _ = q.shape
     Hkv, S = k.shape[1:3]
-    shape = B, Hkv, -(-T // tile), -(-S // key_block)
-    need(sel.shape == shape,
+    h = sel.size(1)
+    shape = B, h, -(-T // tile), -(-S // key_block)
+    need(sel.shape == shape and h in (1, Hkv),
          f"sel has shape {tuple(sel.shape)}, expected (B, H_kv, ceil(T / tile), ceil(S / key_block)), "
-         f"which is {shape}")
+         f"which is {(B, Hkv, *shape[2:])}")
     if limit is None:
         t = count_to(T, q)[None]
-        limit = torch.full_like(t, S)
-        if causal:
-            limit = t + 1 + S - T
+        limit = t + 1 + S - T if causal else torch.full_like(t, S)
     need(path in (None, "dense", "gather", "flex"), f"path '{path}' is unknown: dense, gather, flex or None")
     # Do tokens and blocks fill tiles of 128 x 128?
     whole = 128 % (H // Hkv) == 0 and 0 in (key_block % 128, 128 % key_block)
@@ -1367,22 +1326,30 @@ def block_sparse_attention(q, k, v, sel, key_block, causal=True, tile=1, limit=N
             most = max(int(sel.sum(-1).amax()), 1) if sel.numel() else 1
         most = sel.size(-1) if most is None else most
         if path == "gather" or 2 * most * key_block <= S:
+            sel = sel.expand(-1, Hkv, -1, -1)
             return gather_attention(q, k, v, sel, key_block, tile, limit, most, scale)
-    if tile > 1:
-        sel = sel.repeat_interleave(tile, dim=2)[:, :, :T]
     if path == "flex":
-        return flex_block_attention(q, k, v, sel, key_block, limit, scale)
-    q = q.unflatten(1, (Hkv, -1)).flatten(0, 1)  # groups as rows: one mask each
-    k, v = (a.flatten(0, 1).unsqueeze(1) for a in (k, v))                       # (B Hkv, 1, S, D)
+        sel = sel.expand(-1, Hkv, -1, -1).repeat_interleave(tile, dim=2)
+        return flex_block_attention(q, k, v, sel[:, :, :T], key_block, limit, scale)
+    # groups as rows: one mask each
+    q, k, v = (a.unflatten(1, (h, -1)).flatten(0, 1) for a in (q, k, v))
     y = []
-    slots = count_to(S, q)
     for rows in row_slices(T, cuda=q.is_cuda):
-        picked = sel[:, :, rows].repeat_interleave(key_block, dim=3)[..., :S]
-        mask = picked & (slots < limit[:, None, rows, None])
+        mask = keys_read(sel, rows, limit, S, key_block, tile)
         mask = mask.flatten(0, 1).unsqueeze(1)
         y.append(softmax_attention(q[:, :, rows], k, v, mask=mask, scale=scale))
     y = torch.cat(y, dim=2)
-    return y.unflatten(0, (B, Hkv)).flatten(1, 2)
+    return y.unflatten(0, (B, h)).flatten(1, 2)
+
+
+def keys_read(sel, rows, limit, S, key_block, tile):
+    """(B, h, t, S) bool: which keys a slice of the queries reads; sel None: all below the limit."""
+    s = count_to(S, limit)
+    mask = s < limit[:, None, rows, None]
+    if sel is None:
+        return mask
+    t = count_to(limit.size(1), limit)[rows]
+    return mask & sel[:, :, t // tile][..., s // key_block]
 
 
 def row_slices(T, step=1024, cuda=False):
@@ -1453,26 +1420,27 @@ class BlockSparse(Full):
     settings = tuple(f for f in Full.settings if f not in ("window", "sink")) + (
         "sel_block", "sel_topk", "sel_init", "sel_local", "sel_tile")
     takes_mask = False
+    published = {}                  # of the sel_ fields that are None
+    dense_len = 0
+    size = stride = 1
 
-    def configure(self, config, block, topk, init, local, size=1, stride=1):
-        """Read the sel_ and cmp_ fields; the numbers given are the published ones, for fields left None."""
-        published = dict(block=block, topk=topk, init=init, local=local, tile=None)
-        for key, value in published.items():
+    def __init__(self, config):
+        super().__init__(config)
+        self.rewrites = False
+        for key, value in self.published.items():
             given = getattr(config, f"sel_{key}")
             setattr(self, key, value if given is None else given)
-        self.tile = self.tile or self.block
+        self.tile = config.sel_tile or self.block
+        if "cmp_block" in self.settings:
+            self.size = config.cmp_block
+            self.stride = config.cmp_stride
         forced = self.init + self.local
         need(self.topk >= forced,
              f"sel_topk {self.topk} must be at least sel_init + sel_local = {self.init} + {self.local}: "
              "the first and the local blocks are always read and count among the sel_topk")
         self.most = max(self.topk, forced + self.local + self.tile // self.block)       # picks of a row
-        self.size = size
-        self.stride = stride
-        self.dense_len = 0
-        need(size % stride == 0 and self.block % stride == 0,
-             f"cmp_stride {stride} must divide both cmp_block {size} and sel_block {self.block}")
-        self.rewrites = False
-        self.spare = ("ck", "cv")
+        need(self.size % self.stride == self.block % self.stride == 0,
+             f"cmp_stride {self.stride} must divide both cmp_block {self.size} and sel_block {self.block}")
 
     def read(self, x, step, cache, **more):
         """Project x and put it into the cache with `more` buffers -> q (B, H, T, D), all that can be read."""
@@ -1480,13 +1448,13 @@ class BlockSparse(Full):
         return q, *put(cache, {"k": k, "v": v, **more}, step, self.block)
 
     def selected(self, score, q, k, v, step):
-        """Attention of q to the blocks with the best score(rows) -> (B, H, T, D), sel, tile."""
+        """Attention of q to the blocks with the best score(rows) -> (B, H, T, D), sel."""
         tile = 1 if step.causal else self.tile
         n = -(-k.size(2) // self.block)
         sel = select_blocks(score, step.slots, step.limit, n, self.block, self.topk,
                             self.init, self.local, tile, self.dense_len)
         y = block_sparse_attention(q, k, v, sel, self.block, step.causal, tile, step.limit, self.most)
-        return y, sel, tile
+        return y, sel
 
     def compressed(self, q, ck, step, S, pool):
         """The score function of compressed keys, for `selected`."""
@@ -1496,24 +1464,25 @@ class BlockSparse(Full):
     def compress(self, f, name, k, step, cache):
         """f(window) for every complete window of k (B, h, S, D) -> (B, h, NC, D), one at least.
 
-        With a cache only the windows that the new tokens complete are computed, from k, which is its own
-        running tail. Windows that are not complete are garbage, computed again later; the buffer's last slot
-        takes what is left over.
+        Computed are the windows that the new tokens complete, from k, which is its own running tail; the
+        cache has the others. Windows that are not complete are garbage, computed again later.
         """
-        B, _, S, _ = k.shape
-        size = self.size
-        stride = self.stride
-        n = max(self.windows_at(S), 1)
-        if cache is None:
-            i = count_to(n, k)
-            return f(key_windows(k, i.expand(B, n), size, stride))
-        buffer = getattr(cache, name)
-        T = step.slots.size(1)
-        first = ((step.slots[:, :1] - size) // stride + 1).clamp(min=0)
-        i = first + count_to(-(-T // stride), k)
-        new = f(key_windows(k, i, size, stride))
-        write_slots(buffer, new, i.clamp(max=buffer.size(2) - 1))
-        return buffer[:, :, :n].to(k.dtype)
+        first = ((step.slots[:, :1] - self.size) // self.stride + 1).clamp(min=0)
+        i = first + count_to(-(-step.slots.size(1) // self.stride), k)
+        i = i.expand(k.size(0), -1)
+        ck = f(key_windows(k, i, self.size, self.stride))
+        if cache is not None:
+            buffer = getattr(cache, name)
+            at = i.clamp(max=buffer.size(2) - 1)            # the last window is never complete
+            buffer.scatter_(2, at[:, None, :, None].expand_as(ck), ck.to(buffer.dtype))
+            ck = buffer
+        return ck[:, :, :max(self.windows_at(k.size(2)), 1)].to(k.dtype)
+
+    def state(self, T):
+        return super().state(-(-T // self.block) * self.block)
+
+    def compressed_state(self, T):
+        return self.Hkv, T // self.stride + 1, self.D
 
     def windows_at(self, T):
         """Complete compression windows in T tokens."""
@@ -1543,11 +1512,10 @@ class NSA(BlockSparse):
     (as fla does).
     """
     settings = BlockSparse.settings + ("window", "cmp_block", "cmp_stride")
+    published = dict(block=64, topk=16, init=1, local=2)
 
     def __init__(self, config):
         super().__init__(config)
-        self.configure(config, block=64, topk=16, init=1, local=2,
-                       size=config.cmp_block, stride=config.cmp_stride)
         self.near = config.window or 512
         self.window = None                                                      # the cache is no ring
         # One vector for each place in the window, for keys and for values.
@@ -1573,7 +1541,7 @@ class NSA(BlockSparse):
         complete = ends <= step.limit[..., None]
         compressed = softmax_attention(q, ck, cv, mask=complete.unsqueeze(1))   # 0 before the first window
         score = self.compressed(q, ck, step, k.size(2), "sum")
-        selected, _, _ = self.selected(score, q, k, v, step)
+        selected, _ = self.selected(score, q, k, v, step)
         if step.plain and step.length == x.size(1):
             near = softmax_attention(q, k, v, step.causal, self.near)
         else:
@@ -1583,7 +1551,7 @@ class NSA(BlockSparse):
         return self.output(gate[0] * compressed + gate[1] * selected + gate[2] * near, x)
 
     def state(self, T):
-        compressed = self.Hkv, self.windows_at(T), self.D
+        compressed = self.compressed_state(T)
         return dict(super().state(T), ck=compressed, cv=compressed)
 
     def reads(self, T, causal=True):
@@ -1606,11 +1574,10 @@ class InfLLM(BlockSparse):
     sel_topk=3).
     """
     settings = BlockSparse.settings + ("cmp_block", "cmp_stride", "dense_len", "sel_per_head")
+    published = dict(block=64, topk=64, init=1, local=33)
 
     def __init__(self, config):
         super().__init__(config)
-        self.configure(config, block=64, topk=64, init=1, local=33,
-                       size=config.cmp_block, stride=config.cmp_stride)
         self.dense_len = config.dense_len
         self.per_head = config.sel_per_head
         self.most = max(self.most, -(-self.dense_len // self.block))
@@ -1624,11 +1591,11 @@ class InfLLM(BlockSparse):
         if self.per_head:
             k, v, ck = (a.repeat_interleave(self.H // self.Hkv, dim=1) for a in (k, v, ck))
         score = self.compressed(q, ck, step, k.size(2), "max")
-        y, _, _ = self.selected(score, q, k, v, step)
+        y, _ = self.selected(score, q, k, v, step)
         return self.output(y, x)
 
     def state(self, T):
-        return dict(super().state(T), ck=(self.Hkv, self.windows_at(T), self.D))
+        return dict(super().state(T), ck=self.compressed_state(T))
 
     def reads(self, T, causal=True):                        # of k and v; the pooled keys are scanned besides
         return T if T <= self.dense_len else self.block_reads(T, causal)
@@ -1650,10 +1617,10 @@ class MSA(BlockSparse):
     head width), qk_norm=True.
     """
     settings = BlockSparse.settings + ("index_head_dim",)
+    published = dict(block=128, topk=16, init=0, local=1)
 
     def __init__(self, config):
         super().__init__(config)
-        self.configure(config, block=128, topk=16, init=0, local=1)
         self.Di = config.index_head_dim or self.D
         need(self.Di >= self.rope_dim,
              f"index_head_dim {self.Di} must be at least {self.rope_dim}, the rotated channels")
@@ -1668,33 +1635,19 @@ class MSA(BlockSparse):
         ki = heads(self.index_k_proj(x.detach()), 1)                            # (B, 1, T, Di)
         qi = self.index_q_norm(qi).to(qi.dtype)
         ki = self.index_k_norm(ki).to(ki.dtype)
-        if self.rope_dim:
-            qi = rotary(qi, step.pos, self.rope_dim, self.angles)
-            ki = rotary(ki, step.pos, self.rope_dim, self.angles)
+        qi, ki = (rotary(a, step.pos, self.rope_dim, self.angles) for a in (qi, ki))
         q, k, v, ki = self.read(x, step, cache, ki=ki)
         sel = None
-        tile = 1
         if self.stage != "sparse" or k.size(2) <= self.topk * self.block:
             y = read_all(q, k, v, step)
         else:
             score = lambda rows: index_block_scores(qi[:, :, rows], ki, step.limit[:, rows], self.block)
-            y, sel, tile = self.selected(score, q, k, v, step)
+            y, sel = self.selected(score, q, k, v, step)
         if step.aux is not None and self.stage != "dense":
-            self.learn(qi, ki, q, k, sel, tile, step)
+            scores = lambda rows: qi[:, :, rows] @ ki.mT
+            tile = 1 if step.causal else self.tile
+            learn_index(step, scores, q, k, sel, self.block, tile)
         return self.output(y, x)
-
-    def learn(self, qi, ki, q, k, sel, tile, step):
-        """Put the KL of the index into aux, over the keys that were read: with sel None all visible ones."""
-        s = count_to(k.size(2), k)
-        t = count_to(q.size(2), k)
-        kl = []
-        for r in row_slices(len(t), cuda=k.is_cuda):
-            mask = (s < step.limit[:, r, None]).unsqueeze(1)                    # (b, 1, t, S)
-            if sel is not None:
-                mask = mask & sel[:, :, t[r] // tile][..., s // self.block]     # (B, Hkv, t, S)
-            scores = qi[:, :, r] @ ki.mT
-            kl.append(indexer_kl(scores, q[:, :, r], k, mask))
-        add_indexer_kl(step.aux, kl, step.valid)
 
     def state(self, T):
         return dict(super().state(T), ki=(1, T, self.Di))
@@ -1742,37 +1695,23 @@ class DSA(MLA):
         qi = heads(self.index_q_proj(source.detach()), self.Hi)                 # (B, Hi, T, Di)
         ki = self.index_k_norm(self.index_k_proj(x.detach()))
         ki = ki.to(q.dtype).unsqueeze(1)                                        # (B, 1, T, Di)
-        if self.angles:
-            qi = rotary(qi, step.pos, self.rope, self.angles)
-            ki = rotary(ki, step.pos, self.rope, self.angles)
+        qi, ki = (rotary(a, step.pos, self.rotated, self.angles) for a in (qi, ki))
         w = self.index_w_proj(x.detach()).float() * self.Hi ** -0.5             # (B, T, Hi)
         latent, ki = put(cache, {"latent": latent, "ki": ki}, step)
         S = latent.size(2)
-        dense = self.stage != "sparse" or S <= self.topk
-        learn = step.aux is not None and self.stage != "dense"
+        score = lambda rows: lightning_scores(qi[:, :, rows], ki, w[:, rows])   # (B, 1, t, S)
+        sel = None
+        if self.stage == "sparse" and S > self.topk:
+            own = 0 if step.causal else 1                   # bidirectional: the own token is always read
+            sel = select_blocks(score, step.slots, step.limit, S, 1, self.topk, local=own)
 
         def attention(q, k, v, scale):  # naive: k has all heads; absorbed: one, the latent
-            y = []
-            kl = []
-            for r in row_slices(x.size(1), cuda=x.is_cuda) if learn or not dense else ():
-                qr = q[:, :, r]
-                limit = step.limit[:, r]
-                score = lightning_scores(qi[:, :, r], ki, w[:, r])              # (B, 1, t, S)
-                if dense:
-                    mask = (count_to(S, x) < limit[..., None]).unsqueeze(1)
-                else:
-                    own = 0 if step.causal else 1           # bidirectional: the own token is always read
-                    mask = select_blocks(lambda _: score, step.slots[:, r], limit, S, 1, self.topk, local=own)
-                if not dense and k.size(1) > 1:
-                    y.append(softmax_attention(qr, k, v, mask=mask, scale=scale))
-                elif not dense:
-                    y.append(block_sparse_attention(qr, k, v, mask, 1, step.causal, limit=limit,
-                                                    most=self.topk, scale=scale))
-                if learn:
-                    kl.append(indexer_kl(score, qr, k, mask, scale))
-            if learn:
-                add_indexer_kl(step.aux, kl, step.valid)
-            return read_all(q, k, v, step, scale) if dense else torch.cat(y, dim=2)
+            if step.aux is not None and self.stage != "dense":
+                learn_index(step, score, q, k, sel, scale=scale)
+            if sel is None:
+                return read_all(q, k, v, step, scale)
+            path = None if k.size(1) == 1 else "dense"
+            return block_sparse_attention(q, k, v, sel, 1, step.causal, 1, step.limit, self.topk, scale, path)
 
         y = self.attend(q, latent, attention, absorbed=False if cache is None else None)
         return self.o_proj(y.transpose(1, 2).flatten(2))
@@ -1789,12 +1728,7 @@ class DSA(MLA):
         return main + 2 * self.Hi * (self.Di + 1) * count_visible(T, causal)
 
 
-def key_windows(k, i, size, stride):
-    """Windows i (B, m) of k (B, h, S, D) -> (B, h, m, size, D): slots [i stride, i stride + size)."""
-    at = i[:, :, None] * stride + count_to(size, k)
-    at = at.clamp(0, k.size(2) - 1).flatten(1)
-    at = at[:, None, :, None].expand(-1, k.size(1), -1, k.size(3))
-    return k.gather(2, at).unflatten(2, (-1, size))
+
 
 
 def compressed_scores(q, ck, limit, S, key_block, size, stride, pool):
@@ -1861,13 +1795,17 @@ def indexer_kl(scores, q, k, mask, scale=None):
     return (p * (p.clamp(min=1e-30).log() - log_q)).sum(dim=-1)
 
 
-def add_indexer_kl(aux, kl, valid):
-    """Add a layer's mean KL per valid query, from a list of (B, h, t), to aux["indexer_kl"]."""
+def learn_index(step, score, q, k, sel, key_block=1, tile=1, scale=None):
+    """Add the mean KL of valid queries, over the keys that they read, to step.aux["indexer_kl"]."""
+    kl = []
+    for rows in row_slices(q.size(2), cuda=q.is_cuda):
+        mask = keys_read(sel, rows, step.limit, k.size(2), key_block, tile)
+        kl.append(indexer_kl(score(rows), q[:, :, rows], k, mask, scale))
     kl = torch.cat(kl, dim=-1)                                                  # (B, h, T)
-    if valid is not None:
-        share = valid.numel() / valid.sum().clamp(min=1)
-        kl = kl.masked_fill(~valid[:, None], 0) * share
-    aux["indexer_kl"] = aux.get("indexer_kl", 0) + kl.mean()
+    if step.valid is not None:
+        share = step.valid.numel() / step.valid.sum().clamp(min=1)
+        kl = kl.masked_fill(~step.valid[:, None], 0) * share
+    step.aux["indexer_kl"] = step.aux.get("indexer_kl", 0) + kl.mean()
 
 
 def read_all(q, k, v, step, scale=None):

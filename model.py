@@ -34,8 +34,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from attention import (ATTENTION, CHOICES, Cache, LayerConfig, check_settings, itemsize, need, no_autocast,
-                       step_of, top_k)
+from attention import (ATTENTION, CHOICES, Cache, LayerConfig, check_settings, need, no_autocast, step_of,
+                       top_k)
 
 
 @dataclass
@@ -388,7 +388,7 @@ class MoE(nn.Module):
         bytes."""
         dtype, device = up.dtype, up.device.type
         eager = device == "cpu" and dtype == torch.float32 and not torch.compiler.is_compiling()
-        aligned = all(w.size(i) * itemsize(dtype) % 16 == 0 for w in (up, down) for i in (1, 2))
+        aligned = all(w.size(i) * dtype.itemsize % 16 == 0 for w in (up, down) for i in (1, 2))
         return aligned and (eager or dtype == torch.bfloat16 and device in ("cpu", "cuda"))
 
 
