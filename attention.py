@@ -1344,12 +1344,12 @@ def block_sparse_attention(q, k, v, sel, key_block, causal=True, tile=1, limit=N
 
 def keys_read(sel, rows, limit, S, key_block, tile):
     """(B, h, t, S) bool: which keys a slice of the queries reads; sel None: all below the limit."""
-    s = count_to(S, limit)
-    mask = s < limit[:, None, rows, None]
+    mask = count_to(S, limit) < limit[:, None, rows, None]
     if sel is None:
         return mask
     t = count_to(limit.size(1), limit)[rows]
-    return mask & sel[:, :, t // tile][..., s // key_block]
+    picked = sel[:, :, t // tile].repeat_interleave(key_block, dim=3)
+    return mask & picked[..., :S]
 
 
 def row_slices(T, step=1024, cuda=False):
