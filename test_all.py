@@ -115,7 +115,7 @@ def same_gradients(a, b, inputs, tol=None):
 
 BUDGET = {"attention.py": 18_900, "model.py": 8_050, "diffusion.py": 5_300, "train.py": 12_900,
           "sample.py": 5_060, "prepare.py": 8_300, "bench.py": 31_400,
-          "test_all.py": 60_150}
+          "test_all.py": 59_900}
 NARROW = ("attention.py", "model.py", "diffusion.py", "train.py", "sample.py", "prepare.py", "bench.py")
 
 
@@ -611,19 +611,26 @@ def test_examples_in_docstrings():
 
 @exactly
 def test_softmax_attention_is_its_definition():
-    """Grouped heads, windows, sinks, fewer queries than keys (the last ones); and gradients."""
+    """Grouped heads, windows, sinks, fewer queries than keys (the last ones); gradients too."""
     torch.manual_seed(0)
-    B, H, S, D = 2, 4, 13, 8
-    q, k, v, sink = torch.randn(B, H, S, D), torch.randn(B, 2, S, D), torch.randn(B, 2, S, D), torch.randn(H)
-    for causal, window, s, first in product((True, False), (None, 1, 5), (None, sink), (0, 9)):
-        y = softmax_attention(q[:, :, first:], k, v, causal, window, s)
-        for b, h, t in product(range(B), range(H), range(first, S)):
-            keys = [j for j in range(S) if (not causal or j <= t) and (window is None or abs(t - j) < window)]
-            scores = k[b, h // 2, keys] @ q[b, h, t] / D ** 0.5
-            total = scores.exp().sum() + (0 if s is None else s[h].exp())
-            close(y[b, h, t - first], scores.exp() @ v[b, h // 2, keys] / total)
-    args = [a.clone().requires_grad_() for a in (*(a[:1, :2, :4, :3] for a in (q, k, v)), sink[:2])]
-    assert torch.autograd.gradcheck(lambda q, k, v, s: softmax_attention(q, k, v, True, 3, s), args)
+    q, k, v = (torch.randn(2, h, 13, 8, requires_grad=True) for h in (4, 2, 2))
+    sink = torch.randn(4, requires_grad=True)
+    distance = torch.arange(13)[:, None] - torch.arange(13)
+    for causal, window, null, first in product((True, False), (None, 2, 5), (True, False), (0, 9)):
+        seen = (distance >= 0) if causal else torch.ones(13, 13) > 0
+        if window:
+            seen = seen & (distance.abs() < window)
+
+        def definition(q, k, v, sink):
+            k, v = (a.repeat_interleave(2, 1) for a in (k, v))
+            weights = (q @ k.mT / 8 ** 0.5).exp() * seen
+            total = weights.sum(-1, keepdim=True) + null * sink.exp().view(-1, 1, 1)
+            return (weights @ v / total)[:, :, first:] + 0 * sink.sum()
+
+        def fast(q, k, v, sink):
+            y = softmax_attention(q[:, :, first:], k, v, causal, window, sink if null else None)
+            return y + 0 * sink.sum()
+        same_gradients(fast, definition, [q, k, v, sink])
 
 
 def flex_tiles(run):
@@ -795,36 +802,41 @@ def test_select_blocks_is_its_definition(tile):
 def test_compressed_scores_are_the_papers(size, stride, block):
     """NSA's double sum (eq. 9) as it stands there; InfLLM-V2: the best window that touches the block."""
     torch.manual_seed(0)
-    T, D, a, b = 3 * block + 5, 4, size // stride, block // stride
-    starts = torch.arange(max((T - size) // stride + 1, 1)) * stride
-    q, ck = torch.randn(1, 4, T, D), torch.randn(1, 2, len(starts), D)
-    limit = torch.arange(T)[None] + 1
-    total, most = (compressed_scores(q, ck, limit, T, block, size, stride, pool) for pool in ("sum", "max"))
-    assert total.shape == most.shape == (1, 2, T, 4)
-    for g, t in product(range(2), (0, size - 1, block, T - 1)):
-        seen, p, want = starts + size <= t + 1, torch.zeros(len(starts)), []
-        if seen.any():
-            p[seen] = (q[0, 2 * g:2 * g + 2, t] @ ck[0, g, seen].T / D ** 0.5).softmax(-1).sum(0)
-        for j in range(4):                          # the paper's j, m, n count from 1, 0, 0
-            windows = [b * (j + 1) - m - n - 1 for m in range(b) for n in range(a)]
-            touch = (starts < j * block + block) & (starts + size > j * block)
-            want.append([sum(p[i] for i in windows if 0 <= i < len(p)), max(p[touch], default=0)])
-        want = torch.tensor(want)
-        close(total[0, g, t].double(), want[:, 0], 1e-6)            # the scores are float32
-        close(most[0, g, t].double(), want[:, 1], 1e-6)
+    T, a, b = 3 * block + 5, size // stride, block // stride
+    N = max((T - size) // stride + 1, 1)
+    q, ck, t = torch.randn(1, 4, T, 4), torch.randn(1, 2, N, 4), torch.arange(T)
+    start, block_start = torch.arange(N) * stride, torch.arange(4) * block
+    seen = start + size <= t[:, None] + 1
+    p = (q @ ck.repeat_interleave(2, 1).mT / 2).masked_fill(~seen, -1e9).softmax(-1) * seen
+    p = p.unflatten(1, (2, 2)).sum(2)               # (1, 2, T, N)
+    weight = torch.zeros(N, 4)
+    for j, m, n in product(range(4), range(b), range(a)):           # from 1, 0 and 0 in the paper
+        i = b * (j + 1) - m - n - 1
+        if 0 <= i < N:
+            weight[i, j] += 1
+    touch = (start[:, None] < block_start + block) & (start[:, None] + size > block_start)
+    for pool, want in (("sum", p @ weight), ("max", (p.unsqueeze(-1) * touch).amax(-2))):
+        y = compressed_scores(q, ck, t[None] + 1, T, block, size, stride, pool)
+        close(y.double(), want, 1e-6)               # the scores are float32
 
 
 @exactly
 def test_indexer_kl_is_its_definition():
+    """KL of the index from the mean attention of its heads; only the index has a gradient."""
     torch.manual_seed(0)
     q, k, scores = (torch.randn(1, *s, requires_grad=True) for s in ((4, 5, 3), (2, 5, 3), (2, 5, 5)))
-    mask = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
-    kl = indexer_kl(scores, q, k, mask)
-    for g, t in product(range(2), range(5)):
-        p = (q[0, 2 * g:2 * g + 2, t] @ k[0, g, :t + 1].T / 3 ** 0.5).softmax(-1).mean(0)
-        close(kl[0, g, t], (p * (p.log() - scores[0, g, t, :t + 1].log_softmax(-1))).sum())
-    assert torch.autograd.gradcheck(lambda s: indexer_kl(s, q, k, mask), scores)
-    assert torch.autograd.grad(kl.sum(), (q, k), allow_unused=True) == (None, None)
+    mask = torch.ones(5, 5, dtype=torch.bool).tril()
+
+    def definition(scores):
+        p = (q @ k.repeat_interleave(2, 1).mT / 3 ** 0.5).masked_fill(~mask, -1e9).softmax(-1)
+        p = p.unflatten(1, (2, 2)).mean(2).detach()
+        index = scores.masked_fill(~mask, -1e9).log_softmax(-1)
+        return (p * ((p + ~mask).log() - index * mask)).sum(-1)
+
+    def fast(scores):
+        return indexer_kl(scores, q, k, mask[None, None])
+    same_gradients(fast, definition, [scores])
+    assert torch.autograd.grad(fast(scores).sum(), (q, k), allow_unused=True) == (None, None)
 
 
 @exactly
@@ -1025,11 +1037,20 @@ def test_indexer_trains_alone(name, values):
 
 
 @each_sparse
-def test_reads_are_what_is_read(case):
-    layer = make_layer(case)
-    keys = keys_of(picks(layer, torch.randn(1, 61, 32)), getattr(layer, "block", 1), 61).tril().sum(-1)[0, 0]
+def test_reads_are_what_is_read(case, monkeypatch):
+    """And what an index learns from."""
+    layer, x, learned = make_layer(case), torch.randn(1, 61, 32), []
     reads = layer.block_reads if case == "nsa" else layer.reads
-    assert keys.tolist() == [reads(t, True) for t in range(1, 62)]
+    want = [reads(t, True) for t in range(1, 62)]
+    keys = keys_of(picks(layer, x), layer.block, 61).tril()
+    assert keys.sum(-1)[0, 0].tolist() == want
+
+    def spy(scores, q, k, mask, *scale):
+        learned.append(mask.sum(-1)[0, 0].tolist())
+        return scores[..., 0]
+    monkeypatch.setattr(attention, "indexer_kl", spy)
+    layer(x, aux={})
+    assert learned == [want] * (case in ("msa", "dsa"))
 
 
 def test_reads_of_shared_picks():
