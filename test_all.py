@@ -55,8 +55,9 @@ from attention import (ATTENTION, LayerConfig, block_sparse_attention, compresse
                        delta_rule_recurrent, flex_window_attention, indexer_kl, inverse_of_one_minus,
                        linear_attention, linear_attention_recurrent, select_blocks, softmax_attention, top_k,
                        visible, window_attention)
-from diffusion import (ar_loss, mdm_loss, mdm_nll, mdm_noise, mdm_mask, mixed_loss, block_diffusion_loss, masked_nll, chain_nll, token_nll, sample_ar,
-                       sample_mdm, sample_block, canvas, confidence, corrupt, smallest)
+from diffusion import (ar_loss, block_diffusion_loss, canvas, chain_nll, confidence, corrupt, masked_nll,
+                       mdm_loss, mdm_mask, mdm_nll, mdm_noise, mixed_loss, sample_ar, sample_block,
+                       sample_mdm, smallest, token_nll)
 from model import LM, PRESETS, ModelConfig, MoE, activate, from_preset, override, parse_layers, parse_value
 
 torch.set_num_threads(1)
@@ -68,8 +69,8 @@ DRAW = train.draw
 
 @pytest.fixture(autouse=True)
 def cpu_only(request, monkeypatch):
-    """Where there is a GPU, `auto` would choose it: only the tests marked gpu may see it. And runs draw no picture,
-    which takes longer than they do."""
+    """Where there is a GPU, `auto` would choose it: only the tests marked gpu may see it. And runs draw no
+    picture, which takes longer than they do."""
     monkeypatch.setattr(train, "draw", lambda rows, path: None)
     if "gpu" not in request.keywords:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -116,7 +117,6 @@ def same_gradients(a, b, inputs, tol=None):
 BUDGET = {"attention.py": 18_900, "model.py": 8_050, "diffusion.py": 5_300, "train.py": 12_900,
           "sample.py": 5_060, "prepare.py": 8_300, "bench.py": 31_400,
           "test_all.py": 59_900}
-NARROW = ("attention.py", "model.py", "diffusion.py", "train.py", "sample.py", "prepare.py", "bench.py")
 
 
 @pytest.mark.parametrize("name", BUDGET)
@@ -128,7 +128,7 @@ def test_size(name):
         count += not inside and kind not in ("NL", "NEWLINE", "COMMENT", "INDENT", "DEDENT", "ENDMARKER")
         inside += (kind == "FSTRING_START") - (kind == "FSTRING_END")   # from Python 3.12 on they are cut up
     assert count <= BUDGET[name], "say less, or raise the budget"
-    assert name not in NARROW or max(map(len, text.splitlines())) <= 110
+    assert max(map(len, text.splitlines())) <= 110
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1663,60 +1663,62 @@ def test_moe_refuses():
         with pytest.raises(ValueError, match="groups must be equal"):
             make_moe(**bad)
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # model.py: presets
 
-PUBLISHED = {   # our total less the padding rows of both embeddings, and the extra of transformers' class: (total, cache bytes a token at 64k)
-    "llama": (8_030_261_248, 131_072), "qwen3-next": (79_674_391_296, None), "deepseek-v3": (671_026_404_352, 70_272),
-    "gpt-oss": (20_914_757_184, None), "kimi-linear": (49_122_675_072, None), "llada": (8_015_581_184, 524_288),
+# Parameters, less the mask row and the padding to 64 of both embeddings: their only difference from
+# transformers' class; and bytes of the cache per token at 64k.
+PUBLISHED = {
+    "llama": (8_030_261_248, 131_072), "qwen3-next": (79_674_391_296, None),
+    "deepseek-v3": (671_026_404_352, 70_272), "gpt-oss": (20_914_757_184, None),
+    "kimi-linear": (49_122_675_072, None), "llada": (8_015_581_184, 524_288),
 }
-
-
-def on_meta(name):
-    with torch.device("meta"):
-        return LM(from_preset(name))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_presets_have_the_published_sizes(name):
-    """Our embeddings have the mask row and are padded to a multiple of 64: that is the only difference."""
-    lm, (total, cache) = on_meta(name), PUBLISHED[name]
-    padding = 2 * (lm.embed.weight.size(0) - lm.V) * lm.config.n_embd
-    assert lm.num_params() - padding == total
+    with torch.device("meta"):
+        lm = LM(from_preset(name))
+    total, cache = PUBLISHED[name]
+    assert lm.num_params() - 2 * (lm.embed.weight.size(0) - lm.V) * lm.config.n_embd == total
     assert cache is None or lm.cache_bytes(65536, torch.bfloat16) == cache * 65536
 
 
 @pytest.mark.parametrize("name", [n for n in PUBLISHED if n != "llada"])
 def test_presets_equal_transformers(name):
     tf = pytest.importorskip("transformers")
-    kimi = ["full_attention" if (i + 1) % 4 == 0 or i == 26 else "linear_attention" for i in range(27)]   # the checkpoint's, not the class's default
-    theirs = {"llama": ("Llama", dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8)),
-              "qwen3-next": ("Qwen3Next", {}), "deepseek-v3": ("DeepseekV3", {}), "gpt-oss": ("GptOss", dict(num_hidden_layers=24, num_local_experts=32)),
-              "kimi-linear": ("KimiLinear", dict(layer_types=kimi))}[name]
+    # The checkpoint's own, not the default of the class.
+    kimi = ["full_attention" if (i + 1) % 4 == 0 or i == 26 else "linear_attention" for i in range(27)]
+    kind, settings = {
+        "llama": ("Llama", dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336,
+                                num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8)),
+        "qwen3-next": ("Qwen3Next", {}), "deepseek-v3": ("DeepseekV3", {}),
+        "gpt-oss": ("GptOss", dict(num_hidden_layers=24, num_local_experts=32)),
+        "kimi-linear": ("KimiLinear", dict(layer_types=kimi))}[name]
     with torch.device("meta"):
-        model = getattr(tf, theirs[0] + "ForCausalLM")(getattr(tf, theirs[0] + "Config")(**theirs[1]))
+        model = getattr(tf, kind + "ForCausalLM")(getattr(tf, kind + "Config")(**settings))
     assert sum(p.numel() for p in model.parameters()) == PUBLISHED[name][0]
 
 
 @exactly
 @pytest.mark.parametrize("name", [n for n in PRESETS if n != "small"])
 def test_preset_twins_train_and_decode(name):
-    """Four layers in the preset's ratios: a laptop holds width 256; at 64 cached equals parallel, and every parameter gets a gradient."""
+    """Four layers in the preset's ratios: a laptop holds width 256; at 64 cached equals parallel, and every
+    parameter gets a gradient."""
     with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")                                                # the pattern is cut
+        warnings.simplefilter("ignore")                             # the pattern is cut
         laptop = LM(from_preset(name, n_layer=4, n_embd=256, vocab_size=257))
     assert laptop.num_params() < 13e6 and 1024 % laptop.config.block_size == 0
     torch.manual_seed(0)
-    lm = LM(from_preset(name, n_layer=4, n_embd=64, vocab_size=11))
-    x = torch.randint(11, (2, 24))
-    aux = {}
-    (ar_loss(lambda idx, **k: lm(idx, aux=aux, **k), x, 11) + sum(aux.values())).backward()
+    lm, x, aux = LM(from_preset(name, n_layer=4, n_embd=64, vocab_size=11)), torch.randint(11, (2, 24)), {}
+    loss = ar_loss(lambda idx, **k: lm(idx, aux=aux, **k), x, 11)
+    (loss + sum(aux.values())).backward()
     assert all(p.grad is not None for p in lm.parameters())
     lm.eval()
     with torch.no_grad():
         close(decode(lm, x, [9] + [1] * 15, lm.init_cache(2, 24)), lm(x))
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # diffusion.py
 
 def seeded(seed):
@@ -1724,7 +1726,7 @@ def seeded(seed):
 
 
 class DiffTable:
-    """A frozen random network: its logits are a table, one entry for each canvas of V letters and the mask V."""
+    """A frozen random network: a table with the logits of each canvas of V letters and the mask V."""
     def __init__(self, V, T):
         self.V = V
         self.power = (V + 1) ** torch.arange(T)
@@ -1740,7 +1742,7 @@ class DiffTable:
 
 @torch.no_grad()
 def chains(f, x, places):
-    """-log p of x (T,) at `places` by the chain rule, once for each order of revealing them, left to right first."""
+    """-log p of x (T,) at `places` by the chain rule, for each order of revealing; left to right first."""
     nats = []
     for order in permutations(places):
         masked = torch.isin(torch.arange(len(x)), torch.tensor(order))
@@ -1763,7 +1765,7 @@ def test_mdm_loss_has_the_bound_as_mean():
     f, x, mean = DiffTable(3, T), torch.randint(3, (1, T), generator=seeded(5)), 0.0
     for masked in product([False, True], repeat=T):
         if n := sum(masked):
-            uniforms = torch.where(torch.tensor([masked]), 0.25, 0.75)                 # they hide exactly these
+            uniforms = torch.where(torch.tensor([masked]), 0.25, 0.75)              # they hide exactly these
             mean += mdm_loss(f, x, 3, (torch.tensor([n]), uniforms)).item() / T / math.comb(T, n)
     assert mean == pytest.approx(bound(f, x[0], range(T)), rel=1e-6)
 
@@ -1792,16 +1794,19 @@ def test_orders_by_enumeration():
         order = torch.tensor([order])
         nats.append(block_diffusion_loss(f, x.gather(1, order), 3, 1, pos=order).item())
     left, *_ = chains(f, x[0], range(T))
-    assert nats[0] == pytest.approx(left / T) and statistics.mean(nats) == pytest.approx(bound(f, x[0], range(T)))
+    assert nats[0] == pytest.approx(left / T)
+    assert statistics.mean(nats) == pytest.approx(bound(f, x[0], range(T)))
     orders = diffusion.reading_order(torch.tensor([0, 5, 5, 9]), 8)
-    assert orders[0].tolist() == list(range(8)) and torch.equal(orders[1], orders[2]) and (orders.sort(1).values == orders[0]).all()
+    assert orders[0].tolist() == list(range(8)) and torch.equal(orders[1], orders[2])
+    assert (orders.sort(1).values == orders[0]).all()
     assert not torch.equal(orders[1], orders[3])
 
 
 def test_mdm_noise_is_uniform_and_stratified():
     g, T, B = seeded(1), 8, 16
     n = torch.stack([mdm_noise(B, T, g)[0] for _ in range(2000)])
-    assert (n.sort(1).values == torch.arange(1, T + 1).repeat_interleave(B // T)).all(), "each n equally often"
+    assert (n.sort(1).values
+            == torch.arange(1, T + 1).repeat_interleave(B // T)).all(), "each n equally often"
     first = torch.bincount(n[:, 0], minlength=T + 1)[1:]
     assert ((first - 250) ** 2 / 250).sum() < 24.3, "uniform in one row: chi-square, 7 degrees, p = 0.001"
     tied = torch.rand(50, 9, generator=g).round(decimals=1)
@@ -1809,7 +1814,7 @@ def test_mdm_noise_is_uniform_and_stratified():
 
 
 def test_losses_split_into_micro_batches():
-    """Sums over any cut of the batch, divided by its tokens, are the mean of the whole; "none" has the same mean."""
+    """Sums over any cut of the batch, by its tokens, are the mean of the whole; so is that of "none"."""
     f, g = DiffTable(3, 5), seeded(0)
     x, noise = torch.randint(3, (12, 5), generator=g), mdm_noise(12, 5, g)
     part = lambda a, b, reduction: mdm_loss(f, x[a:b], 3, [z[a:b] for z in noise], reduction=reduction)
@@ -1825,7 +1830,7 @@ def test_losses_split_into_micro_batches():
 
 
 def test_ar_sees_no_future():
-    """-log p(x_i) moves with x_0..x_i alone; corrupted inputs are read in the same places. And p sums to 1."""
+    """-log p(x_i) moves with x_0..x_i alone; corrupted inputs are read in the same places; p sums to 1."""
     f, x = DiffTable(3, 5), torch.randint(3, (1, 5), generator=seeded(3))
     before = ar_loss(f, x, 3, reduction="none")[0]
     for j in range(5):
@@ -1849,7 +1854,7 @@ def test_corrupt_rates():
 
 @pytest.mark.parametrize("order", ["left", "confidence"])
 def test_chain_nll_is_a_distribution(order):
-    """p sums to 1 over all texts, and over the scored tokens in every context, which may be unknown in part."""
+    """p sums to 1 over all texts, and over the scored tokens in every context, known in part or whole."""
     f, every = DiffTable(3, 4), torch.tensor(list(product(range(3), repeat=4)))
     p = torch.exp(-4 * chain_nll(f, every, 3, order))
     assert p.sum().item() == pytest.approx(1, abs=1e-12)
@@ -1857,7 +1862,8 @@ def test_chain_nll_is_a_distribution(order):
     p = torch.exp(-2 * chain_nll(f, every, 3, order, scored=inner)).view(3, 9, 3).sum(1)
     close(p, torch.ones_like(p), 1e-12)
     hidden = torch.tensor([[3, 1, 2, 0]] * 2)
-    scored = torch.tensor([[False, True, True, True], [False, False, True, False]])    # rows end at different times
+    # rows end at different times
+    scored = torch.tensor([[False, True, True, True], [False, False, True, False]])
     alone = F.cross_entropy(f(torch.tensor([[3, 1, 3, 0]]), causal=False)[0, 2], torch.tensor(2))
     assert chain_nll(f, hidden, 3, order, scored=scored)[1].item() == pytest.approx(alone.item())
     if order == "left":
@@ -1865,10 +1871,11 @@ def test_chain_nll_is_a_distribution(order):
 
 
 def test_mdm_nll_estimates_the_bound():
-    """Whatever the batch size; with an honest standard error; and with context, the bound of the smaller problem."""
+    """Whatever the batch size; with an honest error; with context, the bound of the smaller problem."""
     f, x = DiffTable(3, 5), torch.randint(3, (6, 5), generator=seeded(5))
     mean = statistics.mean(bound(f, row, range(5)) for row in x)
-    assert mdm_nll(f, x, 3, 64, batch_size=7) == pytest.approx(mdm_nll(f, x, 3, 64, batch_size=384), rel=1e-12)
+    pieces, whole = (mdm_nll(f, x, 3, 64, batch_size=n) for n in (7, 384))
+    assert pieces == pytest.approx(whole, rel=1e-12)
     runs = torch.tensor([mdm_nll(f, x, 3, 8, seeded(s)) for s in range(300)]).double()
     error = runs[:, 0] - mean
     assert abs(error.mean()) < 4 * error.std() / 300 ** 0.5
@@ -1895,20 +1902,21 @@ def test_mdm_nll_reads_token_files(kind, V, tmp_path):
 
 
 def test_mdm_nll_in_pieces(monkeypatch):
-    """Few uniforms at a time: its memory does not grow with the windows, and other masks estimate the same."""
+    """Few uniforms at a time: memory does not grow with the windows, and other masks estimate the same."""
     f, x = DiffTable(3, 5), torch.randint(3, (40, 5), generator=seeded(5))
     whole, drawn, rand = mdm_nll(f, x, 3, 256), [], torch.rand
     monkeypatch.setattr(diffusion, "DRAWN", 1000)
-    monkeypatch.setattr(torch, "rand", lambda *shape, **how: drawn.append(math.prod(shape)) or rand(*shape, **how))
+    count = lambda *shape, **how: drawn.append(math.prod(shape)) or rand(*shape, **how)
+    monkeypatch.setattr(torch, "rand", count)
     pieces = mdm_nll(f, x, 3, 256)
     assert max(drawn) <= 1000 and abs(pieces[0] - whole[0]) < 4 * math.hypot(pieces[1], whole[1])
-    same = torch.tensor([[0, 1, 2, 0, 1]] * 3 + [[1, 1, 1, 2, 2]] * 4)                 # equal windows of a group
+    same = torch.tensor([[0, 1, 2, 0, 1]] * 3 + [[1, 1, 1, 2, 2]] * 4)              # equal windows of a group
     nll, _ = mdm_nll(f, same, 3, 400, group=torch.tensor([0] * 3 + [1] * 4), per_row=True)
     assert (nll[:3] == nll[0]).all() and (nll[3:] == nll[3]).all() and nll[0] != nll[3]
 
 
 def test_groups_share_masks():
-    """The same places hidden in all windows of a group, the same fraction of a shorter end, nested; else others."""
+    """The same places hidden in a whole group, the same fraction of a shorter end, nested; else others."""
     seen = []
 
     def f(idx, causal):
@@ -1918,7 +1926,7 @@ def test_groups_share_masks():
     scored[1, 8:] = False
     x, group = torch.zeros(4, 12, dtype=torch.int64), torch.tensor([0, 0, 0, 1])
     mdm_nll(f, x, 13, 64, scored=scored, group=group, batch_size=10 ** 6)
-    whole, short, again, other = torch.cat([s.view(-1, 4, 12) for s in seen]).unbind(1)         # (64, 12) each
+    whole, short, again, other = torch.cat([s.view(-1, 4, 12) for s in seen]).unbind(1)     # (64, 12) each
     assert torch.equal(whole, again) and not torch.equal(whole, other)
     n = whole.sum(1)
     assert sorted(n.tolist()) == sorted([*range(1, 9)] * 8), "n ~ U{1..8}, stratified"
@@ -1946,28 +1954,29 @@ def test_losses_compile_to_one_graph():
 # Samplers
 
 class DiffOracle:
-    """The exact denoiser of a random language of V letters and T places: conditional marginals of its law p."""
+    """The exact denoiser of a random language of V letters and T places: marginals of its law p."""
     def __init__(self, V, T, spread=1.5):
         self.V, self.T = V, T
-        self.x = torch.tensor(list(product(range(V), repeat=T)))                       # (V^T, T), x[c] has code c
+        self.x = torch.tensor(list(product(range(V), repeat=T)))                # (V^T, T), x[c] has code c
         self.p = (torch.randn(V ** T, generator=seeded(0), dtype=torch.float64) * spread).softmax(0)
         self.code = V ** torch.arange(T - 1, -1, -1)
 
     def __call__(self, idx, causal, mask=None):
-        """causal: idx is shifted right, place i predicts what follows; otherwise all that is no mask is known."""
+        """causal: idx is shifted right, place i predicts what follows; else all that is no mask is known."""
         beyond, idx = max(0, idx.size(1) - self.T), idx[:, :self.T]                    # of a last block
         x = self.x[:, :idx.size(1)]
         if causal:
             fits = idx[:, None, 1:] == x[:, :-1]
             fits = F.pad(fits.long(), (1, 0), value=1).cumprod(2)                      # (B, V^T, L)
         else:
-            fits = ((idx[:, None] == x) | (idx == self.V)[:, None]).all(2, keepdim=True).expand(-1, -1, x.size(1))
+            fits = ((idx[:, None] == x) | (idx == self.V)[:, None]).all(2, keepdim=True)
+            fits = fits.expand(-1, -1, x.size(1))
         logits = torch.einsum("bcl,clv->blv", fits * self.p[:, None], F.one_hot(x, self.V).double()).log()
         return F.pad(logits, (0, 0, 0, beyond))
 
 
 def exact_law(f, order, patch):
-    """The probability of every text that sample_mdm can write: a row of the batch for each triple of draws."""
+    """The probability of every text that sample_mdm can write: a row for each triple of draws."""
     script, step = torch.tensor(list(product(range(3), repeat=3))), itertools.count()
     p = torch.ones(27, dtype=torch.float64)
 
@@ -1983,20 +1992,20 @@ def exact_law(f, order, patch):
 
 @pytest.mark.parametrize("order", diffusion.ORDERS)
 def test_oracle_sampler_has_the_exact_law(order, monkeypatch):
-    """One token a step at temperature 1: an order that does not look at the drawn token gives the law itself."""
+    """One token a step at temperature 1: an order that does not look at the drawn token gives the law."""
     f = DiffOracle(3, 3)
     for scores in permutations([0.1, 0.2, 0.3]):                                       # of the random order
         monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.tensor(scores).expand(shape))
         close(exact_law(f, order, monkeypatch), f.p, 1e-12)
 
 
-@pytest.mark.parametrize("order", [*diffusion.ORDERS, "blocks", "block", "ar"])
-def test_oracle_sampler_chi_square(order):
+@pytest.mark.parametrize("sampler", [
+    sample_ar, functools.partial(sample_mdm, fill_block=2),
+    functools.partial(sample_block, fill_block=2, cache=False)], ids=("ar", "mdm", "block"))
+def test_oracle_sampler_chi_square(sampler):
     """The real draws at T = 5: 243 cells, 242 degrees of freedom: mean 242, standard deviation 22."""
     f, N = DiffOracle(3, 5, spread=1.0), 10_000
-    sampler, how = {"ar": (sample_ar, {}), "block": (sample_block, dict(fill_block=2, cache=False)),
-                    "blocks": (sample_mdm, dict(fill_block=2))}.get(order, (sample_mdm, dict(order=order)))
-    y = sampler(f, torch.full((N, 5), 3), 3, generator=seeded(0), **how)
+    y = sampler(f, torch.full((N, 5), 3), 3, generator=seeded(0))
     count = torch.bincount((y * f.code).sum(1), minlength=243)
     assert ((count - N * f.p) ** 2 / (N * f.p)).sum() < 330
 
@@ -2005,7 +2014,8 @@ def test_draws_reach_the_tail(monkeypatch):
     """A token of probability 5.6e-8 is drawn; from float32 uniforms, multiples of 6.0e-8, it never is."""
     rare = math.exp(-16.7)
     logits = torch.tensor([[math.log1p(-rare), -16.7]])
-    for u, token in ((1 - 2.0 ** -53, 1), (1 - 0.99 * rare, 1), (1 - 1.01 * rare, 0), (1 - 2.0 ** -24, 0), (0.0, 0)):
+    for u, token in ((1 - 2.0 ** -53, 1), (1 - 0.99 * rare, 1), (1 - 1.01 * rare, 0), (1 - 2.0 ** -24, 0),
+                     (0.0, 0)):
         monkeypatch.setattr(torch, "rand", lambda *shape, dtype, **_: torch.full(shape, u, dtype=dtype))
         assert diffusion.draw(logits).item() == token, u
     assert diffusion.draw(torch.tensor([[-math.inf, 0.0]])).item() == 1, "of probability 0, at u = 0"
@@ -2015,10 +2025,11 @@ def test_draw_follows_temperature_top_k_top_p():
     g, logits = seeded(0), torch.tensor([2.0, 0.5, 1.0, -1.0, 1.5]).repeat(200_000, 1)
     p = logits[0].double().softmax(0)                                                  # sorted: 0, 4, 2, 1, 3
     best = p[0].item()
-    for how, keep in (({}, [0, 1, 2, 3, 4]), (dict(temperature=0.5), [0, 1, 2, 3, 4]), (dict(top_k=2), [0, 4]),
+    for how, keep in (({}, range(5)), (dict(temperature=0.5), range(5)), (dict(top_k=2), [0, 4]),
                       (dict(top_p=best - 1e-6), [0]), (dict(top_p=best + 1e-6), [0, 4]),
                       (dict(top_k=3, top_p=0.999), [0, 2, 4])):
         want = torch.zeros(5, dtype=torch.float64)
+        keep = list(keep)
         want[keep] = p[keep] ** (1 / how.get("temperature", 1.0))
         got = torch.bincount(diffusion.draw(logits, generator=g, **how), minlength=5) / 200_000
         assert (got - want / want.sum()).abs().max() < 0.005 and (got[want == 0] == 0).all(), how
@@ -2040,7 +2051,7 @@ def diff_lm(layers="full", **fields):
     torch.manual_seed(0)
     fields = dict(vocab_size=13, block_size=64, layers=layers, n_layer=2, n_head=2, n_embd=32) | fields
     lm = LM(ModelConfig(**fields)).double().eval()
-    for p in lm.parameters():                                       # as initialised it predicts nearly the same everywhere
+    for p in lm.parameters():                       # as initialised it predicts nearly the same everywhere
         p.data.mul_(4 if p.dim() > 1 else 1)
     return lm
 
@@ -2056,11 +2067,11 @@ def count_passes(lm):
     ({}, 14), (dict(steps=5), 5), (dict(steps=100), 14), (dict(threshold=1.0), 14), (dict(threshold=1e-9), 1),
     (dict(steps=4, fill_block=6), 6), (dict(order="random", fill_block=4), 15)], ids=str)
 def test_sampler_steps_threshold_and_given_tokens(how, steps):
-    """Each step is one pass and fills something; given tokens stay; no block is begun before those before it."""
+    """Each step is one pass and fills something; given tokens stay; blocks are filled one by one."""
     lm, passes = count_passes(diff_lm())
     x, _ = canvas([[1, 2, 3], [4, 13, 13, 5]], 12, 13)              # a prompt, and one with places to infill
     before, given, left = x.clone(), x != 13, []
-    block = (torch.arange(16) - torch.tensor([[3], [1]])) // how.get("fill_block", 16)          # from the first hole
+    block = (torch.arange(16) - torch.tensor([[3], [1]])) // how.get("fill_block", 16)  # from the first hole
 
     def look(step, y):
         left.append((y == 13).sum().item())
@@ -2080,7 +2091,7 @@ SAMPLERS = {
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_nothing_is_generated_after_end_of_text(name):
-    x, valid = canvas([[12, 2, 3], [4]] * 20, 20, 13)               # id 12 ends a text; one in the prompt ends nothing
+    x, valid = canvas([[12, 2, 3], [4]] * 20, 20, 13)   # id 12 ends a text; one in the prompt ends nothing
     y = SAMPLERS[name](diff_lm(), x, 13, generator=seeded(0), valid=valid, eot_id=12)
     new = (x == 13) & valid
     after = ((y == 12) & new).cumsum(1) > 0
@@ -2095,7 +2106,8 @@ def test_nothing_is_generated_after_end_of_text(name):
 def test_batch_invariance(name, monkeypatch):
     """Alone and beside longer and shorter rows: the same tokens at temperature 0, from the same logits."""
     lm, draw, seen = diff_lm(), diffusion.draw, []
-    monkeypatch.setattr(diffusion, "draw", lambda logits, *a, **kw: seen.append(logits) or draw(logits, *a, **kw))
+    spy = lambda logits, *a, **kw: seen.append(logits) or draw(logits, *a, **kw)
+    monkeypatch.setattr(diffusion, "draw", spy)
 
     def run(*prompts):
         seen.clear()
@@ -2110,7 +2122,8 @@ def test_batch_invariance(name, monkeypatch):
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
-@pytest.mark.parametrize("prompts", ([[1, 2, 3], [4, 5, 6]], [[1], [2, 3, 4, 5, 6, 7, 8], [9, 13, 10]]), ids=len)
+@pytest.mark.parametrize("prompts", ([[1, 2, 3], [4, 5, 6]], [[1], [2, 3, 4, 5, 6, 7, 8], [9, 13, 10]]),
+                         ids=len)
 def test_cached_sampling_equals_recomputed(temperature, prompts):
     """The dual cache, too, where it is exact: in one layer no key depends on another place."""
     x, valid = canvas(prompts, 9, 13)
@@ -2118,16 +2131,18 @@ def test_cached_sampling_equals_recomputed(temperature, prompts):
                              (1, functools.partial(sample_mdm, fill_block=4, steps=7)),
                              (2, functools.partial(sample_mdm, fill_block=4, refresh=1))):
         lm, passes = count_passes(diff_lm(n_layer=n_layer))
-        go = lambda cache: sampler(lm, x, 13, generator=seeded(7), temperature=temperature, valid=valid, cache=cache)
+        how = dict(temperature=temperature, valid=valid)
+        go = lambda cache: sampler(lm, x, 13, generator=seeded(7), cache=cache, **how)
         slow = go(False)
         passes.clear()
         assert torch.equal(go(True), slow) and torch.equal(slow[x != 13], x[x != 13])
-        assert n_layer == 2 or set(passes) == {4, x.size(1)} and passes.count(x.size(1)) == 3, "one full pass a block"
+        if n_layer == 1:
+            assert set(passes) == {4, x.size(1)} and passes.count(x.size(1)) == 3, "one full pass a block"
 
 
 @pytest.mark.parametrize("layers", ["full", "full(window=6) full", "mla"])
 def test_block_diffusion_equals_its_definition(layers):
-    """Two streams == each noisy block alone against the cache of the clean blocks before it; size 1 == the AR chain."""
+    """Two streams == each noisy block alone against the cache of the clean ones; size 1 == the AR chain."""
     lm, B, T = diff_lm(layers), 3, 12
     x = torch.randint(13, (B, T), generator=seeded(0))
     for S in (1, 3, 12):
@@ -2152,10 +2167,13 @@ def test_block_diffusion_equals_its_definition(layers):
 
 DIFFUSION_REFUSES = [
     (sample_mdm, dict(steps=0), "steps"), (sample_mdm, dict(threshold=0.0), "threshold"),
-    (sample_mdm, dict(threshold=1.5), "threshold"), (sample_mdm, dict(threshold=0.9, order="left"), "threshold"),
+    (sample_mdm, dict(threshold=1.5), "threshold"),
+    (sample_mdm, dict(threshold=0.9, order="left"), "threshold"),
     (sample_mdm, dict(steps=4, threshold=0.9), "exclude"), (sample_mdm, dict(order="best"), "order"),
-    (sample_mdm, dict(temperature=-1), "temperature"), (sample_mdm, dict(temperature=math.nan), "temperature"),
-    (sample_mdm, dict(cache=True, fill_block=2, refresh=0), "refresh"), (sample_mdm, dict(cache=True), "fill_block"),
+    (sample_mdm, dict(temperature=-1), "temperature"),
+    (sample_mdm, dict(temperature=math.nan), "temperature"),
+    (sample_mdm, dict(cache=True, fill_block=2, refresh=0), "refresh"),
+    (sample_mdm, dict(cache=True), "fill_block"),
     (sample_mdm, dict(cache=True, fill_block=2), "init_cache"), (sample_ar, dict(top_p=0), "top_p"),
     (sample_ar, dict(top_k=0), "top_k"), (sample_block, dict(fill_block=0), "fill_block"),
     (mdm_nll, dict(n_mc=4, group=torch.tensor([1, 0])), "ascend"), (mdm_nll, dict(n_mc=2), "n_mc"),
@@ -2178,7 +2196,7 @@ def test_diffusion_refuses():
         for sampler in (sample_ar, sample_mdm, functools.partial(sample_block, fill_block=2)):
             assert sampler(f, empty, 3).shape == empty.shape, "nothing to fill"
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # train.py
 
 @pytest.fixture(scope="module")
@@ -2188,15 +2206,16 @@ def dataset(tmp_path_factory):
     words = "the cat dog sat on a mat and saw one red bird then it ran far away from here to there".split()
     text = "\n".join(" ".join(rng.choice(words, 12)) + "." for _ in range(300))
     (folder / "text.txt").write_text(text)
-    return str(prepare.prepare(text=[str(folder / "text.txt")], name="toy", tokenizer="byte", out_dir=str(folder / "data")))
+    return str(prepare.prepare(text=[str(folder / "text.txt")], name="toy", tokenizer="byte",
+                               out_dir=str(folder / "data")))
 
 
 def quiet(*_, **__):
     pass
 
 
-TOY_RUN = dict(n_layer=1, n_head=2, n_embd=16, block_size=16, batch_tokens=64, unique_tokens=320, max_steps=12,
-               eval_every=6, eval_windows=8, save_every=100, log_every=1, warmup=2, lr=3e-3)
+TOY_RUN = dict(n_layer=1, n_head=2, n_embd=16, block_size=16, batch_tokens=64, unique_tokens=320, lr=3e-3,
+               max_steps=12, eval_every=6, eval_windows=8, save_every=100, log_every=1, warmup=2)
 
 
 def go(dataset, out, log=quiet, **flags):
@@ -2217,7 +2236,8 @@ def at_step(patch, step, act):
 
 
 def go_until(step, dataset, out, number=signal.SIGTERM, **flags):
-    """The same, stopped by a signal during the given step: the run saves at its end and names the command to go on."""
+    """The same, stopped by a signal during the given step: the run saves at its end and names the command to
+    go on."""
     lines = []
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, step, lambda *_: os.kill(os.getpid(), number))
@@ -2248,7 +2268,7 @@ def same_run(a, b):
 
 @pytest.mark.parametrize("U, T, per_step", [(320, 16, 4), (333, 16, 7), (64, 64, 2)])
 def test_loader_sees_every_token_once_an_epoch(U, T, per_step):
-    """In an order of its own, a pure function of seed and epoch; ids above 2^15, which are not to be read as signed."""
+    """In an order of its own, a pure function of seed and epoch; ids above 2^15 are not read as signed."""
     loader, again = (train.Windows(np.arange(64000, 65000, dtype=np.uint16), U, T, seed=3) for _ in "ab")
     windows = [loader.read(loader.starts(i, per_step)) for i in range(0, 6 * loader.n, per_step)]
     epochs = torch.cat(windows)[:6 * loader.n].reshape(6, -1)
@@ -2289,9 +2309,11 @@ def test_biases_of_experts_are_vectors():
     """Their shape (E, width) is a matrix's: they neither decay nor go to Muon."""
     lm = LM(tiny(n_expert=4, bias=True, layers="full nsa"))
     adam, muon = train.make_optimizers(lm, {**train.DEFAULTS, "optimizer": "muon"}, "cpu")
-    assert all(p.ndim >= 2 for p in muon.param_groups[0]["params"]) and adam.param_groups[1]["weight_decay"] == 0
+    assert all(p.ndim >= 2 for p in muon.param_groups[0]["params"])
+    assert adam.param_groups[1]["weight_decay"] == 0
     plain = {n for n, p in lm.named_parameters() if any(p is q for q in adam.param_groups[1]["params"])}
-    assert {n.split(".")[-1] for n in plain if "norm" not in n} == {"bias", "expert_up_bias", "expert_down_bias", "window_pos"}
+    kinds = {n.split(".")[-1] for n in plain if "norm" not in n}
+    assert kinds == {"bias", "expert_up_bias", "expert_down_bias", "window_pos"}
     assert any(n.endswith("norm1.weight") for n in plain)
 
 
@@ -2323,10 +2345,12 @@ def test_evaluate_is_deterministic_and_independent_of_batch(objective):
 
 @pytest.mark.parametrize("kind", [
     dict(objective="ar", log_every=5, save_every=4), dict(objective="mdm", optimizer="muon"),
-    dict(objective="mixed", log_every=3), dict(objective="block", diffusion_block=4, set=["n_expert=4"], log_every=5),
+    dict(objective="mixed", log_every=3),
+    dict(objective="block", diffusion_block=4, set=["n_expert=4"], log_every=5),
     dict(set=["n_expert=4", "router=softmax"], layers="gated_deltanet", log_every=4)], ids=str)
 def test_resume_is_bit_exact(dataset, tmp_path, kind):
-    """Stopped mid-epoch (7) and at an epoch boundary (10), with dropout: every later row, weight and moment is the same."""
+    """Stopped mid-epoch (7) and at an epoch boundary (10), with dropout: every later row, weight and moment
+    is the same."""
     kind = dict(dropout=0.1, **kind)
     go(dataset, tmp_path / "whole", **kind)
     for cut, number in ((7, signal.SIGINT), (10, signal.SIGHUP)):
@@ -2342,22 +2366,25 @@ def test_resume_is_bit_exact(dataset, tmp_path, kind):
 def test_looking_does_not_disturb_training(dataset, tmp_path, monkeypatch, objective):
     """Evaluations, also where they draw, probes, lines of the log, checkpoints."""
     kind, evaluate = dict(objective=objective, dropout=0.1, diffusion_block=4), train.evaluate
-    monkeypatch.setattr(train, "evaluate", lambda *a, **k: evaluate(*a, **k) | {"drawn": torch.rand(()).item()})
+    drawing = lambda *a, **k: evaluate(*a, **k) | {"drawn": torch.rand(()).item()}
+    monkeypatch.setattr(train, "evaluate", drawing)
     a = go(dataset, tmp_path / "a", eval_every=0, log_every=5, save_every=2, **kind)
     b = go(dataset, tmp_path / "b", eval_every=3, probe_every=2, **kind)
     assert train.digest(a["lm"].state_dict()) == train.digest(b["lm"].state_dict())
-    assert [("probe_accuracy" in r, "probe_gap" in r) for r in b["evals"]] == [(False, False), (True, True)] * 2
+    probed = [("probe_accuracy" in r, "probe_gap" in r) for r in b["evals"]]
+    assert probed == [(False, False), (True, True)] * 2
     assert all(0 <= r["probe_accuracy"] <= 1 for r in b["evals"][1::2])
 
 
 @exactly
 @pytest.mark.parametrize("kind", [
     dict(objective="ar", recipe=["mask=0.1", "random=0.05", "reverse=0.5", "offset=3", "mir=0.4"]),
-    dict(objective="block", diffusion_block=1, recipe=["orders=4"]), dict(objective="mdm", recipe=["rate=0.5"]), dict(objective="mdm"), dict(objective="mixed", ar_frac=0.25),
+    dict(objective="block", diffusion_block=1, recipe=["orders=4"]),
+    dict(objective="mdm", recipe=["rate=0.5"]), dict(objective="mdm"), dict(objective="mixed", ar_frac=0.25),
     dict(set=["n_expert=4", "router=softmax", "router_aux=0.5"]),
     dict(objective="block", diffusion_block=8, set=["n_expert=4"])], ids=str)
 def test_accumulation_changes_nothing(dataset, tmp_path, kind):
-    """4 windows at once == 4 x 1: the noise belongs to the global batch, and the loss is normalised by its tokens."""
+    """4 windows at once == 4 x 1: noise belongs to the global batch, the loss is normalised by its tokens."""
     whole, parts = (go(dataset, tmp_path / str(m), micro_batch=m, max_steps=4, **kind) for m in (4, 1))
     np.testing.assert_allclose(history(tmp_path / "4"), history(tmp_path / "1"), rtol=1e-5)
     for a, b in zip(whole["lm"].parameters(), parts["lm"].parameters()):
@@ -2381,8 +2408,8 @@ def one_of_two(rank, dataset, out, flags):
     dict(set=["n_expert=4", "router=softmax", "router_aux=0.5"]), dict(fsdp="on"),
     dict(fsdp="on", set=["n_expert=4"], objective="mdm"), dict(fsdp="on", optimizer="muon")], ids=str)
 def test_two_processes_equal_one(dataset, tmp_path, kind):
-    """Weights and the experts' biases after 20 steps, also where a process has rows of one objective only, and sharded;
-    and the checkpoint of two goes on as one."""
+    """Weights and the experts' biases after 20 steps, also where a process has rows of one objective only,
+    and sharded; and the checkpoint of two goes on as one."""
     kind = dict(max_steps=20, lr=1e-3, **kind)
     one = go(dataset, tmp_path / "one", **{**kind, "fsdp": "off"})
     fork, args = multiprocessing.get_context("fork"), (dataset, tmp_path / "two", kind)
@@ -2403,10 +2430,11 @@ def test_two_processes_equal_one(dataset, tmp_path, kind):
 
 @pytest.mark.parametrize("router", ("sigmoid", "softmax"))
 def test_indexer_stages(dataset, tmp_path, router):
-    """Dense steps leave the indexer alone, the warm-up leaves everything else alone, routers too, and sparse steps train both.
-    A checkpoint is read in the stage that it was trained in."""
+    """Dense steps leave the indexer alone, the warm-up leaves everything else alone, routers too, and sparse
+    steps train both. A checkpoint is read in the stage that it was trained in."""
     out, weights, stages = tmp_path / "run", [], []
-    kind = dict(layers="dsa", dense_steps=2, indexer_warmup=2, schedule="constant", set=["sel_topk=4", "n_expert=4", f"router={router}"])
+    kind = dict(layers="dsa", dense_steps=2, indexer_warmup=2, schedule="constant",
+                set=["sel_topk=4", "n_expert=4", f"router={router}"])
     for n in (1, 2, 4, 6):
         weights.append(go(dataset, out, resume="auto", max_steps=n, **kind)["lm"].state_dict())
         stages.append(train.load_model(out, "last")[0].blocks[0].mixer.stage)
@@ -2433,7 +2461,8 @@ def test_init_from_takes_the_weights_alone(dataset, tmp_path):
 # The run folder, and what can befall it
 
 def test_log_lines_and_metrics_say_the_same(dataset, tmp_path, monkeypatch):
-    """A line is the mean since the last one; the first step has a line of its own, and the time left is known after two."""
+    """A line is the mean since the last one; the first step has a line of its own, and the time left is known
+    after two."""
     lines, out, tok = [], tmp_path / "run", prepare.load_tokenizer(dataset)
     tok.token_bytes *= 3
     monkeypatch.setattr(prepare, "load_tokenizer", lambda path: tok)
@@ -2445,17 +2474,19 @@ def test_log_lines_and_metrics_say_the_same(dataset, tmp_path, monkeypatch):
     means = [(j, pytest.approx(np.mean(each[i:j]), rel=1e-9)) for i, j in ((0, 1), (1, 5), (5, 10), (10, 12))]
     assert history(out) == means and any("ms per step, about" in line for line in lines)
     row = train.read_log(out)[-1]
-    assert (row["kind"], row["tokens"], row["epoch"]) == ("eval", 12 * 64, pytest.approx(12 * 64 / 320)) and row["se"] > 0
+    assert (row["kind"], row["tokens"], row["epoch"]) == ("eval", 12 * 64, pytest.approx(12 * 64 / 320))
+    assert row["se"] > 0
     assert row["bpb"] == pytest.approx(row["loss"] / math.log(2) / 3), "nats per token to bits per byte"
-    assert {f.name for f in out.iterdir()} == {"config.json", "meta.json", "metrics.jsonl", "ckpt_last.pt", "ckpt_prev.pt",
-                                               "ckpt_best.pt", "lock"}
+    assert {f.name for f in out.iterdir()} == {
+        "config.json", "meta.json", "metrics.jsonl", "ckpt_last.pt", "ckpt_prev.pt", "ckpt_best.pt", "lock"}
 
 
 BAD_NUMBERS = {     # what is told: what happened in the 9th step
     "the loss became nan": lambda lm, losses: losses["ar"].fill_(math.nan),
     "the gradient became nan": lambda lm, losses: lm.embed.weight.grad[0].fill_(math.nan),
     "the norm of the weights became inf": lambda lm, losses: lm.embed.weight.data[0].fill_(1e30),
-    "loss of the evaluation became nan": lambda lm, losses: setattr(train, "evaluate", lambda *_, **__: {"loss": math.nan})}
+    "loss of the evaluation became nan":
+        lambda lm, losses: setattr(train, "evaluate", lambda *_, **__: {"loss": math.nan})}
 
 
 @pytest.mark.parametrize("told", BAD_NUMBERS)
@@ -2463,7 +2494,8 @@ def test_nothing_bad_is_saved(dataset, tmp_path, monkeypatch, told):
     out = tmp_path / "run"
     monkeypatch.setattr(train, "evaluate", train.evaluate)          # put back afterwards
     at_step(monkeypatch, 9, lambda batch, losses: BAD_NUMBERS[told](batch.lm, losses))
-    with pytest.raises(ValueError, match=rf"{told} at step 9.*last good checkpoint is .*ckpt_last.pt \(step 6\)"):
+    with pytest.raises(ValueError,
+                       match=rf"{told} at step 9.*last good checkpoint is .*ckpt_last.pt \(step 6\)"):
         go(dataset, out, eval_every=3, save_every=9, log_every=5)
     state = train.load_checkpoint(out)
     assert state["step"] == 6 and all(p.isfinite().all() for p in state["model"].values())
@@ -2478,7 +2510,8 @@ def test_every_flipped_bit_of_a_checkpoint_is_seen(dataset, tmp_path):
         i = rng.randrange(len(raw))
         path.write_bytes(raw[:i] + bytes([raw[i] ^ 1 << rng.randrange(8)]) + raw[i + 1:])
         try:
-            assert train.digest(train.load_checkpoint(path)) == train.digest(state)        # padding, names that nobody reads
+            # padding, names that nobody reads
+            assert train.digest(train.load_checkpoint(path)) == train.digest(state)
         except ValueError as e:
             assert str(path) in str(e)
             refused += 1
@@ -2490,11 +2523,12 @@ def test_every_flipped_bit_of_a_checkpoint_is_seen(dataset, tmp_path):
             train.load_checkpoint(path)
 
 
-@pytest.mark.parametrize("damage, told", (("truncated", "ckpt_last.pt is truncated"), ("missing", "(step 8)"), ("all", "begins again")))
+@pytest.mark.parametrize("damage, told", (("truncated", "ckpt_last.pt is truncated"), ("missing", "(step 8)"),
+                                          ("all", "begins again")))
 def test_resume_auto_falls_back(dataset, tmp_path, monkeypatch, damage, told):
-    """To the checkpoint before, and to the beginning where none is left; the run ends as if nothing had been."""
+    """To the checkpoint before, or to the beginning; the run ends as if nothing had been."""
     out, lines = tmp_path / "run", []
-    scripted_losses(monkeypatch, {4: 1.0, 8: 2.0, 10: 3.0, 12: 3.0})          # the best is older than the one before
+    scripted_losses(monkeypatch, {4: 1.0, 8: 2.0, 10: 3.0, 12: 3.0})  # the best is older than the one before
     go(dataset, tmp_path / "whole", eval_every=4)
     go_until(10, dataset, out, eval_every=4)
     for path in out.glob("ckpt_*.pt" if damage == "all" else "ckpt_last.pt"):
@@ -2532,7 +2566,7 @@ def test_best_is_the_least_of_the_log_after_a_kill(dataset, tmp_path, monkeypatc
 
 
 def test_best_after_its_weights_are_gone(dataset, tmp_path, monkeypatch):
-    """What ckpt_best.pt holds counts, and not the loss of a model that is no more: at the next resume, too."""
+    """What ckpt_best.pt holds counts, not the loss of a model that is no more; at the next resume, too."""
     out, best, lines = tmp_path / "run", tmp_path / "run/ckpt_best.pt", []
     scripted_losses(monkeypatch, {3: 2.0, 6: 4.0, 9: 5.0, 12: 4.5})
     go(dataset, out, max_steps=6, eval_every=3)
@@ -2545,8 +2579,10 @@ def test_best_after_its_weights_are_gone(dataset, tmp_path, monkeypatch):
         lines.clear()
 
 
-LOG_DAMAGE = {"torn": lambda t: t[:-30], "emptied": lambda t: "", "doubled": lambda t: t * 2, "gone": lambda t: None,
-              "row lost": lambda t: t[t.index("\n") + 1:], "garbage": lambda t: t[:50] + "\ufffd\x00" + t[50:],
+LOG_DAMAGE = {"torn": lambda t: t[:-30], "emptied": lambda t: "", "doubled": lambda t: t * 2,
+              "gone": lambda t: None,
+              "row lost": lambda t: t[t.index("\n") + 1:],
+              "garbage": lambda t: t[:50] + "\ufffd\x00" + t[50:],
               "NaN": lambda t: t.replace('"loss": 5', '"loss": NaN, "x": 5', 1)}
 
 
@@ -2566,7 +2602,8 @@ def test_a_damaged_log_is_told_and_repaired(dataset, tmp_path, damage):
 
 def test_readers_of_a_log_name_damaged_lines(tmp_path):
     row = '{"kind": "train", "step": %d, "epoch": 0.5, "loss": %s}\n'
-    rows = [row % (2, "1.0"), "nonsense\n", *(row % (9, loss) for loss in ("NaN", '"1"', "null")), row % (1, "1.0"),
+    rows = [row % (2, "1.0"), "nonsense\n", *(row % (9, loss) for loss in ("NaN", '"1"', "null")),
+            row % (1, "1.0"),
             row % (2, "1.0"), '{"kind": "train", "step": 9}\n', '{"kind": "tr']
     (tmp_path / "metrics.jsonl").write_text("".join(rows))
     told = []
@@ -2605,13 +2642,16 @@ def test_resume_auto_finds_the_newest_run_of_its_name(dataset, tmp_path, monkeyp
     with pytest.raises(ValueError, match="finds no run out/toy-ar-1x16"):
         train.train({**flags, "resume": "auto"}, quiet)
     assert [train.train(flags, quiet)["out"] for _ in range(2)] == ["out/toy-ar-1x16", "out/toy-ar-1x16-2"]
-    for more, step, told in (({}, 2, "nothing to do"), (dict(max_steps=9), 9, "the learning rate rises again")):
-        again = train.train({"dataset": dataset, "n_layer": 1, "n_embd": 16, "resume": "auto", **more}, lines.append)
+    for more, step, told in (({}, 2, "nothing to do"),
+                             (dict(max_steps=9), 9, "the learning rate rises again")):
+        again = train.train({"dataset": dataset, "n_layer": 1, "n_embd": 16, "resume": "auto", **more},
+                            lines.append)
         assert (again["out"], again["step"], again["finished"]) == ("out/toy-ar-1x16-2", step, True)
         assert told in "\n".join(lines)
 
 
-@pytest.mark.parametrize("error", (OSError(28, "No space left on device"), RuntimeError("[enforce fail] PytorchStreamWriter failed")))
+@pytest.mark.parametrize("error", (OSError(28, "No space left on device"),
+                                   RuntimeError("[enforce fail] PytorchStreamWriter failed")))
 def test_half_written_checkpoint_never_gets_the_final_name(dataset, tmp_path, monkeypatch, error):
     go(dataset, tmp_path / "run")
     before = contents(tmp_path)
@@ -2620,7 +2660,8 @@ def test_half_written_checkpoint_never_gets_the_final_name(dataset, tmp_path, mo
         f.write(b"half")
         raise error
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(ValueError, match="cannot write .*ckpt_last.pt: (No space left|the disk or a limit is full)"):
+    with pytest.raises(ValueError,
+                       match="cannot write .*ckpt_last.pt: (No space left|the disk or a limit is full)"):
         go(dataset, tmp_path / "run", resume="auto", max_steps=20)
     after = contents(tmp_path)
     assert after.keys() == before.keys() and all(after[f] == before[f] for f in after if f.suffix == ".pt")
@@ -2642,8 +2683,9 @@ def test_evaluation_out_of_memory_keeps_the_training(dataset, tmp_path, monkeypa
 
 
 def test_flags_of_a_line():
-    given = train.parse_flags("--set qk_norm=true --n_layer 2 --set n_expert=4 window=8 --unique_tokens 30k --fsdp".split())
-    assert given == dict(set=["qk_norm=true", "n_expert=4", "window=8"], n_layer=2, unique_tokens=30_000, fsdp="on")
+    line = "--set qk_norm=true --n_layer 2 --set n_expert=4 window=8 --unique_tokens 30k --fsdp"
+    assert train.parse_flags(line.split()) == dict(
+        set=["qk_norm=true", "n_expert=4", "window=8"], n_layer=2, unique_tokens=30_000, fsdp="on")
 
 
 def test_compile_needs_a_compiler(dataset, tmp_path, monkeypatch):
@@ -2652,10 +2694,11 @@ def test_compile_needs_a_compiler(dataset, tmp_path, monkeypatch):
         go(dataset, tmp_path / "run", compile="on")
     assert not (tmp_path / "run").exists()
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # prepare.py
 
-PREP_TEXT = ("The cat sat on the mat, and the dog didn't; it's 1984 now.\n\n  Indented  text,\ttabs,   runs of spaces\n"
+PREP_TEXT = ("The cat sat on the mat, and the dog didn't; it's 1984 now.\n\n"
+             "  Indented  text,\ttabs,   runs of spaces\n"
              "Zoë's naïve café cost 5€ — 日本語 and 🙂 too. <|endoftext|> inside a line is text.\n") * 6
 
 
@@ -2694,18 +2737,21 @@ def naive_bpe(words, n_vocab):
 @pytest.mark.parametrize("n_vocab", [258, 300, 5000])
 def test_bpe_is_the_definition(n_vocab):
     rng = random.Random(1)
-    words = collections.Counter("".join(rng.choices("aabc", k=rng.randint(1, 9))).encode() for _ in range(400))
+    words = collections.Counter("".join(rng.choices("aabc", k=rng.randint(1, 9))).encode()
+                                for _ in range(400))
     assert prepare.train_bpe(words, n_vocab) == naive_bpe(words, n_vocab)
 
 
 def test_bpe_encodes_by_rank():
     """GPT-2's words, in each the neighbours of lowest rank joined first, the leftmost of them."""
     import regex
-    gpt2s = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"        # as OpenAI wrote it
+    # as OpenAI wrote it
+    gpt2s = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
     tok, ids = prep_bpe(), []
     for word in regex.findall(gpt2s, PREP_TEXT):
         parts = [bytes([b]) for b in word.encode()]
-        while known := [(tok.ranks[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in tok.ranks]:
+        while known := [(tok.ranks[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:]))
+                        if a + b in tok.ranks]:
             i = min(known)[1]
             parts[i:i + 2] = [parts[i] + parts[i + 1]]
         ids += [tok.ranks[part] for part in parts]
@@ -2769,13 +2815,17 @@ def test_one_reader_of_text(tmp_path, runs):
 
 
 BAD_TEXT = [    # name, content, a word of the complaint beside the name
-    ("a.txt", "naïve".encode("latin-1"), "iconv -f LATIN1 -t UTF-8"), ("b c.txt", "x".encode("utf-16"), "utf8-b c.txt'"),
+    ("a.txt", "naïve".encode("latin-1"), "iconv -f LATIN1 -t UTF-8"),
+    ("b c.txt", "x".encode("utf-16"), "utf8-b c.txt'"),
     ("d.txt", "x".encode("utf-16"), "iconv -f UTF-16"), ("e.txt", "x".encode("utf-16-le"), "zero bytes"),
-    ("f.txt.gz", gzip.compress(b"\xff"), "unpack it"), ("g.txt.gz", gzip.compress(b"x" * 9999)[:-9], "cannot read"),
+    ("f.txt.gz", gzip.compress(b"\xff"), "unpack it"),
+    ("g.txt.gz", gzip.compress(b"x" * 9999)[:-9], "cannot read"),
     ("h.txt.xz", b"no", "cannot read"), ("i.zip", b"PK", "cannot read"), ("j.txt.bz2", b"no", "cannot read"),
-    ("k.json", b'[{"text": "x"}]', "python -c"), ("l m.json", b"[1]", "l m.json'"), ("n.csv", b"a,b", ".jsonl"),
+    ("k.json", b'[{"text": "x"}]', "python -c"), ("l m.json", b"[1]", "l m.json'"),
+    ("n.csv", b"a,b", ".jsonl"),
     ("o.jsonl", b"[" * 10**5, "line 1"), ("p.jsonl", b'{"text": "x"}\n{"body": "y"}\n', "line 2"),
-    ("q.jsonl", b'{"text": 3}', "line 1"), ("folder/x.png", b"", "no plain text"), ("none.txt", None, "no such file")]
+    ("q.jsonl", b'{"text": 3}', "line 1"), ("folder/x.png", b"", "no plain text"),
+    ("none.txt", None, "no such file")]
 
 
 @pytest.mark.parametrize("name, raw, word", BAD_TEXT, ids=str)
@@ -2791,7 +2841,8 @@ def test_what_is_no_text(tmp_path, runs, name, raw, word):
 
 
 @pytest.mark.parametrize("text", [
-    PREP_TEXT * 3, "and the cat sat on the mat " * 40, "x" * 500 + " \n \n" * 50 + "y" * 500, " a" * 400], ids=len)
+    PREP_TEXT * 3, "and the cat sat on the mat " * 40, "x" * 500 + " \n \n" * 50 + "y" * 500, " a" * 400],
+    ids=len)
 def test_pieces_change_no_token(tmp_path, monkeypatch, text):
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     monkeypatch.setattr(prepare, "PIECE", 64)
@@ -2812,13 +2863,14 @@ def test_cut_bytes_divides_the_text(cut):
 
 
 def test_corruption():
-    """A third of the damaged words goes, a third moves, a third is changed; a higher rate damages these and others."""
+    """Of damaged words a third goes, a third moves, a third changes; a higher rate damages these and more."""
     words, lost = [chr(0x4e00 + i) + "ab" for i in range(4000)], {}
     damage = lambda rate, seed=3: list(prepare.corrupt_stream([(" ".join(words), True, 1)], rate, seed))
     for rate in (0.0, 0.1, 0.5, 1.0):
         [(out, _, _)] = damage(rate)
         out = out.split(" ")
-        lost[rate], new, kept = set(words) - set(out), set(out) - set(words), [word for word in out if word in words]
+        lost[rate], new = set(words) - set(out), set(out) - set(words)
+        kept = [word for word in out if word in words]
         assert abs(len(lost[rate]) / 4000 - rate * 2 / 3) < 0.05 and abs(len(new) / 4000 - rate / 3) < 0.05
         assert (kept == sorted(kept)) == (rate == 0) and damage(rate) == damage(rate)
     assert damage(0.1, 4) != damage(0.1, 5) and lost[0.1] < lost[0.5] < lost[1.0]
@@ -2827,12 +2879,12 @@ def test_corruption():
 # Python documentation
 
 def prep_roots(tmp_path, monkeypatch):
-    """Twenty small modules, each with its own English docstring, code and junk; some things come in two modules."""
+    """Twenty small modules, each with its own English docstring, code and junk; some things come twice."""
     root, rng = tmp_path / "lib", random.Random(0)
     nouns = ["".join(rng.choices("abcdefghijklmnop", k=6)) for _ in range(3000)]
     form = "the %s of a %s is in the %s and it can be used for that %s."
     prose = lambda n: " ".join(form % tuple(rng.choices(nouns, k=4)) for _ in range(n))
-    shared = "Copied into every module, this is the one paragraph that is the same in all of them. " + prose(3)
+    shared = "Copied into every module, this is the one paragraph that is in all of them. " + prose(3)
     (root / "tests").mkdir(parents=True)
     for i in range(20):
         (root / f"m{i}.py").write_text(f'''r"""{prose(5)}
@@ -2869,7 +2921,8 @@ add_newdoc("m", ("g", """This is of the new documentation. {prose(40)}
 
 def test_docs(tmp_path, monkeypatch, capsys):
     prep_roots(tmp_path, monkeypatch)
-    make = lambda out, source="docs": prepare.prepare(source, tokenizer="byte", out_dir=tmp_path / out, val_fraction=0.3)
+    make = lambda out, source="docs": prepare.prepare(source, tokenizer="byte", out_dir=tmp_path / out,
+                                                      val_fraction=0.3)
     folder = make("one")
     train, val, meta = prepare.load_dataset(folder)
     assert folder.name == "docs-byte" and meta == prepare.load_dataset(make("two"))[2], "the same every time"
@@ -2915,7 +2968,8 @@ def test_default_roots_hold_the_promised_packages():
 
 @pytest.mark.parametrize("tokenizer", ["byte", "bpe:300"])
 def test_prepare_own_text(tmp_path, tokenizer):
-    """The last document is divided. The same again is there at once; nothing else is passed off as it, or overwrites it."""
+    """The last document is divided. The same again is there at once; nothing else is passed off as it, or
+    overwrites it."""
     text = PREP_TEXT + prepare.EOT + "\n" + PREP_TEXT.upper()
     line, folder = f"--name mine --tokenizer {tokenizer}", tmp_path / "data" / "mine"
     assert prep_make(tmp_path, line, text)[0] == 0
@@ -2932,19 +2986,22 @@ def test_prepare_own_text(tmp_path, tokenizer):
         assert told == [len(ids), documents, tok.token_bytes[ids].sum(), digest]
         assert type(ids) is np.memmap and ids[-1] == tok.eot
     before = {f.name: f.stat().st_mtime_ns for f in folder.iterdir()}
-    for more, words, status in (("", text, 0), ("--tokenizer bpe:280", text, 2), ("", text.replace("cat", "dog"), 2)):
+    for more, words, status in (("", text, 0), ("--tokenizer bpe:280", text, 2),
+                                ("", text.replace("cat", "dog"), 2)):
         code, _, error = prep_make(tmp_path, f"{line} {more}", words)
         assert code == status and ("--name" in error) == (status == 2)
     assert before == {f.name: f.stat().st_mtime_ns for f in folder.iterdir()}
 
 
 def test_prepare_options(tmp_path):
-    """A text to learn from, another dataset's tokenizer, given validation text, a length, damage to the training text."""
+    """A text to learn from, another dataset's tokenizer, given validation text, a length, damage to the
+    training text."""
     (tmp_path / "v.txt").write_text("validation text\n")
     (tmp_path / "b.txt").write_text("qx " * 300)
 
     def make(name, tokenizer, line=""):
-        assert prep_make(tmp_path, f"--val {tmp_path}/v.txt --name {name} --tokenizer {tokenizer} {line}")[0] == 0
+        assert prep_make(tmp_path,
+                         f"--val {tmp_path}/v.txt --name {name} --tokenizer {tokenizer} {line}")[0] == 0
         folder = tmp_path / "data" / name
         return prepare.load_tokenizer(folder), *prepare.load_dataset(folder)
     learnt, *_ = make("a", "bpe:260", f"--bpe_text {tmp_path}/b.txt")
@@ -2952,14 +3009,16 @@ def test_prepare_options(tmp_path):
     tok, train, val, meta = make("c", tmp_path / "data" / "a", "--max_tokens 50")
     assert len(train) == 50 == meta["train_tokens"] and tok.ranks == learnt.ranks
     assert tok.decode(val) == "validation text\n" + prepare.EOT
-    (tok, clean, v1, _), (tok2, dirty, v2, meta) = make("clean", "bpe:300"), make("dirty", "bpe:300", "--corrupt 0.5")
+    tok, clean, v1, _ = make("clean", "bpe:300")
+    tok2, dirty, v2, meta = make("dirty", "bpe:300", "--corrupt 0.5")
     assert np.array_equal(v1, v2) and not np.array_equal(clean[:99], dirty[:99]) and meta["corrupt"] == 0.5
     assert tok.ranks == tok2.ranks, "learnt from clean text"
 
 
 def test_never_half_a_dataset(tmp_path, monkeypatch):
     write = prepare.write_bin
-    monkeypatch.setattr(prepare, "write_bin", lambda path, *rest: 1 / 0 if path.stem == "val" else write(path, *rest))
+    broken = lambda path, *rest: 1 / 0 if path.stem == "val" else write(path, *rest)
+    monkeypatch.setattr(prepare, "write_bin", broken)
     with pytest.raises(ZeroDivisionError):
         prep_make(tmp_path, "--tokenizer byte")
     assert not list((tmp_path / "data").iterdir())
@@ -2985,12 +3044,14 @@ def test_load_bin_forms(tmp_path):
         assert loaded.dtype == dtype and np.array_equal(loaded, ids)
         for cut in (raw[:-200] if magic else b"", raw[:-1]):
             path.write_bytes(cut)
-            with pytest.raises(ValueError, match="h.bin is damaged.*expected " + ("3000" if magic else "some")):
+            with pytest.raises(ValueError,
+                               match="h.bin is damaged.*expected " + ("3000" if magic else "some")):
                 prepare.load_bin(path)
 
 
 def test_damage_is_one_line_that_names_the_file(tmp_path):
-    """Every byte of every file of a dataset changed in turn (a sample of them): refused, or the same tokens and tokenizer."""
+    """Every byte of every file of a dataset changed in turn (a sample of them): refused, or the same tokens
+    and tokenizer."""
     assert prep_make(tmp_path, "--tokenizer bpe:280 --name d")[0] == 0
     folder, rng = tmp_path / "data" / "d", random.Random(0)
 
@@ -3000,7 +3061,8 @@ def test_damage_is_one_line_that_names_the_file(tmp_path):
     good = contents()
     for name in ("train.bin", "val.bin", "tokenizer.tiktoken", "meta.json"):
         raw, refused = (folder / name).read_bytes(), 0
-        flipped = [raw[:i] + bytes([raw[i] ^ 1 << rng.randrange(8)]) + raw[i + 1:] for i in rng.sample(range(len(raw)), 40)]
+        flipped = [raw[:i] + bytes([raw[i] ^ 1 << rng.randrange(8)]) + raw[i + 1:]
+                   for i in rng.sample(range(len(raw)), 40)]
         for damaged in [b"", b"{", b"[" * 9999, raw[:-1], raw[:-2], raw[1:], raw * 2, *flipped]:
             (folder / name).write_bytes(damaged)
             try:
@@ -3013,7 +3075,7 @@ def test_damage_is_one_line_that_names_the_file(tmp_path):
     meta = json.loads(raw)
     for pattern, sums in ((None, 1), (5, 1), ("", 1), ("(", 1), (meta["pattern"][1:], 1), (5, 0), ("", 0)):
         now = {key: value for key, value in (meta | {"pattern": pattern}).items() if value is not None}
-        now.pop("" if sums else "pattern_sha256", None)                                # an older prepare.py has none
+        now.pop("" if sums else "pattern_sha256", None)                         # an older prepare.py has none
         (folder / "meta.json").write_text(json.dumps(now))
         with pytest.raises(ValueError, match="meta.json is damaged"):
             prepare.load_tokenizer(folder)
@@ -3037,7 +3099,8 @@ def test_dataset_and_run_files(tmp_path, monkeypatch):
         assert [f.name for f in prepare.run_files(folder)] == names
     monkeypatch.chdir(tmp_path / "data")
     Path("docs").mkdir()                                            # any folder of that name is no dataset
-    for name, folder in (("docs", "data/docs"), ("by", "by"), ("data/s", "data/s"), ("../s", "../s"), ("x\\s", "x\\s")):
+    for name, folder in (("docs", "data/docs"), ("by", "by"), ("data/s", "data/s"), ("../s", "../s"),
+                         ("x\\s", "x\\s")):
         assert prepare.dataset_folder(name) == Path(folder)
     for name, how in (("docs2", "--text FILE --name docs2; ready are: bp, by"), ("pysrc", "--dataset pysrc")):
         with pytest.raises(ValueError, match=f"prepare.py {how}"):
@@ -3073,8 +3136,10 @@ def test_downloads_are_whole_and_checked(tmp_path, monkeypatch):
     for url, digest, message in [
             (there + "half.txt", sha, "99 of 1,980 bytes"), (there + "more.txt", sha, "sha256"),
             (there + "page.txt", None, "web page"), (there + "page.txt", sha, "web page"),
-            (there + "no_length.txt", None, "neither its checksum"), (there + "whole.txt", None, "neither its checksum"),
-            (there + "whole.txt", "0" * 64, sha), (here + "half.txt.gz", None, "ended before"), ("x", None, "unknown"),
+            (there + "no_length.txt", None, "neither its checksum"),
+            (there + "whole.txt", None, "neither its checksum"),
+            (there + "whole.txt", "0" * 64, sha), (here + "half.txt.gz", None, "ended before"),
+            ("x", None, "unknown"),
             (here + "none", None, "prepare.py --text FILE")]:
         with pytest.raises(ValueError, match=f"cannot download {re.escape(url)}.*{message}"):
             prepare.download(url, raw, digest)
@@ -3093,16 +3158,18 @@ def test_shards(tmp_path, monkeypatch):
     """As many tokens as asked for, from no more shards than they need."""
     ids = np.r_[256, np.arange(999) % 256].astype(np.uint16)
     for name in ("val_000000", "train_000001", "train_000002"):
-        (tmp_path / f"{name}.bin").write_bytes(np.r_[20240520, 1, 1000, [0] * 253].astype(np.int32).tobytes() + ids.tobytes())
+        header = np.r_[20240520, 1, 1000, [0] * 253].astype(np.int32)
+        (tmp_path / f"{name}.bin").write_bytes(header.tobytes() + ids.tobytes())
     monkeypatch.setitem(prepare.SHARDS, "fineweb10B", (tmp_path.as_uri() + "/{}_{:06d}.bin", 2))
-    monkeypatch.setattr(prepare, "find_tokenizer", lambda spec: prepare.Tokenizer("byte"))         # gpt2 is a download
+    # gpt2 is a download
+    monkeypatch.setattr(prepare, "find_tokenizer", lambda spec: prepare.Tokenizer("byte"))
     for n, second in ((900, False), (1500, True)):
         folder = prepare.prepare("fineweb10B", str(n), out_dir=tmp_path / "data", max_tokens=n)
         train, val, meta = prepare.load_dataset(folder)
         assert (len(train), len(val), meta["val_documents"]) == (n, 1000, 1)
         assert (tmp_path / "data/raw/fineweb10B/train_000002.bin").exists() == second
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # sample.py
 
 @pytest.fixture(scope="module")
@@ -3125,7 +3192,7 @@ def test_sample_goes_on_fills_in_and_scores(runs, tmp_path):
         out = say(f"{runs}/{objective} --prompt 'the [MASK:3] sat' --watch --pause 0")
         assert "step 1" in out and "step 3" in out and re.search(r"\nthe [^░]* sat\s*$", out)
     out = say(f"{runs}/mdm --prompt a --prompt 'the cat' --max_new_tokens 2 --watch --pause 0")
-    assert len(out.split("step 1\n")[1].split("\x1b")[0]) <= 4, "the first row, without the padding up to the second"
+    assert len(out.split("step 1\n")[1].split("\x1b")[0]) <= 4, "the first row, without the padding"
     (tmp_path / "text").write_text("the cat sat on a mat. " * 10)
     for objective, measures in (("ar", 1), ("mdm", 3), ("mixed", 4), ("block", 3)):
         out = say(f"score {runs}/{objective} --text {tmp_path}/text --n_mc 8 --windows 2")
@@ -3134,7 +3201,8 @@ def test_sample_goes_on_fills_in_and_scores(runs, tmp_path):
 
 @exactly
 @pytest.mark.parametrize("run, flags, steps", [
-    ("ar", "--top_k 5", 6), ("mixed", "", 6), ("mixed", "--steps 2", 2), ("mdm", "--steps 3 --order margin", 3),
+    ("ar", "--top_k 5", 6), ("mixed", "", 6), ("mixed", "--steps 2", 2),
+    ("mdm", "--steps 3 --order margin", 3),
     ("mdm", "--threshold 1e-9", 1), ("mdm", "--block_size 3 --steps 4", 4),
     ("mdm", "--block_size 3 --cache --top_p 0.9", 6), ("mdm", "--block_size 3 --cache --refresh 2", 6),
     ("block", "", None), ("block", "--steps 1", None), ("block", "--threshold 0.9 --order max_prob", None)])
@@ -3148,12 +3216,14 @@ def test_sample_reaches_every_sampler(runs, run, flags, steps):
     prompts = ["the", "the cat s"]
     together, n = say(*prompts)
     alone = [say(p)[0] for p in prompts]
-    assert together == "".join(f"--- sample {i + 1}\n{text}" for i, text in enumerate(alone)) and steps in (None, n)
+    assert together == "".join(f"--- sample {i + 1}\n{text}" for i, text in enumerate(alone))
+    assert steps in (None, n)
     assert all(text.startswith(p) for text, p in zip(alone, prompts))
 
 
 def test_sample_prints_nothing_after_end_of_text(runs, monkeypatch):
-    monkeypatch.setattr(diffusion, "sample_mdm", lambda f, x, mask, **how: torch.where(x == mask, how["eot_id"], x))
+    ended = lambda f, x, mask, **how: torch.where(x == mask, how["eot_id"], x)
+    monkeypatch.setattr(diffusion, "sample_mdm", ended)
     out = typed(sample, f"{runs}/mdm --prompt 'a [MASK:2]b' --prompt 'the cat'")[1]
     assert out == "--- sample 1\na b\n--- sample 2\nthe cat\n"
     tok = prepare.Tokenizer("byte")
@@ -3172,7 +3242,7 @@ def test_gif_shows_both_runs(runs, tmp_path):
 
 
 def test_block_chain_is_a_distribution():
-    """exp(-nll) sums to 1 over all texts; size 1 is the bound without variance, size T the chain of the whole window."""
+    """exp(-nll) sums to 1 over all texts; size 1 is the bound without variance, size T the whole chain."""
     torch.manual_seed(0)
     lm, x = LM(tiny(vocab_size=2)).double().eval(), torch.tensor(list(product((0, 1), repeat=6)))
     with torch.no_grad():
@@ -3191,7 +3261,7 @@ def test_dual_cache_needs_layers_that_rewrite():
         with pytest.raises(ValueError, match="leave --cache out"):
             sample.check_dual_cache(tiny(**bad))
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # bench.py
 
 def curve(*losses, se=0.01):
@@ -3220,7 +3290,8 @@ def test_crossing(losses):
     if expected is None:
         assert c["first"] is None
     else:
-        assert c["first"]["epoch"] == pytest.approx(expected) and c["first"].get("before", False) == (expected == 1)
+        assert c["first"]["epoch"] == pytest.approx(expected)
+        assert c["first"].get("before", False) == (expected == 1)
         assert c["first"]["flops"] == pytest.approx(100 * expected, abs=1)
     assert c["gap"] == pytest.approx(4.0 - losses[-1]) and c["se"] == 0.01
     unsure = bench.crossing(curve(*AR_CURVE), curve(*losses, se=2.0))
@@ -3233,7 +3304,8 @@ def test_honest_crossing_is_extrapolated():
     assert c["first"] is None and c["extrapolated"] == pytest.approx(2 ** 10)
     assert bench.crossing(None, curve(2.0, 2.1, 2.2, 2.3, 2.4), level=1.5)["extrapolated"] is None, "it rises"
     assert bench.crossing(None, [], level=1.5)["gap"] is None
-    assert bench.crossing(None, curve(*power), level=2.5)["first"]["epoch"] == pytest.approx((3 / 2.5) ** 10, rel=0.02)
+    first = bench.crossing(None, curve(*power), level=2.5)["first"]
+    assert first["epoch"] == pytest.approx((3 / 2.5) ** 10, rel=0.02)
 
 
 def test_law_is_what_was_published():
@@ -3244,7 +3316,8 @@ def test_law_is_what_was_published():
 
 
 def test_worth_is_how_much_text_ar_needs():
-    rows = [dict(text="a", width=64, seed=1, unique_tokens=10 ** k, ar=4.0 - k, mdm=4.5 - k, gap=-0.5) for k in (1, 2, 3)]
+    rows = [dict(text="a", width=64, seed=1, unique_tokens=10 ** k, ar=4.0 - k, mdm=4.5 - k, gap=-0.5)
+            for k in (1, 2, 3)]
     worth = [r.get("worth") for r in bench.with_worth(rows)]
     assert worth[0] is None and worth[1:] == pytest.approx([10 ** -0.5] * 2), "half a step of AR's curve"
 
@@ -3260,12 +3333,13 @@ def test_what_a_study_measures():
     sure = torch.tensor([2.0, 0, 0, 0, 0, 0, 0]).softmax(0)[0].item()
     for objective, share in (("ar", None), ("mdm", 0.5)):
         row = bench.calibration(lm, x, objective, share)
-        assert row["ece"] == pytest.approx(1 - sure, rel=1e-5) and row["nats"] == pytest.approx(-math.log(sure), rel=1e-5)
+        assert row["ece"] == pytest.approx(1 - sure, rel=1e-5)
+        assert row["nats"] == pytest.approx(-math.log(sure), rel=1e-5)
 
 
 SIZES = "--n_head 2 --head_dim 16 --repeat 1 --device cpu"
-FEW = """--scale cpu --dataset DATASET --unique_tokens 320 --epochs 4 --n_layer 1 --n_head 2 --n_embd 32 --block_size 16
-         --batch_tokens 64 --evals 3"""
+FEW = """--scale cpu --dataset DATASET --unique_tokens 320 --epochs 4 --n_layer 1 --n_head 2 --n_embd 32
+         --block_size 16 --batch_tokens 64 --evals 3"""
 RUNS3 = "--run_ar RUNS/ar --run_mdm RUNS/mdm --run_block RUNS/block"
 SMALL = "--n_layer 1 --n_embd 16 --block_size 128 --batch_tokens 128 --device cpu"
 TOYS = {    # experiment: (its flags, rows of the JSON file, is there a picture?)
@@ -3292,12 +3366,14 @@ TOYS = {    # experiment: (its flags, rows of the JSON file, is there a picture?
 
 @pytest.fixture
 def lab(dataset, runs, tmp_path, monkeypatch):
-    """bench.py in an empty folder: lab(line) -> (status, stdout, stderr). Training takes place in this process:
-    lab.trained lists the run folders; where it is ["stop"], the next training is interrupted before it begins."""
+    """bench.py in an empty folder: lab(line) -> (status, stdout, stderr). Training takes place in this
+    process: lab.trained lists the run folders; where it is ["stop"], the next training is interrupted before
+    it begins."""
     problems = prepare.arithmetic
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prepare, "arithmetic", lambda n, seed: problems(300, seed))
-    monkeypatch.setattr(bench, "CALCULATOR", {**bench.CALCULATOR, "n_layer": 1, "n_embd": 16, "eval_windows": 8})
+    monkeypatch.setattr(bench, "CALCULATOR",
+                        {**bench.CALCULATOR, "n_layer": 1, "n_embd": 16, "eval_windows": 8})
 
     def run_arms(jobs, workers):
         for job in jobs.values():
@@ -3327,7 +3403,8 @@ def found(name):
 
 @pytest.mark.parametrize("name", TOYS)
 def test_every_experiment_runs_stops_and_goes_on(name, lab, monkeypatch):
-    """Interrupted at its second point, or before its runs; the same command measures the rest, once; JSON and PNG are whole."""
+    """Interrupted at its second point, or before its runs; the same command measures the rest, once; JSON and
+    PNG are whole."""
     flags, count, picture = TOYS[name]
     monkeypatch.setattr(bench, "PAIRS", (4, 8))
     monkeypatch.setattr(bench, "moe_speed", lambda *_: {"ratio": 1.0})
@@ -3349,13 +3426,14 @@ def test_every_experiment_runs_stops_and_goes_on(name, lab, monkeypatch):
     file, = Path("out").glob("*.json")
     result = json.loads(file.read_text())
     assert len(result["rows"]) == count and "\n|--" in out and not list(Path("out").glob("*.points.jsonl"))
-    assert len(measured) == len(set(measured)) + (len(measured) > 1), "the interrupted point alone is measured again"
-    assert {"command", "date", "device", "versions", "seed", "seeds", "flags"} <= set(result) and not result["cut"]
+    assert len(measured) == len(set(measured)) + (len(measured) > 1), "the interrupted point comes twice"
+    assert {"command", "date", "device", "versions", "seed", "seeds", "flags"} <= set(result)
+    assert not result["cut"]
     assert file.with_suffix(".png").exists() == picture
 
 
 def test_crossover_is_what_its_runs_say(lab, tmp_path):
-    """Own arms with any flags of train.py, rates and annealed runs on the way; compare reads the same logs."""
+    """Own arms with any flags of train.py, rates, annealed runs on the way; compare reads the same logs."""
     line = f"crossover --rates 1e-3,2e-3,4e-3 {FEW} --x tokens --arm 'own: --layers linear --dropout 0.1'"
     status, out, _ = lab(line)
     assert status == 0 and "curve crossing" in out and "honest crossing" in out
@@ -3370,8 +3448,8 @@ def test_crossover_is_what_its_runs_say(lab, tmp_path):
     assert train.load_model(run, "last")[0].config.layers == "linear"
     annealed, ar = losses(f"ar-s1337-lr{rows['ar']['lr']:g}/annealed-*"), rows["ar"]
     assert ar["annealed"] == min(annealed) and ar["best"] == min(e["loss"] for e in ar["evals"])
-    least = min(*annealed, ar["best"])
-    assert rows["crossing"]["honest"]["gap"] == pytest.approx(least - rows["mdm"]["last"]), "the least that AR ever was"
+    gap = min(*annealed, ar["best"]) - rows["mdm"]["last"]          # to the least that AR ever was
+    assert rows["crossing"]["honest"]["gap"] == pytest.approx(gap)
     assert lab(f"compare {run} --x seconds")[0] == 0 and found("compare")[0]["evals"] == rows["own"]["evals"]
 
 
@@ -3382,7 +3460,8 @@ def test_every_part_of_the_study_runs(part, lab, monkeypatch):
         table = getattr(bench, name)
         for arm in list(table)[1:-1]:
             monkeypatch.delitem(table, arm)
-    line = f"study --part {part} --ar_epochs 3 --rates 1e-3 {FEW} --evals 2 --block_size 64 --batch_tokens 128"
+    sizes = "--evals 2 --block_size 64 --batch_tokens 128"
+    line = f"study --part {part} --ar_epochs 3 --rates 1e-3 {FEW} {sizes}"
     assert lab(line)[0] == 130, "interrupted"
     status, out, _ = lab(line)
     file, = Path("out").glob("study*.json")
@@ -3394,16 +3473,18 @@ def test_judged_is_its_definition():
     lm, x = LM(tiny(vocab_size=7)).eval(), torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 6, 6, 6, 6]])
     loss, se, entropy = bench.judged(lm, x, 2).values()
     want = ar_loss(lm, x, 7, reduction="none")[:, 2:]
-    assert loss == pytest.approx(want.mean().item()) and se == pytest.approx(want.mean(1).std().item() / 2 ** 0.5)
+    assert loss == pytest.approx(want.mean().item())
+    assert se == pytest.approx(want.mean(1).std().item() / 2 ** 0.5)
     assert entropy == pytest.approx(math.log(4) / 2), "four different tokens, and four equal ones"
 
 
 def test_decode_is_what_was_timed(lab, monkeypatch):
-    """Every sampler with each of its settings, at every batch size; the judge reads what the largest batch wrote."""
+    """Every sampler with each of its settings, at every batch size; the judge reads the largest batch."""
     called, read, judged = [], [], bench.judged
     for name in ("sample_ar", "sample_mdm", "sample_block"):
         def sampler(f, x, mask_id, generator, real=getattr(diffusion, name), name=name, **how):
-            called.append((name, len(x), {k: v for k, v in how.items() if (k, name) != ("fill_block", "sample_block")}))
+            called.append((name, len(x),
+                           {k: v for k, v in how.items() if (k, name) != ("fill_block", "sample_block")}))
             return real(f, x, mask_id, generator=generator, **how)
         monkeypatch.setattr(diffusion, name, sampler)
     monkeypatch.setattr(bench, "judged", lambda *given: read.append(called[-1:]) or judged(*given))
@@ -3412,7 +3493,8 @@ def test_decode_is_what_was_timed(lab, monkeypatch):
     timed, settings = [r for r in rows if "tokens/s, batch 2" in r], bench.decoders(14)
     assert [r["sampler"] for r in timed] == [family for family, (_, kinds) in settings.items() for _ in kinds]
     assert all(r["tokens/s, batch 1"] > 0 and r["loss"] > 0 for r in timed)
-    assert all((f"sample_{role}", B, how) in called for role, kinds in settings.values() for how in kinds for B in (1, 2))
+    assert all((f"sample_{role}", B, how) in called for role, kinds in settings.values() for how in kinds
+               for B in (1, 2))
     assert read[0] == [] and len(read) > 9 and all(batch == 2 for ((_, batch, _),) in read[1:])
 
 
@@ -3422,12 +3504,12 @@ def test_decode_trains_what_was_asked_for(lab, monkeypatch):
     monkeypatch.setattr(bench, "run_arms", lambda asked, workers: jobs.update(asked) and False)
     Path("here/ar").mkdir(parents=True)
     Path("here/ar/metrics.jsonl").write_text('{"kind": "eval", "step": 5, "epoch": 1.0, "loss": 1.0}\n')
-    line = "panel --run_mdm RUNS/mdm --run_block RUNS/block --dataset DATASET --max_steps 5 --n_embd 16 --out here"
-    assert lab(line)[0] == 130 and list(jobs) == ["ar"] and jobs["ar"]["n_embd"] == 16
+    given = "--run_mdm RUNS/mdm --run_block RUNS/block --dataset DATASET --max_steps 5 --n_embd 16"
+    assert lab(f"panel {given} --out here")[0] == 130 and list(jobs) == ["ar"] and jobs["ar"]["n_embd"] == 16
 
 
 def test_moe_starts_from_skewed_routers(dataset, tmp_path, monkeypatch):
-    """Both runs start from skewed routers, k of 32 experts take all; what is measured is not trained again."""
+    """Both runs start from skewed routers, k of 32 experts take all; what is known is not trained again."""
     real, stops = train.train, []
 
     def short(flags, log):
@@ -3479,27 +3561,32 @@ def test_quality_compares_equals():
 def test_quality_shows_what_is_finished(lab, monkeypatch):
     """Interrupted before the last run: a table of the others, means over their seeds."""
     run_arms = bench.run_arms
-    monkeypatch.setattr(bench, "run_arms", lambda jobs, n: run_arms(dict(list(jobs.items())[:-1]), n) and False)
+    without_last = lambda jobs, n: run_arms(dict(list(jobs.items())[:-1]), n) and False
+    monkeypatch.setattr(bench, "run_arms", without_last)
     line = f"quality {TOYS['quality'][0]}"
     assert lab(line)[0] == 130
     rows = {(r["mixer"], r["objective"]): r for r in found("quality_cpu")}
     assert [rows[m, o]["seeds"] for o in ("ar", "mdm") for m in ("full", "msa")] == [2, 2, 2, 1]
     losses = [bench.evaluations(out)[-1]["loss"] for out in lab.trained if "full-ar" in out]
-    assert rows["full", "ar"]["losses"] == losses and rows["full", "ar"]["loss"] == pytest.approx(sum(losses) / 2)
+    assert rows["full", "ar"]["losses"] == losses
+    assert rows["full", "ar"]["loss"] == pytest.approx(sum(losses) / 2)
     assert lab(f"{line} --objectives ar --dtype bfloat16")[0] == 130, "runs and a table of their own"
     assert found("quality_cpu_bfloat16") and "bfloat16" in lab.trained[-1]
 
 
 def test_switch_changes_nothing_but_the_layer(lab, dataset, tmp_path):
-    """The dense checkpoint under other names: a second call gives the same, and `dense` is what train.py evaluates."""
+    """The dense checkpoint under other names: a second call gives the same, and `dense` is what train.py
+    evaluates."""
     def rows():
         assert lab(f"switch {TOYS['switch'][0]}")[0] == 0
         return [{**r, "minutes": 0} for r in found("switch_cpu")]
     dense, *others = first = rows()
-    assert [r["arm"] for r in first] == list(bench.switch_arms(128)) and len({r["params"] for r in first}) == 1
+    assert [r["arm"] for r in first] == list(bench.switch_arms(128))
+    assert len({r["params"] for r in first}) == 1
     assert dense["gap_before"] == dense["gap_after"] == 0 and dense["reads"] == 128
     for r in others:
-        assert r["reads"] <= max(128 // int(r["arm"].split("/")[1]), 48) and r["gap_before"] != 0 != r["gap_after"]
+        assert r["reads"] <= max(128 // int(r["arm"].split("/")[1]), 48)
+        assert r["gap_before"] != 0 != r["gap_after"]
     base, _ = train.load_model(next(tmp_path.glob("out/*/*/base")), "last")
     windows = train.fixed_windows(prepare.load_dataset(dataset)[1], 128, 3)
     assert dense["before"] == pytest.approx(train.evaluate(base, windows, "ar")["loss"], rel=1e-6)
@@ -3508,20 +3595,26 @@ def test_switch_changes_nothing_but_the_layer(lab, dataset, tmp_path):
 
 def test_tables_join_what_was_measured(tmp_path):
     """A mixture's time and cache are the mean over its layers; prose stays, a table changes with its file."""
-    page, line, layers = tmp_path / "README.md", f"tables --results {tmp_path}", {"full": 8.0, "gated_deltanet": 2.0}
-    context = [dict(layer=n, T=T, batch=B, ms=B * T * ms, cache_mib=T * ms) for n, ms in layers.items() for T in (1, 4) for B in (1, 64)]
+    page, line = tmp_path / "README.md", f"tables --results {tmp_path}"
+    layers = {"full": 8.0, "gated_deltanet": 2.0}
+    context = [dict(layer=n, T=T, batch=B, ms=B * T * ms, cache_mib=T * ms) for n, ms in layers.items()
+               for T in (1, 4) for B in (1, 64)]
     files = dict(
-        quality_cpu=[dict(mixer="gated_deltanet*3 full", objective="ar", loss=1.5, std=None, seeds=1, reads=4)],
+        quality_cpu=[dict(mixer="gated_deltanet*3 full", objective="ar", loss=1.5, std=None, seeds=1,
+                          reads=4)],
         recall=[dict(layers="full", objective="mdm", task=t, T=T, pairs=n, accuracy=n / 100)
                 for t, T, n in (("pairs", 512, 64), ("needle", 1024, 4))],
         attention_cpu=[dict(layer=n, T=T, both_ms=10 * T * ms) for n, ms in layers.items() for T in (1, 2)],
         context_cpu=context)
-    about = dict(command="python", device="d", versions={"torch": "2"}, date="now", seeds=[1], cut=True, flags={})
+    about = dict(command="python", device="d", versions={"torch": "2"}, date="now", seeds=[1], cut=True,
+                 flags={})
     for name, rows in files.items():
-        (tmp_path / f"{name}.json").write_text(json.dumps(dict(about, experiment=name.split("_")[0], rows=rows)))
+        result = dict(about, experiment=name.split("_")[0], rows=rows)
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
     assert [list(r.values()) for r in bench.mixtures(tmp_path)] == [
         ["`full`", "- / -", "- / 64", "- / 4", "1.0x", "100.0%", "1.00x"],
-        ["`gated_deltanet*3 full`", "1.500 / -", "- / -", "- / -", f"{8 / 3.5:.1f}x", f"{3.5 / 8:.1%}", f"{8 / 3.5:.2f}x"]]
+        ["`gated_deltanet*3 full`", "1.500 / -", "- / -", "- / -", f"{8 / 3.5:.1f}x", f"{3.5 / 8:.1%}",
+         f"{8 / 3.5:.2f}x"]]
     page.write_text("hand <!-- recall -->old<!-- end --> made\n")
     (first, text), (second, again) = ((typed(bench, line)[0], page.read_text()) for _ in range(2))
     assert first == second == 0 and text == again
@@ -3534,15 +3627,16 @@ def test_tables_join_what_was_measured(tmp_path):
 
 def test_published_costs_come_out():
     rows = bench.published_costs()
-    assert [r["ours"] for r in rows] == [r["published"] for r in rows] == [70_272, 327_680, 516_096, 4.0, 6.4, 9.1, 11.6]
+    ours, published = ([r[key] for r in rows] for key in ("ours", "published"))
+    assert ours == published == [70_272, 327_680, 516_096, 4.0, 6.4, 9.1, 11.6]
 
 
 def test_kept_bytes():
     a, b = (torch.ones(10, requires_grad=True) for _ in "ab")
-    assert bench.kept_bytes(lambda: a * b) == 80 and bench.kept_bytes(lambda: a * a) == 40, "a storage counts once"
-    assert bench.kept_bytes(lambda: a + b) == 0
+    kept = [bench.kept_bytes(f) for f in (lambda: a * b, lambda: a * a, lambda: a + b)]
+    assert kept == [80, 40, 0], "a storage counts once"
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # bench.py choices, and the probe of train.py
 
 def write_jsonl(path, *rows):
@@ -3571,7 +3665,8 @@ def test_exact_choices_are_the_models_own_sum(layers):
 
 
 def test_diffusion_choices_are_their_definition():
-    """The bound == the mean over all orders of the end, within its error; the chain == the end revealed from the left."""
+    """The bound == the mean over all orders of the end, within its error; the chain == the end revealed from
+    the left."""
     lm, (context, ends) = diff_lm(), random_item(4, 3, 2, 3)
     ends.append(list(ends[0]))
     nats = bench.diffusion_nats(lm, context, ends, "bound", 400, rows=7)
@@ -3585,21 +3680,24 @@ def test_diffusion_choices_are_their_definition():
 
 
 def test_block_choices_are_their_definition():
-    """Block diffusion: a chain of blocks, the places behind an end hidden for good; blocks of 1 have no masks to draw."""
+    """Block diffusion: a chain of blocks, the places behind an end hidden for good; blocks of 1 have no masks
+    to draw."""
     lm, (context, ends) = diff_lm(), random_item(5, 4, 2, 6)
     for S in (1, 4):
         chain = bench.diffusion_nats(lm, context, ends, "chain", block=S)
         bound = bench.diffusion_nats(lm, context, ends, "bound", 8, 0, block=S)
         for end, left, value in zip(ends, chain, bound):
             tokens, want = context + end, 0.0
-            for i in range(len(context), len(tokens)):              # token i given all before it, its block hidden from i on
+            # token i given all before it, its block hidden from i on
+            for i in range(len(context), len(tokens)):
                 x = torch.tensor([tokens[:i] + [13] * (S - i % S)])
                 block = torch.arange(x.size(1)) // S
                 with torch.no_grad():
                     logits = lm(x, causal=False, mask=block[:, None] >= block)
                 want += F.cross_entropy(logits[0, i], torch.tensor(tokens[i])).item()
             assert left == pytest.approx(want, abs=1e-8) and (S > 1 or value == pytest.approx(want, abs=1e-8))
-    a, b = (bench.diffusion_nats(lm, context, [[3, 4, 5]], "bound", 200, seed, block=4)[0] for seed in range(2))
+    a, b = (bench.diffusion_nats(lm, context, [[3, 4, 5]], "bound", 200, seed, block=4)[0]
+            for seed in range(2))
     assert a != b and a == pytest.approx(b, rel=0.05)
 
 
@@ -3609,7 +3707,8 @@ def test_greedy_end_is_argmax_from_the_left():
         sampler = functools.partial(sample_block, fill_block=4) if block else sample_mdm
         end = sampler(lm, x, 13, order="left", temperature=0)[0, 3:].tolist()
         other = [(end[0] + 1) % 13, *end[1:]]
-        assert bench.greedy_end(lm, [1, 2, 3], end, block) and not bench.greedy_end(lm, [1, 2, 3], other, block)
+        assert bench.greedy_end(lm, [1, 2, 3], end, block)
+        assert not bench.greedy_end(lm, [1, 2, 3], other, block)
 
 
 def test_choices_are_cut_on_the_left_or_failed():
@@ -3628,11 +3727,13 @@ def test_choices_are_cut_on_the_left_or_failed():
 
 def test_summary_is_its_definition():
     items = [{"gold": g, "ends": [[0] * n for n in (1, 2, 4)], "bytes": [2, 4, 8]} for g in (0, 2, 1, 0)]
-    results = [{"nats": [1.0, 5.0, 6.0]}, {"nats": [3.0, 5.0, 4.0]}, {"nats": [7.0, 7.0, 9.0]}, {"failed": "why"}]
+    results = [{"nats": [1.0, 5.0, 6.0]}, {"nats": [3.0, 5.0, 4.0]}, {"nats": [7.0, 7.0, 9.0]},
+               {"failed": "why"}]
     s = bench.summary(items, results)
     assert (s["items"], s["failed"], s["accuracy"]) == (3, 1, pytest.approx(1 / 3)), "a tie is no hit"
     assert s["se"] == pytest.approx((1 / 3 / 3) ** 0.5) and s["accuracy_norm"] == pytest.approx(2 / 3)
-    assert s["gap"] == pytest.approx(statistics.mean([4.5, 0.0, 1.0])) and s["loss"] == pytest.approx((1 + 4 + 7) / (1 + 4 + 2))
+    assert s["gap"] == pytest.approx(statistics.mean([4.5, 0.0, 1.0]))
+    assert s["loss"] == pytest.approx((1 + 4 + 7) / (1 + 4 + 2))
     one = [{"gold": 0, "ends": [[1, 2]], "bytes": [3]}, {"gold": 0, "ends": [[3]], "bytes": [3]}]
     s = bench.summary(one, [{"nats": [2.0], "greedy": True}, {"nats": [4.0], "greedy": False}])
     assert s["accuracy"] == 0.5 and s["loss"] == 2 and "gap" not in s
@@ -3643,7 +3744,8 @@ def test_read_items_forms(tmp_path):
     raw = write_jsonl(
         tmp_path / "a.jsonl", {"ctx": "A man ", "endings": ["sits.", "runs."], "label": "1", "ind": 7},
         {"query": "Question: why?\n", "choices": ["a", "b", "c"], "gold": [2]},
-        {"context": "It was", "continuation": "so"}, {"ctx": "", "endings": ["x", "y"], "label": 0}, "").read_bytes()
+        {"context": "It was", "continuation": "so"}, {"ctx": "", "endings": ["x", "y"], "label": 0},
+        "").read_bytes()
     tok = prepare.Tokenizer("byte")
     for name, pack in (("", bytes), (".bz2", bz2.compress), (".gz", gzip.compress), (".xz", lzma.compress),
                        (".bom", lambda raw: b"\xef\xbb\xbf" + raw)):
@@ -3651,7 +3753,8 @@ def test_read_items_forms(tmp_path):
         path.write_bytes(pack(raw))
         items = bench.read_items(path, tok)
         assert [(tok.decode(i["context"]), [tok.decode(e) for e in i["ends"]], i["gold"]) for i in items] == [
-            ("A man", [" sits.", " runs."], 1), ("Question: why?\nAnswer:", [" a", " b", " c"], 2), ("It was", [" so"], 0),
+            ("A man", [" sits.", " runs."], 1), ("Question: why?\nAnswer:", [" a", " b", " c"], 2),
+            ("It was", [" so"], 0),
             ("", ["x", "y"], 0)]
         assert items[0]["bytes"] == [6, 6] and len(bench.read_items(path, tok, 2)) == 2
 
@@ -3660,9 +3763,11 @@ GOOD = {"ctx": "a", "endings": ["b", "c"], "label": 0}
 BAD_ITEMS = {   # what is told: second lines of a file of items; those of dictionaries change GOOD
     "is no JSON": ['{"ctx": ', '{"ctx": "\\ud800", "endings": ["b", "c"], "label": 0}'],
     "is no object of the keys ctx": ["[]", "7", '{"ctx": "a", "label": 1}'],
-    "a text under 'ctx'": [{"ctx": 5}], "a list of texts under 'endings'": [{"endings": "bc"}, {"endings": [1, 2]}],
+    "a text under 'ctx'": [{"ctx": 5}],
+    "a list of texts under 'endings'": [{"endings": "bc"}, {"endings": [1, 2]}],
     "a text under 'continuation'": ['{"context": "a", "continuation": ["b"]}'],
-    "one right answer": [*({"label": label} for label in (2, -1, None, "", [0, 1], [], True)), {"endings": ["b", "b "]},
+    "one right answer": [*({"label": label} for label in (2, -1, None, "", [0, 1], [], True)),
+                         {"endings": ["b", "b "]},
                          {"endings": ["b"]}, '{"context": "a", "continuation": " "}']}
 
 
@@ -3671,12 +3776,14 @@ def test_bad_items_name_file_and_line(lab, tmp_path, told):
     for row in BAD_ITEMS[told]:
         write_jsonl(tmp_path / "items.jsonl", GOOD, row if isinstance(row, str) else GOOD | row, GOOD)
         status, _, error = lab("choices RUNS/ar --files items.jsonl")
-        assert status == 2 and "items.jsonl line 2 " in error and told in error and len(error.splitlines()) == 1, (row, error)
+        assert status == 2 and "items.jsonl line 2 " in error and told in error
+        assert len(error.splitlines()) == 1, (row, error)
         assert not Path("out").exists()
 
 
 def test_choices_end_to_end_and_resume(lab, tmp_path, monkeypatch):
-    """All kinds of runs and of files; a larger --limit only does what is missing, and gives what one run at once gives."""
+    """All kinds of runs and of files; a larger --limit only does what is missing, and gives what one run at
+    once gives."""
     kinds, judged, judge = ("ar", "mdm", "mixed", "block"), collections.Counter(), bench.judge_item
     rows = [{**GOOD, "ctx": "the cat " * n, "endings": ["sat on", "ran"], "label": n % 2} for n in range(6)]
     write_jsonl(tmp_path / "many.jsonl", *rows, {**GOOD, "endings": ["b", "c" * 99]})
@@ -3685,7 +3792,8 @@ def test_choices_end_to_end_and_resume(lab, tmp_path, monkeypatch):
 
     def choices(out, limit):
         runs = " ".join(f"RUNS/{kind}" for kind in kinds)
-        status, said, _ = lab(f"choices {runs} --files many.jsonl last.jsonl probe --n_mc 4 --out {out} --limit {limit}")
+        line = f"choices {runs} --files many.jsonl last.jsonl probe --n_mc 4"
+        status, said, _ = lab(f"{line} --out {out} --limit {limit}")
         assert status == 0
         return said, [{k: v for k, v in r.items() if k != "items_per_s"} for r in found("choices")]
     assert "failed" in choices("a", 4)[0]
@@ -3720,7 +3828,7 @@ def test_choices_stop_and_go_on(lab, tmp_path, monkeypatch):
 
 
 class Cyclic(nn.Module):
-    """Knows that in each window every token is the one before it plus one and the same number, or knows nothing."""
+    """Knows that in a window every token is the one before it plus one and the same number, or nothing."""
     def __init__(self, V, knows):
         super().__init__()
         self.embed, self.mask_id, self.knows = nn.Embedding(1, 1), V, knows
@@ -3733,12 +3841,15 @@ class Cyclic(nn.Module):
 
 @pytest.mark.parametrize("objective", ["ar", "mdm", "block"])
 def test_probe_picks_the_truth(objective):
-    """An oracle finds every true end, a model that knows nothing none: ties are no hits. An end is right once, wrong three times."""
+    """An oracle finds every true end, a model that knows nothing none: ties are no hits. An end is right
+    once, wrong three times."""
     V, T = 12, 16
-    val = np.concatenate([(np.arange(T) * (1 + i % 3) + i) % V for i in range(40)])    # a stride and a start for each window
+    # a stride and a start for each window
+    val = np.concatenate([(np.arange(T) * (1 + i % 3) + i) % V for i in range(40)])
     items = train.probe_items(val, T, 40)
     assert items.shape == (40, 4, T) and torch.equal(items[:, 0].flatten(), torch.from_numpy(val))
-    every, true = (collections.Counter(map(tuple, ends.reshape(-1, 4).tolist())) for ends in (items[..., -4:], items[:, 0, -4:]))
+    every, true = (collections.Counter(map(tuple, ends.reshape(-1, 4).tolist()))
+                   for ends in (items[..., -4:], items[:, 0, -4:]))
     assert every == {end: 4 * n for end, n in true.items()}
     clear = torch.stack([(item[1:, -4:] != item[0, -4:]).any(1).all() for item in items])
     for knows in (True, False):
@@ -3753,18 +3864,20 @@ def test_probe_is_that_of_bench_choices(runs):
     val = prepare.load_dataset(state["flags"]["dataset"])[1]
     items = train.probe_items(val, 16, 20)
     got = train.probe(lm, items, "ar")
-    batch = [{"context": p[0, :12].tolist(), "ends": p[:, 12:].tolist(), "gold": 0, "bytes": [4] * 4} for p in items]
+    batch = [{"context": p[0, :12].tolist(), "ends": p[:, 12:].tolist(), "gold": 0, "bytes": [4] * 4}
+             for p in items]
     s = bench.summary(batch, [bench.judge_item(lm, state["flags"], item, "exact", 0, 0) for item in batch])
-    assert s["gap"] == pytest.approx(got["probe_gap"], abs=1e-4) and s["accuracy"] == pytest.approx(got["probe_accuracy"])
+    assert s["gap"] == pytest.approx(got["probe_gap"], abs=1e-4)
+    assert s["accuracy"] == pytest.approx(got["probe_accuracy"])
     with pytest.raises(ValueError, match="4 validation windows"):
         train.probe_items(val[:50], 16)
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # bench.py theory
 
 @pytest.mark.parametrize("L, N", [(24, 1), (24, 4), (96, 16), (96, 64), (384, 1024)])
 def test_parity_closed_forms(L, N):
-    """TER follows exactly from the chance that both others of a triple are open when n of L are; SER from simulation."""
+    """TER follows from the chance that both others of a triple are open when n of L are; SER is simulated."""
     language, n = bench.Parity(), torch.arange(1, L + 1, dtype=torch.float64)
     table = math.log(2) * (1 - (L - n) * (L - n - 1) / ((L - 1) * (L - 2)))
     closed = language.theory(N, L)
@@ -3774,59 +3887,65 @@ def test_parity_closed_forms(L, N):
         measured = bench.nats_by_hidden(language, language.draw(400, L, gen)[:40 if L > 24 else 400], 2, gen)
         assert abs(measured.mean(0) - table).max() < 0.15 and abs(measured.mean() - table.mean()) < 0.01
         wrong = 1 - language.valid(bench.sample_in_steps(language, 3000, L, N, 2, gen)).double().mean().item()
-        assert abs(wrong - closed["theory_ser"]) < 4 * (closed["theory_ser"] * (1 - closed["theory_ser"]) / 3000) ** 0.5 + 1e-9
+        ser = closed["theory_ser"]
+        assert abs(wrong - ser) < 4 * (ser * (1 - ser) / 3000) ** 0.5 + 1e-9
 
 
 @pytest.mark.parametrize("V, L", [(4, 5), (3, 6)])
 def test_bigram_oracle_is_enumeration(V, L):
-    """Probabilities of all V^L sequences -> entropy, legality, every conditional, and the closed form of TER."""
+    """Probabilities of all V^L sequences -> entropy, legality, conditionals, and the closed form of TER."""
     language = bench.Bigram(V)
     x = torch.cartesian_prod(*[torch.arange(V)] * L)
     p = language.start[x[:, 0]] * language.p[x[:, :-1], x[:, 1:]].prod(dim=1)
     assert p.sum().item() == pytest.approx(1) and bench.entropy(p).item() == pytest.approx(language.nats(L))
-    assert torch.equal(language.valid(x), p > 0) and language.valid(language.draw(50, L, torch.Generator().manual_seed(0))).all()
+    assert torch.equal(language.valid(x), p > 0)
+    assert language.valid(language.draw(50, L, torch.Generator().manual_seed(0))).all()
     joint, H = p.view([V] * L), {}
     for hidden in itertools.product((False, True), repeat=L):
-        H[hidden] = bench.entropy(joint.sum([i for i in range(L) if hidden[i]] or [L]).flatten() if any(hidden) else p).item()
+        left = joint.sum([i for i in range(L) if hidden[i]]) if any(hidden) else joint
+        H[hidden] = bench.entropy(left.flatten()).item()
     for row in language.draw(6, L, torch.Generator().manual_seed(1)):
-        canvas = torch.where(torch.rand(L, generator=torch.Generator().manual_seed(int(row[0]))) < 0.6, V, row)
+        canvas = torch.where(torch.rand(L, generator=seeded(int(row[0]))) < 0.6, V, row)
         fits = ((x == canvas) | (canvas == V)).all(1)
         for i in (canvas == V).nonzero()[:, 0]:
             want = torch.stack([p[fits & (x[:, i] == v)].sum() for v in range(V)]) / p[fits].sum()
             close(language(canvas[None])[0, i].exp().double(), want, 1e-6)
-    N, nats = 3, 0.0                                               # -log p of place i: H(it and what is known) - H(what is known)
+    N, nats = 3, 0.0                        # -log p of place i: H(it and what is known) - H(what is known)
     for i, hidden, j in itertools.product(range(L), H, range(1, N + 1)):
         if hidden[i]:
             weight = math.prod(j / N if h else 1 - j / N for k, h in enumerate(hidden) if k != i)
             nats += weight / (L * N) * (H[tuple(h and k != i for k, h in enumerate(hidden))] - H[hidden])
     assert math.log(language.theory(N, L)["theory_ter"]) == pytest.approx(nats, abs=1e-6)
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # sparsity
 
 @pytest.mark.parametrize("match", ["active", "total"])
-@pytest.mark.parametrize("base", [dict(n_layer=3, n_head=4, n_embd=96), dict(n_layer=6, n_head=6, n_embd=384, vocab_size=4096)])
+@pytest.mark.parametrize("base", [dict(n_layer=3, n_head=4, n_embd=96),
+                                  dict(n_layer=6, n_head=6, n_embd=384, vocab_size=4096)])
 def test_matched_models_have_equal_parameters(base, match):
-    """Counted on real models: the same active or the same total within 3%, and 8 times as many in all as active."""
+    """Counted on real models: the same active or total within 3%, and 8 times as many in all as active."""
     with torch.device("meta"):
         dense, mixture = (LM(ModelConfig(**base, **values)) for values in bench.match_experts(base, match))
         same = LM(ModelConfig(**base))
     count = LM.active_params if match == "active" else LM.num_params
     assert count(mixture) / count(dense) == pytest.approx(1, abs=0.03)
     assert mixture.num_params() / mixture.active_params() == pytest.approx(8, rel=0.06)
-    assert mixture.active_params() == pytest.approx(same.num_params(), rel=0.03), "one mixture for both matches"
+    active, dense = mixture.active_params(), same.num_params()
+    assert active == pytest.approx(dense, rel=0.03), "one mixture for both matches"
     with pytest.raises(ValueError, match="--match both"):
         bench.match_experts(base, "both")
     with pytest.raises(ValueError, match="larger --n_embd"):
         bench.match_experts(dict(n_layer=8, n_head=2, n_embd=16, vocab_size=60), match)
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # recall
 
 @pytest.mark.parametrize("text", [None, bench.Bigram(bench.TEXT)])
 @pytest.mark.parametrize("T, n", [(32, 8), (64, 1), (512, 128)])
 def test_recall_tasks_have_one_answer_each(text, T, n):
-    """Read token by token: keys are distinct, every key asked for came before, and its answer is the value that stood behind it."""
+    """Read token by token: keys are distinct, every key asked for came before, and its answer is the value
+    that stood behind it."""
     x, answer = bench.draw_recall(3, T, n, torch.Generator().manual_seed(T), text)
     again, _ = bench.draw_recall(3, T, n, torch.Generator().manual_seed(T), text)
     assert x.shape == answer.shape == (3, T) and torch.equal(x, again)
@@ -3837,18 +3956,20 @@ def test_recall_tasks_have_one_answer_each(text, T, n):
                 assert token not in value, "a key has one value"
                 value[token] = row[t + 1]
             elif hidden[t]:
-                assert not hidden[t - 1] and bench.KEYS <= token < bench.KEYS + bench.VALUES and token == value[row[t - 1]]
+                assert not hidden[t - 1] and bench.KEYS <= token < bench.KEYS + bench.VALUES
+                assert token == value[row[t - 1]]
                 asked += 1
         assert len(value) == n and asked == (T // 8 if text else T // 2 - n)
         letters = [t for t in row if t >= bench.KEYS + bench.VALUES]
-        assert len(letters) == (T - 2 * n - 2 * asked if text else 0) and all(t < bench.KEYS + bench.VALUES + bench.TEXT for t in row)
+        assert len(letters) == (T - 2 * n - 2 * asked if text else 0)
+        assert all(t < bench.KEYS + bench.VALUES + bench.TEXT for t in row)
 
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_recall_accuracy_of_the_oracle_is_one_and_of_guessing_chance(causal):
     mask_id = bench.KEYS + bench.VALUES + bench.TEXT
 
-    def oracle(idx, causal, aux=None):                                                 # looks the key up; reads nothing but its input
+    def oracle(idx, causal, aux=None):                      # looks the key up; reads nothing but its input
         assert not (idx[:, -1] != mask_id).any(), "answers are hidden"
         z = torch.zeros(*idx.shape, mask_id)
         for b, row in enumerate(idx.tolist()):
@@ -3869,7 +3990,7 @@ def test_recall_accuracy_of_the_oracle_is_one_and_of_guessing_chance(causal):
         share, se = bench.recall_accuracy(guess, 512, 8, mask_id, causal, text)
         assert abs(share - 1 / bench.VALUES) < 5 * se < 0.05
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Tool calls
 
 class Letters:
@@ -3884,12 +4005,14 @@ def test_calculator():
     for problem in prepare.arithmetic(500, 3):
         text, call, result = re.fullmatch(r"(.*)\? <tool>(.*)</tool>(.*)", problem).groups()
         assert text == call and result == f"{sample.calculator(call)}, so {sample.calculator(call)}"
-    for text, result in (("3/2", "1.5"), ("6/3", "2"), (" -(2-5)*4 ", "12"), ("1/3", "0.3333333333"), ("2*(3+4)*5", "70")):
+    for text, result in (("3/2", "1.5"), ("6/3", "2"), (" -(2-5)*4 ", "12"), ("1/3", "0.3333333333"),
+                         ("2*(3+4)*5", "70")):
         assert sample.calculator(text) == result
     code = sample.calculator.__code__
     names = {n for c in (code, *code.co_consts) for n in getattr(c, "co_names", ())}
     assert not names & {"eval", "exec", "compile", "__import__", "literal_eval"}
-    for text in ("2**9", "__import__('os').getcwd()", "a", "1+", "", "(" * 150, "1" * 201, "1,2", "'a'*3", "True", "\0",
+    for text in ("2**9", "__import__('os').getcwd()", "a", "1+", "", "(" * 150, "1" * 201, "1,2", "'a'*3",
+                 "True", "\0",
                  "lambda: 1", "1j", "[1][0]"):
         with pytest.raises(ValueError, match="no arithmetic"):
             sample.calculator(text)
@@ -3897,10 +4020,11 @@ def test_calculator():
 
 @pytest.mark.parametrize("kind", ["ar", "block"])
 def test_tool_calls_pause_and_resume(kind, monkeypatch):
-    """An empty result is no pause, bit for bit; after a result, tokens and logits are those of a start from scratch."""
+    """An empty result is no pause, bit for bit; after a result all is as in a start from scratch."""
     lm, draw, seen, tok = diff_lm(), diffusion.draw, [], Letters()
     likes = 4 * torch.eye(13)[1]                                    # to close calls
-    monkeypatch.setattr(diffusion, "draw", lambda logits, *a, **kw: seen.append(logits) or draw(logits + likes, *a, **kw))
+    spy = lambda logits, *a, **kw: seen.append(logits) or draw(logits + likes, *a, **kw)
+    monkeypatch.setattr(diffusion, "draw", spy)
 
     def run(prompts, new, tool=None, **how):
         x = canvas(prompts, new, 13)[0][:, :40]
@@ -3918,7 +4042,8 @@ def test_tool_calls_pause_and_resume(kind, monkeypatch):
         y, calls = run([[0, *start]], 19, lambda call: "fgh"[:1 + len(call) % 3], temperature=0)
         logits, row = torch.cat(seen), y[0].tolist()
         written = [f"<tool>{call}</tool>{result}" for _, call, result, _ in calls]
-        assert all(text in tok.decode(row) for text in written) and all(result and why is None for _, _, result, why in calls)
+        assert all(text in tok.decode(row) for text in written)
+        assert all(result and why is None for _, _, result, why in calls)
         ends = [i for i in range(21) if calls and tok.decode(row[:i]).endswith(written[-1])]
         if ends:
             stop = ends[-1]
@@ -3934,25 +4059,31 @@ def fails(_=None):
 
 BAD_TOOLS = [
     (fails, "raised ZeroDivisionError"), (lambda call: sys.exit(3), "raised SystemExit"),
-    (lambda call: threading.Event().wait(), "longer than 0.05 seconds"), (lambda call: "9" * 99, "99 tokens, and there is room for"),
+    (lambda call: threading.Event().wait(), "longer than 0.05 seconds"),
+    (lambda call: "9" * 99, "99 tokens, and there is room for"),
     (lambda call: type("Odd", (), {"__str__": fails})(), "raised ZeroDivisionError"),
     (lambda call: "\ud800", None), (lambda call: 42, None), (lambda call: None, None)]
 
 
 @pytest.mark.parametrize("objective", ["ar", "block"])
 def test_bad_tools_leave_a_sentence(dataset, tmp_path, objective, monkeypatch):
-    """sample.py with a tool that misbehaves: the text goes on, one line says what failed, and the status is 0."""
+    """sample.py with a tool that misbehaves: the text goes on, one line says what failed, the status is 0."""
     hook = sample.ToolCalls
     monkeypatch.setattr(sample, "ToolCalls", lambda *a: hook(*a, seconds=0.05))
     go(dataset, tmp_path, objective=objective, diffusion_block=4, block_size=64, max_steps=2)
     line = f"{tmp_path} --prompt '2+1? <tool>2+' --tool calculator --max_new_tokens 24"
     for tool, reason in BAD_TOOLS:
         text = iter(b"1</tool>")                                    # a model that closes its call
-        monkeypatch.setattr(diffusion, "draw", lambda rows, *_, **how: torch.tensor([next(text, 46)] * len(rows)))
+        write = lambda rows, *_, **how: torch.tensor([next(text, 46)] * len(rows))
+        monkeypatch.setattr(diffusion, "draw", write)
         monkeypatch.setitem(sample.TOOLS, "calculator", tool)
         status, out, err = typed(sample, line + " --order left" * (objective == "block"))
-        assert status == 0 and "<tool>2+1</tool>" in out and "calculator('2+1')" in err and "Traceback" not in err
-        assert ("</tool>error" in out and ", failed: it" in err and reason in err) if reason else "failed" not in err, err
+        assert status == 0 and "<tool>2+1</tool>" in out and "calculator('2+1')" in err
+        assert "Traceback" not in err
+        if reason:
+            assert "</tool>error" in out and ", failed: it" in err and reason in err
+        else:
+            assert "failed" not in err
 
 
 def test_tool_calls_that_fail():
@@ -3965,14 +4096,18 @@ def test_tool_calls_that_fail():
         hook = sample.ToolCalls(tool, tok, 13, [x.size(1)], failed="k", **how)
         hook(x, torch.arange(x.size(1))[None] < given)
         return "".join("()abcdefghijk_"[t] for t in x[0].tolist()), hook.calls
-    assert answer("ab(cd)ef", lambda call: "gh") == ("ab(cd)gh______", [(0, "cd", "gh", None)]), "what followed is masked again"
+    text, calls = answer("ab(cd)ef", lambda call: "gh")
+    assert text == "ab(cd)gh______" and calls == [(0, "cd", "gh", None)], "what followed is masked again"
     for tool, reason, how in ((fails, "ZeroDivisionError", {}), (lambda call: "g" * 7, "room for 6", {}),
-                              (lambda call: threading.Event().wait(1), "longer than 0.02 s", dict(seconds=0.02))):
+                              (lambda call: threading.Event().wait(1), "longer than 0.02 s",
+                               dict(seconds=0.02))):
         text, ((_, _, result, why),) = answer("(c)", tool, **how)
         assert text == "(c)k_____" and result == "k" and reason in why
-    assert answer("(c)", lambda call: "gg", room=0) == ("(c)", [(0, "c", "", "its result has 2 tokens, and there is room for 0")])
+    why = "its result has 2 tokens, and there is room for 0"
+    assert answer("(c)", lambda call: "gg", room=0) == ("(c)", [(0, "c", "", why)])
     for text, given in (("(cd", 0), ("cd)", 0), ("(c)d", 3)):
-        assert answer(text, None, given=given) == (text + "______", []), "never closed, never opened, of the prompt: not a call"
+        done, calls = answer(text, None, given=given)
+        assert done == text + "______" and not calls, "never closed, never opened, of the prompt: not a call"
     assert [c[1] for c in answer("(c)(d)e", lambda call: None)[1]] == ["c", "d"], "no result, no pause"
 
 
@@ -3984,18 +4119,20 @@ def test_arithmetic_and_tools_end_to_end(lab):
     *parts, meta = prepare.load_dataset(folder)
     texts = [prepare.load_tokenizer(folder).decode(ids).split(prepare.EOT)[:-1] for ids in parts]
     train, val = ({text.split("?")[0] for text in part} for part in texts)
-    assert folder.name == "arithmetic" and meta["tokenizer"] == "byte" and (len(train), len(val)) == (270, 30) and not train & val
+    assert folder.name == "arithmetic" and meta["tokenizer"] == "byte"
+    assert (len(train), len(val)) == (270, 30) and not train & val
     for run in ("ar-2", "block-6"):
         line = f"out/tools/{run} --prompt '2+(3*4)? <tool>2+' --tool calculator --max_new_tokens 20"
         status, _, error = typed(sample, line)
         assert status == 0 and "never closed" in error
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # bench.py on a GPU, and its clocks
 
 def test_gpu_queue(tmp_path, monkeypatch, capsys):
-    """Without a GPU: every command of the queue is one that bench.py understands, and leaves the file that the queue looks for."""
+    """Without a GPU: every command of the queue is one that bench.py understands, and leaves the file that
+    the queue looks for."""
     def leave(command, typed):
         about = bench.EXPERIMENTS[command]
         (tmp_path / f"{bench.file_name(command, about, bench.settle(about, typed))}.json").write_text("{}")
@@ -4005,7 +4142,8 @@ def test_gpu_queue(tmp_path, monkeypatch, capsys):
             assert bench.main(command[2:]) == 0
         return types.SimpleNamespace(pid=0, wait=lambda timeout=None: 0, returncode=0)
     for module, name, stand_in in ((bench, "perform", leave), (torch.cuda, "is_available", lambda: True),
-                                   (bench, "device_name", lambda device: "none"), (bench.subprocess, "Popen", popen)):
+                                   (bench, "device_name", lambda device: "none"),
+                                   (bench.subprocess, "Popen", popen)):
         monkeypatch.setattr(module, name, stand_in)
     bench.gpu(results=str(tmp_path))
     assert capsys.readouterr().out.rstrip().endswith("not measured yet: nothing")
@@ -4034,20 +4172,23 @@ def test_ratios_are_to_the_reference_of_the_same_point():
 
 
 def test_a_kernel_that_refuses_costs_no_other_row(lab, monkeypatch):
-    """On a GPU: it is told and recorded, and the measurements behind it go on. A broken GPU, and any error on a CPU, ends the run."""
+    """On a GPU: it is told and recorded, and the measurements behind it go on. A broken GPU, and any error on
+    a CPU, ends the run."""
     def only(kernel):
         if kernel == "sdpa":
             raise RuntimeError(f"{message}\nwarnings")
         return contextlib.nullcontext()
     monkeypatch.setattr(bench, "sdpa", only)
-    line, message = f"functions --functions linear,deltanet --lengths 64 --n_kv_head 2 {SIZES}", "No available kernel."
+    line = f"functions --functions linear,deltanet --lengths 64 --n_kv_head 2 {SIZES}"
+    message = "No available kernel."
     with pytest.raises(RuntimeError, match=message):
         lab(line)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     status, out, _ = lab(line)
     assert status == 0 and out.startswith(f"sdpa 64: {message}\n")
     result = json.loads(Path("out/functions_cpu.json").read_text())
-    assert [r["function"] for r in result["failed"]] == ["sdpa"] and [r["function"] for r in result["rows"]] == ["linear", "deltanet"]
+    assert [r["function"] for r in result["failed"]] == ["sdpa"]
+    assert [r["function"] for r in result["rows"]] == ["linear", "deltanet"]
     assert all(r["both_ms"] > 0 and r["both_vs_sdpa"] is None for r in result["rows"])
     message = "CUDA error: an illegal memory access was encountered"
     with pytest.raises(RuntimeError, match=message):
@@ -4069,39 +4210,47 @@ class GPT(torch.nn.Linear):
 
 
 def test_train_speed_beside_a_peer(lab, tmp_path, monkeypatch):
-    """bench.py train --vs: the same shapes, ratios of the medians of alternating runs; the children run in this process here."""
+    """bench.py train --vs: the same shapes, ratios of the medians of alternating runs; the children run in
+    this process here."""
     (tmp_path / "model.py").write_text(PEER)
 
     pool = types.SimpleNamespace(apply=lambda f, given, how: f(*given, **how))
     here = types.SimpleNamespace(Pool=lambda *_: contextlib.nullcontext(pool))
     monkeypatch.setattr(bench.multiprocessing, "get_context", lambda kind: here)
     monkeypatch.setattr(torch.compiler, "set_stance", lambda *_: None)
-    monkeypatch.setitem(sys.modules, "model", sys.modules["model"])                    # put back afterwards, as is the path
+    monkeypatch.setitem(sys.modules, "model", sys.modules["model"])     # put back afterwards, as is the path
     monkeypatch.setattr(sys, "path", list(sys.path))
-    clock = (t for ms in (1, 2, 8, 2, 2, 4, 1, 2, 8) for t in (0.0, ms / 1e3))         # AR, diffusion, peer; three rounds
+    # AR, diffusion, peer; three rounds
+    clock = (t for ms in (1, 2, 8, 2, 2, 4, 1, 2, 8) for t in (0.0, ms / 1e3))
     monkeypatch.setattr(bench.time, "process_time", lambda: next(clock))
     sizes = dict(n_layer=1, n_head=2, n_embd=16, block_size=8)
-    line = " ".join(f"--{key} {n}" for key, n in sizes.items()) + " --batch 2 --iters 1 --warmup 0 --device cpu --compile off"
-    assert lab(f"train --preset small {line} --vs {tmp_path}")[0] == 0
+    flags = " ".join(f"--{key} {n}" for key, n in sizes.items())
+    line = f"train --preset small {flags} --batch 2 --iters 1 --warmup 0 --device cpu --compile off"
+    assert lab(f"{line} --vs {tmp_path}")[0] == 0
     result = json.loads(Path("out/train_cpu.json").read_text())
     rows = {r["model"]: r for r in bench.speed_table(result)}
-    assert [rows[k]["speed_vs_nanoGPT"] for k in ("ar", "mdm", "nanoGPT")] == [pytest.approx(n) for n in (8, 4, 1)]
-    assert len(result["rows"]) == 9 and rows["ar"]["tok_per_s"] == pytest.approx(2 * 8 / 1e-3) and rows["ar"]["mfu"] is None
-    assert rows["ar"]["params"] == LM(override(ModelConfig(), sizes)).num_params() and rows["nanoGPT"]["params"] == 257 * 258
+    speeds = [rows[k]["speed_vs_nanoGPT"] for k in ("ar", "mdm", "nanoGPT")]
+    assert speeds == pytest.approx([8, 4, 1])
+    assert len(result["rows"]) == 9 and rows["ar"]["tok_per_s"] == pytest.approx(2 * 8 / 1e-3)
+    assert rows["ar"]["mfu"] is None
+    assert rows["ar"]["params"] == LM(override(ModelConfig(), sizes)).num_params()
+    assert rows["nanoGPT"]["params"] == 257 * 258
 
 
 def test_a_compiled_kernel_is_the_one_asked_for(monkeypatch):
-    """torch's cache of compiled graphs forgets which SDPA kernel a graph was made for: then a time stands beside the wrong name."""
+    """torch's cache of compiled graphs forgets which SDPA kernel a graph was made for: then a time stands
+    beside the wrong name."""
     monkeypatch.setattr(bench, "SDPA", {"math": SDPBackend.MATH})
     cuda = torch.backends.cuda
-    state = lambda: (functorch_config.enable_autograd_cache, cuda.flash_sdp_enabled(), cuda.math_sdp_enabled())
+    state = lambda: (functorch_config.enable_autograd_cache, cuda.flash_sdp_enabled(),
+                     cuda.math_sdp_enabled())
     before = state()
     for kernel, expected in (("math", (False, False, True)), ("default", before), (None, before)):
         with bench.sdpa(kernel):
             assert state() == expected
         assert state() == before
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Commands: what is refused, help, Ctrl-C
 
 def typed(script, line, *more):
@@ -4116,7 +4265,8 @@ def typed(script, line, *more):
 
 
 def contents(*folders):
-    return {path: path.read_bytes() for folder in folders for path in Path(folder).rglob("*") if path.is_file()}
+    return {path: path.read_bytes() for folder in folders
+            for path in Path(folder).rglob("*") if path.is_file()}
 
 
 # A command line and what its complaint must say. A new refusal is tested by being listed here.
@@ -4276,14 +4426,17 @@ bench choices RUNS/ar --files good.jsonl --limit 0          => at least 1
 """
 
 
-@pytest.mark.parametrize("row", list(filter(None, REFUSALS.split("\n"))), ids=lambda row: row.split("=>")[0].strip())
+@pytest.mark.parametrize("row", list(filter(None, REFUSALS.split("\n"))),
+                         ids=lambda row: row.split("=>")[0].strip())
 def test_refusals(row, dataset, runs, tmp_path, monkeypatch):
     """One line that names what is wrong and the exit status 2; nothing is trained, lost or overwritten."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench, "run_arms", None)
     for name, raw in (("file", b""), ("cut.pt", b"PK\x03\x04 not the whole file"), ("text", b"\xff" * 50),
-                      ("empty.jsonl", b""), ("good.jsonl", json.dumps(GOOD).encode()), ("deep.jsonl", b"[" * 100_000),
-                      ("utf16.jsonl", b"\xff\xfe"), ("broken.jsonl.gz", gzip.compress(json.dumps(GOOD).encode() * 99)[:-9])):
+                      ("empty.jsonl", b""), ("good.jsonl", json.dumps(GOOD).encode()),
+                      ("deep.jsonl", b"[" * 100_000),
+                      ("utf16.jsonl", b"\xff\xfe"),
+                      ("broken.jsonl.gz", gzip.compress(json.dumps(GOOD).encode() * 99)[:-9])):
         Path(name).write_bytes(raw)
     line, word = row.split("=>")
     for name, value in dict(TRAIN=TRAIN, FEW=FEW, DATASET=dataset, RUNS=str(runs)).items():
@@ -4301,17 +4454,21 @@ def test_refusals(row, dataset, runs, tmp_path, monkeypatch):
 @pytest.mark.parametrize("script, line", [(train, ""), (sample, ""), (prepare, ""), (bench, "choices")])
 def test_whatever_was_typed(script, line):
     """argparse itself takes --flag=-- for an empty list."""
-    for more in (["--tokenizer=--"], ["--device=--"], ["--n\nope=a"], ["a\nb" * 999, "--device=cpu\n"], ["--seed=" + "9" * 5000]):
+    for more in (["--tokenizer=--"], ["--device=--"], ["--n\nope=a"], ["a\nb" * 999, "--device=cpu\n"],
+                 ["--seed=" + "9" * 5000]):
         status, _, error = typed(script, line, *more)
         assert status == 2 and len(error.splitlines()) == 1 and len(error) < 600, error
 
 
 def test_numbers():
-    whole = {"1e6": 10**6, "30M": 30 * 10**6, "2.5k": 2500, "1_000_000": 10**6, "-3": -3, "007": 7, str(2**63 - 1): 2**63 - 1}
+    whole = {"1e6": 10**6, "30M": 30 * 10**6, "2.5k": 2500, "1_000_000": 10**6, "-3": -3, "007": 7,
+             str(2**63 - 1): 2**63 - 1}
     real = {"0.1": 0.1, "1e-3": 0.001, ".5": 0.5, "1B": 1e9}
-    none = ["nan", "-nan", "inf", "1e400", "1e999", "１２", "٣", "½", "", "-", ".", "e5", "10**3", "0x10", "1,2", " 5", "None",
+    none = ["nan", "-nan", "inf", "1e400", "1e999", "１２", "٣", "½", "", "-", ".", "e5", "10**3", "0x10",
+            "1,2", " 5", "None",
             "−1", "9" * 5000]
-    for kind, right, wrong, words in ((int, whole, ["1.5", "1e-3", str(2**63)], "a whole number"), (float, real, [], "finite")):
+    for kind, right, wrong, words in ((int, whole, ["1.5", "1e-3", str(2**63)], "a whole number"),
+                                      (float, real, [], "finite")):
         for text, value in right.items():
             assert prepare.number(text, kind) == value and type(prepare.number(text, kind)) is kind
         for text in none + wrong:
@@ -4344,19 +4501,22 @@ def test_ctrl_c_during_imports_is_no_traceback(script, tmp_path):
     """A module that stops in the middle of its import stands for any that takes long."""
     for name in ("torch", "numpy"):
         (tmp_path / f"{name}.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
-    command, env = [sys.executable, Path(__file__).with_name(f"{script}.py")], dict(os.environ, PYTHONPATH=str(tmp_path))
+    command = [sys.executable, Path(__file__).with_name(f"{script}.py")]
+    env = dict(os.environ, PYTHONPATH=str(tmp_path))
     p = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert p.stdout.readline() == "importing\n"
     p.send_signal(signal.SIGINT)
     assert p.communicate(timeout=30) == ("", "") and p.returncode == -signal.SIGINT
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # published checkpoints
 
-LLAMA = dict(model_type="llama", vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-             max_position_embeddings=64, rms_norm_eps=1e-5, rope_theta=1e4, eos_token_id=299, tie_word_embeddings=True)
-LLADA = dict(model_type="llada", vocab_size=300, d_model=32, mlp_hidden_size=48, n_layers=2, n_heads=4, n_kv_heads=2, max_sequence_length=64,
-             rms_norm_eps=1e-5, rope_theta=1e4, mask_token_id=298, weight_tying=True)
+LLAMA = dict(model_type="llama", vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-5,
+             rope_theta=1e4, eos_token_id=299, tie_word_embeddings=True)
+LLADA = dict(model_type="llada", vocab_size=300, d_model=32, mlp_hidden_size=48, n_layers=2, n_heads=4,
+             n_kv_heads=2, max_sequence_length=64, rms_norm_eps=1e-5, rope_theta=1e4, mask_token_id=298,
+             weight_tying=True)
 
 
 def safetensors(path, tensors, edit=lambda header: None, tail=b""):
@@ -4364,7 +4524,8 @@ def safetensors(path, tensors, edit=lambda header: None, tail=b""):
     header, data = {}, b""
     for name, t in tensors.items():
         raw = t.contiguous().view(torch.uint8).numpy().tobytes()
-        header[name] = dict(dtype={torch.float32: "F32", torch.bfloat16: "BF16"}[t.dtype], shape=[*t.shape], data_offsets=[len(data), len(data) + len(raw)])
+        header[name] = dict(dtype={torch.float32: "F32", torch.bfloat16: "BF16"}[t.dtype], shape=[*t.shape],
+                            data_offsets=[len(data), len(data) + len(raw)])
         data += raw
     edit(header)
     head = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
@@ -4383,49 +4544,70 @@ def published(folder, config, tensors):
     folder.mkdir()
     names = [*tensors]
     for i, part in enumerate((names[::2], names[1::2])):
-        safetensors(folder / f"model-0000{i + 1}-of-00002.safetensors", {name: tensors[name] for name in part})
+        safetensors(folder / f"model-0000{i + 1}-of-00002.safetensors",
+                    {name: tensors[name] for name in part})
     (folder / "config.json").write_text(json.dumps(config))
     shown = [b for b in range(256) if 32 < b < 127 or 160 < b != 173]
-    char = {b: chr(b) for b in shown} | {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in shown)}
+    others = [b for b in range(256) if b not in shown]
+    char = {b: chr(b) for b in shown} | {b: chr(256 + i) for i, b in enumerate(others)}
     words = {w: 9 for w in (b" the", b" then", b" he", b"end", b"\xc3\xa9t\xc3\xa9", b" cat", b" sat", b"  ")}
     ranks = prepare.train_bpe(words, 280)
     text = {t: "".join(map(char.get, t)) for t in ranks}
-    merges = [next([text[t[:i]], text[t[i:]]] for i in range(1, len(t)) if max(ranks.get(t[:i], 999), ranks.get(t[i:], 999)) < r) for t, r in ranks.items() if len(t) > 1]
-    tokenizer = dict(added_tokens=[dict(id=299, content="<|endoftext|>"), dict(id=0, content="<|im_start|>")], normalizer=None,
-                     pre_tokenizer=dict(type="Sequence", pretokenizers=[dict(type="Digits", individual_digits=True), dict(type="ByteLevel", add_prefix_space=False)]),
+    parents = lambda t, r: next([text[t[:i]], text[t[i:]]] for i in range(1, len(t))
+                                if max(ranks.get(t[:i], 999), ranks.get(t[i:], 999)) < r)
+    merges = [parents(t, r) for t, r in ranks.items() if len(t) > 1]
+    tokenizer = dict(added_tokens=[dict(id=299, content="<|endoftext|>"), dict(id=0, content="<|im_start|>")],
+                     normalizer=None,
+                     pre_tokenizer=dict(type="Sequence",
+                                        pretokenizers=[dict(type="Digits", individual_digits=True),
+                                                       dict(type="ByteLevel", add_prefix_space=False)]),
                      model=dict(type="BPE", vocab={text[t]: r + 1 for t, r in ranks.items()}, merges=merges))
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     return folder
 
 
 def test_published_folder_works_in_every_command(tmp_path, capsys, monkeypatch):
-    """prepare --tokenizer, sample, score, choices and train --init_from take it; its weights are where they belong."""
+    """prepare --tokenizer, sample, score, choices and train --init_from take it; its weights are where they
+    belong."""
     monkeypatch.chdir(tmp_path)
     weights = random_weights(LLAMA)
     published(tmp_path / "llama", LLAMA, weights)
     lm, objective = model.from_pretrained("llama")
-    assert objective == "ar" and lm.head.weight is lm.embed.weight and torch.equal(lm.embed.weight[300], weights["model.embed_tokens.weight"][299])
-    assert torch.equal(lm.blocks[1].mlp.up_proj.weight[48:], weights["model.layers.1.mlp.up_proj.weight"]) and not lm.embed.weight[301:].any()
-    close(model.from_pretrained(tmp_path / "llama", torch.bfloat16)[0](torch.arange(9)[None]).float(), lm(torch.arange(9)[None]), 0.1)
+    assert objective == "ar" and lm.head.weight is lm.embed.weight
+    assert torch.equal(lm.embed.weight[300], weights["model.embed_tokens.weight"][299])
+    assert torch.equal(lm.blocks[1].mlp.up_proj.weight[48:], weights["model.layers.1.mlp.up_proj.weight"])
+    assert not lm.embed.weight[301:].any()
+    close(model.from_pretrained(tmp_path / "llama", torch.bfloat16)[0](torch.arange(9)[None]).float(),
+          lm(torch.arange(9)[None]), 0.1)
     tok = prepare.load_tokenizer("llama")
-    assert tok.encode("the  été 12") == prepare.Tokenizer("", tok.ranks, prepare.PATTERN.replace(r" ?\p{N}++", r"\p{N}")).encode("the  été 12") and tok.eot == 299
-    assert sample.encode("a<|im_start|>b<|endoftext|>", tok) == [ord("a") + 1, 0, ord("b") + 1, 299] and tok.token_bytes[[0, 299]].sum() == 0
+    single = prepare.Tokenizer("", tok.ranks, prepare.PATTERN.replace(r" ?\p{N}++", r"\p{N}"))
+    assert tok.encode("the  été 12") == single.encode("the  été 12")
+    assert tok.eot == 299
+    assert sample.encode("a<|im_start|>b<|endoftext|>", tok) == [ord("a") + 1, 0, ord("b") + 1, 299]
+    assert tok.token_bytes[[0, 299]].sum() == 0
     (tmp_path / "a.txt").write_text("the cat sat then the end 1 été\n" * 300)
-    (tmp_path / "q.jsonl").write_text(json.dumps(dict(query="the cat", choices=[" sat", " end"], gold=0)) + "\n")
+    (tmp_path / "q.jsonl").write_text(json.dumps(dict(query="the cat", choices=[" sat", " end"], gold=0))
+                                      + "\n")
     assert prepare.main("--text a.txt --name toy --tokenizer llama".split()) == 0
     assert prepare.load_tokenizer("data/toy").encode(" the<|im_start|>7") == tok.encode(" the<|im_start|>7")
-    run = "--dataset toy --out out/r --max_steps 2 --lr 1e-9 --eval_windows 8 --batch_tokens 128 --block_size 32 --device cpu --compile off"
-    assert train.main(f"{run} --init_from llama".split()) == 0
-    assert sample.main(["llama", "--prompt", "<|im_start|>the cat", "--max_new_tokens", "9", "--device", "cpu"]) == 0
+    run = "--init_from llama --dataset toy --out out/r --max_steps 2 --lr 1e-9"
+    sizes = "--eval_windows 8 --batch_tokens 128 --block_size 32 --device cpu --compile off"
+    assert train.main(f"{run} {sizes}".split()) == 0
+    assert sample.main(["llama", "--prompt", "<|im_start|>the cat", "--max_new_tokens", "9", "--device",
+                        "cpu"]) == 0
     assert sample.main("score llama --text a.txt --windows 2 --device cpu --dtype bfloat16".split()) == 0
-    assert bench.main("choices llama --files q.jsonl --device cpu --results res".split()) == 0 and "exact" in capsys.readouterr().out
-    close(train.load_model("out/r", "last")[0].blocks[1].mixer.qkv_proj.weight, lm.blocks[1].mixer.qkv_proj.weight, 1e-4)
+    assert bench.main("choices llama --files q.jsonl --device cpu --results res".split()) == 0
+    assert "exact" in capsys.readouterr().out
+    close(train.load_model("out/r", "last")[0].blocks[1].mixer.qkv_proj.weight,
+          lm.blocks[1].mixer.qkv_proj.weight, 1e-4)
 
 
 def test_published_diffusion_models(tmp_path):
-    """LLaDA is Llama under other names; Dream is Qwen2 whose logits are of the next token. Row V is that of the mask token."""
+    """LLaDA is Llama under other names; Dream is Qwen2 whose logits are of the next token. Row V is that of
+    the mask token."""
     x, logits = torch.randint(298, (2, 20)), {}
-    configs = [LLAMA, LLADA] + [{**LLAMA, "model_type": kind, "mask_token_id": 298} for kind in ("qwen2", "Dream")]
+    configs = [LLAMA, LLADA] + [{**LLAMA, "model_type": kind, "mask_token_id": 298}
+                                for kind in ("qwen2", "Dream")]
     for c in configs:
         lm, objective = model.from_pretrained(published(tmp_path / c["model_type"], c, random_weights(c)))
         assert objective == ("mdm" if c["model_type"] in ("llada", "Dream") else "ar")
@@ -4438,8 +4620,10 @@ def test_published_diffusion_models(tmp_path):
 
 
 WRONG_TENSORS = {   # what is done to a good file -> what is said of it
-    "does not begin where": lambda h: h["b"].update(data_offsets=[8, 40]), "has 32 bytes": lambda h: h["a"].update(shape=[3, 3]), "F8": lambda h: h["a"].update(dtype="F8"),
-    "is truncated": lambda h: h["b"].update(shape=[99], data_offsets=[32, 32 + 4 * 99]), "is damaged|or damaged": lambda h: h.update(c={}), "has bytes that": lambda h: h.pop("b"),
+    "does not begin where": lambda h: h["b"].update(data_offsets=[8, 40]),
+    "has 32 bytes": lambda h: h["a"].update(shape=[3, 3]), "F8": lambda h: h["a"].update(dtype="F8"),
+    "is truncated": lambda h: h["b"].update(shape=[99], data_offsets=[32, 32 + 4 * 99]),
+    "is damaged|or damaged": lambda h: h.update(c={}), "has bytes that": lambda h: h.pop("b"),
     "has 0 bytes": lambda h: h.update(a=dict(dtype="F32", shape=[0], data_offsets=[0, 0])),
 }
 
@@ -4452,12 +4636,19 @@ def test_safetensors_refused(tmp_path, message):
 
 
 WRONG_FOLDERS = {   # message: (changes of config.json, of the tensors)
-    "rope_type yarn.*default or linear or llama3": (dict(rope_scaling=dict(rope_type="yarn", factor=4.0)), {}), "attention_multiplier 2.0 is not known": (dict(attention_multiplier=2.0), {}),
-    "high_freq_factor 8.*expected 4": (dict(rope_scaling=dict(type="llama3", high_freq_factor=8)), {}), "attention_bias True": (dict(attention_bias=True), {}),
-    "hidden_act gelu.*expected silu": (dict(hidden_act="gelu"), {}), "quantization_config": (dict(quantization_config={"bits": 4}), {}),
-    "model_type mamba is none of": (dict(model_type="mamba"), {}), "nothing says norm_eps": (dict(rms_norm_eps=None), {}), "n_head": (dict(num_attention_heads="4"), {}),
-    "model.norm.weight is missing": ({}, {"model.norm.weight": None}), "model.norm.bias is unknown": ({}, {"model.norm.bias": torch.ones(3)}),
-    r"embed_tokens.weight has shape \[299, 32\], expected \[300, 32\]": ({}, {"model.embed_tokens.weight": torch.ones(299, 32)}),
+    "rope_type yarn.*default or linear or llama3":
+        (dict(rope_scaling=dict(rope_type="yarn", factor=4.0)), {}),
+    "attention_multiplier 2.0 is not known": (dict(attention_multiplier=2.0), {}),
+    "high_freq_factor 8.*expected 4": (dict(rope_scaling=dict(type="llama3", high_freq_factor=8)), {}),
+    "attention_bias True": (dict(attention_bias=True), {}),
+    "hidden_act gelu.*expected silu": (dict(hidden_act="gelu"), {}),
+    "quantization_config": (dict(quantization_config={"bits": 4}), {}),
+    "model_type mamba is none of": (dict(model_type="mamba"), {}),
+    "nothing says norm_eps": (dict(rms_norm_eps=None), {}), "n_head": (dict(num_attention_heads="4"), {}),
+    "model.norm.weight is missing": ({}, {"model.norm.weight": None}),
+    "model.norm.bias is unknown": ({}, {"model.norm.bias": torch.ones(3)}),
+    r"embed_tokens.weight has shape \[299, 32\], expected \[300, 32\]":
+        ({}, {"model.embed_tokens.weight": torch.ones(299, 32)}),
 }
 
 
@@ -4473,8 +4664,11 @@ def test_published_folder_refused(tmp_path, capsys, message):
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(model=dict(type="Unigram")), "no byte-level BPE"), (dict(normalizer=dict(type="Lowercase")), "normalizer"), (dict(pre_tokenizer=dict(type="Metaspace")), "no byte-level BPE"),
-    (dict(pre_tokenizer=dict(type="ByteLevel", add_prefix_space=True)), "space in front"), (dict(added_tokens=[dict(id=999, content="x")]), "cannot read")])
+    (dict(model=dict(type="Unigram")), "no byte-level BPE"),
+    (dict(normalizer=dict(type="Lowercase")), "normalizer"),
+    (dict(pre_tokenizer=dict(type="Metaspace")), "no byte-level BPE"),
+    (dict(pre_tokenizer=dict(type="ByteLevel", add_prefix_space=True)), "space in front"),
+    (dict(added_tokens=[dict(id=999, content="x")]), "cannot read")])
 def test_tokenizer_json_refused(tmp_path, change, message):
     folder = published(tmp_path / "m", LLAMA, random_weights(LLAMA))
     file = folder / "tokenizer.json"
@@ -4485,40 +4679,56 @@ def test_tokenizer_json_refused(tmp_path, change, message):
 
 @pytest.mark.parametrize("steps", ["Digits", "Split"])
 def test_tokenizer_json_equals_tokenizers(tmp_path, steps):
-    """The package `tokenizers` on text with everything in it, for GPT-2's split behind single digits, and Qwen's with NFC."""
+    """The package `tokenizers` on text with everything in it, for GPT-2's split behind single digits, and
+    Qwen's with NFC."""
     peer = pytest.importorskip("tokenizers")
-    split = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    theirs, byte = peer.Tokenizer(peer.models.BPE()), peer.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=steps == "Digits")
-    first = peer.pre_tokenizers.Digits(individual_digits=True) if steps == "Digits" else peer.pre_tokenizers.Split(peer.Regex(split), "isolated")
-    theirs.pre_tokenizer = peer.pre_tokenizers.Sequence([first, byte])
+    split = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+             r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+    theirs, pre = peer.Tokenizer(peer.models.BPE()), peer.pre_tokenizers
+    first = pre.Digits(individual_digits=True)
     if steps == "Split":
+        first = pre.Split(peer.Regex(split), "isolated")
         theirs.normalizer = peer.normalizers.NFC()
+    byte = pre.ByteLevel(add_prefix_space=False, use_regex=steps == "Digits")
+    theirs.pre_tokenizer = pre.Sequence([first, byte])
     theirs.train_from_iterator([Path(__file__).read_text(encoding="utf-8")], peer.trainers.BpeTrainer(
-        vocab_size=900, special_tokens=["<|endoftext|>"], initial_alphabet=peer.pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+        vocab_size=900, special_tokens=["<|endoftext|>"],
+        initial_alphabet=peer.pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     theirs.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "config.json").write_text(json.dumps(dict(vocab_size=900, eos_token_id=[0, 1])))
     ours, rng = prepare.load_tokenizer(tmp_path), random.Random(0)
-    parts = "a|the | |  |\n|\r\n|\t|7|1984|'s|'LL|é|e\u0301|日本|😀|👩\u200d👧|²|Ⅷ|\xa0|\u3000|-|...|_|\x00|\U000f0000|٣|ﬁ|def ".split("|")
+    parts = ("a|the | |  |\n|\r\n|\t|7|1984|'s|'LL|é|e\u0301|日本|😀|👩\u200d👧|²|Ⅷ|\xa0|\u3000|-|...|_|\x00|"
+             "\U000f0000|٣|ﬁ|def ").split("|")
     for _ in range(2000):
         text = "".join(rng.choices(parts, k=rng.randint(1, 20)))
         assert ours.encode(text) == theirs.encode(text).ids, repr(text)
 
 
-MLA = dict(num_key_value_heads=4, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=12, moe_intermediate_size=24)
-THEIRS = {      # preset, or the name of a class: (class in transformers, its settings); what is no size stays as published
+MLA = dict(num_key_value_heads=4, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=12,
+           moe_intermediate_size=24)
+# preset, or the name of a class: (class in transformers, its settings); what is no size stays as published
+THEIRS = {
     "gpt2": ("GPT2LMHead", dict(n_embd=32, n_head=4, n_layer=2, n_positions=64)),
-    "llama": ("LlamaForCausalLM", dict(rope_parameters=dict(rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    "llama": ("LlamaForCausalLM", dict(rope_parameters=dict(rope_type="llama3", rope_theta=5e5, factor=8.0,
+                                                            low_freq_factor=1.0, high_freq_factor=4.0,
                                                             original_max_position_embeddings=16))),
     "qwen2": ("Qwen2ForCausalLM", dict(rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=3.0))),
     "qwen3": ("Qwen3ForCausalLM", dict(head_dim=16, tie_word_embeddings=True)),
-    "gpt-oss": ("GptOssForCausalLM", dict(head_dim=16, sliding_window=8, num_local_experts=8, num_experts_per_tok=3, intermediate_size=24,
+    "gpt-oss": ("GptOssForCausalLM", dict(head_dim=16, sliding_window=8, num_local_experts=8,
+                                          num_experts_per_tok=3, intermediate_size=24,
                                           rope_parameters=dict(rope_type="default", rope_theta=150_000.0))),
-    "deepseek-v3": ("DeepseekV3ForCausalLM", dict(**MLA, q_lora_rank=24, n_routed_experts=16, num_experts_per_tok=3)),
-    "deepseek without a rank": ("DeepseekV3ForCausalLM", dict(**MLA, q_lora_rank=None, n_routed_experts=16, num_experts_per_tok=3, first_k_dense_replace=1)),
-    "qwen3-next": ("Qwen3NextForCausalLM", dict(head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=12, num_experts=8,
-                                                num_experts_per_tok=3, moe_intermediate_size=24, shared_expert_intermediate_size=40)),
-    "kimi-linear": ("KimiLinearForCausalLM", dict(**MLA, layer_types=["linear_attention"] * 3 + ["full_attention"], linear_head_dim=8, linear_num_heads=4, num_experts=8,
-                                                  num_experts_per_token=3, model_max_length=64)),
+    "deepseek-v3": ("DeepseekV3ForCausalLM",
+                    dict(**MLA, q_lora_rank=24, n_routed_experts=16, num_experts_per_tok=3)),
+    "deepseek without a rank": ("DeepseekV3ForCausalLM",
+                                dict(**MLA, q_lora_rank=None, n_routed_experts=16, num_experts_per_tok=3,
+                                     first_k_dense_replace=1)),
+    "qwen3-next": ("Qwen3NextForCausalLM",
+                   dict(head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
+                        linear_value_head_dim=12, num_experts=8, num_experts_per_tok=3,
+                        moe_intermediate_size=24, shared_expert_intermediate_size=40)),
+    "kimi-linear": ("KimiLinearForCausalLM",
+                    dict(**MLA, layer_types=["linear_attention"] * 3 + ["full_attention"], linear_head_dim=8,
+                         linear_num_heads=4, num_experts=8, num_experts_per_token=3, model_max_length=64)),
 }
 
 
@@ -4527,51 +4737,72 @@ def test_published_models_equal_transformers(tmp_path, kind):
     """What transformers saves, read by us: the same logits, and the preset is the same kind of model."""
     tf = pytest.importorskip("transformers")
     name, given = THEIRS[kind]
-    sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=4, num_key_value_heads=2, intermediate_size=48, max_position_embeddings=64)
+    sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=4, num_key_value_heads=2,
+                 intermediate_size=48, max_position_embeddings=64)
     theirs = getattr(tf, name + "Model" * (kind == "gpt2"))
-    config = theirs.config_class(**(sizes if kind != "gpt2" else {}) | dict(vocab_size=100, pad_token_id=0, bos_token_id=1, eos_token_id=2) | given)
-    config._attn_implementation = "eager"                                              # gpt-oss's sink has no other here
+    words = dict(vocab_size=100, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    config = theirs.config_class(**(sizes if kind != "gpt2" else {}) | words | given)
+    config._attn_implementation = "eager"                                   # gpt-oss's sink has no other here
     theirs = theirs(config).eval()
     torch.manual_seed(0)
-    for name, p in theirs.state_dict().items():                                        # norms near 1; a memory of some 30 tokens
-        mean = 1.0 * ("norm" in name and not (kind == "qwen3-next" and "linear_attn" not in name)) - 3.0 * ("A_log" in name)
-        p.copy_(mean + 0.3 * torch.randn(p.shape) if p.ndim == 1 or "A_log" in name else torch.randn(p.shape) * max(p.size(-1), 4) ** -0.5)
+    for name, p in theirs.state_dict().items():                     # norms near 1; a memory of some 30 tokens
+        mean = 1.0 * ("norm" in name
+                      and not (kind == "qwen3-next" and "linear_attn" not in name)) - 3.0 * ("A_log" in name)
+        p.copy_(mean + 0.3 * torch.randn(p.shape) if p.ndim == 1 or "A_log" in name
+                else torch.randn(p.shape) * max(p.size(-1), 4) ** -0.5)
     theirs.save_pretrained(tmp_path, max_shard_size="20KB")
     lm, x = model.from_pretrained(tmp_path)[0], torch.randint(100, (2, 60))
     with torch.no_grad():
         close(lm(x), theirs(x, use_cache=False).logits, 1e-4)
-    assert not any(isinstance(v, (str, bool)) and k not in ("layers", "tied") and getattr(lm.config, k) != v for k, v in PRESETS.get(kind, {}).items() if k != "mlp" or kind != "gpt2")
+    assert not any(isinstance(v, (str, bool)) and k not in ("layers", "tied") and getattr(lm.config, k) != v
+                   for k, v in PRESETS.get(kind, {}).items() if k != "mlp" or kind != "gpt2")
 
 
-HUB = {     # the config.json of the published models, where it is of another form than what transformers saves
-    "qwen3-next": dict(model_type="qwen3_next", decoder_sparse_step=1, full_attention_interval=4, head_dim=256, hidden_act="silu", hidden_size=2048, intermediate_size=5120,
-                       linear_conv_kernel_dim=4, linear_key_head_dim=128, linear_num_key_heads=16, linear_num_value_heads=32, linear_value_head_dim=128, mlp_only_layers=[],
-                       max_position_embeddings=262144, moe_intermediate_size=512, norm_topk_prob=True, num_attention_heads=16, num_experts=512, num_experts_per_tok=10,
-                       num_hidden_layers=48, num_key_value_heads=2, partial_rotary_factor=0.25, rms_norm_eps=1e-6, rope_scaling=None, rope_theta=10000000,
+HUB = {  # the config.json of the published models, where it is of another form than what transformers saves
+    "qwen3-next": dict(model_type="qwen3_next", decoder_sparse_step=1, full_attention_interval=4,
+                       head_dim=256, hidden_act="silu", hidden_size=2048, intermediate_size=5120,
+                       linear_conv_kernel_dim=4, linear_key_head_dim=128, linear_num_key_heads=16,
+                       linear_num_value_heads=32, linear_value_head_dim=128, mlp_only_layers=[],
+                       max_position_embeddings=262144, moe_intermediate_size=512, norm_topk_prob=True,
+                       num_attention_heads=16, num_experts=512, num_experts_per_tok=10,
+                       num_hidden_layers=48, num_key_value_heads=2, partial_rotary_factor=0.25,
+                       rms_norm_eps=1e-6, rope_scaling=None, rope_theta=10000000,
                        shared_expert_intermediate_size=512, vocab_size=151936),
-    "kimi-linear": dict(model_type="kimi_linear", first_k_dense_replace=1, head_dim=72, hidden_size=2304, intermediate_size=9216, kv_lora_rank=512, mla_use_nope=True,
-                        linear_attn_config=dict(full_attn_layers=[4, 8, 12, 16, 20, 24, 27], head_dim=128, num_heads=32, short_conv_kernel_size=4,
-                                                kda_layers=[i for i in range(1, 27) if i % 4]), model_max_length=1048576, moe_intermediate_size=1024, moe_layer_freq=1,
-                        moe_renormalize=True, moe_router_activation_func="sigmoid", num_attention_heads=32, num_expert_group=1, num_experts=256, num_experts_per_token=8,
-                        num_hidden_layers=27, num_shared_experts=1, qk_nope_head_dim=128, qk_rope_head_dim=64, rms_norm_eps=1e-5, rope_theta=10000.0,
-                        routed_scaling_factor=2.446, topk_group=1, use_grouped_topk=True, v_head_dim=128, vocab_size=163840),
+    "kimi-linear": dict(model_type="kimi_linear", first_k_dense_replace=1, head_dim=72, hidden_size=2304,
+                        intermediate_size=9216, kv_lora_rank=512, mla_use_nope=True,
+                        linear_attn_config=dict(full_attn_layers=[4, 8, 12, 16, 20, 24, 27], head_dim=128,
+                                                num_heads=32, short_conv_kernel_size=4,
+                                                kda_layers=[i for i in range(1, 27) if i % 4]),
+                        model_max_length=1048576, moe_intermediate_size=1024, moe_layer_freq=1,
+                        moe_renormalize=True, moe_router_activation_func="sigmoid", num_attention_heads=32,
+                        num_expert_group=1, num_experts=256, num_experts_per_token=8,
+                        num_hidden_layers=27, num_shared_experts=1, qk_nope_head_dim=128, qk_rope_head_dim=64,
+                        rms_norm_eps=1e-5, rope_theta=10000.0,
+                        routed_scaling_factor=2.446, topk_group=1, use_grouped_topk=True, v_head_dim=128,
+                        vocab_size=163840),
 }
 
 
 @pytest.mark.parametrize("preset", HUB)
 def test_config_json_is_the_preset(preset):
     config, values = model.read_config(HUB[preset]), dict(PRESETS[preset], block_size=None)
-    same = lambda c: [(name, override(ModelConfig(), given)) for name, given in parse_layers(c.layers, c.n_layer)]
+    same = lambda c: [(name, override(ModelConfig(), given))
+                      for name, given in parse_layers(c.layers, c.n_layer)]
     assert same(config) == same(from_preset(preset))
-    assert not [k for k, v in values.items() if k not in ("layers", "block_size", "position") and getattr(config, k) != v] and config.position == (values.get("position", "rotary") or "none")
+    assert not [k for k, v in values.items() if k not in ("layers", "block_size", "position")
+                and getattr(config, k) != v]
+    assert config.position == (values.get("position", "rotary") or "none")
 
 
-@pytest.mark.parametrize("flags", ["--preset gpt2 --n_layer 2 --n_embd 32 --n_head 2", "--set qk_norm=true n_kv_head=2 head_dim=8 tied=false", "--set norm_eps=1e-5"])
+@pytest.mark.parametrize("flags",
+                         ["--preset gpt2 --n_layer 2 --n_embd 32 --n_head 2",
+                          "--set qk_norm=true n_kv_head=2 head_dim=8 tied=false", "--set norm_eps=1e-5"])
 def test_export_is_read_by_transformers_and_us(dataset, tmp_path, flags):
     """The same logits, and the tokenizer beside them."""
     pytest.importorskip("safetensors")
-    run = f"--dataset {dataset} --out {tmp_path}/run --max_steps 2 --block_size 32 --n_embd 32 --n_layer 2 --eval_windows 8 --batch_tokens 64 --device cpu {flags}"
-    assert train.main(run.split()) == 0
+    run = f"--dataset {dataset} --out {tmp_path}/run --max_steps 2 --eval_windows 8 --batch_tokens 64"
+    sizes = "--block_size 32 --n_embd 32 --n_layer 2 --device cpu"
+    assert train.main(f"{run} {sizes} {flags}".split()) == 0
     assert sample.main([f"{tmp_path}/run", "--export", f"{tmp_path}/out", "--device", "cpu"]) == 0
     assert sample.main([f"{tmp_path}/run", "--export", f"{tmp_path}/out", "--device", "cpu"]) == 2
     lm, x = train.load_model(tmp_path / "run")[0], torch.randint(257, (2, 32))
@@ -4583,11 +4814,13 @@ def test_export_is_read_by_transformers_and_us(dataset, tmp_path, flags):
     close(theirs(x).logits[..., :257], lm(x), 1e-5)
 
 
-@pytest.mark.parametrize("setting", ["logit_softcap=1", "layers=kda", "n_expert=4", "position=none", "window=9", "mlp=gelu"])
+@pytest.mark.parametrize("setting", ["logit_softcap=1", "layers=kda", "n_expert=4", "position=none",
+                                     "window=9", "mlp=gelu"])
 def test_export_refuses_what_nobody_computes(tmp_path, capsys, setting):
     lm = LM(tiny(**dict([(setting.split("=")[0], parse_value(setting.split("=")[1]))]))).eval()
     with pytest.raises(ValueError, match="computes something else"):
-        sample.export(types.SimpleNamespace(export=str(tmp_path / "out"), run="."), lm, prepare.Tokenizer("byte"), train.DEFAULTS)
+        sample.export(types.SimpleNamespace(export=str(tmp_path / "out"), run="."), lm,
+                      prepare.Tokenizer("byte"), train.DEFAULTS)
     assert not (tmp_path / "out").exists()
 
 
@@ -4596,7 +4829,8 @@ def test_harness_says_what_choices_says(runs, objective):
     pytest.importorskip("lm_eval")
     from lm_eval.api.instance import Instance
     ask = lambda kind, *args: [Instance(kind, {}, args, 0, metadata=("task", 3, 1))]
-    peer, lm, tok = sample.harness(runs / objective, n_mc=8), train.load_model(runs / objective)[0], prepare.load_tokenizer(runs / objective)
+    run = runs / objective
+    peer, tok, (lm, _) = sample.harness(run, n_mc=8), prepare.load_tokenizer(run), train.load_model(run)
     flags = {**train.DEFAULTS, "objective": objective}
     item = bench.item_of(tok.encode("the cat"), [tok.encode(" sat on")], 0, tok)
     expected = bench.judge_item(lm, flags, item, bench.MEASURES[objective][0], 8, 3)
