@@ -44,7 +44,6 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import platform
 import re
@@ -1884,9 +1883,11 @@ def train_(preset: PRESETS = "gpt2", n_layer: int = None, n_head: int = None, n_
                threads=threads, kernel=sdpa, vs=vs and str(Path(vs).resolve()))
     for i, kind in itertools.product(range(rounds), [*objectives, *["nanoGPT"] * bool(vs)]):
         def measure():
-            process = multiprocessing.get_context("spawn")      # Ctrl-C is for this one, which ends it
-            with process.Pool(1, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-                return pool.apply(throughput, (kind,), how)
+            code = "import bench, json, sys; print(json.dumps(bench.throughput(**json.loads(sys.argv[1]))))"
+            p = subprocess.run([sys.executable, "-c", code, json.dumps(dict(how, kind=kind))], cwd=HERE,
+                               capture_output=True, text=True)
+            need(not p.returncode, f"{kind}: {(p.stderr.strip() or 'failed').splitlines()[-1]}")
+            return json.loads(p.stdout.splitlines()[-1])
         yield dict(model=kind, round=i + 1), measure
     return dict(clock="GPU events, step to step" if device.startswith("cuda") else "process CPU time",
                 mfu="nanoGPT's formula, 6 N + 12 L C T per token, over the GPU's dense bf16 peak")

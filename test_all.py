@@ -4214,9 +4214,10 @@ def test_train_speed_beside_a_peer(lab, tmp_path, monkeypatch):
     this process here."""
     (tmp_path / "model.py").write_text(PEER)
 
-    pool = types.SimpleNamespace(apply=lambda f, given, how: f(*given, **how))
-    here = types.SimpleNamespace(Pool=lambda *_: contextlib.nullcontext(pool))
-    monkeypatch.setattr(bench.multiprocessing, "get_context", lambda kind: here)
+    def child(command, **_):
+        out = json.dumps(bench.throughput(**json.loads(command[-1])))
+        return types.SimpleNamespace(returncode=0, stdout=out, stderr="")
+    monkeypatch.setattr(bench.subprocess, "run", child)
     monkeypatch.setattr(torch.compiler, "set_stance", lambda *_: None)
     monkeypatch.setitem(sys.modules, "model", sys.modules["model"])     # put back afterwards, as is the path
     monkeypatch.setattr(sys, "path", list(sys.path))
