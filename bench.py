@@ -388,10 +388,9 @@ def file_part(name):
 def device_name(device):
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name()
-    names = [platform.processor() or "CPU"]
-    if (info := Path("/proc/cpuinfo")).exists():
-        names = re.findall(r"model name\s*: (.*)", info.read_text()) + names
-    return f"{names[0]}, {os.cpu_count()} cores"
+    info = Path("/proc/cpuinfo")
+    name = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    return f"{name[1] if name else platform.processor() or 'CPU'}, {os.cpu_count()} cores"
 
 # ------------------------------------------------------------------------------------------------------------
 # Pictures: functions of (matplotlib.pyplot, result) -> figure, all drawn from the JSON file alone
@@ -3069,6 +3068,7 @@ def gpu(minutes=9.0, results="results"):
 # Command line
 
 def main(argv=None):
+    prepare.console()
     parser = prepare.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=prepare.Parser)
     for name, about in EXPERIMENTS.items():
