@@ -275,14 +275,11 @@ def test_noisy_blocks_read_a_clean_prefix(case):
         close(layer(block, cache=cache, causal=False, commit=False)[:, -1], layer(x)[:, -1])
 
 
-
 @each_case
 def test_costs_are_those_of_the_cache(case):
     layer, bf16 = make_layer(case), torch.bfloat16
-    held = 0
-    for name, a in vars(layer.init_cache(1, 64, dtype=bf16)).items():
-        if torch.is_tensor(a) and name != "pos":
-            held += a.nbytes
+    cache = vars(layer.init_cache(1, 64, dtype=bf16))
+    held = sum(a.nbytes for name, a in cache.items() if torch.is_tensor(a) and name != "pos")
     assert layer.cache_bytes(64, bf16) == held
     assert 0 < layer.reads(64, True) <= layer.reads(64, False)
     if layer.family == "linear":
@@ -613,24 +610,23 @@ def test_examples_in_docstrings():
 def test_softmax_attention_is_its_definition():
     """Grouped heads, windows, sinks, fewer queries than keys (the last ones); gradients too."""
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, h, 13, 8, requires_grad=True) for h in (4, 2, 2))
-    sink = torch.randn(4, requires_grad=True)
+    inputs = [torch.randn(2, h, 13, 8, requires_grad=True) for h in (4, 2, 2)]
+    null = torch.randn(4, requires_grad=True)
     distance = torch.arange(13)[:, None] - torch.arange(13)
-    for causal, window, null, first in product((True, False), (None, 2, 5), (True, False), (0, 9)):
+    for causal, window, given, first in product((True, False), (None, 2, 5), ([], [null]), (0, 9)):
         seen = (distance >= 0) if causal else torch.ones(13, 13) > 0
         if window:
             seen = seen & (distance.abs() < window)
 
-        def definition(q, k, v, sink):
+        def definition(q, k, v, *sink):
             k, v = (a.repeat_interleave(2, 1) for a in (k, v))
             weights = (q @ k.mT / 8 ** 0.5).exp() * seen
-            total = weights.sum(-1, keepdim=True) + null * sink.exp().view(-1, 1, 1)
-            return (weights @ v / total)[:, :, first:] + 0 * sink.sum()
+            total = weights.sum(-1, keepdim=True) + sum(a.exp().view(-1, 1, 1) for a in sink)
+            return (weights @ v / total)[:, :, first:]
 
-        def fast(q, k, v, sink):
-            y = softmax_attention(q[:, :, first:], k, v, causal, window, sink if null else None)
-            return y + 0 * sink.sum()
-        same_gradients(fast, definition, [q, k, v, sink])
+        def fast(q, k, v, *sink):
+            return softmax_attention(q[:, :, first:], k, v, causal, window, *sink)
+        same_gradients(fast, definition, inputs + given)
 
 
 def flex_tiles(run):
