@@ -1109,7 +1109,8 @@ def parts(block, kind):
 
 
 ONLY_QKV = ("qwen2", "Dream")           # have biases there alone: our others are zero
-UNUSED = r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$|^lm_head"   # buffers; a head that is tied
+# Buffers; a head that is tied; Qwen3-Next's layers that predict further tokens.
+UNUSED = r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$|^lm_head|^mtp\."
 
 
 @torch.no_grad()
@@ -1139,7 +1140,9 @@ def from_pretrained(folder, dtype=torch.float32, device="cpu"):
     lm.to_empty(device=device)
     if config.tied:
         lm.head.weight = lm.embed.weight
-    for a in lm.state_dict().values():
+    for moe in lm.moes():
+        moe.bias = moe.bias.float()                                 # it chooses experts: bf16 is too coarse
+    for a in (*lm.parameters(), *lm.buffers()):
         a.zero_()                                                   # rows behind V, biases that it has not
     for name, (views, dim) in their_tensors(lm, kind, c["vocab_size"]).items():
         need(name in tensors, f"{folder}: tensor {name} is missing")
