@@ -1547,8 +1547,15 @@ def adapt(ar="", dataset="docs-byte", ar_steps=2000, steps=2000, n_layer=3, n_he
 # ------------------------------------------------------------------------------------------------------------
 # presets: sizes of the published models
 
-PUBLISHED = {"gpt2": "124M", "llama": "8.03B", "llada": "8B", "qwen3-next": "80B-A3B",
-             "kimi-linear": "48B-A3B", "deepseek-v3": "671B-A37B", "gpt-oss": "20.9B-A3.6B"}
+PUBLISHED = {
+    "gpt2": "124M",
+    "llama": "8.03B",
+    "llada": "8B",
+    "qwen3-next": "80B-A3B",
+    "kimi-linear": "48B-A3B",
+    "deepseek-v3": "671B-A37B",
+    "gpt-oss": "20.9B-A3.6B",
+}
 
 
 def published_costs():
@@ -1557,18 +1564,32 @@ def published_costs():
     window)."""
     mla = {k: v for k, v in PRESETS["deepseek-v3"].items() if k not in ("layers", "n_layer")}
     gqa8 = dict(n_kv_head=8, head_dim=128)
-    caches = (("DeepSeek-V3", "mla", mla, 61, 70_272),
-              ("Qwen2.5-72B", "full", dict(n_embd=8192, n_head=64, **gqa8), 80, 327_680),
-              ("Llama-3.1-405B", "full", dict(n_embd=16384, n_head=128, **gqa8), 126, 516_096))
+    caches = (
+        ("DeepSeek-V3", "mla", mla, 61, 70_272),
+        ("Qwen2.5-72B", "full", dict(n_embd=8192, n_head=64, **gqa8), 80, 327_680),
+        ("Llama-3.1-405B", "full", dict(n_embd=16384, n_head=128, **gqa8), 126, 516_096),
+    )
     layer = lambda kind, **values: ATTENTION[kind](override(ModelConfig(), values))
     with torch.device("meta"):
         nsa = layer("nsa", n_embd=2560, n_head=64, n_kv_head=4, head_dim=128)
-        rows = [dict(model=name, what="cache, bytes per token", published=published,
-                     ours=layers * layer(kind, **values).cache_bytes(1, torch.bfloat16))
-                for name, kind, values, layers, published in caches]
+        rows = [
+            dict(
+                model=name,
+                what="cache, bytes per token",
+                published=published,
+                ours=layers * layer(kind, **values).cache_bytes(1, torch.bfloat16),
+            )
+            for name, kind, values, layers, published in caches
+        ]
     for T, ratio in ((8192, 4.0), (16384, 6.4), (32768, 9.1), (65536, 11.6)):
-        rows.append(dict(model="NSA 27B", what=f"keys read, dense / sparse at {T // 1024}k", published=ratio,
-                         ours=round(T / nsa.reads(T), 1)))
+        rows.append(
+            dict(
+                model="NSA 27B",
+                what=f"keys read, dense / sparse at {T // 1024}k",
+                published=ratio,
+                ours=round(T / nsa.reads(T), 1),
+            )
+        )
     return rows
 
 
@@ -1586,13 +1607,20 @@ def presets():
             lm = LM(from_preset(name))
         c, cache = lm.config, lm.cache_bytes(T, torch.bfloat16) / T
         D = c.head_dim or c.n_embd // c.n_head
-        if c.qk_nope_head_dim:                  # MLA: the heads it stands for
+        if c.qk_nope_head_dim:  # MLA: the heads it stands for
             D = (c.qk_nope_head_dim + c.v_head_dim) // 2
         mixers = " ".join(dict.fromkeys(type(b.mixer).__name__ for b in lm.blocks))
-        yield dict(preset=name), {
-            "published": published, "total": billions(lm.num_params()),
-            "active": billions(lm.active_params()), "mixers": mixers, "cache bytes per token": round(cache),
-            "against multi-head": f"{cache / (4 * c.n_layer * c.n_head * D) - 1:+.0%}"}
+        yield (
+            dict(preset=name),
+            {
+                "published": published,
+                "total": billions(lm.num_params()),
+                "active": billions(lm.active_params()),
+                "mixers": mixers,
+                "cache bytes per token": round(cache),
+                "against multi-head": f"{cache / (4 * c.n_layer * c.n_head * D) - 1:+.0%}",
+            },
+        )
     return dict(published_costs=published_costs(), context=T, cache_dtype="bfloat16")
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1606,11 +1634,24 @@ def longest(result):
     return [r for r in result["rows"] if r["T"] == max(r["T"] for r in result["rows"])]
 
 
-@experiment(named=("device", "bidirectional"), finish=compared("layer", "full", PASSES), show=longest,
-            picture=lines("T", "both_ms", "layer", "tokens", "ms, forward + backward",
-                          "one layer, {n_head} heads of {head_dim}"))
-def attention(lengths=(512, 1024, 2048, 4096, 8192), layers: SWEEP = SWEEP, n_head=4, head_dim=64, repeat=3,
-              bidirectional=False, device="auto", threads=1):
+@experiment(
+    named=("device", "bidirectional"),
+    finish=compared("layer", "full", PASSES),
+    show=longest,
+    picture=lines(
+        "T", "both_ms", "layer", "tokens", "ms, forward + backward", "one layer, {n_head} heads of {head_dim}"
+    ),
+)
+def attention(
+    lengths=(512, 1024, 2048, 4096, 8192),
+    layers: SWEEP = SWEEP,
+    n_head=4,
+    head_dim=64,
+    repeat=3,
+    bidirectional=False,
+    device="auto",
+    threads=1,
+):
     """Every layer: forward and forward + backward against length, ratio to `full`, keys read, cache.
 
     lengths: tokens
@@ -1619,25 +1660,48 @@ def attention(lengths=(512, 1024, 2048, 4096, 8192), layers: SWEEP = SWEEP, n_he
     """
     width = n_head * head_dim
     for T, name in itertools.product(lengths, dict.fromkeys(["full", *layers])):
+
         def measure():
             layer = make_layer(name, T, n_head, head_dim, device)
             x = torch.randn(1, T, width, device=device, dtype=dtype_on(device))
-            row = time_passes(lambda x: layer(x, causal=not bidirectional), [x], device, repeat,
-                              layer.parameters())
+            row = time_passes(
+                lambda x: layer(x, causal=not bidirectional), [x], device, repeat, layer.parameters()
+            )
             cache = layer.cache_bytes(T, torch.bfloat16)
-            return row | dict(reads=layer.reads(T, not bidirectional), cache_bytes_per_token=cache / T,
-                              cache_vs_mha=cache / (4 * width * T))
-        yield dict(layer=name, T=T), measure
+            return row | dict(
+                reads=layer.reads(T, not bidirectional),
+                cache_bytes_per_token=cache / T,
+                cache_vs_mha=cache / (4 * width * T),
+            )
 
+        yield dict(layer=name, T=T), measure
 
 # ------------------------------------------------------------------------------------------------------------
 # context: one decoded token against the length of the cache
 
-@experiment(named=("device",), finish=compared("layer", "full", ("ms",)),
-            picture=lines("T", "tok_per_s", "layer", "tokens in the cache", "tokens/s",
-                          "decoding by one layer, {n_head} heads of {head_dim}"))
-def context(lengths=(1024, 4096, 16384, 65536), batches=(1,), layers: SWEEP = SWEEP, n_head=4, head_dim=64,
-            repeat=100, device="auto", threads=1):
+
+@experiment(
+    named=("device",),
+    finish=compared("layer", "full", ("ms",)),
+    picture=lines(
+        "T",
+        "tok_per_s",
+        "layer",
+        "tokens in the cache",
+        "tokens/s",
+        "decoding by one layer, {n_head} heads of {head_dim}",
+    ),
+)
+def context(
+    lengths=(1024, 4096, 16384, 65536),
+    batches=(1,),
+    layers: SWEEP = SWEEP,
+    n_head=4,
+    head_dim=64,
+    repeat=100,
+    device="auto",
+    threads=1,
+):
     """Decoding: time of one token against the tokens in the cache, each layer and batch.
 
     lengths: tokens in the cache
@@ -1646,6 +1710,7 @@ def context(lengths=(1024, 4096, 16384, 65536), batches=(1,), layers: SWEEP = SW
     """
     cuda, dtype = device.startswith("cuda"), dtype_on(device)
     for T, name, B in itertools.product(lengths, layers, batches):
+
         def measure():
             layer = make_layer(name, T, n_head, head_dim, device).eval()
             x = torch.randn(B, 1, n_head * head_dim, device=device, dtype=dtype)
@@ -1653,25 +1718,31 @@ def context(lengths=(1024, 4096, 16384, 65536), batches=(1,), layers: SWEEP = SW
             f = layer
             for a in filter(torch.is_tensor, vars(cache).values()):
                 if a is not cache.pos:
-                    a.normal_()                 # as if tokens had been read
+                    a.normal_()  # as if tokens had been read
                 if cuda:
-                    torch._dynamo.mark_static_address(a)        # else a CUDA graph copies it
+                    torch._dynamo.mark_static_address(a)  # else a CUDA graph copies it
             if cuda:
                 f = torch.compile(layer, dynamic=False, fullgraph=True, mode="reduce-overhead")
 
             def step():
-                cache.used = T - 1              # the same step again, in the last slot
+                cache.used = T - 1  # the same step again, in the last slot
                 cache.pos.fill_(T - 1)
                 f(x, cache=cache)
+
             with torch.no_grad():
                 ms = 1e3 * seconds_of(step, device, repeat)
-            return dict(ms=ms, tok_per_s=B / ms * 1e3, reads=layer.reads(T),
-                        cache_mib=B * layer.cache_bytes(T, dtype) / 2 ** 20)
-        yield dict(layer=name, T=T, batch=B), measure
+            return dict(
+                ms=ms,
+                tok_per_s=B / ms * 1e3,
+                reads=layer.reads(T),
+                cache_mib=B * layer.cache_bytes(T, dtype) / 2 ** 20,
+            )
 
+        yield dict(layer=name, T=T, batch=B), measure
 
 # ------------------------------------------------------------------------------------------------------------
 # functions: the mixers as pure functions
+
 
 def peers():
     """Plain-torch rules of transformers, where it is installed. Theirs are (B, T, H, D)."""
@@ -1684,8 +1755,11 @@ def peers():
     def turned(*inputs, rule):
         q, k, v, beta, g = (a.transpose(1, 2).contiguous() for a in inputs)
         return rule(q, k, v, beta=beta, g=g)[0].transpose(1, 2)
-    return {"gated_deltanet, transformers": (turned, "qkvbg", dict(rule=gdn)),
-            "kda, transformers": (turned, "qkvbc", dict(rule=kda))}
+
+    return {
+        "gated_deltanet, transformers": (turned, "qkvbg", dict(rule=gdn)),
+        "kda, transformers": (turned, "qkvbc", dict(rule=kda)),
+    }
 
 
 def attend(q, k, v, causal=True):
@@ -1725,8 +1799,19 @@ FUNCTIONS = {
 
 
 @experiment(named=("device",), finish=compared("function", "sdpa", PASSES))
-def functions(lengths=(1024, 4096, 8192), functions=(), n_head=4, n_kv_head=4, head_dim=64, block=128, topk=8,
-              tile=128, repeat=5, device="auto", threads=1):
+def functions(
+    lengths=(1024, 4096, 8192),
+    functions=(),
+    n_head=4,
+    n_kv_head=4,
+    head_dim=64,
+    block=128,
+    topk=8,
+    tile=128,
+    repeat=5,
+    device="auto",
+    threads=1,
+):
     """Mixers as pure functions, and block-sparse attention: against SDPA and transformers, time and memory
     against length.
 
@@ -1742,15 +1827,23 @@ def functions(lengths=(1024, 4096, 8192), functions=(), n_head=4, n_kv_head=4, h
     for T, name in itertools.product(lengths, names):
         rule, takes, how = table[name]
         sparse, ours = rule is block_sparse_attention, name in FUNCTIONS
-        need(not sparse or T % math.lcm(block, tile) == 0 and topk * block <= T,
-             f"--lengths {T}: block-sparse attention takes multiples of --block {block} and --tile {tile}, "
-             f"at least --topk {topk} blocks")
+        need(
+            not sparse or T % math.lcm(block, tile) == 0 and topk * block <= T,
+            f"--lengths {T}: block-sparse attention takes multiples of --block {block} and --tile {tile}, "
+            f"at least --topk {topk} blocks",
+        )
 
         def measure():
             draw = lambda heads, *more: torch.randn(1, heads, T, *more, device=device)
             unit = lambda heads: F.normalize(draw(heads, head_dim), dim=-1).to(dtype_on(device))
-            given = dict(q=unit(n_head), k=unit(n_kv_head), v=unit(n_kv_head), b=draw(n_head).sigmoid(),
-                         g=-draw(n_head).sigmoid(), c=-draw(n_head, head_dim).sigmoid())
+            given = dict(
+                q=unit(n_head),
+                k=unit(n_kv_head),
+                v=unit(n_kv_head),
+                b=draw(n_head).sigmoid(),
+                g=-draw(n_head).sigmoid(),
+                c=-draw(n_head, head_dim).sigmoid(),
+            )
             choice = lambda q, k: moba(q, k, block, topk, tile, how.get("causal", True))
             picks = choice(given["q"], given["k"]) if name == "block-sparse" else None
 
@@ -1761,11 +1854,18 @@ def functions(lengths=(1024, 4096, 8192), functions=(), n_head=4, n_kv_head=4, h
                     more = dict(how, sel=sel, key_block=block, tile=tile, most=topk)
                 out = rule(*inputs, **more)
                 return out if torch.is_tensor(out) else out[0]
-            torch._dynamo.reset()
-            return time_passes(f, [given[key] for key in takes], device, repeat, compiled=ours,
-                               kernel=name.removeprefix("sdpa "))
-        yield dict(function=name, T=T), measure
 
+            torch._dynamo.reset()
+            return time_passes(
+                f,
+                [given[key] for key in takes],
+                device,
+                repeat,
+                compiled=ours,
+                kernel=name.removeprefix("sdpa "),
+            )
+
+        yield dict(function=name, T=T), measure
 
 # ------------------------------------------------------------------------------------------------------------
 # train: speed and memory of training
@@ -1781,14 +1881,17 @@ def to_train(kind, config, device, folder):
     if kind == "nanoGPT":
         sys.path.insert(0, folder)
         sys.modules.pop("model")
-        from model import GPT, GPTConfig        # nanoGPT's, not ours
+        from model import GPT, GPTConfig  # nanoGPT's, not ours
+
         shape = {k: getattr(config, k) for k in SIZES}
         lm = GPT(GPTConfig(**shape, dropout=0.0, bias=False)).to(device)
         optimizer = lm.configure_optimizers(0.1, 1e-3, (0.9, 0.95), torch.device(device).type)
         return lm, [optimizer], lambda x, noise: lm(x[:, :-1].contiguous(), x[:, 1:].contiguous())[1]
     lm = LM(config).to(device)
-    losses = {"ar": lambda x, noise: diffusion.ar_loss(lm, x[:, :-1], lm.mask_id),
-              "mdm": lambda x, noise: diffusion.mdm_loss(lm, x[:, :-1], lm.mask_id, noise=noise)}
+    losses = {
+        "ar": lambda x, noise: diffusion.ar_loss(lm, x[:, :-1], lm.mask_id),
+        "mdm": lambda x, noise: diffusion.mdm_loss(lm, x[:, :-1], lm.mask_id, noise=noise),
+    }
     return lm, train.make_optimizers(lm, train.DEFAULTS, device), losses[kind]
 
 
@@ -1812,9 +1915,10 @@ def throughput(kind, values, batch, iters, warmup, device, compile, threads, ker
         ticks.append(torch.cuda.Event(enable_timing=True) if cuda else time.process_time())
         if cuda:
             ticks[-1].record()
+
     for i in range(warmup + iters):
         if i == warmup and kind != "nanoGPT":
-            torch.compiler.set_stance("fail_on_recompile")      # after the warm-up there is none, or stop
+            torch.compiler.set_stance("fail_on_recompile")  # after the warm-up there is none, or stop
         x = pin(torch.randint(config.vocab_size, (batch, T + 1), generator=gen))
         noise = [pin(a) for a in diffusion.mdm_noise(batch, T, generator=gen)]
         tick()
@@ -1829,7 +1933,7 @@ def throughput(kind, values, batch, iters, warmup, device, compile, threads, ker
         tick()
     if cuda:
         torch.cuda.synchronize()
-        times = [a.elapsed_time(b) / 1e3 for a, b in zip(ticks[::2], ticks[2::2])]      # gaps count
+        times = [a.elapsed_time(b) / 1e3 for a, b in zip(ticks[::2], ticks[2::2])]  # gaps count
         memory = torch.cuda.max_memory_allocated()
     else:
         times = [b - a for a, b in zip(ticks[::2], ticks[1::2])]
@@ -1838,8 +1942,10 @@ def throughput(kind, values, batch, iters, warmup, device, compile, threads, ker
     speed, mfu = batch * T / seconds, None
     if peak := train.peak_flops(device):
         mfu = speed * (6 * params + 12 * config.n_layer * config.n_embd * T) / peak
-        need(mfu <= 1, f"{speed:,.0f} tokens/s are {mfu:.0%} of this GPU's peak: the clock or the FLOPs are "
-                       "wrong")
+        need(
+            mfu <= 1,
+            f"{speed:,.0f} tokens/s are {mfu:.0%} of this GPU's peak: the clock or the FLOPs are wrong",
+        )
     return dict(params=params, ms=1e3 * seconds, tok_per_s=speed, peak_mib=memory / 2 ** 20, mfu=mfu)
 
 
@@ -1859,10 +1965,24 @@ def speed_table(result):
 
 
 @experiment(named=("device",), show=speed_table)
-def train_(preset: PRESETS = "gpt2", n_layer: int = None, n_head: int = None, n_embd: int = None,
-           block_size: int = None, vocab_size: int = None, objectives: OBJECTIVES = ("ar", "mdm"), batch=12,
-           iters=40, warmup=5, rounds=3, compile: COMPILE = "auto",
-           sdpa: KERNELS = "default", vs=None, device="auto", threads=1):
+def train_(
+    preset: PRESETS = "gpt2",
+    n_layer: int = None,
+    n_head: int = None,
+    n_embd: int = None,
+    block_size: int = None,
+    vocab_size: int = None,
+    objectives: OBJECTIVES = ("ar", "mdm"),
+    batch=12,
+    iters=40,
+    warmup=5,
+    rounds=3,
+    compile: COMPILE = "auto",
+    sdpa: KERNELS = "default",
+    vs=None,
+    device="auto",
+    threads=1,
+):
     """Training speed, memory and MFU, with --vs beside nanoGPT: alternating runs in processes of their own.
 
     preset: model; the sizes are its own where none is given
@@ -1874,32 +1994,52 @@ def train_(preset: PRESETS = "gpt2", n_layer: int = None, n_head: int = None, n_
     sdpa: attention kernel on a GPU: default (torch's choice) | cudnn | flash
     vs: folder of a nanoGPT checkout to run beside
     """
-    need(not vs or (Path(vs) / "model.py").exists(),
-         f"--vs {vs} holds no model.py: name the folder of a nanoGPT checkout")
+    need(
+        not vs or (Path(vs) / "model.py").exists(),
+        f"--vs {vs} holds no model.py: name the folder of a nanoGPT checkout",
+    )
     sizes = zip(SIZES, (n_layer, n_head, n_embd, block_size, vocab_size))
     values = PRESETS[preset] | {k: v for k, v in sizes if v is not None}
-    how = dict(values=values, batch=batch, iters=iters, warmup=warmup, device=device, compile=compile,
-               threads=threads, kernel=sdpa, vs=vs and str(Path(vs).resolve()))
+    how = dict(
+        values=values,
+        batch=batch,
+        iters=iters,
+        warmup=warmup,
+        device=device,
+        compile=compile,
+        threads=threads,
+        kernel=sdpa,
+        vs=vs and str(Path(vs).resolve()),
+    )
     for i, kind in itertools.product(range(rounds), [*objectives, *["nanoGPT"] * bool(vs)]):
+
         def measure():
             code = "import bench, json, sys; print(json.dumps(bench.throughput(**json.loads(sys.argv[1]))))"
-            p = subprocess.run([sys.executable, "-c", code, json.dumps(dict(how, kind=kind))], cwd=HERE,
-                               capture_output=True, text=True)
+            p = subprocess.run(
+                [sys.executable, "-c", code, json.dumps(dict(how, kind=kind))],
+                cwd=HERE,
+                capture_output=True,
+                text=True,
+            )
             need(not p.returncode, f"{kind}: {(p.stderr.strip() or 'failed').splitlines()[-1]}")
             return json.loads(p.stdout.splitlines()[-1])
-        yield dict(model=kind, round=i + 1), measure
-    return dict(clock="GPU events, step to step" if device.startswith("cuda") else "process CPU time",
-                mfu="nanoGPT's formula, 6 N + 12 L C T per token, over the GPU's dense bf16 peak")
 
+        yield dict(model=kind, round=i + 1), measure
+    return dict(
+        clock="GPU events, step to step" if device.startswith("cuda") else "process CPU time",
+        mfu="nanoGPT's formula, 6 N + 12 L C T per token, over the GPU's dense bf16 peak",
+    )
 
 # ------------------------------------------------------------------------------------------------------------
 # quality: the same small model with every mixer
 
 # Muon, QK norm and small batches: with them a few minutes of training buy most.
-QUICK = dict(n_head=4, optimizer="muon", lr=4e-3, set=["qk_norm=true"], eval_every=0, log_every=100,
-             save_every=200)
-SHARED["small"] = dict(dataset="docs-byte", n_layer=4, n_embd=128, block_size=512, batch_tokens=512,
-                       device="auto")
+QUICK = dict(
+    n_head=4, optimizer="muon", lr=4e-3, set=["qk_norm=true"], eval_every=0, log_every=100, save_every=200
+)
+SHARED["small"] = dict(
+    dataset="docs-byte", n_layer=4, n_embd=128, block_size=512, batch_tokens=512, device="auto"
+)
 
 
 def same_size(pattern, base):
@@ -1925,10 +2065,17 @@ def joined(result):
 
 
 @experiment(named=("device", "dtype"), show=joined, partial=True)
-def quality(mixers=(*ATTENTION, "full window", "gated_deltanet alternate", "gated_deltanet forward",
-                    *MIXTURES),
-            objectives: OBJECTIVES = ("ar", "mdm"), seeds=3, seed=1337, steps=1200, workers=1,
-            out="out/quality", dtype="auto", **small):
+def quality(
+    mixers=(*ATTENTION, "full window", "gated_deltanet alternate", "gated_deltanet forward", *MIXTURES),
+    objectives: OBJECTIVES = ("ar", "mdm"),
+    seeds=3,
+    seed=1337,
+    steps=1200,
+    workers=1,
+    out="out/quality",
+    dtype="auto",
+    **small,
+):
     """The same small model with every mixer, AR and diffusion: validation loss, keys read, equal parameters.
 
     mixers: layers, the names in the default, or any layer patterns, comma-separated
@@ -1937,51 +2084,82 @@ def quality(mixers=(*ATTENTION, "full window", "gated_deltanet alternate", "gate
     """
     folder, T = data_folder(small["dataset"]), small["block_size"]
     V = prepare.load_tokenizer(folder).n_vocab
-    base = dict(n_layer=small["n_layer"], n_head=4, n_embd=small["n_embd"], block_size=T, vocab_size=V,
-                qk_norm=True)
+    base = dict(
+        n_layer=small["n_layer"], n_head=4, n_embd=small["n_embd"], block_size=T, vocab_size=V, qk_norm=True
+    )
     patterns = {name: pattern_of(name, T // 4, 16) for name in mixers}
     inner = {name: same_size(pattern, base) for name, pattern in patterns.items()}
     steps_of = {"ar": steps, "mdm": 3 * steps}  # diffusion learns slowly
     runs, jobs = collections.defaultdict(list), {}
     for s, (name, pattern), o in itertools.product(range(seed, seed + seeds), patterns.items(), objectives):
-        if o == "mdm" or "bidir" not in pattern:        # causal they are all the same
+        if o == "mdm" or "bidir" not in pattern:  # causal they are all the same
             run = f"{file_part(name)}-{o}-{steps_of[o]}-s{s}" + f"-{dtype}" * (dtype != "auto")
             runs[o, name].append(f"{name} {o} {s}")
-            jobs[f"{name} {o} {s}"] = QUICK | small | dict(
-                dataset=str(folder), objective=o, layers=pattern,
-                set=[*QUICK["set"], f"n_inner={inner[name]}"], seed=s, max_steps=steps_of[o],
-                eval_windows=64, dtype=dtype, out=f"{out}/{run}")
+            jobs[f"{name} {o} {s}"] = (
+                QUICK
+                | small
+                | dict(
+                    dataset=str(folder),
+                    objective=o,
+                    layers=pattern,
+                    set=[*QUICK["set"], f"n_inner={inner[name]}"],
+                    seed=s,
+                    max_steps=steps_of[o],
+                    eval_windows=64,
+                    dtype=dtype,
+                    out=f"{out}/{run}",
+                )
+            )
     evals = yield jobs
     for (o, name), mine in sorted(runs.items(), key=lambda item: objectives.index(item[0][0])):
         last = [evals[run][-1] for run in mine if evals.get(run)]
         losses = [e["loss"] for e in last if e["step"] == steps_of[o]]
         if losses:
             lm, _ = train.load_model(jobs[mine[0]]["out"], "last")
-            yield dict(mixer=name, objective=o), dict(
-                loss=statistics.mean(losses), std=statistics.stdev(losses) if len(losses) > 1 else None,
-                seeds=len(losses), losses=losses, params=lm.num_params(),
-                reads=max(b.mixer.reads(T, o == "ar") for b in lm.blocks))
+            yield (
+                dict(mixer=name, objective=o),
+                dict(
+                    loss=statistics.mean(losses),
+                    std=statistics.stdev(losses) if len(losses) > 1 else None,
+                    seeds=len(losses),
+                    losses=losses,
+                    params=lm.num_params(),
+                    reads=max(b.mixer.reads(T, o == "ar") for b in lm.blocks),
+                ),
+            )
     ids, x = prepare.load_dataset(folder)[0], validation(small["dataset"], T, 64).numpy()
-    pairs = np.ones((V, V))                     # counts of a bigram model, add-one smoothing
+    pairs = np.ones((V, V))  # counts of a bigram model, add-one smoothing
     np.add.at(pairs, (ids[:-1], ids[1:]), 1)
     bigram = -np.log(pairs / pairs.sum(1, keepdims=True))[x[:, :-1], x[:, 1:]].mean()
     return dict(bigram=bigram, T=T, steps=steps_of, patterns=patterns)
 
-
 # ------------------------------------------------------------------------------------------------------------
 # switch: a dense checkpoint run sparse
+
 
 def switch_arms(T):
     """{arm: layer pattern}: the same parameters as `full`, a query reads the share of T that is named, or
     less."""
     sparse = "infllm(sel_block=16, sel_topk={}, sel_local=2, cmp_block=16, cmp_stride=8, dense_len=0)"
-    return {"dense": "full", **{f"infllm, 1/{n}": sparse.format(max(3, T // n // 16)) for n in (4, 16)},
-            **{f"window, 1/{n}": f"full(window={T // n})" for n in (4, 16)}}
+    return {
+        "dense": "full",
+        **{f"infllm, 1/{n}": sparse.format(max(3, T // n // 16)) for n in (4, 16)},
+        **{f"window, 1/{n}": f"full(window={T // n})" for n in (4, 16)},
+    }
 
 
 @experiment(named=("device",))
-def switch(steps=1200, adapt=150, windows=64, n_layer=2, block_size=1024, batch_tokens=1024, workers=1,
-           out="out/switch", **small):
+def switch(
+    steps=1200,
+    adapt=150,
+    windows=64,
+    n_layer=2,
+    block_size=1024,
+    batch_tokens=1024,
+    workers=1,
+    out="out/switch",
+    **small,
+):
     """InfLLM-V2's claim (2509.24663) in small: a dense AR checkpoint run sparse, before and after N steps of
     adaptation.
 
@@ -1994,15 +2172,26 @@ def switch(steps=1200, adapt=150, windows=64, n_layer=2, block_size=1024, batch_
     windows: validation windows
     """
     root, T = Path(out) / f"{n_layer}x{small['n_embd']}-T{block_size}-{steps}", block_size
-    base = QUICK | small | dict(dataset=str(data_folder(small["dataset"])), n_layer=n_layer, block_size=T,
-                                batch_tokens=batch_tokens, layers="full", eval_windows=windows,
-                                max_steps=steps, out=str(root / "base"))
+    base = (
+        QUICK
+        | small
+        | dict(
+            dataset=str(data_folder(small["dataset"])),
+            n_layer=n_layer,
+            block_size=T,
+            batch_tokens=batch_tokens,
+            layers="full",
+            eval_windows=windows,
+            max_steps=steps,
+            out=str(root / "base"),
+        )
+    )
     yield {"base": base}
     jobs = {}
     for arm, pattern in switch_arms(T).items():
         folder = root / f"{file_part(arm)}-{adapt}"
         jobs[arm] = dict(base, layers=pattern, max_steps=steps + adapt, out=str(folder))
-        if not (folder / "ckpt_last.pt").exists():          # the dense checkpoint under another name
+        if not (folder / "ckpt_last.pt").exists():  # the dense checkpoint under another name
             state = train.load_checkpoint(root / "base")
             state["config"]["layers"] = pattern
             state["flags"] |= dict(layers=pattern, out=str(folder))
@@ -2016,18 +2205,17 @@ def switch(steps=1200, adapt=150, windows=64, n_layer=2, block_size=1024, batch_
         row = dict(reads=lm.blocks[0].mixer.reads(T), params=lm.num_params())
         for when, weights in (("before", start), ("after", state)):
             lm.load_state_dict(weights["model"])
-            with torch.no_grad():               # (windows,): exact
+            with torch.no_grad():  # (windows,): exact
                 nats = torch.cat([diffusion.ar_loss(lm, b, lm.mask_id, reduction="none") for b in x.split(8)])
             nats = nats.double().mean(1)
             gap, se = mean_se((nats - dense.setdefault(when, nats)).tolist())
             row |= {when: nats.mean().item(), f"gap_{when}": gap, f"se_{when}": se}
         yield dict(arm=arm), row
 
-
 # ------------------------------------------------------------------------------------------------------------
 # recall: keys and values seen once, asked for later
 
-KEYS, VALUES, TEXT = 128, 32, 8                 # ids: keys, values, letters of the text
+KEYS, VALUES, TEXT = 128, 32, 8  # ids: keys, values, letters of the text
 NEEDLES, LENGTHS, PAIRS = 4, (256, 512, 1024, 2048, 4096), (4, 8, 16, 32, 64, 128)
 # Every model starts with a layer that sees one neighbour (linear layers have that in their short
 # convolution), so that the key stands in its value's vector, and has one layer of the kind behind it, a 3:1
@@ -2045,12 +2233,14 @@ def draw_recall(B, T, n, generator, text=None):
     language, and T / 8 queries at the end. Where Zoology has a random token an answer is hidden, so a query
     helps no later one, and AR and diffusion read the same."""
     asks = T // 2 - n if text is None else T // 8
-    need(T % 8 == 0 and 1 <= n <= min(KEYS, T // 2 - asks) and asks > 0,
-         f"{n} pairs do not fit into {T} tokens with their queries: expected a multiple of 8 tokens, at "
-         f"least {2 * n + 8}, and at most {KEYS} pairs")
+    need(
+        T % 8 == 0 and 1 <= n <= min(KEYS, T // 2 - asks) and asks > 0,
+        f"{n} pairs do not fit into {T} tokens with their queries: expected a multiple of 8 tokens, at "
+        f"least {2 * n + 8}, and at most {KEYS} pairs",
+    )
     keys = torch.rand(B, KEYS, generator=generator).argsort(1)[:, :n]
     values = KEYS + torch.randint(VALUES, (B, n), generator=generator)
-    pairs = torch.stack([keys, values], dim=-1)                         # (B, n, 2)
+    pairs = torch.stack([keys, values], dim=-1)  # (B, n, 2)
     rows = lambda index: index[..., None].expand(-1, -1, 2)
     queries = pairs.gather(1, rows(torch.randint(n, (B, asks), generator=generator)))
     if text is not None:
@@ -2097,11 +2287,12 @@ def learn_recall(config, causal, steps, tokens, lengths, path, device):
         n = pairs[torch.randint(len(pairs), (), generator=gen)]
         text = Bigram(TEXT) if step % 2 and done > 0.5 else None
         x, answer = draw_recall(max(1, tokens // T), T, n, gen, text)
-        for mixer in sparse:                    # its indexer learns beside dense attention
+        for mixer in sparse:  # its indexer learns beside dense attention
             mixer.stage = "warmup" if done < 0.6 else "sparse"
         aux = {}
         z, y = recall_logits(lm, x.to(device), answer.to(device), lm.mask_id, causal, aux)
         return F.cross_entropy(z, y) + sum(aux.values())
+
     return fit(lm, loss_at, steps, {**train.DEFAULTS, "lr": 4e-3, "warmup": 50, "optimizer": "muon"}, path)
 
 
@@ -2134,8 +2325,16 @@ def recall_table(result):
 
 
 @experiment(show=recall_table, picture=recall_picture)
-def recall(layers=(*ATTENTION, *MIXTURES), objectives: OBJECTIVES = ("ar", "mdm"), steps=600, lengths=LENGTHS,
-           batch_tokens=2048, device="auto", threads=1, out="out/recall"):
+def recall(
+    layers=(*ATTENTION, *MIXTURES),
+    objectives: OBJECTIVES = ("ar", "mdm"),
+    steps=600,
+    lengths=LENGTHS,
+    batch_tokens=2048,
+    device="auto",
+    threads=1,
+    out="out/recall",
+):
     """Associative recall and a needle in generated text: accuracy of every layer against pairs and length, in
     %.
 
@@ -2144,35 +2343,50 @@ def recall(layers=(*ATTENTION, *MIXTURES), objectives: OBJECTIVES = ("ar", "mdm"
     steps: of training, each
     """
     asked = ",".join(map(str, lengths))
-    need(all(T % 8 == 0 and T >= 16 for T in lengths),
-         f"--lengths {asked}: expected multiples of 8, at least 16")
+    need(
+        all(T % 8 == 0 and T >= 16 for T in lengths),
+        f"--lengths {asked}: expected multiples of 8, at least 16",
+    )
     folder = Path(out) / f"{asked}-steps{steps}-tokens{batch_tokens}"
     grid = [("pairs", 512, n) for n in PAIRS] + [("needle", T, NEEDLES) for T in lengths]
     for name, objective in itertools.product(layers, objectives):
         pattern = "linear(linear_decay=none)" if name == "linear" else pattern_of(name, 128)
-        config = override(ModelConfig(), dict(
-            RECALL, block_size=max(512, *lengths), n_layer=5 if "*3" in name else 2,
-            layers=f"full(window=2, position=rotary) {pattern}"))
+        config = override(
+            ModelConfig(),
+            dict(
+                RECALL,
+                block_size=max(512, *lengths),
+                n_layer=5 if "*3" in name else 2,
+                layers=f"full(window=2, position=rotary) {pattern}",
+            ),
+        )
         ar, path = objective == "ar", folder / f"{objective}-{file_part(name)}.pt"
         model = functools.cache(lambda: learn_recall(config, ar, steps, batch_tokens, lengths, path, device))
         with torch.device("meta"):
             mixers = [b.mixer for b in LM(config).blocks]
         for task, T, n in grid:
+
             def measure():
                 lm, text = model(), Bigram(TEXT) if task == "needle" else None
                 accuracy, se = recall_accuracy(lm, T, n, lm.mask_id, ar, text, device)
-                return dict(accuracy=accuracy, se=se, reads=max(m.reads(T, ar) for m in mixers),
-                            params=lm.num_params())
+                return dict(
+                    accuracy=accuracy,
+                    se=se,
+                    reads=max(m.reads(T, ar) for m in mixers),
+                    params=lm.num_params(),
+                )
+
             if all(m.reads(T, ar) <= T // 4 for m in mixers if hasattr(m, "topk")):
                 yield dict(layers=name, objective=objective, task=task, T=T, pairs=n), measure
     return dict(chance=1 / VALUES)
 
-
 # ------------------------------------------------------------------------------------------------------------
 # theory: token error and sequence error (Feng et al. 2502.09622)
 
+
 class Parity:
     """Sequences of bits in triples, x3 = x1 xor x2. Called like a model it answers exactly: the oracle."""
+
     name, V, layers, period = "parity", 2, "full(window=4)", 3
 
     def nats(self, L):
@@ -2190,7 +2404,7 @@ class Parity:
     def __call__(self, x, causal=False):
         x = x.view(len(x), -1, 3)
         known = x < 2
-        others = known.sum(-1, keepdim=True) - known.long() == 2        # both others of the triple are there
+        others = known.sum(-1, keepdim=True) - known.long() == 2  # both others of the triple are there
         parity = ((x * known).sum(-1, keepdim=True) - x * known) % 2
         one = torch.where(others, parity, 0.5).flatten(1)
         return torch.stack([1 - one, one], dim=-1).log()
@@ -2204,13 +2418,14 @@ class Parity:
 
 class Bigram:
     """A random language: after each letter half of the V letters may come, with random probabilities."""
+
     name, layers, period, far = "2-gram", "full(window=8)", 1, 32
 
     def __init__(self, V=8, seed=0):
         self.V, gen = V, torch.Generator().manual_seed(seed)
         p = -torch.rand(V, V, generator=gen, dtype=torch.float64).log()
         p[torch.rand(V, V, generator=gen).argsort(1) >= V // 2] = 0
-        self.p = p / p.sum(1, keepdim=True)     # (V, V): letter to next letter
+        self.p = p / p.sum(1, keepdim=True)  # (V, V): letter to next letter
         self.start = self.p.matrix_power(1 << 16).mean(0)
         self.start[self.start < 1e-12] = 0
         # (far + 1, V, V): letter to the one d places on; 0: from one so far away that it says nothing.
@@ -2240,18 +2455,18 @@ class Bigram:
         """From the nearest known letters on both sides; where they exclude each other: uniform."""
         left, before = self.nearest(x)
         right, behind = (a.flip(1) for a in self.nearest(x.flip(1)))
-        p = self.power[left, before] * self.power.mT[right, behind]     # (B, T, V)
+        p = self.power[left, before] * self.power.mT[right, behind]  # (B, T, V)
         total = p.sum(-1, keepdim=True)
         return torch.where(total > 0, p / total, 1 / self.V).log().float()
 
     def theory(self, N, L):
         """Closed form: a letter that is revealed when each other one is open with probability t knows its
         nearest neighbours at distances a and b, and -log p is on average H(x0 | x-a, xb)."""
-        joint = torch.einsum("u,auv,bvw->abuvw", self.start, self.power, self.power)    # p(x-a, x0, xb)
-        H = entropy(joint.flatten(2)) - entropy(joint.sum(3).flatten(2))                # (far + 1, far + 1)
+        joint = torch.einsum("u,auv,bvw->abuvw", self.start, self.power, self.power)  # p(x-a, x0, xb)
+        H = entropy(joint.flatten(2)) - entropy(joint.sum(3).flatten(2))  # (far + 1, far + 1)
         t = torch.arange(1, N + 1, dtype=torch.float64)[:, None, None] / N
-        d, letters = torch.arange(1, self.far + 1), torch.arange(L)[:, None]            # on the left
-        near = (1 - t) * t ** (d - 1) * (d <= letters)                                  # (N, L, far)
+        d, letters = torch.arange(1, self.far + 1), torch.arange(L)[:, None]  # on the left
+        near = (1 - t) * t ** (d - 1) * (d <= letters)  # (N, L, far)
         near = torch.cat([1 - near.sum(-1, keepdim=True), near], dim=-1)
         nats = torch.einsum("tia,ab,tib->ti", near, H, near.flip(1)).mean()
         return {"theory_ter": nats.exp().item()}
@@ -2291,7 +2506,7 @@ def sample_in_steps(f, B, L, N, mask_id, generator):
     step = torch.randint(N, (B, L), generator=generator)
     x = torch.full((B, L), mask_id)
     for k in step.unique():
-        rows = (step == k).any(1)               # f knows no time: the others need no step
+        rows = (step == k).any(1)  # f knows no time: the others need no step
         part, now = x[rows], step[rows] == k
         part[now] = diffusion.draw(f(part, causal=False)[now], generator=generator)
         x[rows] = part
@@ -2302,8 +2517,16 @@ def learn(language, objective, lengths, steps, path):
     """A small model of the language, trained on fresh sequences of alternating lengths. It reads letters of
     their own for each place of a period, so that it need not count."""
     torch.manual_seed(1337)
-    lm = LM(ModelConfig(vocab_size=language.V, block_size=max(lengths), n_layer=2, n_head=4, n_embd=64,
-                        layers=language.layers))
+    lm = LM(
+        ModelConfig(
+            vocab_size=language.V,
+            block_size=max(lengths),
+            n_layer=2,
+            n_head=4,
+            n_embd=64,
+            layers=language.layers,
+        )
+    )
     f = lambda x, **keywords: lm(x + 3 * (torch.arange(x.size(1)) % language.period), **keywords)
 
     def loss_at(step):
@@ -2312,6 +2535,7 @@ def learn(language, objective, lengths, steps, path):
         if objective == "ar":
             return diffusion.ar_loss(f, x, lm.mask_id)
         return diffusion.mdm_loss(f, x, lm.mask_id, generator=gen)
+
     fit(lm, loss_at, steps, {**train.DEFAULTS, "lr": 3e-3, "warmup": 50}, path)
     return f
 
@@ -2322,17 +2546,22 @@ def theory_picture(plt, result):
     rows = result["rows"]
     languages = dict.fromkeys(r["language"] for r in rows)
     figure, axes = plt.subplots(2, len(languages), figsize=(8, 7), sharex=True, squeeze=False)
-    kinds = {"closed form": ("oracle", "theory_", dict(lw=1)),
-             "oracle": ("oracle", "", dict(marker="o", ls="", ms=5)),
-             "trained mdm": ("mdm", "", dict(marker="x", ls="--", lw=1)),
-             "trained ar": ("ar", "", dict(marker="*", ls="", ms=10))}
+    kinds = {
+        "closed form": ("oracle", "theory_", dict(lw=1)),
+        "oracle": ("oracle", "", dict(marker="o", ls="", ms=5)),
+        "trained mdm": ("mdm", "", dict(marker="x", ls="--", lw=1)),
+        "trained ar": ("ar", "", dict(marker="*", ls="", ms=10)),
+    }
     labels = {"ter": "token error rate (a perplexity)", "ser": "share of wrong sequences"}
     for (what, language), ax in zip(itertools.product(labels, languages), axes.flat):
         for n, L in enumerate(result["flags"]["lengths"]):
             for name, (model, prefix, style) in kinds.items():
                 point = language, model, L
-                mine = [(r["N"], r[prefix + what]) for r in rows
-                        if (r["language"], r["model"], r["L"]) == point and r.get(prefix + what) is not None]
+                mine = [
+                    (r["N"], r[prefix + what])
+                    for r in rows
+                    if (r["language"], r["model"], r["L"]) == point and r.get(prefix + what) is not None
+                ]
                 if mine:
                     ax.plot(*zip(*mine), color=f"C{n}", label=f"length {L}, {name}", **style)
         dress(ax, language if what == "ter" else "", xlabel="sampling steps" if what == "ser" else "")
@@ -2364,7 +2593,7 @@ def theory(lengths=(24, 96), steps=1000, sequences=128, threads=1, out="out/theo
     asked = ",".join(map(str, lengths))
     need(all(L % 3 == 0 for L in lengths), f"--lengths {asked}: expected multiples of 3, such as 24,96")
     need(steps >= 4, f"--steps {steps} must be at least 4")
-    grid = [4 ** i for i in range(6)]
+    grid = [4**i for i in range(6)]
     kinds = {"oracle": grid, "mdm": grid[:-1], "ar": [None]}
     for language, kind in itertools.product((Parity(), Bigram()), kinds):
         V, count = language.V, sequences * (8 if kind == "oracle" else 1)
@@ -2375,11 +2604,13 @@ def theory(lengths=(24, 96), steps=1000, sequences=128, threads=1, out="out/theo
                 return language
             path = Path(out) / f"{asked}-steps{steps}" / f"{language.name}-{kind}.pt"
             return learn(language, kind, lengths, steps if kind == "mdm" else steps // 4, path)
+
         for L in lengths:
             gen = torch.Generator().manual_seed(L)
             x = language.draw(256, L, gen)
-            table = functools.cache(lambda: nats_by_hidden(model(), x[:64], V, gen))    # one for every N
+            table = functools.cache(lambda: nats_by_hidden(model(), x[:64], V, gen))  # one for every N
             for N in kinds[kind]:
+
                 def measure():
                     if N is None:
                         nats = diffusion.ar_loss(model(), x, V, reduction="none").detach().double().mean(1)
@@ -2389,18 +2620,25 @@ def theory(lengths=(24, 96), steps=1000, sequences=128, threads=1, out="out/theo
                         nats = table() @ hidden_weights(N, L)
                         y = sample_in_steps(model(), count, L, N, V, torch.Generator().manual_seed(N))
                     ter, ser = nats.mean().exp().item(), 1 - language.valid(y).double().mean().item()
-                    row = dict(best_ter=math.exp(language.nats(L) / L), ter=ter, ser=ser, sequences=count,
-                               ter_se=ter * nats.std().item() / len(nats) ** 0.5,
-                               ser_se=(ser * (1 - ser) / count) ** 0.5)
+                    row = dict(
+                        best_ter=math.exp(language.nats(L) / L),
+                        ter=ter,
+                        ser=ser,
+                        sequences=count,
+                        ter_se=ter * nats.std().item() / len(nats) ** 0.5,
+                        ser_se=(ser * (1 - ser) / count) ** 0.5,
+                    )
                     return row | (language.theory(N, L) if N else {})
+
                 yield dict(language=language.name, model=kind, L=L, N=N or L), measure
 
 # ------------------------------------------------------------------------------------------------------------
 # tools: a calculator inside an answer
 
 # With AdamW the step from guessing to copying, which all this needs, comes several times later.
-CALCULATOR = QUICK | dict(dataset="arithmetic", n_layer=2, n_embd=96, block_size=128, batch_tokens=2048,
-                          eval_every=400)
+CALCULATOR = QUICK | dict(
+    dataset="arithmetic", n_layer=2, n_embd=96, block_size=128, batch_tokens=2048, eval_every=400
+)
 
 
 @experiment()
@@ -2414,13 +2652,16 @@ def tools(steps=1000, problems=500, workers=1, device="auto", threads=1, out="ou
     _, val, _ = prepare.load_dataset(prepare.prepare("arithmetic"))
     tokenizer = prepare.load_tokenizer("data/arithmetic")
     texts = [t for t in tokenizer.decode(val.tolist()).split(prepare.EOT) if t][:problems]
-    prompts = [t[:t.index("?") + 1] for t in texts]
+    prompts = [t[: t.index("?") + 1] for t in texts]
     runs = {"ar": dict(max_steps=steps), "block": dict(max_steps=3 * steps, diffusion_block=4)}
-    jobs = {o: CALCULATOR | more | dict(objective=o, out=f"{out}/{o}-{more['max_steps']}")
-            for o, more in runs.items()}
+    jobs = {
+        o: CALCULATOR | more | dict(objective=o, out=f"{out}/{o}-{more['max_steps']}")
+        for o, more in runs.items()
+    }
     yield jobs
     cases = [("ar", "left"), ("block", "left"), ("block", "max_prob")]
     for (objective, order), tool in itertools.product(cases, ("none", "calculator")):
+
         def measure():
             lm, state = train.load_model(jobs[objective]["out"], "last", device)
             x, valid = diffusion.canvas([tokenizer.encode(p) for p in prompts], 60, lm.mask_id)
@@ -2436,14 +2677,20 @@ def tools(steps=1000, problems=500, workers=1, device="auto", threads=1, out="ou
             answer = lambda text: text.rpartition(" ")[2]
             accuracy, se = mean_se([float(answer(t) == answer(w)) for t, w in zip(texts, written)])
             made = {(i, call + "?") for i, call, *_ in hook.calls}
-            return dict(problems=len(texts), accuracy=accuracy, se=se,
-                        right_calls=sum(call in made for call in enumerate(prompts)),
-                        failed_calls=sum(why is not None for *_, why in hook.calls),
-                        minutes=state["seconds"] / 60)
+            return dict(
+                problems=len(texts),
+                accuracy=accuracy,
+                se=se,
+                right_calls=sum(call in made for call in enumerate(prompts)),
+                failed_calls=sum(why is not None for *_, why in hook.calls),
+                minutes=state["seconds"] / 60,
+            )
+
         yield dict(model=objective, order=order, tool=tool), measure
 
 # ------------------------------------------------------------------------------------------------------------
 # moe: speed against dense, load with and without the bias rule
+
 
 def moe_speed(E, k, device, repeat):
     """Tokens/s of the MoE layer against a dense MLP with the same active parameters, forward and backward."""
@@ -2454,8 +2701,14 @@ def moe_speed(E, k, device, repeat):
     x = torch.randn(1, tokens, C, device=device, dtype=dtype_on(device))
     calls = (dense, moe, lambda x: moe.route(x.view(-1, C))[0])
     plain, sparse, route = (time_passes(f, [x], device, repeat, parameters)["both_ms"] for f in calls)
-    return dict(width=C, tokens=tokens, dense_tok_per_s=1e3 * tokens / plain,
-                moe_tok_per_s=1e3 * tokens / sparse, ratio=plain / sparse, routing_share=route / sparse)
+    return dict(
+        width=C,
+        tokens=tokens,
+        dense_tok_per_s=1e3 * tokens / plain,
+        moe_tok_per_s=1e3 * tokens / sparse,
+        ratio=plain / sparse,
+        routing_share=route / sparse,
+    )
 
 
 def skew_routers(out, windows):
@@ -2468,17 +2721,28 @@ def skew_routers(out, windows):
         lm(windows)
     for name, moe in lm.named_modules():
         if isinstance(moe, MoE):
-            state["model"][f"{name}.router.weight"][:moe.k] += 2.0 * moe.read / moe.read.square().sum()
+            state["model"][f"{name}.router.weight"][: moe.k] += 2.0 * moe.read / moe.read.square().sum()
     train.save_atomic(state, Path(out) / "ckpt_last.pt")
 
 
 def balance(router, bias_step, steps, device, out):
     """The load of 32 experts from a skewed router on: [step, largest / mean load in the worst layer]."""
     flags = dict(
-        dataset=str(data_folder("docs-byte")), n_layer=2, n_head=4, n_embd=64, block_size=64,
-        batch_tokens=1024, log_every=100, eval_every=0, max_steps=steps, save_every=500, schedule="constant",
-        device=device, out=str(out),
-        set=["n_expert=32", "n_expert_active=4", "expert_inner=64", f"router_bias_step={bias_step}"])
+        dataset=str(data_folder("docs-byte")),
+        n_layer=2,
+        n_head=4,
+        n_embd=64,
+        block_size=64,
+        batch_tokens=1024,
+        log_every=100,
+        eval_every=0,
+        max_steps=steps,
+        save_every=500,
+        schedule="constant",
+        device=device,
+        out=str(out),
+        set=["n_expert=32", "n_expert_active=4", "expert_inner=64", f"router_bias_step={bias_step}"],
+    )
     if not (out / "ckpt_last.pt").exists():
         train.train(flags | dict(max_steps=1, log_every=1), log=lambda *_: None)
         skew_routers(out, validation("docs-byte", 64, 16))
@@ -2487,9 +2751,15 @@ def balance(router, bias_step, steps, device, out):
         raise KeyboardInterrupt
     log = [r for r in train.read_log(out) if r["kind"] == "train" and r["step"] > 1]
     loads = [[r["step"], max(r["load_ratio"])] for r in log]
-    return dict(steps=steps, first_load_ratio=loads[0][1], last_load_ratio=loads[-1][1],
-                dead_experts=max(log[-1]["dead_experts"]), bias_range=max(log[-1]["bias_range"]),
-                val_loss=result["best"], loads=loads)
+    return dict(
+        steps=steps,
+        first_load_ratio=loads[0][1],
+        last_load_ratio=loads[-1][1],
+        dead_experts=max(log[-1]["dead_experts"]),
+        bias_range=max(log[-1]["bias_range"]),
+        val_loss=result["best"],
+        loads=loads,
+    )
 
 
 def load_picture(plt, result):
@@ -2498,8 +2768,12 @@ def load_picture(plt, result):
         if "loads" in r:
             ax.semilogy(*zip(*r["loads"]), label=r["router"])
     log_ticks(ax.yaxis, [1, 2, 3, 4, 6, 8])
-    dress(ax, "32 experts, top 4, from a skewed router", xlabel="step",
-          ylabel="largest / mean load, worst layer")
+    dress(
+        ax,
+        "32 experts, top 4, from a skewed router",
+        xlabel="step",
+        ylabel="largest / mean load, worst layer",
+    )
     return figure
 
 
@@ -2529,14 +2803,31 @@ def moe(steps=2000, repeat=12, device="auto", threads=1, out="out/moe"):
 # masked diffusion leaves the plateau of single-byte frequencies three times sooner than with 1,024 tokens and
 # without.
 SHARED["models"] = dict(
-    scale="auto", dataset="docs-byte", n_layer=4, n_head=4, n_embd=128, block_size=256, batch_tokens=512,
-    lr=2e-3, max_steps=2000, run_ar=None, run_mdm=None, run_block=None, workers=2, device="auto", threads=1,
+    scale="auto",
+    dataset="docs-byte",
+    n_layer=4,
+    n_head=4,
+    n_embd=128,
+    block_size=256,
+    batch_tokens=512,
+    lr=2e-3,
+    max_steps=2000,
+    run_ar=None,
+    run_mdm=None,
+    run_block=None,
+    workers=2,
+    device="auto",
+    threads=1,
     out=None,
 )
 MODELS_GPU = dict(n_layer=6, n_head=6, n_embd=384, batch_tokens=16_384, max_steps=1500, lr=1e-3)
-ROLES = {"ar": dict(objective="ar"), "judge": dict(objective="ar", seed=1), "mdm": dict(objective="mdm"),
-         "block": dict(objective="block", diffusion_block=16)}
-LONGER = {"mdm": 3, "block": 1.5}               # times max_steps: diffusion learns slowly
+ROLES = {
+    "ar": dict(objective="ar"),
+    "judge": dict(objective="ar", seed=1),
+    "mdm": dict(objective="mdm"),
+    "block": dict(objective="block", diffusion_block=16),
+}
+LONGER = {"mdm": 3, "block": 1.5}  # times max_steps: diffusion learns slowly
 
 
 def decode_runs(roles, models):
@@ -2550,12 +2841,23 @@ def decode_runs(roles, models):
         want = ROLES[role]["objective"]
         if folder == models[f"run_{role}"]:
             objective = train.load_model(folder, "last")[1]["flags"]["objective"]
-            need(objective == want or objective == "mixed" and want != "block",
-                 f"{folder} is a run of --objective {objective}, and one of {want} is needed as --run_{role}")
+            need(
+                objective == want or objective == "mixed" and want != "block",
+                f"{folder} is a run of --objective {objective}, and one of {want} is needed as --run_{role}",
+            )
         else:
-            jobs[role] = {k: models[k] for k in same} | ROLES[role] | dict(
-                max_steps=int(models["max_steps"] * LONGER.get(role, 1)), set=["qk_norm=true"],
-                eval_every=1000, eval_windows=64, log_every=500, out=folder)
+            jobs[role] = (
+                {k: models[k] for k in same}
+                | ROLES[role]
+                | dict(
+                    max_steps=int(models["max_steps"] * LONGER.get(role, 1)),
+                    set=["qk_norm=true"],
+                    eval_every=1000,
+                    eval_windows=64,
+                    log_every=500,
+                    out=folder,
+                )
+            )
     if jobs:
         data_folder(models["dataset"])
     yield jobs
@@ -2572,11 +2874,19 @@ def decoders(n):
         "diffusion, surest first": ("mdm", steps(4, 8, 16)),
         "diffusion, threshold": ("mdm", [dict(threshold=p) for p in (0.9, 0.7, 0.5)]),
         "diffusion in blocks": ("mdm", steps(1, 4, fill_block=32)),
-        "diffusion in blocks, dual cache": ("mdm", [
-            *steps(1, 2, 4, 8, **cached), *steps(1, **cached, refresh=8), dict(cached, threshold=0.7),
-            *steps(1, fill_block=8, cache=True)]),
-        "block diffusion, exact cache": ("block", [*(dict(steps=k) for k in (16, 8, 4, 2)),
-                                                   dict(threshold=0.7)]),
+        "diffusion in blocks, dual cache": (
+            "mdm",
+            [
+                *steps(1, 2, 4, 8, **cached),
+                *steps(1, **cached, refresh=8),
+                dict(cached, threshold=0.7),
+                *steps(1, fill_block=8, cache=True),
+            ],
+        ),
+        "block diffusion, exact cache": (
+            "block",
+            [*(dict(steps=k) for k in (16, 8, 4, 2)), dict(threshold=0.7)],
+        ),
     }
 
 
@@ -2588,7 +2898,7 @@ def judged(judge, x, start):
     repeats itself gets a low loss."""
     losses = [diffusion.ar_loss(judge, w, judge.mask_id, reduction="none") for w in x.split(32)]
     loss, se = mean_se(torch.cat(losses)[:, start:].mean(1).tolist())
-    p = F.one_hot(x[:, start:], judge.V).float().mean(1)                # (N, V)
+    p = F.one_hot(x[:, start:], judge.V).float().mean(1)  # (N, V)
     return dict(loss=loss, se=se, entropy=entropy(p).mean().item())
 
 
@@ -2604,9 +2914,13 @@ def decode_picture(plt, result):
             ax.semilogx(*zip(*points), marker="*osD^vP"[i], ms=6, lw=0.8, color=f"C{i}", **style)
     ax.axhline(real["loss"], color="0.45", lw=1, ls="--", label="real text")
     plain_log(ax.xaxis)
-    dress(ax, f"along a line: fewer steps, or a lower threshold, to the right\n{result['new']} new tokens; "
-              f"filled: batch {many}, hollow: batch {few}",
-          xlabel="tokens/s", ylabel="loss under an AR judge, nats per token")
+    dress(
+        ax,
+        f"along a line: fewer steps, or a lower threshold, to the right\n{result['new']} new tokens; "
+        f"filled: batch {many}, hollow: batch {few}",
+        xlabel="tokens/s",
+        ylabel="loss under an AR judge, nats per token",
+    )
     return figure
 
 
@@ -2622,11 +2936,13 @@ def decode(batches=(1, 8, 64), run_judge=None, **models):
     device, most, clock = models["device"], max(batches), clock_of(models["device"])
     trained = {role: train.load_model(folder, "last", device) for role, folder in folders.items()}
     judge, state = trained["judge"]
-    T, P = judge.config.block_size, judge.config.block_size // 8        # the first P tokens are the prompt
+    T, P = judge.config.block_size, judge.config.block_size // 8  # the first P tokens are the prompt
     for role, (lm, _) in trained.items():
-        need(lm.V == judge.V and lm.config.block_size >= T,
-             f"{folders[role]} has {lm.V} tokens, a window of {lm.config.block_size}, the judge {judge.V} "
-             f"and {T}: all must be trained on the same data set and window")
+        need(
+            lm.V == judge.V and lm.config.block_size >= T,
+            f"{folders[role]} has {lm.V} tokens, a window of {lm.config.block_size}, the judge {judge.V} "
+            f"and {T}: all must be trained on the same data set and window",
+        )
     sample.check_dual_cache(trained["mdm"][0].config)
     data = validation(state["flags"]["dataset"], T, most).to(device)
     canvas = data.clone()
@@ -2641,20 +2957,23 @@ def decode(batches=(1, 8, 64), run_judge=None, **models):
         draws = torch.Generator("cpu" if device.startswith("mps") else device).manual_seed(0)
         tic = clock()
         return samplers[role](lm, x, lm.mask_id, generator=draws, **how), clock() - tic
+
     yield dict(sampler="real text"), lambda: judged(judge, data, P)
     for family, (role, settings) in decoders(T - P).items():
         for setting in settings:
+
             def measure():
                 row = {}
                 for B in sorted(batches, reverse=True):
                     # Fewer than 4 rows say little about a threshold: then other prompts follow.
-                    runs = [go(role, x, **setting) for x in canvas[:max(B, min(4, most))].split(B)]
+                    runs = [go(role, x, **setting) for x in canvas[: max(B, min(4, most))].split(B)]
                     texts, seconds = zip(*runs)
                     texts = torch.cat(texts)
                     if B == most:
                         row = judged(judge, texts, P)
                     row[f"tokens/s, batch {B}"] = round(len(texts) * (T - P) / sum(seconds))
                 return row
+
             yield dict(sampler=family, **setting), measure
     return dict(prompt=P, new=T - P)
 
@@ -2672,10 +2991,12 @@ def panel(windows=16, n_mc=64, **models):
     for role, folder in folders.items():
         lm, state = train.load_model(folder, "last", models["device"])
         x = validation(state["flags"]["dataset"], lm.config.block_size, windows)
-        size = prepare.load_tokenizer(folder).token_bytes[x.numpy()].mean()         # bytes per token
+        size = prepare.load_tokenizer(folder).token_bytes[x.numpy()].mean()  # bytes per token
         for measure, nats, se in sample.panel(lm, state["flags"], x.to(models["device"]), n_mc):
-            yield dict(run=role, measure=measure), dict(
-                nats=nats, bits_per_byte=nats / math.log(2) / size, se=se or None)
+            yield (
+                dict(run=role, measure=measure),
+                dict(nats=nats, bits_per_byte=nats / math.log(2) / size, se=se or None),
+            )
 
 # ------------------------------------------------------------------------------------------------------------
 # tables: results/README.md from the JSON files
@@ -2764,8 +3085,12 @@ def tables(results="results", pictures=False):
 # choices: multiple choice by likelihood
 
 WHICH = ("best", "last")
-MEASURES = {"ar": ("exact",), "mdm": ("bound", "chain"), "block": ("bound", "chain"),
-            "mixed": ("exact", "bound", "chain")}
+MEASURES = {
+    "ar": ("exact",),
+    "mdm": ("bound", "chain"),
+    "block": ("bound", "chain"),
+    "mixed": ("exact", "bound", "chain"),
+}
 # The text, its continuations and the index of the right one: HellaSwag; PIQA and ARC; LAMBADA, whose one is
 # right.
 FORMS = {"ctx": ("endings", "label"), "query": ("choices", "gold"), "context": ("continuation", None)}
@@ -2783,14 +3108,18 @@ def parse_item(r):
     need(form, f"is no object of the keys {' or '.join(known)}")
     key, label = FORMS[form]
     context, answers = r[form], r[key] if label else [r[key]]
-    need(isinstance(context, str) and isinstance(answers, list) and all(isinstance(a, str) for a in answers),
-         f"must have a text under '{form}' and {'a list of texts' if label else 'a text'} under '{key}'")
+    need(
+        isinstance(context, str) and isinstance(answers, list) and all(isinstance(a, str) for a in answers),
+        f"must have a text under '{form}' and {'a list of texts' if label else 'a text'} under '{key}'",
+    )
     context, answers = context.rstrip(), [a.strip() for a in answers]
-    gold = str(r[label] if label else 0).strip("[]")        # 1, "1" or [1]
-    right = answers[int(gold):][:1] if gold.isdecimal() else []
-    need(right and all(answers) and answers.count(right[0]) == 1 and (len(answers) > 1 or not label),
-         "must have one right answer, all answers being different from it and none empty: "
-         f"'{label or key}' is {json.dumps(r[label or key])[:40]}, and there are {len(answers)} answers")
+    gold = str(r[label] if label else 0).strip("[]")  # 1, "1" or [1]
+    right = answers[int(gold) :][:1] if gold.isdecimal() else []
+    need(
+        right and all(answers) and answers.count(right[0]) == 1 and (len(answers) > 1 or not label),
+        "must have one right answer, all answers being different from it and none empty: "
+        f"'{label or key}' is {json.dumps(r[label or key])[:40]}, and there are {len(answers)} answers",
+    )
     if form == "query" and context.startswith("Question:"):
         context += "\nAnswer:"
     return context, [" " * bool(context) + a for a in answers], int(gold)
@@ -2826,7 +3155,7 @@ def probe_as_items(flags, tokenizer, T, limit):
     others."""
     val = prepare.load_dataset(data_folder(flags["dataset"]))[1]
     passages = train.probe_items(val, T, min(limit or 512, len(val) // T))
-    K = max(1, min(16, T // 4))                             # tokens of an end
+    K = max(1, min(16, T // 4))  # tokens of an end
     return [item_of(p[0, :-K].tolist(), p[:, -K:].tolist(), 0, tokenizer) for p in passages]
 
 
@@ -2835,7 +3164,7 @@ def exact_nats(lm, context, ends):
     """(-log p of each end behind the context, is each what the model writes?) of an AR model, two lists. The
     context is read once."""
     device, nats, greedy = lm.embed.weight.device, [], []
-    read = torch.tensor([[lm.mask_id, *context]], device=device)        # behind BOS
+    read = torch.tensor([[lm.mask_id, *context]], device=device)  # behind BOS
     cache = lm.init_cache(1, read.size(1) + max(map(len, ends)))
     lm(read[:, :-1], cache=cache)
     for end in ends:
@@ -2861,8 +3190,19 @@ def diffusion_nats(lm, context, ends, measure, n_mc=32, seed=0, block=None, rows
     keywords = {} if block or real.all() else {"valid": real}
     if measure == "bound":
         gen, same = torch.Generator().manual_seed(seed), torch.zeros(len(ends), dtype=torch.int64)
-        nats, _ = diffusion.mdm_nll(lm, x, mask, n_mc, gen, batch_size=rows, noise_block=block, scored=scored,
-                                    per_row=True, group=same, **keywords)
+        nats, _ = diffusion.mdm_nll(
+            lm,
+            x,
+            mask,
+            n_mc,
+            gen,
+            batch_size=rows,
+            noise_block=block,
+            scored=scored,
+            per_row=True,
+            group=same,
+            **keywords,
+        )
     elif block:
         nats = sample.block_chain(lm, x, block, "left", scored)
     else:
@@ -2875,7 +3215,7 @@ def greedy_end(lm, context, end, block=None):
     x = torch.tensor([context + [lm.mask_id] * len(end)], device=lm.embed.weight.device)
     how = dict(order="left", temperature=0, fill_block=block)
     y = (diffusion.sample_block if block else diffusion.sample_mdm)(lm, x, lm.mask_id, **how)
-    return y[0, len(context):].tolist() == end
+    return y[0, len(context) :].tolist() == end
 
 
 def judge_item(lm, flags, item, measure, n_mc, seed):
@@ -2885,12 +3225,12 @@ def judge_item(lm, flags, item, measure, n_mc, seed):
     longest = max(map(len, ends))
     if longest > T:
         return {"failed": f"an answer of {longest} tokens is longer than the window of {T}"}
-    context = item["context"][max(0, len(item["context"]) + longest - T):]
+    context = item["context"][max(0, len(item["context"]) + longest - T) :]
     if measure == "exact":
         nats, greedy = exact_nats(lm, context, ends)
         return {"nats": nats, "greedy": greedy[0]}
     block = flags["diffusion_block"] if flags["objective"] == "block" else None
-    tokens = 65536 if lm.embed.weight.is_cuda else 4096     # in a pass
+    tokens = 65536 if lm.embed.weight.is_cuda else 4096  # in a pass
     rows = max(1, tokens // (len(context) + longest))
     nats = diffusion_nats(lm, context, ends, measure, n_mc, seed, block, rows)
     return {"nats": nats, "greedy": len(ends) == 1 and greedy_end(lm, context, ends[0], block)}
@@ -2909,7 +3249,7 @@ def summary(items, results):
         g, nats = item["gold"], r["nats"]
         right += nats[g]
         tokens += len(item["ends"][g])
-        others = lambda values: values[:g] + values[g + 1:]
+        others = lambda values: values[:g] + values[g + 1 :]
         if len(nats) == 1:
             hits.append(float(r["greedy"]))
             continue
@@ -2929,20 +3269,40 @@ def summary(items, results):
 
 def choice_table(result):
     """With how many items were left out, and why."""
-    shown = ("run", "step", "file", "measure", "items", "accuracy", "se", "accuracy_norm", "gap", "gap_se",
-             "loss")
+    shown = (
+        "run",
+        "step",
+        "file",
+        "measure",
+        "items",
+        "accuracy",
+        "se",
+        "accuracy_norm",
+        "gap",
+        "gap_se",
+        "loss",
+    )
     left_out = lambda r: f"{r['failed']:,}: {r['why']}" if r["failed"] else "0"
     return [{k: r.get(k) for k in shown} | {"left out": left_out(r)} for r in result["rows"]]
 
 
 @experiment(show=choice_table)
-def choices(runs, files: list = ("probe",), measures: MEASURES["mixed"] = MEASURES["mixed"], n_mc=32,
-            limit: int = None, which: WHICH = "best", device="auto", threads=0, out="out/choices"):
+def choices(
+    runs,
+    files: list = ("probe",),
+    measures: MEASURES["mixed"] = MEASURES["mixed"],
+    n_mc=32,
+    limit: int = None,
+    which: WHICH = "best",
+    device="auto",
+    threads=0,
+    out="out/choices",
+):
     """Multiple choice by likelihood, AR and diffusion: accuracy, and the gap between wrong and right answers.
 
-    accuracy: right answer most probable (one answer: it is what the model writes); gap: wrong minus right
-    -log p, nats; exact and chain are exact, bound is an upper bound. Files hold objects of {ctx, endings,
-    label}, {query, choices, gold} or {context, continuation}.
+    Accuracy counts where the right answer is the most probable (the only one: where the model writes it),
+    the gap is wrong minus right -log p, nats; exact and chain are exact, bound is an upper bound. Files hold
+    objects of {ctx, endings, label}, {query, choices, gold} or {context, continuation}.
 
     runs: run folder of train.py, or a checkpoint in one
     files: .jsonl (.gz, .bz2, .xz), or probe: true ends of passages of the validation data among three others
@@ -2955,13 +3315,16 @@ def choices(runs, files: list = ("probe",), measures: MEASURES["mixed"] = MEASUR
     """
     need(n_mc % 4 == 0, f"--n_mc {n_mc} must be a multiple of 4")
     work = []
-    for run in runs:                                        # all input is read before the work begins
+    for run in runs:  # all input is read before the work begins
         lm, state = train.load_model(run, which, device)
         folder = Path(run) if Path(run).is_dir() else Path(run).parent
         flags, tokenizer = train.DEFAULTS | state["flags"], prepare.load_tokenizer(folder)
         known = MEASURES[flags["objective"]]
-        need(set(known) & set(measures), f"{run} is of objective {flags['objective']}, whose likelihoods are "
-             f"{','.join(known)}: --measures {','.join(measures)} leaves none")
+        need(
+            set(known) & set(measures),
+            f"{run} is of objective {flags['objective']}, whose likelihoods are "
+            f"{','.join(known)}: --measures {','.join(measures)} leaves none",
+        )
         for file in files:
             if file == "probe":
                 items = probe_as_items(flags, tokenizer, lm.config.block_size, limit)
@@ -2986,10 +3349,15 @@ def choices(runs, files: list = ("probe",), measures: MEASURES["mixed"] = MEASUR
             speed = len(todo) / (time.perf_counter() - tic)
             results = [done.find(key) for key in keys]
             why = next((r["failed"] for r in results if "failed" in r), None)
-            return dict(n_mc=masks, **summary(items, results), why=why, params=lm.num_params(),
-                        items_per_s=speed or None)
-        yield dict(run=name, objective=flags["objective"], step=step, file=label, measure=measure), evaluate
+            return dict(
+                n_mc=masks,
+                **summary(items, results),
+                why=why,
+                params=lm.num_params(),
+                items_per_s=speed or None,
+            )
 
+        yield dict(run=name, objective=flags["objective"], step=step, file=label, measure=measure), evaluate
 
 # ------------------------------------------------------------------------------------------------------------
 # gpu: the queue
@@ -3043,12 +3411,11 @@ def gpu(minutes=9.0, results="results"):
         ),
     ]
     end = time.time() + 60 * minutes
-    missing = lambda: [file for file, _ in queue if not (Path(results) / file).exists()]
-    for file in missing():
-        command = dict(queue)[file]
+    there = lambda file: (Path(results) / file).exists()
+    for file, command in queue:
         left = end - time.time()
-        if left < 60:  # compiling alone takes that
-            break
+        if there(file) or left < 60:            # compiling alone takes that
+            continue
         print(f"\n=== {file}: {command}   ({train.clock(left)} left)", flush=True)
         words = shlex.split(command.format(r=results))
         p = subprocess.Popen([sys.executable, *words], cwd=HERE, start_new_session=True)
@@ -3062,7 +3429,7 @@ def gpu(minutes=9.0, results="results"):
         p.wait()
         if p.returncode == 0 and file.endswith(".txt"):
             (Path(results) / file).write_text(f"passed on {device_name('cuda')}, torch {torch.__version__}\n")
-    print("\nnot measured yet: " + (", ".join(missing()) or "nothing"))
+    print("\nnot measured yet: " + (", ".join(file for file, _ in queue if not there(file)) or "nothing"))
 
 # ------------------------------------------------------------------------------------------------------------
 # Command line
