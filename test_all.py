@@ -1286,6 +1286,40 @@ def test_rules_take_nothing(rule):
 
 
 @exactly
+@each_linear
+@torch.no_grad()
+def test_linear_layers_are_their_formulas(case):
+    """Convolution, L2 norm, decay, strength of a write, norm and gate, as FixedState's docstring has them."""
+    layer, x = make_layer(case), torch.randn(2, 20, 32)
+    H, Hv, taps = layer.H, layer.Hv, layer.conv_weight
+    qkv = F.pad(layer.qkv_proj(x).mT, (taps.size(1) - 1, 0))
+    qkv = F.silu(F.conv1d(qkv, taps.unsqueeze(1), groups=len(taps))).mT
+    q, k, v = (attention.heads(a, n) for a, n in zip(qkv.split(layer.sizes, dim=-1), (H, H, Hv)))
+    q, k = (a / (a.square().sum(-1, keepdim=True) + 1e-6).sqrt() for a in (q, k))
+    q, k = (a.repeat_interleave(Hv // H, dim=1) for a in (q, k))
+    g = None
+    if layer.decay == "fixed":
+        g = torch.log(1 - 2.0 ** (-5 - torch.arange(Hv))).view(1, -1, 1).expand(2, -1, 20)
+    elif layer.decay:
+        f = attention.heads(layer.decay_proj(x) + layer.dt_bias, Hv)
+        A = layer.A_log.exp().view(-1, 1, 1)
+        g = -5 * torch.sigmoid(A * f) if layer.gate == "lower" else -A * F.softplus(f)
+        if layer.decay == "head":
+            g = g.squeeze(-1)
+        if case == "linear head":
+            v = v * F.softplus(f)                   # Mamba-2 writes dt v
+    if layer.delta:
+        beta = (1 + ("neg_eigval" in CASES[case])) * torch.sigmoid(layer.beta_proj(x)).mT
+        o, _ = delta_rule_recurrent(q, k, v, beta, g)
+    else:
+        o, _ = linear_attention_recurrent(q, k, v, g, scale=1.0)
+    y = layer.o_norm(o.transpose(1, 2)).flatten(2)
+    if layer.out_gate:
+        y = y * dict(silu=F.silu, sigmoid=torch.sigmoid)[layer.out_gate](layer.gate_proj(x))
+    close(layer(x), layer.o_proj(y), 1e-6)          # the fixed decay is float32
+
+
+@exactly
 @pytest.mark.parametrize("name", ("linear", "deltanet", "gated_deltanet", "kda"))
 def test_one_direction(name):
     """bidir=forward is causal, backward the same from the end, where no cache can begin."""
