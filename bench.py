@@ -216,7 +216,7 @@ def file_name(command, about, flags):
     for name in about.named:
         value = flags[name]
         if value not in (False, "auto"):
-            parts.append(name if value is True else str(value).split(":")[0])
+            parts.append(name if value is True else Path(str(value)).name.split(":")[0])
     return flags["name"] or "_".join(parts)
 
 
@@ -1273,9 +1273,9 @@ def sparsity(match="active", ratio=8.0, **few):
 # study: the crossover taken apart; each part is a file of its own
 
 def study_arms(names):
-    def part(few, rates, seeds):
+    def part(few, rates, seeds, own):
         """Arms beside plain AR and diffusion, each at its best rate, annealed."""
-        arms = {name: ARMS[name] for name in dict.fromkeys([*OBJECTIVES, *names])}
+        arms = {name: ARMS[name] for name in dict.fromkeys([*OBJECTIVES, *names])} | own_arms(own)
         _, flags = few_runs("study", few, arms)
         short = lambda a: arms[a]["objective"] == "ar"
         epochs = {a: few["ar_epochs"] if short(a) else few["epochs"] for a in arms}
@@ -1310,19 +1310,43 @@ def study_map(few, rates, seeds, texts, budgets, widths):
             params=N, ar=floor(ar), ar_epoch=ar["best_epoch"], mdm=mdm["best"], se=mdm["se"],
             mdm_epoch=mdm["best_epoch"], epochs=mdm["epochs"], gap=floor(ar) - mdm["best"],
             crossing=c["first"] and c["first"]["epoch"], extrapolated=c["extrapolated"], law_epoch=said,
-            measured_over_law=f"{'' if c['first'] else '> '}{until / said:.2g}")
+            measured_over_law=f"{'' if c['first'] else '> '}{until / said:.2g}",
+            curves={a: [[e["epoch"], e["loss"]] for e in rows[a, s]["evals"]] for a in OBJECTIVES})
 
 
-def with_worth(rows):
-    """Adds to a map how many unique tokens AR needs for what diffusion reaches with these: `worth` times as
-    many (the claim of 2511.03276 is 3), interpolated in log tokens between AR's own points."""
+def with_fits(rows):
+    """Adds to a map what one cell alone does not say. `worth`: how many times as many unique tokens AR needs
+    for what diffusion reaches with these (the claim of 2511.03276 is 3), interpolated in log tokens between
+    AR's own points. `ar_repeats`, `mdm_repeats`: see `half_life`."""
     for r in rows:
         if "gap" in r:
             same = [o for o in rows if all(o[k] == r[k] for k in ("text", "width", "seed"))]
             points = sorted((o["ar"], math.log(o["unique_tokens"])) for o in same)
             if len(points) > 1 and points[0][0] <= r["mdm"] <= points[-1][0]:
                 r["worth"] = math.exp(np.interp(r["mdm"], *zip(*points))) / r["unique_tokens"]
+            for a in OBJECTIVES if len(same) > 1 and "curves" in r else ():
+                R, low, high = half_life([(o["unique_tokens"], o["curves"][a]) for o in same])
+                r[f"{a}_repeats"] = f"{R:.3g} ({low:.2g} to {high:.2g})"
     return rows
+
+
+def half_life(curves):
+    """(R, low, high): how many repeats of a text are worth new text, with an interval of 95%.
+
+    loss = E + B / D^b with D = U (1 + R (1 - exp(-(epochs - 1) / R))) (2305.16264, eq. 5), fitted to each
+    curve up to its least; published: 31 for AR, 500 for diffusion (2507.15857).
+    curves: [(U, [[epoch, loss], ...])].
+    """
+    points = np.array([(U, e, loss) for U, curve in curves for e, loss in curve
+                       if 1 <= e <= min(curve, key=lambda p: p[1])[0]])
+    U, e, loss = points.T
+    grid, errors = np.geomspace(1, 1e4, 100), []
+    for R in grid:
+        D = U * (1 - R * np.expm1(-(e - 1) / R))
+        fits = [np.stack([np.ones_like(D), D ** -b], 1) for b in np.linspace(0.05, 1.5, 30)]
+        errors.append(min(((X @ np.linalg.lstsq(X, loss, rcond=None)[0] - loss) ** 2).sum() for X in fits))
+    near = grid[np.array(errors) <= min(errors) * (1 + 3.84 / max(1, len(points) - 4))]
+    return grid[np.argmin(errors)], near.min(), near.max()
 
 
 def study_curve(few, rates, seeds):
@@ -1443,8 +1467,7 @@ PARTS = {
 
 
 def study_table(result):
-    hidden = ("evals", "run", "annealed_run", "flops", "minutes", "bpb", "annealed_flops", "annealed_se")
-    return [{k: v for k, v in r.items() if k not in hidden} for r in result["rows"]]
+    return without("run", "annealed_run", "flops", "minutes", "bpb", "annealed_flops", "annealed_se")(result)
 
 
 def study_picture(plt, result):
@@ -1477,22 +1500,22 @@ def study_picture(plt, result):
     return figure
 
 
-@experiment(named=("part", "dataset", "unique_tokens"), finish=with_worth, show=study_table,
+@experiment(named=("part", "dataset", "unique_tokens"), finish=with_fits, show=study_table,
             picture=study_picture)
-def study(part: PARTS = "ar", rates=(1e-3, 2e-3, 4e-3), seeds=1, seed=1337, ar_epochs=64.0,
+def study(part: PARTS = "ar", arm: list = (), rates=(1e-3, 2e-3, 4e-3), seeds=1, seed=1337, ar_epochs=64.0,
           texts=("docs-byte",), budgets=(10_000, 30_000, 100_000), widths=(64, 96, 192), **few):
     """The crossover taken apart, for hours: what AR and diffusion are owed, where diffusion wins, and why.
 
     part: ar (regularised) | diffusion (tuned as hard) | causes | map | curve | capacity | ensembles
-    rates: learning rates; each arm keeps its best
+    arm: one more, as in crossover: "both: --weight_decay 0.8 --recipe random=.15"; may be repeated
     ar_epochs: epochs of AR arms, which overfit early; --epochs are diffusion's
     texts: map: data sets, such as docs-byte,docs-byte-corrupt0.3,pysrc-byte
     budgets: map: unique tokens
     widths: map: n_embd
     """
     few = few | dict(ar_epochs=ar_epochs)
-    axes = (texts, budgets, widths) if part == "map" else ()
-    yield from PARTS[part](few, rates, range(seed, seed + seeds), *axes)
+    more = dict.fromkeys(("ar", "diffusion", "causes"), [arm]) | {"map": (texts, budgets, widths)}
+    yield from PARTS[part](few, rates, range(seed, seed + seeds), *more.get(part, ()))
 
 # ------------------------------------------------------------------------------------------------------------
 # adapt: a diffusion model from an AR one

@@ -3348,8 +3348,16 @@ def test_law_is_what_was_published():
 def test_worth_is_how_much_text_ar_needs():
     rows = [dict(text="a", width=64, seed=1, unique_tokens=10 ** k, ar=4.0 - k, mdm=4.5 - k, gap=-0.5)
             for k in (1, 2, 3)]
-    worth = [r.get("worth") for r in bench.with_worth(rows)]
+    worth = [r.get("worth") for r in bench.with_fits(rows)]
     assert worth[0] is None and worth[1:] == pytest.approx([10 ** -0.5] * 2), "half a step of AR's curve"
+
+
+def test_half_life_is_found_again():
+    law = lambda U, e, R: 1.5 + 40 / (U * (1 + R * (1 - math.exp((1 - e) / R)))) ** 0.4
+    for R in (4, 60):
+        curves = [(U, [[e, law(U, e, R)] for e in 1.5 ** np.arange(14)]) for U in (1e3, 1e4, 1e5)]
+        found, low, high = bench.half_life(curves)
+        assert found == pytest.approx(R, rel=0.15) and low <= found <= high
 
 
 def test_what_a_study_measures():
@@ -3374,7 +3382,7 @@ RUNS3 = "--run_ar RUNS/ar --run_mdm RUNS/mdm --run_block RUNS/block"
 SMALL = "--n_layer 1 --n_embd 16 --block_size 128 --batch_tokens 128 --device cpu"
 TOYS = {    # experiment: (its flags, rows of the JSON file, is there a picture?)
     "crossover": (f"--seeds 2 --anneal all {FEW}", 6, True),
-    "study": (f"--part map --budgets 160 --widths 16,32 {FEW}", 2, True),
+    "study": (f"--part map --budgets 160 --widths 16,32 {FEW} --epochs 1", 2, True),
     "adapt": ("--dataset DATASET --ar_steps 2 --steps 2 --n_layer 1 --n_embd 16 --batch_tokens 128", 7, True),
     "sparsity": (f"--match total {FEW}", 4, True),
     "presets": ("", 7, False),
