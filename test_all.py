@@ -116,7 +116,7 @@ def same_gradients(a, b, inputs, tol=None):
 
 BUDGET = {"attention.py": 18_900, "model.py": 8_080, "diffusion.py": 5_300, "train.py": 12_900,
           "sample.py": 5_060, "prepare.py": 8_300, "bench.py": 31_400,
-          "test_all.py": 60_400}
+          "test_all.py": 60_150}
 
 
 @pytest.mark.parametrize("name", BUDGET)
@@ -1900,21 +1900,26 @@ def test_chain_nll_is_a_distribution(order):
         assert chain_nll(f, every[35:36], 3).item() == pytest.approx(chains(f, every[35], range(4))[0] / 4)
 
 
-def test_mdm_nll_estimates_the_bound():
-    """Whatever the batch size; with an honest error; with context, the bound of the smaller problem."""
-    f, x = DiffTable(3, 5), torch.randint(3, (6, 5), generator=seeded(5))
-    mean = statistics.mean(bound(f, row, range(5)) for row in x)
+@pytest.mark.parametrize("drawn", (diffusion.DRAWN, 30))
+def test_mdm_nll_estimates_the_bound(drawn, monkeypatch):
+    """Whatever the batch size; with an honest error; with context, the bound of the smaller problem. Also with
+    few uniforms at a time: then its memory does not grow with the windows."""
+    f, x, sizes, rand = DiffTable(3, 5), torch.randint(3, (6, 5), generator=seeded(5)), [], torch.rand
+    count = lambda *shape, **how: sizes.append(math.prod(shape)) or rand(*shape, **how)
+    monkeypatch.setattr(torch, "rand", count)
+    monkeypatch.setattr(diffusion, "DRAWN", drawn)
     pieces, whole = (mdm_nll(f, x, 3, 64, batch_size=n) for n in (7, 384))
     assert pieces == pytest.approx(whole, rel=1e-12)
     runs = torch.tensor([mdm_nll(f, x, 3, 8, seeded(s)) for s in range(300)]).double()
-    error = runs[:, 0] - mean
+    error = runs[:, 0] - statistics.mean(bound(f, row, range(5)) for row in x)
     assert abs(error.mean()) < 4 * error.std() / 300 ** 0.5
     assert 0.85 < runs[:, 1].square().mean().sqrt() / error.std() < 1.18
     for places in (range(5), (1, 2, 4)):
         scored = torch.isin(torch.arange(5), torch.tensor(places)).expand(6, 5)
         nll, se = mdm_nll(f, x, 3, 4096, batch_size=4096, scored=scored, per_row=True)
         want = torch.tensor([bound(f, row, places) for row in x])
-        assert ((nll - want).abs() < 5 * se + 1e-9).all() and se.max() < 0.02
+        assert ((nll - want).abs() < 5 * se + 1e-9).all() and se.max() < 0.04
+    assert max(sizes) <= max(drawn, 1024 * 5), "a window's own"
 
 
 @pytest.mark.parametrize("kind, V", (("uint16", 50_000), ("int16", 50_000), ("int32", 200), ("uint8", 200)))
@@ -1929,20 +1934,6 @@ def test_mdm_nll_reads_token_files(kind, V, tmp_path):
         a, _ = mdm_nll(lm, x, V, 8, batch_size=99, per_row=True, **more)
         b, _ = mdm_nll(lm, mapped, V, 8, batch_size=2, per_row=True, **more)
         close(a, b, 1e-6)
-
-
-def test_mdm_nll_in_pieces(monkeypatch):
-    """Few uniforms at a time: memory does not grow with the windows, and other masks estimate the same."""
-    f, x = DiffTable(3, 5), torch.randint(3, (40, 5), generator=seeded(5))
-    whole, drawn, rand = mdm_nll(f, x, 3, 256), [], torch.rand
-    monkeypatch.setattr(diffusion, "DRAWN", 1000)
-    count = lambda *shape, **how: drawn.append(math.prod(shape)) or rand(*shape, **how)
-    monkeypatch.setattr(torch, "rand", count)
-    pieces = mdm_nll(f, x, 3, 256)
-    assert max(drawn) <= 1000 and abs(pieces[0] - whole[0]) < 4 * math.hypot(pieces[1], whole[1])
-    same = torch.tensor([[0, 1, 2, 0, 1]] * 3 + [[1, 1, 1, 2, 2]] * 4)              # equal windows of a group
-    nll, _ = mdm_nll(f, same, 3, 400, group=torch.tensor([0] * 3 + [1] * 4), per_row=True)
-    assert (nll[:3] == nll[0]).all() and (nll[3:] == nll[3]).all() and nll[0] != nll[3]
 
 
 def test_groups_share_masks():
@@ -2195,31 +2186,23 @@ def test_block_diffusion_equals_its_definition(layers):
             assert nll == pytest.approx(loss.item(), rel=1e-6) and se < 1e-9
 
 
-DIFFUSION_REFUSES = [
-    (sample_mdm, dict(steps=0), "steps"), (sample_mdm, dict(threshold=0.0), "threshold"),
-    (sample_mdm, dict(threshold=1.5), "threshold"),
-    (sample_mdm, dict(threshold=0.9, order="left"), "threshold"),
-    (sample_mdm, dict(steps=4, threshold=0.9), "exclude"), (sample_mdm, dict(order="best"), "order"),
-    (sample_mdm, dict(temperature=-1), "temperature"),
-    (sample_mdm, dict(temperature=math.nan), "temperature"),
-    (sample_mdm, dict(cache=True, fill_block=2, refresh=0), "refresh"),
-    (sample_mdm, dict(cache=True), "fill_block"),
-    (sample_mdm, dict(cache=True, fill_block=2), "init_cache"), (sample_ar, dict(top_p=0), "top_p"),
-    (sample_ar, dict(top_k=0), "top_k"), (sample_block, dict(fill_block=0), "fill_block"),
-    (mdm_nll, dict(n_mc=4, group=torch.tensor([1, 0])), "ascend"), (mdm_nll, dict(n_mc=2), "n_mc"),
-    (chain_nll, dict(order="right"), "order"), (block_diffusion_loss, dict(noise_block=3), "noise_block"),
-    (functools.partial(mixed_loss, bos_id=3, ar_frac=0.1), {}, "ar_frac")]
-
-
 def test_diffusion_refuses():
+    """What no flag reaches; the rest stands in REFUSALS."""
     f, x = DiffTable(3, 4), torch.full((2, 4), 3)
-    for call, how, word in DIFFUSION_REFUSES:
+    for call, word in (
+            (lambda: sample_mdm(f, x, 3, temperature=math.nan), "temperature"),
+            (lambda: sample_mdm(f, x, 3, cache=True), "fill_block"),
+            (lambda: sample_mdm(f, x, 3, cache=True, fill_block=2), "init_cache"),
+            (lambda: mdm_nll(f, x, 3, 4, group=torch.tensor([1, 0])), "ascend"),
+            (lambda: mdm_nll(f, x, 3, 2), "n_mc"), (lambda: chain_nll(f, x, 3, "right"), "order"),
+            (lambda: block_diffusion_loss(f, x, 3, 3), "noise_block"),
+            (lambda: mixed_loss(f, x, 3, 3, 0.1), "ar_frac")):
         with pytest.raises(ValueError, match=word):
-            call(f, x, mask_id=3, **how) if call is not sample_ar else call(f, x, 3, **how)
+            call()
     for call in (mdm_loss, ar_loss, sample_mdm):
         with pytest.raises(ValueError, match="the mask token 2 is one of the 3 tokens"):
             call(f, x - 1, 2)
-    for empty, more in product((x[:0], x[:, :0]), (dict(fill_block=2), {})):
+    for empty in (x[:0], x[:, :0]):
         for loss in (ar_loss, mdm_loss, functools.partial(mdm_nll, n_mc=4), chain_nll):
             with pytest.raises(ValueError, match="of no token"):
                 loss(f, empty, 3)
@@ -4399,6 +4382,8 @@ sample RUNS/mdm --threshold 0                               => (0, 1]
 sample RUNS/mdm --threshold 0.9 --steps 3                   => exclude
 sample RUNS/mdm --threshold 0.9 --order left                => max_prob
 sample RUNS/mdm --temperature -1                            => temperature
+sample RUNS/mdm --top_p 0                                   => (0, 1]
+sample RUNS/mdm --top_k 0                                   => at least 1
 sample RUNS/mdm --cache                                     => block_size
 sample RUNS/mdm --block_size 0                              => at least 1
 sample RUNS/mdm --refresh 2                                 => needs --cache
