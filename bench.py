@@ -1111,7 +1111,7 @@ def crossover(
     arm: one of your own, any flags of train.py: "name: --layers 'kda*3 full' --dropout 0.3"; may be repeated
     regularised: all regularised AR arms
     anneal: which arms get runs whose rate falls to 0: ar, all or none
-    minutes: of training for each arm: as many epochs as all arms reach (default: 5, and 60 epochs at least)
+    minutes: of training for each arm: as many epochs as all reach; 0: about 4.5, but 60 epochs at least
     x: the picture's axis: epoch | step | tokens | flops | seconds
     """
     names = [*arms, *(REGULARISED if regularised else ())]
@@ -1120,8 +1120,8 @@ def crossover(
     arms = {name: ARMS[name] for name in names} | own_arms(arm)
     seeds, pure = range(seed, seed + seeds), [a for a in arms if arms[a]["objective"] == "ar"]
     root, flags = few_runs("crossover", few, arms, probe=1)
-    print(f"{few['unique_tokens']:,} unique tokens of {few['dataset']}, {few['epochs']:g} epochs an arm; AR "
-          "untuned, one seed, unless you ask for more: see results/README.md")
+    print(f"{few['unique_tokens']:,} unique tokens of {few['dataset']}, at most {few['epochs']:g} epochs an "
+          "arm; AR untuned, one seed, unless you ask for more: see results/README.md")
     epochs = yield from planned(few, flags, arms)
     rows = yield from tuned(arms, few["rates"], seeds, flags, dict.fromkeys(arms, epochs),
                             {"ar": pure, "all": list(arms), "none": []}[anneal])

@@ -53,7 +53,7 @@ class ModelConfig(LayerConfig):
     norm: str = "rms"               # rms | layer
     dropout: float = 0.0            # on the embedding and on what each block adds
     mlp_dropout: float = 0.0        # inside a dense MLP
-    causal: bool = False            # also as a diffusion model, an ablation
+    causal: bool = False            # true: stays causal when trained as diffusion (an ablation)
     tied: bool = True               # the head shares the embedding's weights
     logit_softcap: float | None = None  # logits = cap * tanh(logits / cap) (Gemma 2)
     shift: bool = False             # not causal: logits at i are of token i + 1, as in AR (Dream)
@@ -76,7 +76,10 @@ class ModelConfig(LayerConfig):
 
 
 class LM(nn.Module):
-    """idx (B, T) int64 -> logits (B, T, V). The keywords are those of the layers: see attention.py."""
+    """idx (B, T) int64 -> logits (B, T, V). The keywords are those of the layers, see attention.py: what they
+    say of this call is worked out once, as a `Step` (causal or not, positions, padding, slots of the cache);
+    aux is a dictionary to which layers add losses. Row V of the embedding is AR's BOS and diffusion's mask.
+    """
     def __init__(self, config):
         super().__init__()
         layers = parse_layers(config.layers, config.n_layer)
@@ -181,6 +184,7 @@ class LM(nn.Module):
 
 
 class Block(nn.Module):
+    """(B, T, C) -> (B, T, C): x + mixer(norm(x)), then + mlp(norm(x))."""
     def __init__(self, name, config):
         super().__init__()
         self.norm1, self.mixer = make_norm(config), ATTENTION[name](config)
@@ -250,10 +254,10 @@ class MoE(nn.Module):
     x); the k largest of s + bias are chosen, weighted by s without the bias, renormalised and scaled. The
     bias has no gradient: `balance` moves it towards equal load. softmax (Qwen3-Next): p = softmax(router x),
     the k largest, renormalised; the shared expert behind a sigmoid gate; a balance loss E sum_e f_e P_e goes
-    into aux (Switch, 2101.03961), f_e the choices of e per token and P_e the mean of p_e. f is that of the
-    last whole batch, over all its micro-batches and
-    processes (2501.11873): so the loss is a mean over tokens, and does not depend on how a batch is cut. Both
-    routers balance only where `balance` is called, once per optimizer step.
+    into aux (Switch, 2101.03961), f_e the choices of e per token (`share`) and P_e the mean of p_e.
+    f is that of the last whole batch, over all its micro-batches and processes (2501.11873): so the loss is a
+    mean over tokens, and does not depend on how a batch is cut. Both routers balance only where `balance` is
+    called, once per optimizer step.
 
     Two ways to compute, equal by a test: every expert for every token, weighted by zero where not chosen (any
     device and dtype, E/k times the work), and grouped_mm on tokens sorted by expert. No token is dropped, no

@@ -3,7 +3,7 @@
     python sample.py out/RUN --prompt "The function returns" --num_samples 3
     python sample.py out/RUN --prompt "One" --prompt "Another, longer"   # different lengths, one batch
     python sample.py out/RUN --prompt "The [MASK:12] sat on" --watch     # diffusion fills gaps, step by step
-    python sample.py out/RUN --threshold 0.9 --block_size 32 --cache     # diffusion, several tokens a pass
+    python sample.py out/RUN --threshold 0.9 --fill_block 32 --cache     # diffusion, several tokens a pass
     python sample.py out/RUN --prompt "(17+4)*25?" --tool calculator  # after prepare.py --dataset arithmetic
     python sample.py out/RUN --gif a.gif --beside out/RUN2  # a picture that moves: two runs, one prompt
     python sample.py FOLDER --prompt "Once upon a time"    # a published model: config.json, model.safetensors
@@ -47,7 +47,7 @@ import train
 from model import parse_layers
 from prepare import count, need
 
-DIFFUSION = ("steps", "threshold", "order", "block_size", "cache", "refresh")  # flags that AR has no use for
+DIFFUSION = ("steps", "threshold", "order", "fill_block", "cache", "refresh")  # flags that AR has no use for
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -91,15 +91,15 @@ def sampler(args, lm, flags, infill):
         order = "random" if args.threshold is None else "max_prob"
     passes = dict(steps=args.steps, threshold=args.threshold, order=order)
     if objective == "block":
-        for name in {"block_size", "cache", "refresh"}.intersection(asked):
+        for name in {"fill_block", "cache", "refresh"}.intersection(asked):
             raise ValueError(f"--{name} is for --objective mdm: this run was trained in blocks of {size}, "
                              "and their cache is always on and exact; leave it out")
         return "block", lambda x, **how: diffusion.sample_block(lm, x, lm.mask_id, size, **passes, **how)
     need(args.refresh is None or args.cache, f"--refresh {args.refresh} needs --cache")
     if args.cache:
-        need(args.block_size is not None, "--cache works by blocks: give --block_size, for example 32")
+        need(args.fill_block is not None, "--cache works by blocks: give --fill_block, for example 32")
         check_dual_cache(lm.config)
-    passes |= dict(fill_block=args.block_size, cache=args.cache, refresh=args.refresh)
+    passes |= dict(fill_block=args.fill_block, cache=args.cache, refresh=args.refresh)
     return "mdm", lambda x, **how: diffusion.sample_mdm(lm, x, lm.mask_id, **passes, **how)
 
 
@@ -493,7 +493,7 @@ GENERATE = {
                   "--steps"),
     "order": (str, None, f"diffusion: {', '.join(diffusion.ORDERS)} (default: random; max_prob with "
               "--threshold)"),
-    "block_size": (int, None, "diffusion: fill blocks of so many tokens, one after the other (default: no "
+    "fill_block": (int, None, "diffusion: fill blocks of so many tokens, one after the other (default: no "
                    "blocks)"),
     "refresh": (int, None, "renew the cache also after so many steps inside a block (default: only when one "
                 "starts)"),

@@ -3216,8 +3216,8 @@ def test_sample_goes_on_fills_in_and_scores(runs, tmp_path):
 @pytest.mark.parametrize("run, flags, steps", [
     ("ar", "--top_k 5", 6), ("mixed", "", 6), ("mixed", "--steps 2", 2),
     ("mdm", "--steps 3 --order margin", 3),
-    ("mdm", "--threshold 1e-9", 1), ("mdm", "--block_size 3 --steps 4", 4),
-    ("mdm", "--block_size 3 --cache --top_p 0.9", 6), ("mdm", "--block_size 3 --cache --refresh 2", 6),
+    ("mdm", "--threshold 1e-9", 1), ("mdm", "--fill_block 3 --steps 4", 4),
+    ("mdm", "--fill_block 3 --cache --top_p 0.9", 6), ("mdm", "--fill_block 3 --cache --refresh 2", 6),
     ("block", "", None), ("block", "--steps 1", None), ("block", "--threshold 0.9 --order max_prob", None)])
 def test_sample_reaches_every_sampler(runs, run, flags, steps):
     """Prompts of two lengths go through one batch, and each comes out as it does alone."""
@@ -4384,12 +4384,12 @@ sample RUNS/mdm --threshold 0.9 --order left                => max_prob
 sample RUNS/mdm --temperature -1                            => temperature
 sample RUNS/mdm --top_p 0                                   => (0, 1]
 sample RUNS/mdm --top_k 0                                   => at least 1
-sample RUNS/mdm --cache                                     => block_size
-sample RUNS/mdm --block_size 0                              => at least 1
+sample RUNS/mdm --cache                                     => fill_block
+sample RUNS/mdm --fill_block 0                              => at least 1
 sample RUNS/mdm --refresh 2                                 => needs --cache
-sample RUNS/mdm --block_size 4 --cache --refresh 0          => at least 1
-sample RUNS/block --block_size 0                            => blocks of 4
-sample RUNS/block --block_size 8                            => blocks of 4
+sample RUNS/mdm --fill_block 4 --cache --refresh 0          => at least 1
+sample RUNS/block --fill_block 0                            => blocks of 4
+sample RUNS/block --fill_block 8                            => blocks of 4
 sample RUNS/block --cache                                   => blocks of 4
 sample RUNS/mdm --device cudaa                              => auto, cuda
 sample RUNS/ar --num_samples nan                            => --num_samples
@@ -4640,7 +4640,7 @@ def test_published_diffusion_models(tmp_path):
     close(logits["llada"], logits["llama"])
     close(logits["Dream"][:, 1:], logits["qwen2"][:, :-1])
     args = [str(tmp_path / "Dream"), "--prompt", "the [MASK:4]", "--device", "cpu"]
-    assert sample.main(args) == 0 and sample.main([*args, "--cache", "--block_size", "2"]) == 2
+    assert sample.main(args) == 0 and sample.main([*args, "--cache", "--fill_block", "2"]) == 2
 
 
 WRONG_TENSORS = {   # what is done to a good file -> what is said of it

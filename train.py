@@ -7,7 +7,7 @@
     torchrun --standalone --nproc_per_node=8 train.py --preset gpt2 --dataset fineweb10B
 
 Flags: python train.py --help. A run is a folder: config.json, metrics.jsonl, loss.png, samples.txt,
-ckpt_last.pt, ckpt_prev.pt, the one before it, and ckpt_best.pt. In this file, in this order:
+ckpt_last.pt, ckpt_prev.pt (the save before it), ckpt_best.pt. In this file, in this order:
 
     settings        the flags: their defaults, then the checkpoint's, then what was given
     data            Windows, the repeating loader; what is evaluated, and when
@@ -49,6 +49,16 @@ import prepare
 from model import LM, PRESETS, ModelConfig, from_preset, from_pretrained, nearest, override, parse_value
 from prepare import need
 
+# What --recipe takes: {key: (default, largest, what it does)}. The first five are for AR rows.
+RECIPE = {
+    "mask": (0.0, 1, "share of the input tokens replaced by the mask token (2511.03276)"),
+    "random": (0.0, 1, "share of the input tokens replaced by random ones (2606.16246)"),
+    "reverse": (0.0, 1, "share of the windows that are read from right to left (2606.16246)"),
+    "offset": (1, 16, "a window learns to predict 1 to so many places on (2606.16246)"),
+    "mir": (0.0, 10, "weight of a second loss, on inputs masked at a rate from U(0, .5) (2606.06888)"),
+    "rate": (0.0, 1, "mdm: always this share of masks; what is trained is no bound then"),
+    "orders": (0, 2 ** 31, "block of 1: AR in so many fixed orders of reading, the first left to right"),
+}
 # name: (default, help). A default of None means "chooses itself" or "from the preset", as the help says.
 FLAGS = {
     "data": {
@@ -63,9 +73,9 @@ FLAGS = {
         "objective": ("ar", "ar | mdm (masked diffusion) | mixed (both losses) | block (block diffusion)"),
         "diffusion_block": (16, "block: tokens in a block, AR over blocks and diffusion inside"),
         "ar_frac": (0.5, "mixed: share of each batch that is trained as AR"),
-        "recipe": ([], "key=value ...: regularisers and ablations, see RECIPE in train.py"),
-        "dense_steps": (0, "layers with an indexer (dsa, msa): first so many steps with dense attention,"),
-        "indexer_warmup": (0, "then so many in which the indexer alone learns, then sparse attention"),
+        "recipe": ([], f"key=value ..., regularisers and ablations: {', '.join(RECIPE)}"),
+        "dense_steps": (0, "layers with an indexer (dsa, msa): steps of dense attention first"),
+        "indexer_warmup": (0, "steps after those in which the indexer alone learns; then sparse attention"),
     },
     "model": {
         "preset": ("small", f"what kind of model; sizes are free, below and by --set: {', '.join(PRESETS)}"),
@@ -80,7 +90,7 @@ FLAGS = {
     },
     "optimizer": {
         "optimizer": ("adamw", "adamw | muon (hidden matrices; AdamW for the rest)"),
-        "lr": (2e-3, "peak learning rate; both schedules that fall end at 0"),
+        "lr": (2e-3, "peak learning rate; the schedules that fall end at about 0"),
         "schedule": ("wsd", "after the warm-up: wsd (constant, linear at the end) | cosine | constant"),
         "warmup": (100, "steps of linear warm-up"),
         "weight_decay": (0.1, "decoupled, on matrices only"),
@@ -110,16 +120,6 @@ FLAGS = {
         "resume": (None, "auto: the last checkpoint of --out if there is one, without --out the newest run "
                          "of this kind; or PATH of a checkpoint or run folder"),
     },
-}
-# What --recipe takes: {key: (default, largest, what it does)}. The first five are for AR rows.
-RECIPE = {
-    "mask": (0.0, 1, "share of the input tokens replaced by the mask token (2511.03276)"),
-    "random": (0.0, 1, "share of the input tokens replaced by random ones (2606.16246)"),
-    "reverse": (0.0, 1, "share of the windows that are read from right to left (2606.16246)"),
-    "offset": (1, 16, "a window learns to predict 1 to so many places on (2606.16246)"),
-    "mir": (0.0, 10, "weight of a second loss, on inputs masked at a rate from U(0, .5) (2606.06888)"),
-    "rate": (0.0, 1, "mdm: always this share of masks; what is trained is no bound then"),
-    "orders": (0, 2 ** 31, "block of 1: AR in so many fixed orders of reading, the first left to right"),
 }
 DEFAULTS = {name: default for group in FLAGS.values() for name, (default, _) in group.items()}
 KIND = {**dict.fromkeys(("epochs", "dropout", "max_minutes"), float), **dict.fromkeys(
@@ -464,10 +464,10 @@ def evaluate(lm, windows, objective, rows=64, seed=0, n_mc=4, diffusion_block=No
     """Loss of fixed windows (N, T), nats per token: {"loss", "se", ...}; AR exact, diffusion a bound with its
     s.e.
 
-    A mixed model is scored both ways (ar_loss, mdm_loss); `loss` is the smaller, since each bounds the same
-    likelihood. It has its own generator and leaves the model in the mode that it found, so that training is
-    the same with and without it. se is the Monte Carlo error of the masks alone, not that of the choice of
-    windows. orders (see RECIPE): each window is read in one of them.
+    A mixed model is scored both ways (ar_loss, mdm_loss); `loss` is the smaller: both are code lengths of the
+    same text, under two distributions. It has its own generator and leaves the model in the mode that it
+    found, so that training is the same with and without it. se is the Monte Carlo error of the masks alone,
+    not that of the choice of windows. orders (see RECIPE): each window is read in one of them.
     """
     was_training = lm.training
     device = lm.embed.weight.device
@@ -1136,7 +1136,8 @@ class Meter:
         self.loads = [a + b for a, b in zip(self.loads, loads)]
 
     def check(self, lm, step, run):
-        """The only wait for the device. ValueError where a loss, a gradient or now a weight is not finite."""
+        """Between evaluations, all that waits for the device. ValueError where a loss, a gradient or now a
+        weight is not finite."""
         recent = torch.stack(self.pending).tolist() if self.pending else []
         self.pending = []
         self.rows += recent
@@ -1425,7 +1426,7 @@ def train(given, log=print):
             due = at.step % flags["save_every"] == 0 and at.step not in evals
             leave = at.leaving(flags, here, came)
             if line or due or told or leave or at.step in evals:
-                meter.check(lm, at.step, run)               # the only wait for the device
+                meter.check(lm, at.step, run)               # waits for the device
             if not (here.compiled and at.step == at.first[0] + 1):
                 at.seconds += time.perf_counter() - tic
             if line:
