@@ -1902,8 +1902,8 @@ def test_chain_nll_is_a_distribution(order):
 
 @pytest.mark.parametrize("drawn", (diffusion.DRAWN, 30))
 def test_mdm_nll_estimates_the_bound(drawn, monkeypatch):
-    """Whatever the batch size; with an honest error; with context, the bound of the smaller problem. Also with
-    few uniforms at a time: then its memory does not grow with the windows."""
+    """Whatever the batch size; with an honest error; with context, the bound of the smaller problem.
+    Also with few uniforms at a time: then its memory does not grow with the windows."""
     f, x, sizes, rand = DiffTable(3, 5), torch.randint(3, (6, 5), generator=seeded(5)), [], torch.rand
     count = lambda *shape, **how: sizes.append(math.prod(shape)) or rand(*shape, **how)
     monkeypatch.setattr(torch, "rand", count)
