@@ -915,6 +915,7 @@ def test_infllm_dense_len():
         error = layer(x[:, :T], causal=causal) - dense(x[:, :T], causal=causal)
         differs = error.abs().amax((0, 2)) > 1e-5
         assert differs.tolist() == [T > 45 and (t >= 45 or not causal) for t in range(T)]
+    assert picks(layer, x).sum(-1).max() <= layer.most, "the bound that graphs count on"
 
 
 @exactly
@@ -1054,7 +1055,7 @@ def test_reads_of_shared_picks():
     for tile, topk in product((1, 4, 8, 13, 16, 20), (2, 4)):
         layer = make_layer("msa", sel_topk=topk, sel_tile=tile)
         sel = picks(layer, torch.randn(1, 160, 32), causal=False)
-        assert layer.reads(160, False) == 8 * int(sel.sum(-1).max())
+        assert layer.reads(160, False) == 8 * int(sel.sum(-1).max()) <= 8 * layer.most
 
 
 def test_published_costs():
