@@ -9,6 +9,7 @@ f, and this file can be copied alone.
     mdm_loss                masked diffusion: a bound (Ou et al. 2406.03736; LLaDA 2502.09992)
     block_diffusion_loss    AR over blocks, diffusion inside them: a bound (BD3-LM 2503.09573)
     mixed_loss              one network, both objectives (2512.14549)
+    mdm_noise, masked_nll   what the losses are made of: which places are hidden, and how they are predicted
     mdm_nll, chain_nll      likelihoods: the bound with its standard error; the exact chain in T passes
     sample_ar, sample_mdm, sample_block     each fills the places of a canvas that hold the mask token
 
@@ -48,7 +49,7 @@ def mdm_loss(f, x, mask_id, noise=None, generator=None, noise_block=None, reduct
     """Masked diffusion: an upper bound on -log p(x), nats per token, unbiased over `noise`. x (B, T) int64.
 
     The bound is the mean over all T! orders of the chain rule, E_n E_{mask of size n} [mean CE over the n
-    masked tokens] with n ~ U{1..T}. Its estimate: draw n, hide exactly n tokens, weigh their CE by T/n
+    masked tokens] with n ~ U{1..T}. Its estimate: draw n, hide exactly n tokens, weigh their cross entropy (CE) by T/n
     (LLaDA, eq. 14). Two others are common. Hiding each token with probability t ~ U(0,1) and the weight 1/t
     (MDLM) is unbiased too, but its second moment contains the integral of t / t^2 dt: the variance is
     infinite, and clipping the weight makes it no bound. One mean over all masked tokens of a batch weights by
