@@ -933,7 +933,8 @@ def tuned(arms, rates, seeds, flags, epochs, anneal=()):
         fell = row["best"] < row["last"]
         for n in {max(1, round(f * row["best_epoch"])) for f in (0.7, 1, 1.4)} if fell else {epochs[a]}:
             job_of[name := f"{a} s{s} annealed over {n:g}"] = a, s
-            jobs[name] = flags(a, s, best[a], n, schedule="wsd", folder=f"annealed-{n:g}")
+            jobs[name] = flags(a, s, best[a], n, schedule="wsd", eval_epochs=None, eval_every=0,
+                               folder=f"annealed-{n:g}")
     evals = (yield jobs) if jobs else {}
     for name, run in job_of.items():
         end = lowest(evals[name])
