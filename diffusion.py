@@ -49,11 +49,11 @@ def mdm_loss(f, x, mask_id, noise=None, generator=None, noise_block=None, reduct
     """Masked diffusion: an upper bound on -log p(x), nats per token, unbiased over `noise`. x (B, T) int64.
 
     The bound is the mean over all T! orders of the chain rule, E_n E_{mask of size n} [mean CE over the n
-    masked tokens] with n ~ U{1..T}. Its estimate: draw n, hide exactly n tokens, weigh their cross entropy (CE) by T/n
-    (LLaDA, eq. 14). Two others are common. Hiding each token with probability t ~ U(0,1) and the weight 1/t
-    (MDLM) is unbiased too, but its second moment contains the integral of t / t^2 dt: the variance is
-    infinite, and clipping the weight makes it no bound. One mean over all masked tokens of a batch weights by
-    t: it is not a likelihood.
+    masked tokens] with n ~ U{1..T}, CE the cross entropy. Its estimate: draw n, hide exactly n tokens, weigh
+    their CE by T/n (LLaDA, eq. 14). Two others are common. Hiding each token with probability t ~ U(0,1) and
+    the weight 1/t (MDLM) is unbiased too, but its second moment contains the integral of t / t^2 dt: the
+    variance is infinite, and clipping the weight makes it no bound. One mean over all masked tokens of a
+    batch weights by t: it is not a likelihood.
 
     noise: from `mdm_noise`, the rows of this batch, on x's device; with it the loss is a pure function and
     compiles to one graph of static shapes (cross entropy runs on all T tokens: selecting the masked ones
