@@ -2117,7 +2117,7 @@ def test_nothing_is_generated_after_end_of_text(name):
     y = SAMPLERS[name](diff_lm(), x, 13, generator=seeded(0), valid=valid, eot_id=12)
     new = (x == 13) & valid
     after = ((y == 12) & new).cumsum(1) > 0
-    assert after.any() and (y[after & new] == 12).all() and (y[:, 1] != 12).any()
+    assert after.any() and (y[after & new] == 12).all() and (y[::2, 3:] != 12).any()
     assert (y[~valid] == 0).all() and torch.equal(y[~new], x[~new])
     steps, ends = [], lambda idx, causal: 1e3 * F.one_hot(torch.full(idx.shape, 12), 13)
     sample_ar(ends, x, 13, eot_id=12, valid=valid, callback=lambda step, x: steps.append(step))
@@ -2147,18 +2147,20 @@ def test_batch_invariance(name, monkeypatch):
 @pytest.mark.parametrize("prompts", ([[1, 2, 3], [4, 5, 6]], [[1], [2, 3, 4, 5, 6, 7, 8], [9, 13, 10]]),
                          ids=len)
 def test_cached_sampling_equals_recomputed(temperature, prompts):
-    """The dual cache, too, where it is exact: in one layer no key depends on another place."""
+    """Also where padding would change a state; and the dual cache, where it is exact: in one layer no key
+    depends on another place."""
     x, valid = canvas(prompts, 9, 13)
-    for n_layer, sampler in ((2, sample_ar), (2, functools.partial(sample_block, fill_block=4, steps=3)),
-                             (1, functools.partial(sample_mdm, fill_block=4, steps=7)),
-                             (2, functools.partial(sample_mdm, fill_block=4, refresh=1))):
-        lm, passes = count_passes(diff_lm(n_layer=n_layer))
+    for layers, sampler in (("full full", sample_ar), ("full gated_deltanet", sample_ar),
+                            ("full full", functools.partial(sample_block, fill_block=4, steps=3)),
+                            ("full", functools.partial(sample_mdm, fill_block=4, steps=7)),
+                            ("full full", functools.partial(sample_mdm, fill_block=4, refresh=1))):
+        lm, passes = count_passes(diff_lm(layers, n_layer=len(layers.split())))
         how = dict(temperature=temperature, valid=valid)
         go = lambda cache: sampler(lm, x, 13, generator=seeded(7), cache=cache, **how)
         slow = go(False)
         passes.clear()
         assert torch.equal(go(True), slow) and torch.equal(slow[x != 13], x[x != 13])
-        if n_layer == 1:
+        if layers == "full":
             assert set(passes) == {4, x.size(1)} and passes.count(x.size(1)) == 3, "one full pass a block"
 
 
@@ -2185,6 +2187,23 @@ def test_block_diffusion_equals_its_definition(layers):
             assert torch.equal(loss, block_diffusion_loss(lm, x, 13, 1, noise=mdm_noise(B * T, 1)))
             nll, se = mdm_nll(lm, x, 13, 4, noise_block=1)
             assert nll == pytest.approx(loss.item(), rel=1e-6) and se < 1e-9
+
+
+def test_block_hook_pauses():
+    """What a hook writes is given text, into the next block too; what it hides is filled again."""
+    lm, calls = diff_lm(), []
+    x, _ = canvas([[1, 2, 3]], 13, 13)
+
+    def hook(x, given, start, stop):
+        calls.append(start)
+        if calls == [0, 4]:
+            x[0, 6:10], given[0, 6:10] = 7, True
+        elif calls == [0, 4, 8]:
+            x[0, 11] = 13
+    plain, y = (sample_block(lm, x, 13, 4, temperature=0, on_block=on_block) for on_block in (None, hook))
+    assert torch.equal(y[0, :6], plain[0, :6]) and (y[0, 6:10] == 7).all() and (y < 13).all()
+    again, _ = canvas([y[0, :10].tolist()], 6, 13)
+    assert torch.equal(sample_block(lm, again, 13, 4, temperature=0), y)
 
 
 def test_diffusion_refuses():
@@ -3454,8 +3473,12 @@ def test_every_experiment_runs_stops_and_goes_on(name, lab, monkeypatch):
     assert file.with_suffix(".png").exists() == picture
 
 
-def test_crossover_is_what_its_runs_say(lab, tmp_path):
-    """Own arms with any flags of train.py, rates, annealed runs on the way; compare reads the same logs."""
+def test_crossover_is_what_its_runs_say(lab, tmp_path, monkeypatch):
+    """Own arms with any flags of train.py, rates, annealed runs, which are the best here; compare reads the
+    same logs."""
+    evals = bench.evaluations
+    better = lambda out: [e | {"loss": e["loss"] - ("annealed" in str(out))} for e in evals(out)]
+    monkeypatch.setattr(bench, "evaluations", better)
     line = f"crossover --rates 1e-3,2e-3,4e-3 {FEW} --x tokens --arm 'own: --layers linear --dropout 0.1'"
     status, out, _ = lab(line)
     assert status == 0 and "curve crossing" in out and "honest crossing" in out
