@@ -2326,7 +2326,7 @@ def recall_picture(plt, result):
     titles = {"ar": "causal (AR)", "mdm": "bidirectional (masked diffusion)"}
     maps = {o: [r for r in table if r["objective"] == o] for o in result["flags"]["objectives"]}
     columns = list(dict.fromkeys(c for r in table for c in r))[2:]
-    figure, axes = plt.subplots(len(maps), 1, figsize=(8, 1.2 + 0.32 * len(table)), squeeze=False)
+    figure, axes = plt.subplots(len(maps), 1, figsize=(8, 1.3 * len(maps) + 0.3 * len(table)), squeeze=False)
     for ax, (objective, rows) in zip(axes[:, 0], maps.items()):
         share = np.array([[float(r.get(c, "nan")) for c in columns] for r in rows])
         ax.imshow(share, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
