@@ -3428,7 +3428,7 @@ def lab(dataset, runs, tmp_path, monkeypatch):
     validation = bench.validation
     items = train.probe_items
     monkeypatch.setattr(bench, "run_arms", run_arms)
-    monkeypatch.setattr(train, "probe_items", lambda val, T: items(val, T, 8))
+    monkeypatch.setattr(train, "probe_items", lambda val, T, count=8: items(val, T, count))
     monkeypatch.setattr(bench, "validation", lambda name, T, count: validation(name, T, min(count, 8)))
 
     def lab(line):
