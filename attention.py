@@ -290,11 +290,10 @@ class Cache:
         self.used = self.max_len if compiling() else min(self.max_len, self.used + step.slots.size(1))
 
 
-def put(cache, new, step, block=1):
+def put(cache, new, step):
     """Put new {name: (B, h, T, D)} into the cache, if there is one -> what is read, (B, h, S, D) each.
 
-    S is step.length, up to a multiple of `block`: slots from step.limit on hold garbage. Padding is not
-    written. Without commit the new entries lie behind cache.pos, where nothing reads them later and the next
+    S is step.length: slots from step.limit on hold garbage. Padding is not written. Without commit the new entries lie behind cache.pos, where nothing reads them later and the next
     call overwrites them; where they replace entries in use, a copy is read.
     """
     if cache is None:
@@ -311,8 +310,7 @@ def put(cache, new, step, block=1):
         else:
             buffer.scatter_(2, at, entry)
         if step.length != a.size(2):
-            S = -(-step.length // block) * block
-            a = buffer[:, :, :S].to(a.dtype)
+            a = buffer[:, :, :step.length].to(a.dtype)
         read.append(a)
     return read
 
@@ -415,9 +413,6 @@ def compiling():
 def count_to(n, x):
     """0, 1, ..., n - 1 on the device of x."""
     return torch.arange(n, device=x.device)
-
-
-
 
 
 def at_least_float32(dtype):
@@ -554,6 +549,11 @@ def softmax_attention(q, k, v, causal=True, window=None, sink=None, scale=None, 
     return weights[..., :-1].to(v.dtype) @ v
 
 
+def read_all(q, k, v, step, scale=None):
+    """Attention to all that a step may read."""
+    return softmax_attention(q, k, v, step.causal, scale=scale, mask=step.hidden())
+
+
 class Full(Mixer):
     """Multi-head attention with the options of current models: each is off by default.
 
@@ -667,7 +667,7 @@ class MLA(Mixer):
     def mix(self, x, step, cache):
         q, latent, _ = self.project(x, step.pos)
         latent, = put(cache, {"latent": latent}, step)
-        attention = functools.partial(softmax_attention, causal=step.causal, mask=step.hidden())
+        attention = functools.partial(read_all, step=step)
         y = self.attend(q, latent, attention, absorbed=False if cache is None else None)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
@@ -1040,9 +1040,6 @@ def l2_norm(x):
     return (w * torch.rsqrt(square + 1e-6)).to(x.dtype)
 
 
-
-
-
 def short_conv(x, weight, symmetric=False):
     """Depthwise convolution over time: x (B, W-1+T, D), weight (D, W) -> (B, T, D).
 
@@ -1386,27 +1383,23 @@ def select_blocks(score, slots, limit, n_blocks, key_block, topk, init=0, local=
     all when limit <= dense_len; they count among the topk. The queries of a tile add up their scores, and
     force what any of them forces.
     """
+    T = slots.size(1)
     sel = []
     j = count_to(n_blocks, slots)
-    for rows in row_slices(slots.size(1), max(1024 // tile, 1) * tile, slots.is_cuda):
-        s = score(rows)
-        at = slots[:, rows]
-        lim = limit[:, rows]
-        first = last = own = torch.minimum(at, lim - 1) // key_block
-        if tile > 1:
-            t = at.size(1)
-            s = s.masked_fill((at >= lim)[:, None, :, None], 0)                 # padding adds nothing
-            pad = -t % tile
-            s = F.pad(s, (0, 0, 0, pad)).unflatten(2, (-1, tile)).sum(dim=3)
-            fill = count_to(t + pad, at).clamp(max=t - 1)
-            own, lim = (a[:, fill].unflatten(1, (-1, tile)) for a in (own, lim))        # (b, nt, tile)
-            first = own.amin(2)
-            last = own.amax(2)
-            lim = lim.amax(2)
-        first, last, lim = (a[:, None, :, None] for a in (first, last, lim))    # (b, 1, nt, 1)
-        visible = j * key_block < lim
+    own = torch.minimum(slots, limit - 1) // key_block
+    fill = count_to(-(-T // tile) * tile, slots).clamp(max=T - 1)
+    own, ends = (a[:, None, fill].unflatten(2, (-1, tile)) for a in (own, limit))       # (b, 1, nt, tile)
+    bounds = own.amin(3, True), own.amax(3, True), ends.amax(3, True)
+    for rows in row_slices(T, max(1024 // tile, 1) * tile, slots.is_cuda):
+        first, last, end = (a[:, :, rows.start // tile:-(-rows.stop // tile)] for a in bounds)
+        visible = j * key_block < end
         near = (j > first - local) & (j < last + local)
-        forced = (j < init) | near | (lim <= dense_len)
+        forced = (j < init) | near | (end <= dense_len)
+        s = score(rows)
+        if tile > 1:
+            hidden = (slots >= limit)[:, None, rows, None]
+            s = s.masked_fill(hidden, 0)                                        # padding adds nothing
+            s = F.pad(s, (0, 0, 0, -s.size(2) % tile)).unflatten(2, (-1, tile)).sum(dim=3)
         ranked = s.masked_fill(forced, math.inf).masked_fill(~visible, -math.inf)
         index, picked = top_k(ranked, topk)
         best = torch.zeros_like(s, dtype=torch.bool).scatter(-1, index, picked)
@@ -1445,7 +1438,7 @@ class BlockSparse(Full):
     def read(self, x, step, cache, **more):
         """Project x and put it into the cache with `more` buffers -> q (B, H, T, D), all that can be read."""
         q, k, v = self.project(x, step.pos)
-        return q, *put(cache, {"k": k, "v": v, **more}, step, self.block)
+        return q, *put(cache, {"k": k, "v": v, **more}, step)
 
     def selected(self, score, q, k, v, step):
         """Attention of q to the blocks with the best score(rows) -> (B, H, T, D), sel."""
@@ -1477,9 +1470,6 @@ class BlockSparse(Full):
             buffer.scatter_(2, at[:, None, :, None].expand_as(ck), ck.to(buffer.dtype))
             ck = buffer
         return ck[:, :, :max(self.windows_at(k.size(2)), 1)].to(k.dtype)
-
-    def state(self, T):
-        return super().state(-(-T // self.block) * self.block)
 
     def compressed_state(self, T):
         return self.Hkv, T // self.stride + 1, self.D
@@ -1560,7 +1550,7 @@ class NSA(BlockSparse):
 
     def flops(self, T, causal=True):
         # 1.5: the scores of compressed keys are computed twice.
-        pairs = total(lambda t: 1.5 * self.windows_at(t) + self.block_reads(t, causal), T, causal)
+        pairs = total(lambda t, causal: 1.5 * self.windows_at(t) + self.block_reads(t, causal), T, causal)
         return int(4 * self.H * self.D * (pairs + count_visible(T, causal, self.near)))
 
 
@@ -1604,7 +1594,7 @@ class InfLLM(BlockSparse):
         if T <= max(self.dense_len, self.topk * self.block):
             return super().flops(T, causal)
         # Half, as compressed keys have scores but no values.
-        pairs = total(lambda t: self.reads(t, causal) + self.windows_at(t) / 2, T, causal)
+        pairs = total(lambda t, causal: self.reads(t, causal) + self.windows_at(t) / 2, T, causal)
         return int(4 * self.H * self.D * pairs)
 
 
@@ -1656,8 +1646,7 @@ class MSA(BlockSparse):
         return self.block_reads(T, causal)
 
     def flops(self, T, causal=True):
-        pairs = total(lambda t: self.reads(t, causal), T, causal)
-        main = 4 * self.H * self.D * pairs
+        main = 4 * self.H * self.D * total(self.reads, T, causal)
         return main + 2 * self.Hkv * self.Di * count_visible(T, causal)
 
 
@@ -1723,12 +1712,8 @@ class DSA(MLA):
         return min(T, self.topk)
 
     def flops(self, T, causal=True):
-        pairs = total(lambda t: self.reads(t, causal), T, causal)
-        main = 2 * self.H * (self.nope + self.rope + self.Dv) * pairs
+        main = 2 * self.H * (self.nope + self.rope + self.Dv) * total(self.reads, T, causal)
         return main + 2 * self.Hi * (self.Di + 1) * count_visible(T, causal)
-
-
-
 
 
 def compressed_scores(q, ck, limit, S, key_block, size, stride, pool):
@@ -1808,11 +1793,7 @@ def learn_index(step, score, q, k, sel, key_block=1, tile=1, scale=None):
     step.aux["indexer_kl"] = step.aux.get("indexer_kl", 0) + kl.mean()
 
 
-def read_all(q, k, v, step, scale=None):
-    """Dense attention to all slots below the limit; k and v may go on behind step.length."""
-    k = k[:, :, :step.length]
-    v = v[:, :, :step.length]
-    return softmax_attention(q, k, v, step.causal, mask=step.hidden(), scale=scale)
+
 
 
 def window_attention(q, k, v, slots, limit, window, causal):
@@ -1827,8 +1808,8 @@ def window_attention(q, k, v, slots, limit, window, causal):
 
 
 def total(reads, T, causal):
-    """Sum of reads(t) over the queries of T tokens; reads(t) is what the last query of t tokens reads."""
-    return sum(reads(t) for t in range(1, T + 1)) if causal else T * reads(T)
+    """Sum over the queries of T tokens of reads(t, causal), what the last query of t tokens reads."""
+    return sum(reads(t, True) for t in range(1, T + 1)) if causal else T * reads(T, False)
 
 # ------------------------------------------------------------------------------------------------------------
 # The registry: a layer is chosen by its name, and a new one is known once it stands here
@@ -1872,15 +1853,14 @@ def long_window_attention(q, k, v, causal, window, sink, scale):
     if sink is None and flex_pays(q, v) and T == S:
         return flex_window_attention(q, k, v, causal, window, scale)
     t = count_to(S, q)
-    size = max(window, 128)
+    i = S - T
     y = []
-    for i in range(S - T, S, size):
-        j = min(i + size, S)
-        keys = slice(max(0, i - window + 1), j if causal else min(S, j + window - 1))
+    for part in q.split(max(window, 128), dim=2):
+        j = i + part.size(2)
+        keys = slice(max(0, i - window + 1), j if causal else j + window - 1)
         mask = visible(t[i:j], t[keys], causal, window)
-        rows = slice(i - S + T, j - S + T)
-        part = q[:, :, rows], k[:, :, keys], v[:, :, keys]
-        y.append(softmax_attention(*part, sink=sink, scale=scale, mask=mask))
+        y.append(softmax_attention(part, k[:, :, keys], v[:, :, keys], sink=sink, scale=scale, mask=mask))
+        i = j
     return torch.cat(y, dim=2)
 
 
@@ -1967,41 +1947,31 @@ def flex_block_attention(q, k, v, sel, key_block, limit, scale):
     return y.transpose(2, 3).flatten(1, 2)
 
 
-def pad_slots(a, n):
-    """(B, h, S, D) -> (B, h, n, D), zeros at the end; a itself when S = n, where F.pad would copy all."""
-    missing = n - a.size(2)
-    return F.pad(a, (0, 0, 0, missing)) if missing else a
+
 
 
 def gather_attention(q, k, v, sel, key_block, tile, limit, n, scale):
     """The gather path; no row of sel picks more than n blocks."""
     B, _, T, _ = q.shape
-    Hkv = k.size(1)
+    Hkv, S = k.shape[1:3]
     nt = sel.size(2)
+    missing = nt * tile - T
     ties = torch.zeros(sel.shape, device=q.device).masked_fill(~sel, -math.inf)
     index, picked = top_k(ties, n)                                              # ascending
-    index = index.flatten(0, 2)                                                 # (R, n), rows R = B Hkv nt
-    picked = picked.flatten(0, 2)
-    q = pad_slots(q, nt * tile).unflatten(2, (nt, tile)).unflatten(1, (Hkv, -1))
+    slots = index[..., None] * key_block + count_to(key_block, q)
+    slots = slots.masked_fill(~picked[..., None], S).flatten(3).flatten(0, 2)   # (R, n key_block), R = B Hkv nt
+    q = F.pad(q, (0, 0, 0, missing)).unflatten(2, (nt, tile)).unflatten(1, (Hkv, -1))
     q = q.transpose(2, 3).flatten(0, 2)                                         # (R, G, tile, D)
-    limit = F.pad(limit, (0, nt * tile - T)).view(-1, 1, nt, tile)
+    limit = F.pad(limit, (0, missing)).view(-1, 1, nt, tile)
     limit = limit.expand(B, Hkv, -1, -1).flatten(0, 2)                          # (R, tile)
-    S = sel.size(3) * key_block
-    k, v = (pad_slots(a, S).unflatten(2, (-1, key_block)) for a in (k, v))
-    inside = count_to(key_block, q)
     y = []
-    rows = count_to(len(index), q)
-    parts = [rows]
+    parts = [count_to(len(slots), q)]
     if q.device.type == "cpu" and not compiling():
-        parts = rows.split(64)                              # their keys fit into the CPU's cache
+        parts = parts[0].split(64)                          # their keys fit into the CPU's cache
     for r in parts:
-        b = r // (nt * Hkv)
-        h = r // nt % Hkv
-        at = b[:, None], h[:, None], index[r]
-        kr, vr = (a[at].flatten(1, 2).unsqueeze(1) for a in (k, v))             # (r, 1, n key_block, D)
-        slot = (index[r][..., None] * key_block + inside).flatten(1)            # (r, n key_block)
-        chosen = picked[r].repeat_interleave(key_block, dim=1)
-        mask = chosen[:, None] & (slot[:, None] < limit[r][..., None])
+        at = (r // nt // Hkv)[:, None], (r // nt % Hkv)[:, None], slots[r].clamp(max=S - 1)
+        kr, vr = (a[at].unsqueeze(1) for a in (k, v))                           # (r, 1, n key_block, D)
+        mask = slots[r][:, None] < limit[r][..., None]
         y.append(softmax_attention(q[r], kr, vr, mask=mask.unsqueeze(1), scale=scale))
     y = torch.cat(y).unflatten(0, (B, Hkv, nt)).transpose(2, 3)                 # (B, Hkv, G, nt, tile, Dv)
     return y.flatten(3, 4).flatten(1, 2)[:, :, :T]
@@ -2049,27 +2019,28 @@ def scan_groups(through, k_out, U, W, S, size):
     P, K, V = S.shape
     n = U.size(1) // size
     A = k_out.mT @ U.to(S.dtype)
-    M = through.expand(-1, -1, K, 1)
-    step = lambda m, s, a: a + m * s
-    if W is not None:
+    if W is None:
+        M = through.expand(-1, -1, K, 1)
+        step = lambda m, s, a: a + m * s
+    else:
         M = k_out.mT @ W.to(S.dtype) + through * torch.eye(K, dtype=S.dtype, device=S.device)
         step = lambda m, s, a: torch.baddbmm(a, m, s)       # one kernel, a + m @ s is two
 
     def split(a):                                           # -> size x (P n, K, .)
         return a.unflatten(1, (n, size)).movedim(2, 0).flatten(1, 2).unbind(0)
+    w = M.size(-1)
     M = split(M)
-    A = split(A)
-    maps = [(M[0], A[0])]
+    A = split(F.pad(A, (w, 0)))
+    maps = [torch.cat([M[0], A[0][..., w:]], dim=-1)]       # M and A side by side, composed
     for m, a in zip(M[1:], A[1:]):
-        m0, a0 = maps[-1]
-        maps.append((m * m0 if W is None else m @ m0, step(m, a0, a)))
+        maps.append(step(m, maps[-1], a))
+    apply = lambda x, s: step(x[..., :w], s, x[..., w:])
     starts = []
-    whole = (x.view(P, n, K, -1).movedim(1, 0).contiguous().unbind(0) for x in maps[-1])
-    for m, a in zip(*whole):
+    for x in maps[-1].view(P, n, K, -1).unbind(1):
         starts.append(S)
-        S = step(m, S, a)
+        S = apply(x, S)
     starts = torch.stack(starts, 1).flatten(0, 1)           # (P n, K, V)
-    states = [starts] + [step(m, starts, a) for m, a in maps[:-1]]
+    states = [starts] + [apply(x, starts) for x in maps[:-1]]
     states = torch.stack(states, 1).view(P, -1, K, V)
     u = U if W is None else U + W @ states.to(U.dtype)
     return states, u, S
