@@ -118,7 +118,7 @@ def check_values(values):
         elif field in RANGES:
             low, high = RANGES[field]
             need(low <= value <= high, f"{field} {value} must lie in [{low}, {high}]")
-        elif isinstance(value, int) and not isinstance(value, bool):
+        elif type(value) is int:
             low = 0 if field in MAY_BE_0 else 1
             need(value >= low, f"{field} {value} must be at least {low}")
 
@@ -262,10 +262,9 @@ class Cache:
         pos = pos.expand(B, T)
         if not eager or not pos.numel():
             return pos, False
-        low = pos.min()
-        high = pos.max()
+        low, high = map(int, pos.aminmax())
         need(low >= 0 and high < self.max_len,
-             f"pos {int(low if low < 0 else high)} lies outside the cache of max_len {self.max_len}: "
+             f"pos {low if low < 0 else high} lies outside the cache of max_len {self.max_len}: "
              f"the last position is {self.max_len - 1}")
         new = pos >= self.pos[:, None]
         old = ~new
@@ -293,8 +292,9 @@ class Cache:
 def put(cache, new, step):
     """Put new {name: (B, h, T, D)} into the cache, if there is one -> what is read, (B, h, S, D) each.
 
-    S is step.length: slots from step.limit on hold garbage. Padding is not written. Without commit the new entries lie behind cache.pos, where nothing reads them later and the next
-    call overwrites them; where they replace entries in use, a copy is read.
+    S is step.length: slots from step.limit on hold garbage. Padding is not written. Without commit the new
+    entries lie behind cache.pos, where nothing reads them later and the next call overwrites them; where they
+    replace entries in use, a copy is read.
     """
     if cache is None:
         return list(new.values())
@@ -438,7 +438,7 @@ def visible(q_pos, k_pos, causal=True, window=None, k_valid=None):
     k_valid (..., S) hides keys; a query always sees its own position, so that no softmax row is empty (NaN).
     """
     d = q_pos[..., :, None] - k_pos[..., None, :]
-    ok = d >= 0 if causal else torch.ones_like(d, dtype=torch.bool)
+    ok = (d >= 0) | (not causal)
     if window is not None:
         ok = ok & (d < window) & (-d < window)
     if k_valid is not None:
@@ -650,7 +650,8 @@ class MLA(Mixer):
         given = [getattr(config, field) for field in fields]
         D = head_width(config) if None in given else 0
         default = 4 * D, D, D // 4 * 2, D
-        self.R, self.nope, self.rope, self.Dv = (b if a is None else a for a, b in zip(given, default))
+        widths = (b if a is None else a for a, b in zip(given, default))
+        self.R, self.nope, self.rope, self.Dv = widths
         need(self.rope % 2 == 0, f"qk_rope_head_dim {self.rope} must be even: channels are rotated in pairs")
         self.angles = rope_of(config)
         self.rotated = self.rope if config.position == "rotary" else 0
@@ -755,8 +756,7 @@ def token_by_token(q, k, v, beta, g, S, own, scale):
         qt = q[:, :, t, None]                                                   # (B, H, 1, K)
         kt = k[:, :, t, :, None]                                                # (B, H, K, 1)
         u = v[:, :, t, None]                                                    # (B, H, 1, V)
-        if g is not None:
-            S = S * g[:, :, t].exp().unsqueeze(-1)                              # g (B, H, T, 1 or K)
+        S = S * g[:, :, t].exp().unsqueeze(-1)                                  # g (B, H, T, 1 or K)
         if beta is not None:
             u = beta[:, :, t, None, None].to(S.dtype) * (u - kt.mT @ S)
         before = S
@@ -797,11 +797,8 @@ def two_way(core, q, k, v, beta, g, state, causal, scale, reset=None, **settings
     own = None
     if v.numel() == 0:
         return v.to(q.dtype), S
-    if reset is not None and g is None:
-        g = q.new_zeros(B, H, T)
-    if g is not None:
-        g = g.to(f)
-        g = g.unsqueeze(-1) if g.dim() == 3 else g
+    g = q.new_zeros(B, H, T, dtype=f) if g is None else g.to(f)
+    g = g.unsqueeze(-1) if g.dim() == 3 else g
     if not causal:
         both = lambda a: None if a is None else torch.cat([a, a.flip(2)])
         q, k, v, beta, g = (both(a) for a in (q, k, v, beta, g))
@@ -812,7 +809,7 @@ def two_way(core, q, k, v, beta, g, state, causal, scale, reset=None, **settings
             reset = torch.cat([reset, ends.flip(1)])
     if reset is not None:
         g = g.masked_fill(reset[:, None, :, None], -math.inf)
-    if g is not None and settings.get("g_min") is None:
+    if settings.get("g_min") is None:
         g = g.clamp(min=-1e3)                                           # still exp = 0; sums stay exact
     with no_autocast(q):                                                        # the inverse in bf16 is wrong
         o, S = core(q, k, v, beta, g, S, own, scale, **settings)
@@ -1066,7 +1063,7 @@ def delta_rule(q, k, v, beta, g=None, state=None, causal=True, g_min=None, reset
     """delta_rule_recurrent, whose arguments it has, in chunks of tokens side by side.
 
     g_min: a bound g >= g_min >= -5 that the caller guarantees for per-channel g: about twice as fast. Only
-    first derivatives are right: see r and c in chunked.
+    first derivatives are right: see r and c in `decayed`.
     """
     chunk_size = pick_chunk(chunk_size, q, g_min)
     if reset is not None:
@@ -1114,7 +1111,7 @@ def chunked(q, k, v, beta, g, S, own, scale, g_min, chunk_size):
     (DeltaNet arXiv 2406.06484, Gated DeltaNet 2412.06464, Kimi Delta Attention 2510.26692). Decays, scores,
     inverse and state are float32, the rest has the dtype of q.
     """
-    B, H, T, K = q.shape
+    B, H, T, _ = q.shape
     low = q.dtype
     f = S.dtype
     C = min(chunk_size, max(16, 1 << (T - 1).bit_length()))
@@ -1125,54 +1122,53 @@ def chunked(q, k, v, beta, g, S, own, scale, g_min, chunk_size):
     def chunks(a):                                                              # -> (P, N, C, .), P = B H
         a = F.pad(a, (0, 0, 0, pad)) if pad else a
         return a.reshape(B * H, -1, C, a.size(-1))
-    q = chunks(q).to(f)
-    k = chunks(k).to(f)
-    v = chunks(v)
-    S = S.flatten(0, 1)
-    # After a strong decay G_i - G_j is a small difference of large numbers: float64 where the device has it.
-    G = chunks(q.new_zeros(B, H, T, 1) if g is None else g.detach())
-    exact = f if G.device.type == "mps" else torch.float64
-    G = G.cumsum(-2, dtype=exact)
-    r = c = last = 1.0
-    row_k = k
-    if g is not None:
-        # The gradient of G is what decayed from its row minus what decayed to it: dG = q dq - k dk (GLA,
-        # arXiv 2312.06635). r and c have the value 1 and carry it, so that no exponential needs a gradient.
-        z = chunks(g) - chunks(g).detach()
-        z = z.cumsum(-2)
-        r = 1 + z
-        c = 1 - z
-        last = 1 + z[:, :, -1:]
-        k = k * c
-    rows = [q * (r * scale)]
-    through = G[:, :, -1:].exp().to(f) * last
-    through = through.mT                                                        # (P, N, 1 or K, 1)
     if beta is not None:
         beta = chunks(beta.unsqueeze(-1)).to(f)
-        rows.append(row_k * (r * -beta))
-    args = rows, k, G, last
-    if G.size(-1) == 1:
-        scores, ins, k_out = head_scores(*args)
-    else:
-        scores, ins, k_out = channel_scores(*args, g_min)
+    q = chunks(q).to(f)
+    k = chunks(k).to(f)
+    through, scores, ins, k_out = decayed(q, k, beta, chunks(g), scale, g_min)
     if own is not None:                                                         # (B,) False: read, then write
         later = ~own.repeat_interleave(H)[:, None, None, None]
         hide = torch.eye(C, dtype=torch.bool, device=q.device) & later
         scores[0] = scores[0].masked_fill(hide, 0)
-    U = v
+    U = chunks(v)
     W = None
     if beta is not None:
         X = inverse_of_one_minus(scores[1].flatten(0, 1))
         X = X.view_as(scores[1]).to(low)
-        U = X @ (beta * v).to(low)
+        U = X @ (beta * U).to(low)
         W = X @ ins[1].to(low)
-    if size == 1:
-        states, u, S = scan_chunks(through, k_out, U, W, S)
-    else:
-        states, u, S = scan_groups(through, k_out, U, W, S, size)
+    scan = scan_chunks if size == 1 else functools.partial(scan_groups, size=size)
+    states, u, S = scan(through, k_out, U, W, S.flatten(0, 1))
     o = ins[0].to(low) @ states.to(low) + scores[0].to(low) @ u
     o = o.reshape(B, H, -1, o.size(-1))
     return o[:, :, :T], S.unflatten(0, (B, H))
+
+
+def decayed(q, k, beta, g, scale, g_min):
+    """What chunked needs of each chunk before the scan; all (P, N, C, .), k in the dtype of the state.
+
+    -> through, how much of S is left behind the chunk (P, N, 1 or K, 1); scores [D q.k, -beta D k.k]; what
+    multiplies S, [e^G q, -beta e^G k]; and e^(G_C - G_j) k_j.
+    """
+    # After a strong decay G_i - G_j is a small difference of large numbers: float64 where the device has it.
+    exact = k.dtype if k.device.type == "mps" else torch.float64
+    G = g.detach().cumsum(-2, dtype=exact)
+    r = c = last = k.new_ones(1, 1, 1, 1)
+    if g.requires_grad:
+        # The gradient of G is what decayed from its row minus what decayed to it: dG = q dq - k dk (GLA,
+        # arXiv 2312.06635). r and c have the value 1 and carry it, so that no exponential needs a gradient.
+        z = (g - g.detach()).cumsum(-2)
+        r = 1 + z
+        c = 1 - z
+        last = 1 + z[:, :, -1:]
+    rows = [q * (r * scale)]
+    if beta is not None:
+        rows.append(k * (r * -beta))
+    through = G[:, :, -1:].exp().to(k.dtype) * last
+    args = rows, k * c, G, last
+    scored = head_scores(*args) if G.size(-1) == 1 else channel_scores(*args, g_min)
+    return through.mT, *scored
 
 
 def scan_chunks(through, k_out, U, W, S):
@@ -1309,27 +1305,12 @@ def block_sparse_attention(q, k, v, sel, key_block, causal=True, tile=1, limit=N
     if limit is None:
         t = count_to(T, q)[None]
         limit = t + 1 + S - T if causal else torch.full_like(t, S)
-    need(path in (None, "dense", "gather", "flex"), f"path '{path}' is unknown: dense, gather, flex or None")
-    # Do tokens and blocks fill tiles of 128 x 128?
-    whole = 128 % (H // Hkv) == 0 and 0 in (key_block % 128, 128 % key_block)
-    need(path != "flex" or whole,
-         f"path 'flex' needs H / H_kv = {H // Hkv} to divide 128, and key_block {key_block} to divide 128 "
-         "or be a multiple of it: use dense or gather")
-    if path is None and flex_pays(q, v) and whole and q.size(-1) <= 256:
-        path = "flex"                                       # wider heads (absorbed MLA) do not fit
-    if path == "gather" or path is None and (tile >= 16 or T <= 16):
-        # To count on another device is to wait for it.
-        if not compiling() and (most is None or q.device.type == "cpu"):
-            most = max(int(sel.sum(-1).amax()), 1) if sel.numel() else 1
-        most = sel.size(-1) if most is None else most
-        if path == "gather" or 2 * most * key_block <= S:
-            sel = sel.expand(-1, Hkv, -1, -1)
-            return gather_attention(q, k, v, sel, key_block, tile, limit, most, scale)
+    path, most = pick_path(path, q, k, v, sel, key_block, tile, most)
+    if path == "gather":
+        return gather_attention(q, k, v, sel, key_block, tile, limit, scale, most)
     if path == "flex":
-        sel = sel.expand(-1, Hkv, -1, -1).repeat_interleave(tile, dim=2)
-        return flex_block_attention(q, k, v, sel[:, :, :T], key_block, limit, scale)
-    # groups as rows: one mask each
-    q, k, v = (a.unflatten(1, (h, -1)).flatten(0, 1) for a in (q, k, v))
+        return flex_block_attention(q, k, v, sel, key_block, tile, limit, scale)
+    q, k, v = (a.unflatten(1, (h, -1)).flatten(0, 1) for a in (q, k, v))  # groups as rows: one mask each
     y = []
     for rows in row_slices(T, cuda=q.is_cuda):
         mask = keys_read(sel, rows, limit, S, key_block, tile)
@@ -1399,7 +1380,8 @@ def select_blocks(score, slots, limit, n_blocks, key_block, topk, init=0, local=
         if tile > 1:
             hidden = (slots >= limit)[:, None, rows, None]
             s = s.masked_fill(hidden, 0)                                        # padding adds nothing
-            s = F.pad(s, (0, 0, 0, -s.size(2) % tile)).unflatten(2, (-1, tile)).sum(dim=3)
+            s = F.pad(s, (0, 0, 0, -s.size(2) % tile))
+            s = s.unflatten(2, (-1, tile)).sum(dim=3)
         ranked = s.masked_fill(forced, math.inf).masked_fill(~visible, -math.inf)
         index, picked = top_k(ranked, topk)
         best = torch.zeros_like(s, dtype=torch.bool).scatter(-1, index, picked)
@@ -1880,8 +1862,14 @@ def compiled_flex():
     return torch.compile(flex_attention.flex_attention, dynamic=False)
 
 
-def flex(q, k, v, mask, scale):
-    """flex_attention, compiled: not on the CPU, which has its forward pass only, and not twice in a graph."""
+def flex(q, k, v, count, index, columns, mask_mod, scale):
+    """flex_attention over the first `count` tiles of each row of `index`, 128 queries by `columns` keys.
+
+    Compiled: not on the CPU, which has its forward pass only, and not twice in a graph.
+    """
+    lengths = q.size(2), k.size(2)
+    mask = flex_attention.BlockMask.from_kv_blocks(count.int(), index.int(), BLOCK_SIZE=(128, columns),
+                                                   mask_mod=mask_mod, seq_lengths=lengths)
     run = flex_attention.flex_attention
     if q.is_cuda and not compiling():
         run = compiled_flex()
@@ -1909,13 +1897,32 @@ def flex_window_attention(q, k, v, causal, window, scale):
 
     def mask_mod(b, h, t, s):
         return (t - s < window) & ((t >= s) if causal else (s - t < window))
-    count = (last - first + 1)[None, None].int()
-    mask = flex_attention.BlockMask.from_kv_blocks(count, index[None, None].int(), BLOCK_SIZE=128,
-                                                   mask_mod=mask_mod, seq_lengths=(T, T))
-    return flex(q, k, v, mask, scale)
+    count = last - first + 1
+    return flex(q, k, v, count[None, None], index[None, None], 128, mask_mod, scale)
 
 
-def flex_block_attention(q, k, v, sel, key_block, limit, scale):
+def pick_path(path, q, k, v, sel, key_block, tile, most):
+    """The path of block_sparse_attention that pays, and a bound on the picks of a row of sel."""
+    need(path in (None, "dense", "gather", "flex"), f"path '{path}' is unknown: dense, gather, flex or None")
+    G = q.size(1) // k.size(1)
+    # Do tokens and blocks fill tiles of 128 x 128?
+    whole = 128 % G == 0 and 0 in (key_block % 128, 128 % key_block)
+    need(path != "flex" or whole,
+         f"path 'flex' needs H / H_kv = {G} to divide 128, and key_block {key_block} to divide 128 "
+         "or be a multiple of it: use dense or gather")
+    if path is None and flex_pays(q, v) and whole and q.size(-1) <= 256:
+        path = "flex"                                       # wider heads (absorbed MLA) do not fit
+    if path == "gather" or path is None and (tile >= 16 or q.size(2) <= 16):
+        # To count on another device is to wait for it.
+        if not compiling() and (most is None or q.device.type == "cpu"):
+            most = max(int(sel.sum(-1).amax()), 1) if sel.numel() else 1
+        most = sel.size(-1) if most is None else most
+        if 2 * most * key_block <= k.size(2):
+            path = "gather"
+    return path, most
+
+
+def flex_block_attention(q, k, v, sel, key_block, tile, limit, scale):
     """The flex path. The G heads of a group are folded into the rows, row = t G + g.
 
     A tile of 128 rows is 128 / G tokens, neighbours whose picks overlap, and loads each key once per group,
@@ -1929,7 +1936,9 @@ def flex_block_attention(q, k, v, sel, key_block, limit, scale):
     G = H // Hkv
     per_tile = columns // key_block
     q = q.unflatten(1, (Hkv, G)).transpose(2, 3).flatten(2, 3)                  # (B, Hkv, T G, D)
-    sel = in_memory(sel)
+    if tile > 1:
+        sel = sel.repeat_interleave(tile, dim=2)[:, :, :T]
+    sel = in_memory(sel.expand(-1, Hkv, -1, -1))
     limit = in_memory(limit.expand(B, T))
     tiles = F.pad(sel, (0, -sel.size(3) % per_tile, 0, -T % (128 // G)))
     tiles = tiles.unflatten(3, (-1, per_tile)).any(4)
@@ -1940,27 +1949,27 @@ def flex_block_attention(q, k, v, sel, key_block, limit, scale):
     # the same graph: select_blocks ends in pointwise operations.
     def mask_mod(b, h, r, s):
         return sel[b, h, r // G, s // key_block] & (s < limit[b, r // G])
-    count = tiles.sum(-1, dtype=torch.int32)
-    mask = flex_attention.BlockMask.from_kv_blocks(count, index.int(), BLOCK_SIZE=(128, columns),
-                                                   mask_mod=mask_mod, seq_lengths=(T * G, S))
-    y = flex(q, k, v, mask, scale).unflatten(2, (T, G))
-    return y.transpose(2, 3).flatten(1, 2)
+    y = flex(q, k, v, tiles.sum(-1), index, columns, mask_mod, scale)
+    return y.unflatten(2, (T, G)).transpose(2, 3).flatten(1, 2)
 
 
 
 
 
-def gather_attention(q, k, v, sel, key_block, tile, limit, n, scale):
+def gather_attention(q, k, v, sel, key_block, tile, limit, scale, n):
     """The gather path; no row of sel picks more than n blocks."""
     B, _, T, _ = q.shape
     Hkv, S = k.shape[1:3]
     nt = sel.size(2)
+    sel = sel.expand(-1, Hkv, -1, -1)
     missing = nt * tile - T
     ties = torch.zeros(sel.shape, device=q.device).masked_fill(~sel, -math.inf)
     index, picked = top_k(ties, n)                                              # ascending
     slots = index[..., None] * key_block + count_to(key_block, q)
-    slots = slots.masked_fill(~picked[..., None], S).flatten(3).flatten(0, 2)   # (R, n key_block), R = B Hkv nt
-    q = F.pad(q, (0, 0, 0, missing)).unflatten(2, (nt, tile)).unflatten(1, (Hkv, -1))
+    slots = slots.masked_fill(~picked[..., None], S)
+    slots = slots.flatten(3).flatten(0, 2)                                      # (R = B Hkv nt, n key_block)
+    q = F.pad(q, (0, 0, 0, missing))
+    q = q.unflatten(2, (nt, tile)).unflatten(1, (Hkv, -1))
     q = q.transpose(2, 3).flatten(0, 2)                                         # (R, G, tile, D)
     limit = F.pad(limit, (0, missing)).view(-1, 1, nt, tile)
     limit = limit.expand(B, Hkv, -1, -1).flatten(0, 2)                          # (R, tile)
@@ -1969,7 +1978,9 @@ def gather_attention(q, k, v, sel, key_block, tile, limit, n, scale):
     if q.device.type == "cpu" and not compiling():
         parts = parts[0].split(64)                          # their keys fit into the CPU's cache
     for r in parts:
-        at = (r // nt // Hkv)[:, None], (r // nt % Hkv)[:, None], slots[r].clamp(max=S - 1)
+        b = r // nt // Hkv
+        h = r // nt % Hkv
+        at = b[:, None], h[:, None], slots[r].clamp(max=S - 1)
         kr, vr = (a[at].unsqueeze(1) for a in (k, v))                           # (r, 1, n key_block, D)
         mask = slots[r][:, None] < limit[r][..., None]
         y.append(softmax_attention(q[r], kr, vr, mask=mask.unsqueeze(1), scale=scale))
@@ -1989,7 +2000,8 @@ class Taps(torch.autograd.Function):
         taps = weight.mT.contiguous()                       # (W, D)
         y = x.new_empty(x.size(0), T, x.size(2))
         for t in range(0, T, 256):
-            out = torch.mul(x[:, t:min(t + 256, T)], taps[0], out=y[:, t:t + 256])
+            out = y[:, t:t + 256]
+            torch.mul(x[:, t:t + out.size(1)], taps[0], out=out)
             for i, tap in enumerate(taps[1:], 1):
                 out.addcmul_(x[:, t + i:t + i + out.size(1)], tap)
         return y
