@@ -188,7 +188,6 @@ def step_of(x, cache=None, causal=True, commit=True, pos=None, valid=None, mask=
     aux     dict to which a layer adds named scalars
     """
     B, T = x.shape[:2]
-    device = x.device
     eager = not compiling()
     if pos is not None:
         need(pos.shape in ((T,), (1, T), (B, T)),
@@ -202,7 +201,7 @@ def step_of(x, cache=None, causal=True, commit=True, pos=None, valid=None, mask=
         need(cache is None, "a layer takes a mask= or a cache=, not both")
         need(mask.shape[-2:] == (T, T), f"mask has shape {tuple(mask.shape)}, expected ({T}, {T})")
     if cache is None:
-        slots = torch.arange(T, device=device)[None]
+        slots = count_to(T, x)[None]
         end = slots.new_full((1, 1), T) if valid is None else valid.sum(1, keepdim=True)
         length = T
         plain = mask is None and (causal or valid is None)
@@ -350,7 +349,8 @@ def key_windows(k, i, size, stride):
     """Windows i (B, m) of k (B, h, S, D) -> (B, h, m, size, D): slots [i stride, i stride + size)."""
     at = i[:, :, None] * stride + count_to(size, k)
     at = at.clamp(0, k.size(2) - 1).flatten(1)
-    at = at[:, None, :, None].expand(-1, k.size(1), -1, k.size(3))
+    at = at[:, None, :, None]
+    at = at.expand(-1, k.size(1), -1, k.size(3))
     return k.gather(2, at).unflatten(2, (i.size(1), size))
 
 
@@ -486,8 +486,9 @@ def rotary(x, pos, dim=None, rope=(), interleaved=False):
     rest = x[..., dim:]
     a, b = r.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else r.chunk(2, dim=-1)
     pair = a * cos - b * sin, b * cos + a * sin
-    r = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
-    return torch.cat([r, rest], dim=-1) if rest.size(-1) else r
+    if interleaved:
+        pair = [torch.stack(pair, dim=-1).flatten(-2)]
+    return torch.cat([*pair, rest], dim=-1)
 
 
 def rope_of(config):
@@ -944,7 +945,8 @@ class FixedState(Mixer):
             return None
         if self.decay == "fixed":                                               # RetNet: 1 - 2^(-5 - head)
             g = torch.log1p(-2.0 ** (-5 - count_to(self.Hv, x).float()))
-            g = g.view(-1, 1, 1).expand(x.size(0), -1, x.size(1), 1)
+            g = g.view(-1, 1, 1)
+            g = g.expand(x.size(0), -1, x.size(1), 1)
         else:
             f = heads(self.decay_proj(x) + widen(self.dt_bias), self.Hv)
             A = widen(self.A_log).exp().view(-1, 1, 1)
@@ -1065,7 +1067,7 @@ def delta_rule(q, k, v, beta, g=None, state=None, causal=True, g_min=None, reset
     g_min: a bound g >= g_min >= -5 that the caller guarantees for per-channel g: about twice as fast. Only
     first derivatives are right: see r and c in `decayed`.
     """
-    chunk_size = pick_chunk(chunk_size, q, g_min)
+    check_chunk(chunk_size, g_min)
     if reset is not None:
         g_min = None                                                    # a reset is a decay without bound
     return two_way(chunked, q, k, v, beta, g, state, causal, scale, reset, g_min=g_min, chunk_size=chunk_size)
@@ -1078,7 +1080,7 @@ def linear_attention(q, k, v, g=None, state=None, causal=True, chunk_size=None, 
     head (RetNet 2307.08621, Mamba-2 2405.21060, Lightning 2401.04658). (B, H, T, K): one per channel (GLA
     2312.06635). causal=False without decay is one matrix for all tokens.
     """
-    chunk_size = pick_chunk(chunk_size, q)
+    check_chunk(chunk_size)
     if g is None and not causal:
         return two_way(one_matrix, q, k, v, None, None, state, True, scale)
     return two_way(chunked, q, k, v, None, g, state, causal, scale, g_min=None, chunk_size=chunk_size)
@@ -1089,16 +1091,12 @@ def one_matrix(q, k, v, beta, g, S, own, scale):
     return (q @ S.to(q.dtype)) * scale, S
 
 
-def pick_chunk(chunk_size, q, g_min=None):
-    """Checks, and the default: 64, but 32 on the CPU, where the caches are small (10 to 30% faster)."""
+def check_chunk(chunk_size, g_min=None):
     need(g_min is None or -5 <= g_min <= 0,
          f"g_min {g_min} must lie in [-5, 0]: more decay overflows float32 within 16 tokens; "
          "leave it out, and the exact form is used")
-    if chunk_size is None:
-        return 32 if q.device.type == "cpu" and not compiling() else 64
-    need(chunk_size >= 16 and not chunk_size & (chunk_size - 1),
+    need(chunk_size is None or chunk_size >= 16 and not chunk_size & (chunk_size - 1),
          f"chunk_size {chunk_size} must be a power of two, at least 16")
-    return chunk_size
 
 
 def chunked(q, k, v, beta, g, S, own, scale, g_min, chunk_size):
@@ -1114,6 +1112,8 @@ def chunked(q, k, v, beta, g, S, own, scale, g_min, chunk_size):
     B, H, T, _ = q.shape
     low = q.dtype
     f = S.dtype
+    if chunk_size is None:              # the CPU's caches are small: 32 is 10 to 30% faster there
+        chunk_size = 32 if q.device.type == "cpu" and not compiling() else 64
     C = min(chunk_size, max(16, 1 << (T - 1).bit_length()))
     N = -(-T // C)
     size = 1 << N.bit_length() // 2 if compiling() else 1     # chunks in a group, ~ sqrt(N)
@@ -1396,6 +1396,7 @@ class BlockSparse(Full):
         "sel_block", "sel_topk", "sel_init", "sel_local", "sel_tile")
     takes_mask = False
     published = {}                  # of the sel_ fields that are None
+    pooled = ()                     # buffers of compressed keys and values
     dense_len = 0
     size = stride = 1
 
@@ -1442,8 +1443,8 @@ class BlockSparse(Full):
         Computed are the windows that the new tokens complete, from k, which is its own running tail; the
         cache has the others. Windows that are not complete are garbage, computed again later.
         """
-        first = ((step.slots[:, :1] - self.size) // self.stride + 1).clamp(min=0)
-        i = first + count_to(-(-step.slots.size(1) // self.stride), k)
+        first = (step.slots[:, :1] - self.size) // self.stride + 1
+        i = first.clamp(min=0) + count_to(-(-step.slots.size(1) // self.stride), k)
         i = i.expand(k.size(0), -1)
         ck = f(key_windows(k, i, self.size, self.stride))
         if cache is not None:
@@ -1451,10 +1452,13 @@ class BlockSparse(Full):
             at = i.clamp(max=buffer.size(2) - 1)            # the last window is never complete
             buffer.scatter_(2, at[:, None, :, None].expand_as(ck), ck.to(buffer.dtype))
             ck = buffer
-        return ck[:, :, :max(self.windows_at(k.size(2)), 1)].to(k.dtype)
+        n = max(self.windows_at(k.size(2)), 1)
+        return ck[:, :, :n].to(k.dtype)
 
-    def compressed_state(self, T):
-        return self.Hkv, T // self.stride + 1, self.D
+    def state(self, T):
+        """One window more than can be complete: it takes what is left over."""
+        pooled = self.Hkv, T // self.stride + 1, self.D
+        return super().state(T) | dict.fromkeys(self.pooled, pooled)
 
     def windows_at(self, T):
         """Complete compression windows in T tokens."""
@@ -1485,11 +1489,12 @@ class NSA(BlockSparse):
     """
     settings = BlockSparse.settings + ("window", "cmp_block", "cmp_stride")
     published = dict(block=64, topk=16, init=1, local=2)
+    pooled = "ck", "cv"
 
     def __init__(self, config):
         super().__init__(config)
         self.near = config.window or 512
-        self.window = None                                                      # the cache is no ring
+        self.window = None                                                      # the cache keeps all tokens
         # One vector for each place in the window, for keys and for values.
         self.window_pos = nn.Parameter(torch.zeros(2, self.size, self.D))
         self.k_compress = self.compressor()
@@ -1522,10 +1527,6 @@ class NSA(BlockSparse):
         gate = gate.permute(2, 0, 3, 1, 4)                                      # (3, B, H, T, 1)
         return self.output(gate[0] * compressed + gate[1] * selected + gate[2] * near, x)
 
-    def state(self, T):
-        compressed = self.compressed_state(T)
-        return dict(super().state(T), ck=compressed, cv=compressed)
-
     def reads(self, T, causal=True):
         near = self.near if causal else 2 * self.near - 1
         return self.windows_at(T) + self.block_reads(T, causal) + min(T, near)
@@ -1547,6 +1548,7 @@ class InfLLM(BlockSparse):
     """
     settings = BlockSparse.settings + ("cmp_block", "cmp_stride", "dense_len", "sel_per_head")
     published = dict(block=64, topk=64, init=1, local=33)
+    pooled = "ck",
 
     def __init__(self, config):
         super().__init__(config)
@@ -1561,13 +1563,11 @@ class InfLLM(BlockSparse):
         if k.size(2) <= max(self.dense_len, self.topk * self.block):            # all would be chosen
             return self.output(read_all(q, k, v, step), x)
         if self.per_head:
-            k, v, ck = (a.repeat_interleave(self.H // self.Hkv, dim=1) for a in (k, v, ck))
+            G = self.H // self.Hkv
+            k, v, ck = (a.repeat_interleave(G, dim=1) for a in (k, v, ck))
         score = self.compressed(q, ck, step, k.size(2), "max")
         y, _ = self.selected(score, q, k, v, step)
         return self.output(y, x)
-
-    def state(self, T):
-        return dict(super().state(T), ck=self.compressed_state(T))
 
     def reads(self, T, causal=True):                        # of k and v; the pooled keys are scanned besides
         return T if T <= self.dense_len else self.block_reads(T, causal)
@@ -1759,7 +1759,7 @@ def indexer_kl(scores, q, k, mask, scale=None):
         p = a.softmax(dim=-1).mean(dim=2)
     log_q = scores.masked_fill(~mask, -math.inf).log_softmax(dim=-1)
     log_q = log_q.masked_fill(~mask, 0)                                         # never 0 times -inf
-    return (p * (p.clamp(min=1e-30).log() - log_q)).sum(dim=-1)
+    return F.kl_div(log_q, p, reduction="none").sum(dim=-1)
 
 
 def learn_index(step, score, q, k, sel, key_block=1, tile=1, scale=None):
@@ -1773,9 +1773,6 @@ def learn_index(step, score, q, k, sel, key_block=1, tile=1, scale=None):
         share = step.valid.numel() / step.valid.sum().clamp(min=1)
         kl = kl.masked_fill(~step.valid[:, None], 0) * share
     step.aux["indexer_kl"] = step.aux.get("indexer_kl", 0) + kl.mean()
-
-
-
 
 
 def window_attention(q, k, v, slots, limit, window, causal):
@@ -1841,7 +1838,8 @@ def long_window_attention(q, k, v, causal, window, sink, scale):
         j = i + part.size(2)
         keys = slice(max(0, i - window + 1), j if causal else j + window - 1)
         mask = visible(t[i:j], t[keys], causal, window)
-        y.append(softmax_attention(part, k[:, :, keys], v[:, :, keys], sink=sink, scale=scale, mask=mask))
+        near = k[:, :, keys], v[:, :, keys]
+        y.append(softmax_attention(part, *near, sink=sink, scale=scale, mask=mask))
         i = j
     return torch.cat(y, dim=2)
 
@@ -1853,7 +1851,8 @@ def flex_pays(q, v):
     with all scores in memory: outside of a compiled graph for long inputs only.
     """
     least = 128 if compiling() else 1024
-    return q.is_cuda and q.size(-2) >= least and min(q.size(-1), v.size(-1)) >= 16
+    width = min(q.size(-1), v.size(-1))
+    return q.is_cuda and q.size(-2) >= least and width >= 16
 
 
 @functools.lru_cache
@@ -1953,9 +1952,6 @@ def flex_block_attention(q, k, v, sel, key_block, tile, limit, scale):
     return y.unflatten(2, (T, G)).transpose(2, 3).flatten(1, 2)
 
 
-
-
-
 def gather_attention(q, k, v, sel, key_block, tile, limit, scale, n):
     """The gather path; no row of sel picks more than n blocks."""
     B, _, T, _ = q.shape
@@ -1963,8 +1959,7 @@ def gather_attention(q, k, v, sel, key_block, tile, limit, scale, n):
     nt = sel.size(2)
     sel = sel.expand(-1, Hkv, -1, -1)
     missing = nt * tile - T
-    ties = torch.zeros(sel.shape, device=q.device).masked_fill(~sel, -math.inf)
-    index, picked = top_k(ties, n)                                              # ascending
+    index, picked = top_k(sel.float().log(), n)                                 # of 0 and -inf: ascending
     slots = index[..., None] * key_block + count_to(key_block, q)
     slots = slots.masked_fill(~picked[..., None], S)
     slots = slots.flatten(3).flatten(0, 2)                                      # (R = B Hkv nt, n key_block)
@@ -2035,7 +2030,8 @@ def scan_groups(through, k_out, U, W, S, size):
         M = through.expand(-1, -1, K, 1)
         step = lambda m, s, a: a + m * s
     else:
-        M = k_out.mT @ W.to(S.dtype) + through * torch.eye(K, dtype=S.dtype, device=S.device)
+        eye = torch.eye(K, dtype=S.dtype, device=S.device)
+        M = k_out.mT @ W.to(S.dtype) + through * eye
         step = lambda m, s, a: torch.baddbmm(a, m, s)       # one kernel, a + m @ s is two
 
     def split(a):                                           # -> size x (P n, K, .)
