@@ -750,7 +750,7 @@ def linear_attention_recurrent(q, k, v, g=None, state=None, causal=True, chunk_s
     return two_way(token_by_token, q, k, v, None, g, state, causal, scale)
 
 
-def token_by_token(q, k, v, beta, g, S, own, scale):
+def token_by_token(q, k, v, beta, g, S, twice, scale):
     q, k, v = (a.to(S.dtype) for a in (q, k, v))
     out = []
     for t in range(q.size(2)):
@@ -762,7 +762,7 @@ def token_by_token(q, k, v, beta, g, S, own, scale):
             u = beta[:, :, t, None, None].to(S.dtype) * (u - kt.mT @ S)
         before = S
         S = S + kt * u
-        read = S if own is None else torch.where(own[:, None, None, None], S, before)
+        read = torch.cat([S.chunk(2)[0], before.chunk(2)[1]]) if twice else S
         out.append(scale * qt @ read)
     return torch.cat(out, dim=2), S
 
@@ -785,17 +785,16 @@ def check_shapes(q, k, v, beta, g, state, reset):
 
 
 def two_way(core, q, k, v, beta, g, state, causal, scale, reset=None, **settings):
-    """Run core(q, k, v, beta, g, S, own, scale) after checks and defaults.
+    """Run core(q, k, v, beta, g, S, twice, scale) after checks and defaults.
 
-    beta None is linear attention. When not causal it runs on [x ; flip(x)] along the batch; own (2 B,) is
-    False for the flipped half, which reads before it writes.
+    beta None is linear attention. When not causal it runs on [x ; flip(x)] along the batch: twice, and the
+    second half reads before it writes.
     """
     check_shapes(q, k, v, beta, g, state, reset)
     B, H, T, K = q.shape
     f = at_least_float32(q.dtype)
     S = q.new_zeros(B, H, K, v.size(-1), dtype=f) if state is None else state.to(f)
     scale = K ** -0.5 if scale is None else scale
-    own = None
     if v.numel() == 0:
         return v.to(q.dtype), S
     g = q.new_zeros(B, H, T, dtype=f) if g is None else g.to(f)
@@ -804,7 +803,6 @@ def two_way(core, q, k, v, beta, g, state, causal, scale, reset=None, **settings
         both = lambda a: None if a is None else torch.cat([a, a.flip(2)])
         q, k, v, beta, g = (both(a) for a in (q, k, v, beta, g))
         S = torch.cat([S, torch.zeros_like(S)])
-        own = count_to(2 * B, q) < B
         if reset is not None:                                           # backwards it starts at its end
             ends = F.pad(reset[:, 1:], (0, 1))
             reset = torch.cat([reset, ends.flip(1)])
@@ -813,7 +811,7 @@ def two_way(core, q, k, v, beta, g, state, causal, scale, reset=None, **settings
     if settings.get("g_min") is None:
         g = g.clamp(min=-1e3)                                           # still exp = 0; sums stay exact
     with no_autocast(q):                                                        # the inverse in bf16 is wrong
-        o, S = core(q, k, v, beta, g, S, own, scale, **settings)
+        o, S = core(q, k, v, beta, g, S, not causal, scale, **settings)
     if not causal:
         o = o[:B] + o[B:].flip(2)
         S = S[:B]
@@ -1086,7 +1084,7 @@ def linear_attention(q, k, v, g=None, state=None, causal=True, chunk_size=None, 
     return two_way(chunked, q, k, v, None, g, state, causal, scale, g_min=None, chunk_size=chunk_size)
 
 
-def one_matrix(q, k, v, beta, g, S, own, scale):
+def one_matrix(q, k, v, beta, g, S, twice, scale):
     S = S + widen(k).mT @ widen(v)
     return (q @ S.to(q.dtype)) * scale, S
 
@@ -1099,7 +1097,7 @@ def check_chunk(chunk_size, g_min=None):
          f"chunk_size {chunk_size} must be a power of two, at least 16")
 
 
-def chunked(q, k, v, beta, g, S, own, scale, g_min, chunk_size):
+def chunked(q, k, v, beta, g, S, twice, scale, g_min, chunk_size):
     """The chunk-parallel core; beta None is linear attention, u = v. For the arguments see two_way.
 
     Inside a chunk of C tokens with G = cumsum(g) and D_ij = exp(G_i - G_j), u solves a triangular system:
@@ -1127,10 +1125,9 @@ def chunked(q, k, v, beta, g, S, own, scale, g_min, chunk_size):
     q = chunks(q).to(f)
     k = chunks(k).to(f)
     through, scores, ins, k_out = decayed(q, k, beta, chunks(g), scale, g_min)
-    if own is not None:                                                         # (B,) False: read, then write
-        later = ~own.repeat_interleave(H)[:, None, None, None]
-        hide = torch.eye(C, dtype=torch.bool, device=q.device) & later
-        scores[0] = scores[0].masked_fill(hide, 0)
+    if twice:                                                                   # read first: no diagonal
+        first, second = scores[0].chunk(2)
+        scores[0] = torch.cat([first, second.tril(-1)])
     U = chunks(v)
     W = None
     if beta is not None:
@@ -1222,17 +1219,16 @@ def channel_scores(rows, k, G, last, g_min):
         n = scores[0].size(2) // 2                                              # merge n pairs of s * c rows
         s = C // (2 * n * c)
 
-        def half(a, i):
-            return a.unflatten(2, (n, 2, s)).unbind(3)[i]                       # (P, N, n, s, c, K)
-        R0 = half(R, 0)
-        R1 = half(R, 1)
+        def halves(a):
+            return a.unflatten(2, (n, 2, s)).unbind(3)                          # (P, N, n, s, c, K) each
+        R0, R1 = halves(R)
         border = R1[:, :, :, :1]
         down = (R1 - border).exp().to(f)
         up = (border - R0).exp().to(f)
-        k_up = (half(k, 0) * up).flatten(3, 4)
+        k_up = (halves(k)[0] * up).flatten(3, 4)
         for i, (a, A) in enumerate(zip(rows, scores)):
             upper, lower = A.unflatten(2, (n, 2)).unbind(3)
-            row = (half(a, 1) * down).flatten(3, 4)
+            row = (halves(a)[1] * down).flatten(3, 4)
             scores[i] = stack_lower(upper, lower, row @ k_up.mT)
     return [A.squeeze(2) for A in scores], ins, k_out
 
@@ -1993,11 +1989,10 @@ class Taps(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         T = x.size(1) - weight.size(1) + 1
         taps = weight.mT.contiguous()                       # (W, D)
-        y = x.new_empty(x.size(0), T, x.size(2))
+        y = x.new_zeros(x.size(0), T, x.size(2))
         for t in range(0, T, 256):
             out = y[:, t:t + 256]
-            torch.mul(x[:, t:t + out.size(1)], taps[0], out=out)
-            for i, tap in enumerate(taps[1:], 1):
+            for i, tap in enumerate(taps):
                 out.addcmul_(x[:, t + i:t + i + out.size(1)], tap)
         return y
 

@@ -456,7 +456,8 @@ def sample_mdm(f, x, mask_id, steps=None, threshold=None, order="max_prob", fill
     how = dict(temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
     step = 0
     for k in range(int(blocks.max())):
-        window = torch.minimum(first + k * S, end - S).clamp(min=0)[:, None] + place[:S]   # (B, S) its places
+        start = torch.minimum(first + k * S, end - S).clamp(min=0)
+        window = start[:, None] + place[:S]                     # (B, S) its places
         age = 0
         while bool((live := (block == k) & (x == mask_id)).any()):
             left = (share - age).clamp(min=1)
@@ -524,7 +525,9 @@ def sample_block(f, x, mask_id, fill_block, steps=None, threshold=None, order="m
                     logits = predict(f, part, mask_id, causal=False, cache=kv, commit=False)
                 else:
                     of = place[:stop].div(S, rounding_mode="floor")
-                    logits = predict(f, x[:, :stop], mask_id, causal=False, mask=of[:, None] >= of)[:, start:]
+                    mask = of[:, None] >= of
+                    logits = predict(f, x[:, :stop], mask_id, causal=False, mask=mask)
+                    logits = logits[:, start:]
                 reveal(part, live, logits, left, order, threshold, how)
                 stop_at_eot(x, given, eot_id)
                 left = (left - 1).clamp(min=1)
@@ -555,18 +558,20 @@ def reveal(x, live, logits, left, order, threshold, how):
     follow the model even with one token a step.
     """
     if order == "left":
-        score = -torch.arange(x.size(1), device=x.device).expand(x.shape).float()
+        place = torch.arange(x.size(1), device=x.device)
+        score = -place.expand(x.shape).float()
     elif order == "random":
         generator = how["generator"]
         device = generator.device if generator else x.device
         score = torch.rand(x.shape, generator=generator, device=device).to(x.device)
     else:
         values = confidence(logits[live], order)                # (M,): only where needed
-        score = torch.zeros(x.shape, dtype=values.dtype, device=x.device).masked_scatter(live, values)
+        score = values.new_zeros(x.shape).masked_scatter(live, values)
     score = score.masked_fill(~live, -torch.inf)
     rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)        # ties to the left
     if threshold is None:
-        pick = live & (rank < (live.sum(1) / left).ceil()[:, None])
+        share = (live.sum(1) / left).ceil()
+        pick = live & (rank < share[:, None])
     else:
         pick = live & ((rank < 1) | (score >= threshold))
     x[pick] = draw(logits[pick], **how)
@@ -580,7 +585,8 @@ def confidence(logits, order):
         return p.amax(-1)
     if order == "margin":
         best, at = p.max(-1, keepdim=True)                      # topk(2) takes 10 to 20% longer on a CPU
-        return (best - p.scatter_(-1, at, 0).amax(-1, keepdim=True))[..., 0]
+        second = p.scatter_(-1, at, 0).amax(-1, keepdim=True)
+        return (best - second)[..., 0]
     log_total = logits.amax(-1) - p.amax(-1).log()
     mean = p.mul_(logits).sum(-1)                               # of the logits: entropy without V logarithms
     if mean.isnan().any():                                      # logits of -inf: there 0 * -inf = 0
@@ -610,7 +616,8 @@ def draw(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     if top_p is not None:                                       # the smallest set that reaches top_p
         p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)
     below = p.cumsum(-1)                                        # (M, V)
-    u = torch.rand(len(p), 1, generator=generator, device=p.device, dtype=torch.float64) * below[:, -1:]
+    u = torch.rand(len(p), 1, generator=generator, device=p.device, dtype=torch.float64)
+    u = u * below[:, -1:]
     choice = torch.searchsorted(below, u, right=True)           # right: never a token of probability 0
     choice = choice.clamp(max=p.size(1) - 1)
     if token is not None:
