@@ -915,6 +915,7 @@ def test_infllm_dense_len():
         error = layer(x[:, :T], causal=causal) - dense(x[:, :T], causal=causal)
         differs = error.abs().amax((0, 2)) > 1e-5
         assert differs.tolist() == [T > 45 and (t >= 45 or not causal) for t in range(T)]
+    layer = make_layer("infllm", dense_len=56)
     assert picks(layer, x).sum(-1).max() <= layer.most, "the bound that graphs count on"
 
 
@@ -1483,6 +1484,11 @@ def test_beyond_block_size():
     for pos in ([-1, 0], [15, 16]):
         with pytest.raises(ValueError, match="pos must lie between 0 and 15"):
             lm(x[:, :2], pos=torch.tensor(pos))
+    y, cache = lm(x[:, :16]), lm.init_cache(1, 20)
+    assert (y[:, 0] - y[:, 1]).abs().max() > 1e-3, "the same token, at two positions"
+    lm(x[:, :16], cache=cache)
+    with pytest.raises(ValueError, match="learned positions"):
+        lm(x[:, :1], cache=cache)
 
 
 def test_init_knows_every_parameter(monkeypatch):
@@ -1566,6 +1572,12 @@ def by_hand(moe, x):
     return torch.stack(out)
 
 
+def test_activations():
+    for kind, h, want in (("relu2", [3.0, -1.0], [9.0, 0.0]), ("gelu", [1.0], [0.841345]),
+                          ("swiglu", [1.0, 2.0], [1.462117]), ("swiglu_clamped", [9.0, -8.0], [-41.999719])):
+        close(activate(torch.tensor(h), kind), torch.tensor(want))
+
+
 @pytest.mark.parametrize("case", MOES)
 def test_moe_paths_are_equal(case):
     """grouped_mm == every expert with zero weights, gradients too; == a loop in float64; an empty expert."""
@@ -1589,10 +1601,10 @@ def test_moe_paths_are_equal(case):
 @exactly
 def test_moe_router_is_its_definition():
     """Selection by s + bias inside the best groups, weights from s alone; by brute force, token by token."""
-    moe, x = make_moe(**MOES["groups"], router_scale=2.5), torch.randn(20, 32)
-    moe.bias.normal_()
+    moe, x = make_moe(**MOES["groups"], router_scale=2.5), torch.randn(100, 32)
+    moe.bias.normal_(std=0.1)
     weights, experts, _ = moe.route(x)
-    for n in range(20):
+    for n in range(100):
         s = torch.sigmoid(moe.router.weight @ x[n])
         choice = (s + moe.bias).tolist()
         groups = sorted(range(4), key=lambda g: -sum(choice[2 * g:2 * g + 2]))[:2]
@@ -1608,7 +1620,7 @@ def test_moe_balance_loss_is_its_definition():
 
     A mean over tokens: equal micro-batches average to the loss of the whole, and padding counts nowhere.
     """
-    moe, x = make_moe(**MOES["softmax"], router_aux=0.5), torch.randn(2, 10, 32)
+    moe, x = make_moe(**MOES["softmax"], router_aux=0.5, router_scale=2.0), torch.randn(2, 10, 32)
 
     def loss(x, valid=None, before=0.0):
         aux = {"balance": before}
@@ -1620,6 +1632,7 @@ def test_moe_balance_loss_is_its_definition():
     p = (x.view(-1, 32) @ moe.router.weight.T).softmax(1)
     f = best(p, 2).sum(0) / 20
     close(loss(x, before=1.0), 1.0 + 0.5 * 8 * (f * p.mean(0)).sum())
+    close(moe.route(x.view(-1, 32))[0].sum(1), torch.ones(20))      # only the sigmoid router has a scale
     close((loss(x[:1]) + loss(x[1:])) / 2, loss(x))
     moe.balance()
     padded = torch.cat([x, torch.randn(2, 5, 32)], dim=1), torch.arange(15).expand(2, 15) < 10
