@@ -1667,13 +1667,17 @@ class DSA(MLA):
         latent, ki = put(cache, {"latent": latent, "ki": ki}, step)
         S = latent.size(2)
         score = lambda rows: lightning_scores(qi[:, :, rows], ki, w[:, rows])   # (B, 1, t, S)
+        learn = step.aux is not None and self.stage != "dense"
+        if learn:                                           # once, for the choice and for its loss
+            scores = score(slice(None))
+            score = lambda rows: scores[:, :, rows]
         sel = None
         if self.stage == "sparse" and S > self.topk:
             own = 0 if step.causal else 1                   # bidirectional: the own token is always read
             sel = select_blocks(score, step.slots, step.limit, S, 1, self.topk, local=own)
 
         def attention(q, k, v, scale):  # naive: k has all heads; absorbed: one, the latent
-            if step.aux is not None and self.stage != "dense":
+            if learn:
                 learn_index(step, score, q, k, sel, scale=scale)
             if sel is None:
                 return read_all(q, k, v, step, scale)
