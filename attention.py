@@ -6,18 +6,20 @@
     cache = layer.init_cache(batch_size=2, max_len=512)
     y = layer(x, cache=cache)                           # prefill or decode any number of tokens
 
-layer           paper                               definition                      fast form
-full            1706.03762, grouped 2305.13245      softmax_attention               sdpa, flex_window_
-mla             DeepSeek-V2 2405.04434              MLA.attend, naive               MLA.attend, absorbed
-linear          2006.16236, RetNet, Mamba-2, GLA    linear_attention_recurrent      linear_attention
-deltanet        2406.06484                          delta_rule_recurrent            delta_rule
-gated_deltanet  2412.06464                          delta_rule_recurrent            delta_rule
-kda             Kimi Delta Attention 2510.26692     delta_rule_recurrent            delta_rule
-nsa             2502.11089                          block_sparse_attention          gather_, flex_block_
-infllm          InfLLM-V2 2509.24663, MoBA          block_sparse_attention          gather_, flex_block_
-msa             MiniMax 2606.13392                  block_sparse_attention          gather_, flex_block_
-dsa             DeepSeek-V3.2                       DSA.mix                         gather_attention, decoding
+layer           class           paper                               definition              fast form
+full            Full            1706.03762, grouped 2305.13245      softmax_attention       sdpa, long windows
+mla             MLA             DeepSeek-V2 2405.04434              MLA.attend, naive       MLA.attend, absorbed
+linear          Linear          2006.16236, RetNet, Mamba-2, GLA    linear_attention_...    linear_attention
+deltanet        DeltaNet        2406.06484                          delta_rule_...          delta_rule
+gated_deltanet  GatedDeltaNet   2412.06464                          delta_rule_...          delta_rule
+kda             KDA             Kimi Delta Attention 2510.26692     delta_rule_...          delta_rule
+nsa             NSA             2502.11089                          NSA.mix                 gather_attention, Flex
+infllm          InfLLM          InfLLM-V2 2509.24663, MoBA          InfLLM.mix              gather_attention, Flex
+msa             MSA             MiniMax 2606.13392                  MSA.mix                 gather_attention, Flex
+dsa             DSA             DeepSeek-V3.2                       DSA.mix                 gather_attention
 
+... is recurrent: token by token, the definition. Linear, DeltaNet, GatedDeltaNet and KDA share FixedState; NSA,
+InfLLM and MSA share BlockSparse (select_blocks, block_sparse_attention); DSA is MLA with an index of its own.
 B batch, T tokens, C = n_embd, H heads, G = n_head // n_kv_head, D head width. It imports nothing of ours.
 """
 import contextlib
