@@ -1504,18 +1504,19 @@ def study_picture(plt, result):
 @experiment(named=("part", "dataset", "unique_tokens"), finish=with_fits, show=study_table,
             picture=study_picture)
 def study(part: PARTS = "ar", arm: list = (), rates=(1e-3, 2e-3, 4e-3), seeds=1, seed=1337, ar_epochs=64.0,
-          texts=("docs-byte",), budgets=(10_000, 30_000, 100_000), widths=(64, 96, 192), **few):
+          texts=(), budgets=(10_000, 30_000, 100_000), widths=(64, 96, 192), **few):
     """The crossover taken apart, for hours: what AR and diffusion are owed, where diffusion wins, and why.
 
     part: ar (regularised) | diffusion (tuned as hard) | causes | map | curve | capacity | ensembles
     arm: one more, as in crossover: "both: --weight_decay 0.8 --recipe random=.15"; may be repeated
     ar_epochs: epochs of AR arms, which overfit early; --epochs are diffusion's
-    texts: map: data sets, such as docs-byte,docs-byte-corrupt0.3,pysrc-byte
+    texts: map: data sets, such as docs-byte,docs-byte-corrupt0.3,pysrc-byte (default: --dataset)
     budgets: map: unique tokens
     widths: map: n_embd
     """
     few = few | dict(ar_epochs=ar_epochs)
-    more = dict.fromkeys(("ar", "diffusion", "causes"), [arm]) | {"map": (texts, budgets, widths)}
+    more = dict.fromkeys(("ar", "diffusion", "causes"), [arm]) | {
+        "map": (texts or (few["dataset"],), budgets, widths)}
     yield from PARTS[part](few, rates, range(seed, seed + seeds), *more.get(part, ()))
 
 # ------------------------------------------------------------------------------------------------------------
