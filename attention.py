@@ -18,8 +18,8 @@ infllm          InfLLM          InfLLM-V2 2509.24663, MoBA          InfLLM.mix  
 msa             MSA             MiniMax 2606.13392                  MSA.mix                 gather_attention, Flex
 dsa             DSA             DeepSeek-V3.2                       DSA.mix                 gather_attention
 
-... is recurrent: token by token, the definition. Linear, DeltaNet, GatedDeltaNet and KDA share FixedState; NSA,
-InfLLM and MSA share BlockSparse (select_blocks, block_sparse_attention); DSA is MLA with an index of its own.
+... is recurrent: token by token, the definition. Linear, DeltaNet, GatedDeltaNet and KDA share FixedState;
+NSA, InfLLM and MSA share BlockSparse (select_blocks, block_sparse_attention); DSA is MLA with an index.
 B batch, T tokens, C = n_embd, H heads, G = n_head // n_kv_head, D head width. It imports nothing of ours.
 """
 import contextlib
