@@ -6,17 +6,17 @@
     cache = layer.init_cache(batch_size=2, max_len=512)
     y = layer(x, cache=cache)                           # prefill or decode any number of tokens
 
-layer           class           paper                               definition              fast form
-full            Full            1706.03762, grouped 2305.13245      softmax_attention       sdpa, long windows
-mla             MLA             DeepSeek-V2 2405.04434              MLA.attend, naive       MLA.attend, absorbed
-linear          Linear          2006.16236, RetNet, Mamba-2, GLA    linear_attention_...    linear_attention
-deltanet        DeltaNet        2406.06484                          delta_rule_...          delta_rule
-gated_deltanet  GatedDeltaNet   2412.06464                          delta_rule_...          delta_rule
-kda             KDA             Kimi Delta Attention 2510.26692     delta_rule_...          delta_rule
-nsa             NSA             2502.11089                          NSA.mix                 gather_attention, Flex
-infllm          InfLLM          InfLLM-V2 2509.24663, MoBA          InfLLM.mix              gather_attention, Flex
-msa             MSA             MiniMax 2606.13392                  MSA.mix                 gather_attention, Flex
-dsa             DSA             DeepSeek-V3.2                       DSA.mix                 gather_attention
+layer           class           paper                           definition              fast form
+full            Full            1706.03762, grouped 2305.13245  softmax_attention       sdpa, long windows
+mla             MLA             DeepSeek-V2 2405.04434          MLA.attend, naive       MLA.attend, absorbed
+linear          Linear          2006.16236, RetNet, Mamba-2, GLAlinear_attention_...    linear_attention
+deltanet        DeltaNet        2406.06484                      delta_rule_...          delta_rule
+gated_deltanet  GatedDeltaNet   2412.06464                      delta_rule_...          delta_rule
+kda             KDA             Kimi Delta Attention 2510.26692 delta_rule_...          delta_rule
+nsa             NSA             2502.11089                      NSA.mix                 gather_attention, Flex
+infllm          InfLLM          InfLLM-V2 2509.24663, MoBA      InfLLM.mix              gather_attention, Flex
+msa             MSA             MiniMax 2606.13392              MSA.mix                 gather_attention, Flex
+dsa             DSA             DeepSeek-V3.2                   DSA.mix                 gather_attention
 
 ... is recurrent: token by token, the definition. Linear, DeltaNet, GatedDeltaNet and KDA share FixedState;
 NSA, InfLLM and MSA share BlockSparse (select_blocks, block_sparse_attention); DSA is MLA with an index.
