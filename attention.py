@@ -9,7 +9,7 @@
 layer           class           paper                           definition              fast form
 full            Full            1706.03762, grouped 2305.13245  softmax_attention       sdpa, long windows
 mla             MLA             DeepSeek-V2 2405.04434          MLA.attend, naive       MLA.attend, absorbed
-linear          Linear          2006.16236, RetNet, Mamba-2, GLAlinear_attention_...    linear_attention
+linear          Linear          2006.16236, RetNet, SSD, GLA    linear_attention_...    linear_attention
 deltanet        DeltaNet        2406.06484                      delta_rule_...          delta_rule
 gated_deltanet  GatedDeltaNet   2412.06464                      delta_rule_...          delta_rule
 kda             KDA             Kimi Delta Attention 2510.26692 delta_rule_...          delta_rule
