@@ -1472,10 +1472,10 @@ def study_table(result):
 
 
 def study_picture(plt, result):
-    """map: the gap as coloured cells. curve, capacity, ensembles: nothing is drawn. Else the curves."""
+    """map: the gap as coloured cells. curve, capacity, ensembles: nothing is drawn. Else the best curves."""
     figure, ax = plt.subplots(figsize=(8, 5.5))
-    rows, part = result["rows"], result["flags"]["part"]
-    if part == "map":
+    rows, flags = result["rows"], result["flags"]
+    if flags["part"] == "map":
         rows = [r for r in rows if r["text"] == rows[0]["text"] and r["seed"] == rows[0]["seed"]]
         tokens, widths = (sorted({r[k] for r in rows}) for k in ("unique_tokens", "width"))
         cell = {(r["unique_tokens"], r["width"]): r for r in rows}
@@ -1493,8 +1493,11 @@ def study_picture(plt, result):
         return figure
     if "evals" not in rows[0]:
         return None
-    runs = {a: [r["evals"] for r in rows if r["arm"] == a] for a in dict.fromkeys(r["arm"] for r in rows)}
+    best = list(dict.fromkeys(r["arm"] for r in rows))[:5]
+    runs = {a: [r["evals"] for r in rows if r["arm"] == a] for a in dict.fromkeys([*best, *OBJECTIVES])}
     draw_curves(ax, runs, "epoch", "loss")
+    ax.set_title(f"the best five arms, AR and diffusion: {flags['unique_tokens']:,} unique tokens of "
+                 f"{flags['dataset']}", fontsize=10)
     ax.set(xlabel=AXES["epoch"], ylabel="nats per token", xscale="log")
     plain_log(ax.xaxis)
     ax.legend(fontsize=8, ncols=2)
