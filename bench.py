@@ -883,12 +883,16 @@ def few_runs(name, few, arms, probe=0):
 
     def flags(arm, seed, rate, epochs=None, folder="", **more):
         epochs = epochs or few["epochs"]
+        steps = int(epochs * few["unique_tokens"] / few["batch_tokens"])
         dense = {"ar": 4, "mixed": 2, "mdm": 2}.get(arms[arm]["objective"], 1)    # AR's least is a narrow one
-        evals = dense * (few["evals"] - 1) + 1
-        steps = epochs * few["unique_tokens"] / few["batch_tokens"]
+        most = max(1, min(steps, max(2, steps // 8)))       # evaluations: they are not to take the time
+        evals = most
+        for times in (1, 2, 4):                             # each grid holds the points of the one before
+            points = times * (few["evals"] - 1) + 1
+            evals = points if points <= most and times <= dense else evals
         given = {k: few[k] for k in same} | dict(
-            epochs=epochs, eval_epochs=f"geometric:{max(1, min(evals, int(steps)))}", schedule="constant",
-            eval_windows=256, warmup=min(100, int(steps) // 10), log_every=100, save_every=500, seed=seed,
+            epochs=epochs, eval_epochs=f"geometric:{evals}", schedule="constant",
+            eval_windows=256, warmup=min(100, steps // 10), log_every=100, save_every=500, seed=seed,
             lr=rate, probe_every=dense * probe)
         out = root / f"{file_part(arm)}-s{seed}-lr{rate:g}" / folder
         return given | arms[arm] | more | dict(out=str(out))
