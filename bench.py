@@ -718,6 +718,7 @@ def make_layer(name, T, n_head, head_dim, device, keys=1024, block=64):
 
 def dtype_on(device):
     return torch.bfloat16 if device.startswith("cuda") else torch.float32
+
 # ------------------------------------------------------------------------------------------------------------
 # crossover: AR against masked diffusion on few unique tokens
 
@@ -1439,8 +1440,8 @@ def study_capacity(few, rates, seeds):
 
 
 def study_ensembles(few, rates, seeds):
-    """K models of different seeds, their probabilities averaged, at equal FLOPs in all: AR from its best
-    checkpoints, diffusion from its last ones, each trained for 1/K of the epochs."""
+    """K models of different seeds, each at its best checkpoint, their probabilities averaged. Diffusion at
+    equal FLOPs in all, each for 1/K of the epochs; AR, which overfits, each for all of its own."""
     windows = validation(few["dataset"], few["block_size"], 256)
     _, flags = few_runs("study", few, OBJECTIVES)
     for a, K in itertools.product(OBJECTIVES, (1, 2, 4)):
@@ -1477,8 +1478,10 @@ def study_table(result):
 
 def study_picture(plt, result):
     """map: the gap as coloured cells. curve, capacity, ensembles: nothing is drawn. Else the best curves."""
-    figure, ax = plt.subplots(figsize=(8, 5.5))
     rows, flags = result["rows"], result["flags"]
+    if flags["part"] in ("curve", "capacity", "ensembles"):
+        return None
+    figure, ax = plt.subplots(figsize=(8, 5.5))
     if flags["part"] == "map":
         rows = [r for r in rows if r["text"] == rows[0]["text"] and r["seed"] == rows[0]["seed"]]
         tokens, widths = (sorted({r[k] for r in rows}) for k in ("unique_tokens", "width"))
@@ -1495,8 +1498,6 @@ def study_picture(plt, result):
         ax.set(xlabel="parameters without the embedding", ylabel="unique tokens")
         ax.set_title("AR's best minus diffusion's best, nats per token (blue: diffusion below)", fontsize=10)
         return figure
-    if "evals" not in rows[0]:
-        return None
     best = list(dict.fromkeys(r["arm"] for r in rows))[:5]
     runs = {a: [r["evals"] for r in rows if r["arm"] == a] for a in dict.fromkeys([*best, *OBJECTIVES])}
     draw_curves(ax, runs, "epoch", "loss")
@@ -1516,6 +1517,7 @@ def study(part: PARTS = "ar", arm: list = (), rates=(1e-3, 2e-3, 4e-3), seeds=1,
 
     part: ar (regularised) | diffusion (tuned as hard) | causes | map | curve | capacity | ensembles
     arm: one more, as in crossover: "both: --weight_decay 0.8 --recipe random=.15"; may be repeated
+    rates: learning rates; each arm keeps its best, map, curve and ensembles take the middle one
     ar_epochs: epochs of AR arms, which overfit early; --epochs are diffusion's
     texts: map: data sets, such as docs-byte,docs-byte-corrupt0.3,pysrc-byte (default: --dataset)
     budgets: map: unique tokens

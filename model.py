@@ -772,14 +772,6 @@ rope_scaling.low_freq_factor     = 1 1.0
 rope_scaling.high_freq_factor    = 4 4.0
 rope_scaling.rope_type           = default linear llama3
 rope_scaling.type                = default linear llama3
-rope_parameters.rope_theta       rope_base
-rope_parameters.factor           rope_factor
-rope_parameters.original_max_position_embeddings rope_original
-rope_parameters.partial_rotary_factor rotary_fraction
-rope_parameters.low_freq_factor  = 1 1.0
-rope_parameters.high_freq_factor = 4 4.0
-rope_parameters.rope_type        = default linear llama3
-rope_parameters.type             = default linear llama3
 linear_num_key_heads             linear_n_head
 linear_num_heads                 linear_n_head
 linear_attn_config.num_heads     linear_n_head
@@ -987,8 +979,9 @@ def read_config(c):
     for name, value in given.items():
         if value is None:
             continue
-        need(name in fields, f"{name} {value!s:.60} is not known here: it may change what a model computes")
-        field, *expected = fields[name]
+        known = name.replace("rope_parameters.", "rope_scaling.")       # its newer name
+        need(known in fields, f"{name} {value!s:.60} is not known here: it may change what a model computes")
+        field, *expected = fields[known]
         if field not in "=-":
             expected = [str(fixed.get(field, value)).lower()]
             values[field] = value

@@ -199,6 +199,9 @@ def settings(given, log):
         need(state, f"there is no checkpoint to read in {target}: name a run folder of train.py")
     if not state:
         return flags, None, None
+    lost = [k for k, value in state["flags"].items() if value and k not in DEFAULTS]
+    need(not lost, f"{source} was trained with --{' --'.join(lost)}, which train.py no longer has: a new run "
+                   f"from its weights is --init_from {source}")
     wrong = other_settings(state, given)
     need(not wrong, f"cannot resume {target} with other settings: {', '.join(wrong)}. "
                     f"A new run from its weights: --init_from {target}")
