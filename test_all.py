@@ -4534,6 +4534,16 @@ def test_numbers():
                 prepare.number(text, kind)
 
 
+def test_no_run_goes_on_without_a_flag_it_had(dataset, tmp_path):
+    go(dataset, tmp_path / "run", max_steps=1)
+    state = train.load_checkpoint(tmp_path / "run")
+    for value, refused in ((0.1, True), (0.0, False)):      # what was off changes nothing
+        state["flags"]["input_mask"] = value
+        train.save_atomic(state, tmp_path / "run" / "ckpt_last.pt")
+        with pytest.raises(ValueError, match="--input_mask") if refused else contextlib.nullcontext():
+            go(dataset, tmp_path / "run", resume="auto", max_steps=2)
+
+
 def test_every_command_has_help():
     commands = [(train, ""), (prepare, ""), (sample, ""), (sample, "score"), (bench, "")]
     for script, line in [*commands, *((bench, name) for name in bench.EXPERIMENTS)]:
