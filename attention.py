@@ -65,6 +65,7 @@ class LayerConfig:
     decay_gate: str = "auto"            # softplus | lower (a lower bound g_min); auto: the published one
     g_min: float = -5.0
     neg_eigval: bool = False            # beta in (0, 2): a write may flip what the state held (OLMo-Hybrid)
+    writes: int = 1                     # delta rule: writes per token, one after another (DeltaProduct)
     conv_size: int = 4                  # short convolution before q, k and v
     out_gate: str | None = "auto"       # None | silu | sigmoid
     out_gate_rank: int | None = None    # 0: full rank; None: the published one
@@ -831,8 +832,10 @@ class FixedState(Mixer):
         y = W (norm(o) * act(W x)), the norm per head
 
     neg_eigval doubles beta, so that a write can flip the sign of what was stored (arXiv 2411.12537,
-    OLMo-Hybrid). linear_n_v_head > linear_n_head: heads of values share queries and keys (Qwen3-Next: 32 and
-    16). linear_key_dim, linear_value_dim: width of a head. conv_size 4 as everywhere, 1 is none.
+    OLMo-Hybrid). writes > 1: each token has so many keys, values and betas, written in turn after one decay,
+    and one query (DeltaProduct, arXiv 2502.10297): a product of reflections can turn the state, where one
+    can only mirror it. linear_n_v_head > linear_n_head: heads of values share queries and keys (Qwen3-Next:
+    32 and 16). linear_key_dim, linear_value_dim: width of a head. conv_size 4 as everywhere, 1 is none.
     out_gate_rank: low-rank gate, 0 full. bidir, for causal=False: sum = scans from both ends added before the
     norm; forward, backward = one of them: the pattern "kda(bidir=forward) kda(bidir=backward)" alternates at
     half the cost.
@@ -869,14 +872,15 @@ class FixedState(Mixer):
             self.g_min = config.g_min
             if config.decay_gate != "auto":
                 self.gate = config.decay_gate
-        self.beta_max = 2.0 if "neg_eigval" in self.settings and config.neg_eigval else 1.0
-        self.sizes = [self.H * self.K, self.H * self.K, self.Hv * self.V]       # q, k, v
+        self.beta_max = 2.0 if self.delta and config.neg_eigval else 1.0
+        self.writes = config.writes if self.delta else 1
+        self.sizes = [self.H * self.K, self.writes * self.H * self.K, self.writes * self.Hv * self.V]
         self.qkv_proj = linear_map(C, sum(self.sizes))
         bound = config.conv_size ** -0.5                                        # nn.Conv1d's own
         taps = torch.empty(sum(self.sizes), config.conv_size)
         self.conv_weight = nn.Parameter(taps.uniform_(-bound, bound))
         if self.delta:
-            self.beta_proj = linear_map(C, self.Hv)
+            self.beta_proj = linear_map(C, self.Hv * self.writes)
         if self.decay in ("head", "channel"):
             per_head, rank = (1, 0) if self.decay == "head" else (self.K, self.K)
             self.decay_proj = linear_map(C, self.Hv * per_head, rank)
@@ -923,8 +927,8 @@ class FixedState(Mixer):
             mixed = mixed.masked_fill(~valid[:, :, None], 0)                    # k v^T = 0
         q, k, v = mixed.split(self.sizes, dim=-1)
         q = l2_norm(heads(q, self.H))                                           # (B, H, T, K)
-        k = l2_norm(heads(k, self.H))
-        v = heads(v, self.Hv)                                                   # (B, Hv, T, V)
+        k = l2_norm(self.in_turn(heads(k, self.H * self.writes)))               # (B, H, T writes, K)
+        v = self.in_turn(heads(v, self.Hv * self.writes))                       # (B, Hv, T writes, V)
         if self.Hv > self.H:
             q, k = (a.repeat_interleave(self.Hv // self.H, dim=1) for a in (q, k))
         state = None if cache is None else cache.state
@@ -955,14 +959,22 @@ class FixedState(Mixer):
             g = g.masked_fill(~valid[:, None, :, None], 0)
         return g if self.decay == "channel" else g.squeeze(-1)
 
+    def in_turn(self, a):
+        """(B, H writes, T, D) -> (B, H, T writes, D): the writes of a token behind each other."""
+        return a.unflatten(1, (-1, self.writes)).transpose(2, 3).flatten(2, 3)
+
     def rule(self, x, q, k, v, g, state, causal):
-        one = q.size(2) == 1
+        one, n = q.size(2) == 1, self.writes
         if self.delta:
             beta = self.beta_max * torch.sigmoid(widen(self.beta_proj(x)))
-            beta = beta.transpose(1, 2)                                         # (B, Hv, T)
+            beta = self.in_turn(beta.mT.unsqueeze(-1)).squeeze(-1)              # (B, Hv, T writes)
+            if n > 1:
+                q = q.repeat_interleave(n, dim=2)                               # the last one is read
+                g = g if g is None else torch.stack([g] + [0 * g] * (n - 1), dim=3).flatten(2, 3)
             rule = delta_rule_recurrent if one else delta_rule
             g_min = self.g_min if self.gate == "lower" else None
-            return rule(q, k, v, beta, g, state, causal, g_min)
+            o, S = rule(q, k, v, beta, g, state, causal, g_min)
+            return o[:, :, n - 1::n], S
         if self.decay == "head" and self.gate == "softplus":
             # Mamba-2 writes dt v, g = -A dt
             dt = -g / self.A_log.exp()[:, None]
@@ -988,6 +1000,7 @@ class FixedState(Mixer):
         head = 2 * C * (K + V) + 4 * K * V                              # scores, their use; S' and S q
         if self.delta:
             head += 2 * C * (2 * K + V) + 2 * C * C // 3 + 2 * K * V            # system, inverse, U, W; W S
+            head *= self.writes
         elif self.decay is None and scans == 2:
             head = 4 * K * V
             scans = 1                                                           # one matrix for all tokens
@@ -1009,12 +1022,12 @@ class Linear(FixedState):
 
 class DeltaNet(FixedState):
     """DeltaNet (arXiv 2406.06484): a write replaces what the state held for its key. No decay, no gate."""
-    settings = FixedState.settings + ("neg_eigval",)
+    settings = FixedState.settings + ("neg_eigval", "writes")
 
 
 class GatedDeltaNet(FixedState):
     """Gated DeltaNet (arXiv 2412.06464): one decay per head. Qwen3-Next, Qwen3.5, OLMo-Hybrid."""
-    settings = FixedState.settings + ("decay_gate", "g_min", "neg_eigval")
+    settings = FixedState.settings + ("decay_gate", "g_min", "neg_eigval", "writes")
     decay = "head"
     gate = "softplus"
     out_gate = "silu"
@@ -1025,7 +1038,7 @@ class KDA(FixedState):
 
     Kimi Linear has decay_gate=softplus, without a bound on the decay.
     """
-    settings = FixedState.settings + ("decay_gate", "g_min", "neg_eigval")
+    settings = FixedState.settings + ("decay_gate", "g_min", "neg_eigval", "writes")
     decay = "channel"
     gate = "lower"
     out_gate = "sigmoid"

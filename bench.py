@@ -10,6 +10,7 @@
     quality     the same small model with every mixer, AR and diffusion
     switch      a dense checkpoint run sparse, before and after some steps of adaptation (InfLLM-V2)
     recall      associative recall and needles in text: every layer, against pairs and length
+    track       what a state can keep count of: parity and products of permutations, every update rule
   speed and memory
     train       training speed and memory, also beside a nanoGPT checkout
     attention   every layer: time and memory against length, keys read, cache
@@ -2414,6 +2415,76 @@ def recall(
             if all(m.reads(T, ar) <= T // 4 for m in mixers if hasattr(m, "topk")):
                 yield dict(layers=name, objective=objective, task=task, T=T, pairs=n), measure
     return dict(chance=1 / VALUES)
+
+# ------------------------------------------------------------------------------------------------------------
+# track: what a state can keep count of (arXiv 2411.12537, 2502.10297)
+
+GROUPS = {"parity": 2, "s3": 3, "s5": 5}    # all permutations of so many things: 2, 6 and 120 tokens
+RULES = ("full", "linear", "linear(linear_decay=channel)",
+         *(f"{name}{settings}" for name in ("deltanet", "gated_deltanet")
+           for settings in ("", "(neg_eigval=true)", "(neg_eigval=true,writes=2)", "(neg_eigval=true,writes=4)")),
+         "kda(neg_eigval=true)")
+
+
+def draw_words(B, T, things, generator):
+    """x (B, T): random permutations, by number; y (B, T): the number of the product of all up to there."""
+    all_of = list(itertools.permutations(range(things)))
+    number = {p: i for i, p in enumerate(all_of)}
+    times = torch.tensor([[number[tuple(a[i] for i in b)] for b in all_of] for a in all_of])
+    x = torch.randint(len(all_of), (B, T), generator=generator)
+    y = [x[:, 0]]
+    for t in range(1, T):
+        y.append(times[y[-1], x[:, t]])
+    return x, torch.stack(y, dim=1)
+
+
+def learn_words(config, things, steps, length, path):
+    """A model that names the product so far; texts of 4 tokens first."""
+    torch.manual_seed(1337)
+    lm = LM(config)
+
+    def loss_at(step):
+        generator = torch.Generator().manual_seed((1337 << 32) + step)
+        T = min(4 << int(8 * step / steps), length)
+        x, y = draw_words(2048 // T, T, things, generator)
+        return F.cross_entropy(lm(x).flatten(0, 1), y.flatten())
+
+    return fit(lm, loss_at, steps, {**train.DEFAULTS, "lr": 4e-3, "warmup": 50, "optimizer": "muon"}, path)
+
+
+def track_table(result):
+    flat = {}
+    for r in result["rows"]:
+        row = flat.setdefault(r["layer"], {"layer": f"`{r['layer']}`"})
+        row[f"{r['group']} {r['T']}"] = f"{100 * r['accuracy']:.0f}"
+    return list(flat.values())
+
+
+@experiment(show=track_table)
+def track(layers=RULES, groups: GROUPS = tuple(GROUPS), steps=1000, length=32, times=(1, 4, 16),
+          out="out/track"):
+    """State tracking: one layer reads permutations and names their product after each, right answers in %.
+
+    The product cannot be told from a few of them: the state itself must turn. Linear attention adds and fails
+    at parity; eigenvalues down to -1 (neg_eigval) give parity, several writes per token the groups that do
+    not commute.
+
+    length: of the texts at the end of training; they begin with 4 tokens
+    times: tested at so many times that length
+    """
+    for name, group in itertools.product(layers, groups):
+        things, path = GROUPS[group], Path(out) / f"{group}-{file_part(name)}-{length}-steps{steps}.pt"
+        config = override(ModelConfig(), dict(RECALL, vocab_size=math.factorial(things), layers=name,
+                                              n_layer=1, block_size=length * max(times)))
+        model = functools.cache(lambda: learn_words(config, things, steps, length, path))
+        for T in (n * length for n in times):
+            def measure():
+                x, y = draw_words(max(4, 8192 // T), T, things, torch.Generator().manual_seed(T))
+                f = torch.no_grad()(model())
+                right = (f(x).argmax(-1) == y).double().mean(1)
+                accuracy, se = mean_se(right.tolist())
+                return dict(accuracy=accuracy, se=se)
+            yield dict(layer=name, group=group, T=T), measure
 
 # ------------------------------------------------------------------------------------------------------------
 # theory: token error and sequence error (Feng et al. 2502.09622)

@@ -114,9 +114,9 @@ def same_gradients(a, b, inputs, tol=None):
 # ------------------------------------------------------------------------------------------------------------
 # Size
 
-BUDGET = {"attention.py": 18_600, "model.py": 8_080, "diffusion.py": 5_300, "train.py": 12_900,
-          "sample.py": 5_060, "prepare.py": 8_300, "bench.py": 31_400,
-          "test_all.py": 60_550}
+BUDGET = {"attention.py": 18_720, "model.py": 8_080, "diffusion.py": 5_300, "train.py": 12_900,
+          "sample.py": 5_060, "prepare.py": 8_300, "bench.py": 31_600,
+          "test_all.py": 60_880}
 
 
 @pytest.mark.parametrize("name", BUDGET)
@@ -173,6 +173,8 @@ CASES = {
     "gated_deltanet": dict(linear_n_head=2, linear_n_v_head=4, linear_key_dim=8, linear_value_dim=12),
     "kda softplus": dict(decay_gate="softplus", neg_eigval=True, out_gate_rank=0, linear_n_v_head=8),
     "kda": {},
+    "kda product": dict(writes=3, neg_eigval=True),
+    "deltanet product": dict(writes=2, linear_n_head=2, linear_n_v_head=4),
 }
 
 
@@ -423,8 +425,8 @@ OTHERS = dict(
     rope_original=9, rotary_fraction=0.5,
     n_kv_head=1, head_dim=12, qk_norm=True, attn_gate=True, window=2, sink=True, linear_n_head=1,
     linear_n_v_head=8, linear_key_dim=4, linear_value_dim=4, linear_decay="channel", decay_gate="softplus",
-    g_min=-1.0, neg_eigval=True, conv_size=2, out_gate=None, out_gate_rank=3, bidir="forward", q_lora_rank=8,
-    kv_lora_rank=12, qk_nope_head_dim=4, qk_rope_head_dim=6, v_head_dim=4, sel_block=16, sel_topk=6,
+    g_min=-1.0, neg_eigval=True, writes=2, conv_size=2, out_gate=None, out_gate_rank=3, bidir="forward",
+    q_lora_rank=8, kv_lora_rank=12, qk_nope_head_dim=4, qk_rope_head_dim=6, v_head_dim=4, sel_block=16, sel_topk=6,
     sel_init=2, sel_local=3, sel_tile=2, cmp_block=16, cmp_stride=2, dense_len=30, sel_per_head=True,
     index_n_head=1, index_head_dim=12)
 ON = dict(rope_factor=4.0, qk_norm=True, cmp_stride=8, cmp_block=8, linear_decay="head", decay_gate="lower",
@@ -1293,12 +1295,12 @@ def test_rules_take_nothing(rule):
 def test_linear_layers_are_their_formulas(case):
     """Convolution, L2 norm, decay, strength of a write, norm and gate, as FixedState's docstring has them."""
     layer, x = make_layer(case), torch.randn(2, 20, 32)
-    H, Hv, taps = layer.H, layer.Hv, layer.conv_weight
+    H, Hv, n, taps = layer.H, layer.Hv, layer.writes, layer.conv_weight
     qkv = F.pad(layer.qkv_proj(x).mT, (taps.size(1) - 1, 0))
     qkv = F.silu(F.conv1d(qkv, taps.unsqueeze(1), groups=len(taps))).mT
-    q, k, v = (attention.heads(a, n) for a, n in zip(qkv.split(layer.sizes, dim=-1), (H, H, Hv)))
+    q, k, v = (attention.heads(a, m) for a, m in zip(qkv.split(layer.sizes, dim=-1), (H, n * H, n * Hv)))
     q, k = (a / (a.square().sum(-1, keepdim=True) + 1e-6).sqrt() for a in (q, k))
-    q, k = (a.repeat_interleave(Hv // H, dim=1) for a in (q, k))
+    q, k = (a.unflatten(1, (H, -1)).repeat_interleave(Hv // H, dim=1).flatten(1, 2) for a in (q, k))
     g = None
     if layer.decay == "fixed":
         g = torch.log(1 - 2.0 ** (-5 - torch.arange(Hv))).view(1, -1, 1).expand(2, -1, 20)
@@ -1312,7 +1314,14 @@ def test_linear_layers_are_their_formulas(case):
             v = v * F.softplus(f)                   # Mamba-2 writes dt v
     if layer.delta:
         beta = (1 + ("neg_eigval" in CASES[case])) * torch.sigmoid(layer.beta_proj(x)).mT
-        o, _ = delta_rule_recurrent(q, k, v, beta, g)
+        o, S = [], torch.zeros(2, Hv, layer.K, layer.V)
+        for t in range(20):
+            S = S if g is None else S * g[:, :, t].exp().view(2, Hv, -1, 1)
+            for j in range(n):                      # head h writes its keys h n to h n + n - 1 in turn
+                kt, vt, bt = k[:, j::n, t, :, None], v[:, j::n, t, None], beta[:, j::n, t, None, None]
+                S = S - bt * kt @ (kt.mT @ S) + bt * kt @ vt
+            o.append(q[:, :, t, None] @ S * layer.K ** -0.5)
+        o = torch.cat(o, dim=2)
     else:
         o, _ = linear_attention_recurrent(q, k, v, g, scale=1.0)
     y = layer.o_norm(o.transpose(1, 2)).flatten(2)
@@ -3406,6 +3415,7 @@ TOYS = {    # experiment: (its flags, rows of the JSON file, is there a picture?
     "presets": ("", 7, False),
     "switch": (f"--dataset DATASET --steps 3 --adapt 2 --windows 3 {SMALL}", 5, False),
     "recall": ("--layers full,dsa --steps 2 --lengths 64,512 --batch_tokens 512", 8 + 6, True),
+    "track": ("--layers full,deltanet --groups parity,s3 --steps 2 --length 8 --times 1,2", 8, False),
     "moe": ("--steps 2 --repeat 1", 5, True),
     "decode": (f"{RUNS3} --run_judge RUNS/ar --batches 1,2", 1 + 26, True),
     "panel": (f"{RUNS3} --windows 2 --n_mc 4", 7, False),
@@ -4047,6 +4057,17 @@ def test_recall_accuracy_of_the_oracle_is_one_and_of_guessing_chance(causal):
         assert bench.recall_accuracy(oracle, 64, 4, mask_id, causal, text) == (1.0, 0.0)
         share, se = bench.recall_accuracy(guess, 512, 8, mask_id, causal, text)
         assert abs(share - 1 / bench.VALUES) < 5 * se < 0.05
+
+@pytest.mark.parametrize("things", (2, 3, 5))
+def test_words_are_products(things):
+    """Each y is what the permutations up to there do to things in a row."""
+    order = list(permutations(range(things)))
+    for row, products in zip(*bench.draw_words(3, 20, things, torch.Generator().manual_seed(0))):
+        state = tuple(range(things))
+        for x, y in zip(row, products):
+            state = tuple(state[i] for i in order[x])
+            assert order[y] == state
+
 
 # ------------------------------------------------------------------------------------------------------------
 # Tool calls
