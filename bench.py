@@ -31,10 +31,6 @@ Numbers go to out/NAME.json with command, versions, device, seeds and date, pict
 --results results to the files that results/README.md shows. A command that was interrupted goes on where it
 stopped when it is typed again.
 """
-if __name__ == "__main__":                      # Ctrl-C while the imports run: the end, and no traceback
-    import signal
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import argparse
 import collections
 import contextlib

@@ -17,13 +17,9 @@ its final one, `done` in [0, 1] is the part of the source read so far. So no fil
 disk, token ids are raw uint16 (uint32 for vocabularies above 65,536) and each document ends in <|endoftext|>,
 as in nanoGPT. In every tokenizer the id of <|endoftext|> is the last one, n_vocab - 1.
 """
-if __name__ == "__main__":                      # Ctrl-C while the imports run: the end, and no traceback
-    import signal
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import argparse, base64, bz2, collections, concurrent.futures, contextlib, difflib, fractions, functools, gzip
 import hashlib, heapq, http.client, importlib.metadata, importlib.util, inspect, io, itertools, json, lzma
-import os, re, shlex, shutil, signal, sys, sysconfig, tempfile, time, types, unicodedata
+import os, re, shlex, shutil, sys, sysconfig, tempfile, time, types, unicodedata
 import urllib.request, warnings, zipfile, zlib
 from pathlib import Path
 
@@ -843,13 +839,10 @@ def count(n, noun):
 
 def console():
     """First line of every main(): what is printed appears at once, in a file too, and a character that the
-    terminal does not know is escaped. From here on Ctrl-C is a KeyboardInterrupt again: while the imports
-    run, the scripts let it end the process, for that prints no traceback."""
+    terminal does not know is escaped."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def complain(program, error):

@@ -17,10 +17,6 @@ What is in this file, in this order:
     to look at      watcher (--watch), moving_picture (--gif)
     tools           ToolCalls, calculator
 """
-if __name__ == "__main__":                      # Ctrl-C while the imports run: the end, and no traceback
-    import signal
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import argparse
 import ast
 import contextlib

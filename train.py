@@ -2,12 +2,12 @@
 
     python train.py                                                  # three minutes on a laptop
     python train.py --objective mdm --unique_tokens 30000 --epochs 100
-    python train.py --resume auto --out out/NAME --max_steps 5000    # go on with a run
+    python train.py --resume auto --out out/NAME                     # go on with a run
     python train.py --init_from out/NAME --objective mdm             # its weights alone, everything else new
     torchrun --standalone --nproc_per_node=8 train.py --preset gpt2 --dataset fineweb10B
 
-Flags: python train.py --help. A run is a folder: config.json, metrics.jsonl, loss.png, samples.txt,
-ckpt_last.pt, ckpt_prev.pt (the save before it), ckpt_best.pt. In this file, in this order:
+Flags: python train.py --help. A run is a folder: config.json, metrics.jsonl, samples.txt, ckpt_last.pt,
+ckpt_prev.pt (the save before it), ckpt_best.pt. In this file, in this order:
 
     settings        the flags: their defaults, then the checkpoint's, then what was given
     data            Windows, the repeating loader; what is evaluated, and when
@@ -18,13 +18,9 @@ ckpt_last.pt, ckpt_prev.pt (the save before it), ckpt_best.pt. In this file, in 
     a step          the global batch, this process's share of it, the gradient
     train           the story
 """
-if __name__ == "__main__":                      # Ctrl-C while the imports run: the end, and no traceback
-    import signal
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import contextlib
 import dataclasses
-import datetime
+import itertools
 import json
 import math
 import os
@@ -49,15 +45,15 @@ import prepare
 from model import LM, PRESETS, ModelConfig, from_preset, from_pretrained, nearest, override, parse_value
 from prepare import need
 
-# What --recipe takes: {key: (default, largest, what it does)}. The first five are for AR rows.
+# What --recipe takes: {key: (default, largest, objectives, what it does)}
 RECIPE = {
-    "mask": (0.0, 1, "share of the input tokens replaced by the mask token (2511.03276)"),
-    "random": (0.0, 1, "share of the input tokens replaced by random ones (2606.16246)"),
-    "reverse": (0.0, 1, "share of the windows that are read from right to left (2606.16246)"),
-    "offset": (1, 16, "a window learns to predict 1 to so many places on (2606.16246)"),
-    "mir": (0.0, 10, "weight of a second loss, on inputs masked at a rate from U(0, .5) (2606.06888)"),
-    "rate": (0.0, 1, "mdm: always this share of masks; what is trained is no bound then"),
-    "orders": (0, 2 ** 31, "block of 1: AR in so many fixed orders of reading, the first left to right"),
+    "mask": (0.0, 1, "ar mixed", "share of the input tokens replaced by the mask token (2511.03276)"),
+    "random": (0.0, 1, "ar mixed", "share of the input tokens replaced by random ones (2606.16246)"),
+    "reverse": (0.0, 1, "ar mixed", "share of the windows that are read from right to left (2606.16246)"),
+    "offset": (1, 16, "ar mixed", "a window learns to predict 1 to so many places on (2606.16246)"),
+    "mir": (0.0, 10, "ar mixed", "weight of a loss on inputs masked at a rate from U(0, .5) (2606.06888)"),
+    "rate": (0.0, 1, "mdm", "always this share of masks; what is trained is no bound then"),
+    "orders": (0, 2 ** 31, "block", "AR in so many fixed orders of reading, the first left to right"),
 }
 # name: (default, help). A default of None means "chooses itself" or "from the preset", as the help says.
 FLAGS = {
@@ -104,8 +100,6 @@ FLAGS = {
         "dtype": ("auto", "auto (bfloat16 where native, on a GPU) | bfloat16 | float32"),
         "compile": ("auto", "auto (on cuda) | on | off"),
         "fsdp": ("off", "on: torchrun's processes share parameters, gradients and optimizer state out | off"),
-        "timeout": (10.0, "minutes after which a process that does not answer ends the run"),
-        "max_minutes": (None, "stop and save after so many minutes of training in this call"),
         "threads": (0, "CPU threads; 0: 1 for models below 5M parameters, else all cores"),
     },
     "output": {
@@ -117,27 +111,24 @@ FLAGS = {
                            "found among four; 0 = never"),
         "save_every": (1000, "steps between checkpoints, besides those at evaluations and at the end"),
         "log_every": (20, "steps between log lines"),
-        "resume": (None, "auto: the last checkpoint of --out if there is one, without --out the newest run "
-                         "of this kind; or PATH of a checkpoint or run folder"),
+        "resume": ("off", "auto: go on with the run in --out, if there is one | off"),
     },
 }
 DEFAULTS = {name: default for group in FLAGS.values() for name, (default, _) in group.items()}
-KIND = {**dict.fromkeys(("epochs", "dropout", "max_minutes"), float), **dict.fromkeys(
+KIND = {**dict.fromkeys(("epochs", "dropout"), float), **dict.fromkeys(
     ("unique_tokens", "max_steps", "block_size", "n_layer", "n_head", "n_embd", "micro_batch"), int)}
 # These may differ between a checkpoint and the run that resumes it; all other flags shape the trajectory.
-FREE = {"epochs", "max_steps", "max_minutes", "micro_batch", "device", "dtype", "compile", "fsdp", "timeout",
-        "threads", "out", "resume", "eval_every", "eval_epochs", "eval_windows", "probe_every", "save_every",
-        "log_every"}
+# (The last two are in older checkpoints alone.)
+FREE = {"epochs", "max_steps", "micro_batch", "device", "dtype", "compile", "fsdp", "threads", "out",
+        "resume", "eval_every", "eval_epochs", "eval_windows", "probe_every", "save_every", "log_every",
+        "max_minutes", "timeout"}
 CHOICES = {
     "objective": ("ar", "mdm", "mixed", "block"), "schedule": ("wsd", "cosine", "constant"),
     "optimizer": ("adamw", "muon"), "dtype": ("auto", "bfloat16", "float32"),
-    "compile": ("auto", "on", "off"), "fsdp": ("on", "off"), "preset": tuple(PRESETS)}
-POSITIVE = ("epochs", "max_steps", "unique_tokens", "block_size", "n_layer", "n_head", "n_embd", "lr",
-            "micro_batch", "max_minutes", "log_every", "save_every", "batch_tokens",
-            "diffusion_block", "timeout")
-NOT_NEGATIVE = ("eval_every", "eval_windows", "probe_every", "dense_steps", "indexer_warmup", "warmup",
-                "weight_decay", "grad_clip")
-SHARES = ("ar_frac", "dropout", "beta2")
+    "compile": ("auto", "on", "off"), "fsdp": ("on", "off"), "resume": ("auto", "off"),
+    "preset": tuple(PRESETS)}
+POSITIVE = ("epochs", "max_steps", "unique_tokens", "lr", "micro_batch", "log_every", "save_every",
+            "batch_tokens", "diffusion_block")              # the other numbers may be 0; none is negative
 
 # Dense bf16 peak by device name, from the makers' data sheets, for MFU. Unknown devices get none: no guess.
 PEAK_FLOPS = {"H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12,
@@ -161,17 +152,17 @@ def parse_flags(argv=None):
     for title, flags in FLAGS.items():
         group = parser.add_argument_group(title)
         for name, (default, text) in flags.items():
-            if default is not None and default != []:
-                text += f" (default: {default})"
-            more = dict(metavar=name.upper(), help=text.replace("%", "%%"))
             kind = KIND.get(name, type(default))
+            how = {}
             if kind in (int, float):
-                more |= dict(type=kind)                     # prepare.Parser reads them: 1e6, 30M
-            if name in ("set", "recipe"):
-                more |= dict(nargs="+", action="extend", metavar="KEY=VALUE")
-            if name == "fsdp":
-                more |= dict(nargs="?", const="on")
-            group.add_argument(f"--{name}", **more)
+                how = dict(type=kind)                       # prepare.Parser reads them: 1e6, 30M
+            elif kind is list:
+                how = dict(nargs="+", action="extend", metavar="KEY=VALUE")
+            elif name == "fsdp":
+                how = dict(nargs="?", const="on")
+            if default not in (None, []):
+                text += f" (default: {default})"
+            group.add_argument(f"--{name}", help=text.replace("%", "%%"), **how)
     return vars(parser.parse_args(argv))
 
 
@@ -183,32 +174,20 @@ def settings(given, log):
     """
     for name in given:
         need(name in DEFAULTS, f"unknown flag --{name}{nearest(name, DEFAULTS)}")
-    flags = {**DEFAULTS, **given}
+    flags, state, source = {**DEFAULTS, **given}, None, None
     check(flags)
-    target, state = flags["resume"], None
-    if target == "auto":
-        target = Path(flags["out"]) if flags["out"] else newest_run(flags)
-        state, source = newest_checkpoint(target, log)
-        if not state:                                       # what cannot be read is put aside
-            for path in target.glob("ckpt_*.pt"):
-                with contextlib.suppress(FileNotFoundError):    # another process was first
-                    os.replace(path, f"{path}.damaged")
-                log(f"{path} is put aside, and the run begins again")
-    elif target:
-        state, source = newest_checkpoint(Path(target), log)
-        need(state, f"there is no checkpoint to read in {target}: name a run folder of train.py")
+    if flags["resume"] == "auto":
+        need(flags["out"], "--resume auto goes on with the run in --out: name that folder")
+        state, source = newest_checkpoint(Path(flags["out"]), log)
     if not state:
         return flags, None, None
-    lost = [k for k, value in state["flags"].items() if value and k not in DEFAULTS]
+    lost = [k for k, value in state["flags"].items() if value and k not in {*DEFAULTS, *FREE}]
     need(not lost, f"{source} was trained with --{' --'.join(lost)}, which train.py no longer has: a new run "
                    f"from its weights is --init_from {source}")
     wrong = other_settings(state, given)
-    need(not wrong, f"cannot resume {target} with other settings: {', '.join(wrong)}. "
-                    f"A new run from its weights: --init_from {target}")
+    need(not wrong, f"cannot resume {source} with other settings: {', '.join(wrong)}. "
+                    f"A new run from its weights: --init_from {source}")
     flags = {**DEFAULTS, **{k: v for k, v in state["flags"].items() if k in DEFAULTS}, **given}
-    if not given.get("out"):
-        flags["out"] = str(source.parent)
-    check(flags)
     return flags, state, source
 
 
@@ -220,35 +199,30 @@ def other_settings(state, given):
 
 
 def check(flags):
-    """ValueError for a value that no run can have. (`not 0 < x` also refuses nan.)"""
+    """ValueError for a value that no run can have. (nan is not 0 <= nan.)"""
     for name, choices in CHOICES.items():
-        value = flags[name]
-        near = nearest(value, choices)
-        need(value in choices, f"--{name} {value} is unknown{near}: one of {', '.join(choices)}")
-    for names, ok, expected in ((POSITIVE, lambda x: 0 < x < math.inf, "be above 0 and finite"),
-                                (NOT_NEGATIVE, lambda x: 0 <= x < math.inf, "not be negative, and be finite"),
-                                (SHARES, lambda x: 0 <= x <= 1, "lie between 0 and 1")):
-        for name in names:
-            value = flags[name]
-            need(value is None or ok(value), f"--{name} {value} must {expected}")
-    need(0 <= flags["seed"] < 2 ** 31, f"--seed {flags['seed']} must lie between 0 and {2 ** 31 - 1}")
-    need(flags["beta2"] < 1, "--beta2 1.0 never forgets: it must be below 1, such as 0.95")
+        value, known = flags[name], ", ".join(choices)
+        need(value in choices, f"--{name} {value} is unknown{nearest(value, choices)}: one of {known}")
+    for name, value in flags.items():
+        if isinstance(value, (int, float)):
+            least = "above 0" if name in POSITIVE else "of 0 or more"
+            need(0 <= value < math.inf and (value or name not in POSITIVE),
+                 f"--{name} {value}: expected a number {least}")
+    need(flags["seed"] < 2 ** 31, f"--seed {flags['seed']} must lie between 0 and {2 ** 31 - 1}")
     recipe(flags)
 
 
 def recipe(flags):
     """{key: value} of RECIPE, from --recipe."""
     values = {key: default for key, (default, *_) in RECIPE.items()}
-    objective = flags["objective"]
     for pair in flags["recipe"]:
-        key, eq, value = pair.partition("=")
-        need(eq and key in RECIPE, f"--recipe {pair}: expected key=value{nearest(key, RECIPE)}, the key one "
-                                   f"of {', '.join(RECIPE)}")
-        default, most, _ = RECIPE[key]
+        key, _, value = pair.partition("=")
+        need(key in RECIPE, f"--recipe {pair}: expected key=value, the key one of {', '.join(RECIPE)}")
+        default, most, objectives, _ = RECIPE[key]
         values[key] = prepare.number(value, type(default))
         need(default <= values[key] <= most, f"--recipe {pair} must lie between {default} and {most}")
-        kinds = {"rate": ("mdm",), "orders": ("block",)}.get(key, ("ar", "mixed"))
-        need(objective in kinds, f"--recipe {pair} is for --objective {' and '.join(kinds)}, not {objective}")
+        need(flags["objective"] in objectives.split(), f"--recipe {key} is for --objective {objectives}, not "
+                                                       f"{flags['objective']}")
     need(not values["orders"] or flags["diffusion_block"] == 1, "--recipe orders=K needs --diffusion_block 1")
     return values
 
@@ -273,10 +247,6 @@ def model_config(flags, vocab_size=None, trained=None):
                                   "it out, or prepare the text with another --tokenizer")
     if trained:
         return override(override(ModelConfig(), trained), values)
-    for key, value in PRESETS[flags["preset"]].items():     # sizes are free, names and switches are not
-        if value is None or isinstance(value, (str, bool)):
-            need(values.get(key, value) == value, f"--preset {flags['preset']} fixes {key}={value}: leave "
-                                                  f"{key}={values.get(key)} out, or take another preset")
     return from_preset(flags["preset"], **values)
 
 # ------------------------------------------------------------------------------------------------------------
@@ -334,17 +304,17 @@ def eval_steps(flags, total, steps_per_epoch):
     spec, every = flags["eval_epochs"], flags["eval_every"]
     if spec is None:
         return {*range(every, total, every), total} if every else {total}
+    kind, _, points = spec.partition(":")
     try:
-        if spec.startswith("geometric"):
-            points = prepare.number(spec[10:] or "12", int)
+        if kind == "geometric":
             last = total / steps_per_epoch
-            epochs = np.geomspace(min(1.0, last), last, points if points <= total else 0)
+            points = min(total, prepare.number(points or "12", int))
+            epochs = np.geomspace(min(1.0, last), last, points)
         else:
             epochs = [prepare.number(e, float) for e in spec.split(",")]
-        need(len(epochs) and min(epochs) > 0, "")
     except ValueError:
         raise ValueError(f"--eval_epochs {spec} is neither a list of epochs such as 1,2,4 nor geometric nor "
-                         f"geometric:N (N at most the {total} steps)") from None
+                         "geometric:N") from None
     return {max(1, round(min(total, e * steps_per_epoch))) for e in epochs} | {total}
 
 
@@ -428,21 +398,21 @@ def make_optimizers(lm, flags, device):
     The experts' biases (E, width) are vectors, too, though their shape is a matrix's; so are nsa's positions
     in a window.
     """
-    params = dict(lm.named_parameters())
-    vectors = ("bias", "conv_weight", "window_pos")
-    decays = {n for n, p in params.items() if p.ndim >= 2 and not n.endswith(vectors)}
-    muon = {n for n in decays if n.startswith("blocks.") and flags["optimizer"] == "muon"}
-    groups = [[p for n, p in params.items() if n not in muon and n in decays],
-              [p for n, p in params.items() if n not in muon and n not in decays]]
-    fused = torch.device(device).type in ("cuda", "cpu")
-    optimizers = [torch.optim.AdamW([dict(params=groups[0], weight_decay=flags["weight_decay"]),
-                                     dict(params=groups[1], weight_decay=0.0)],
+    muon, matrices, vectors = {}, [], []
+    for name, p in lm.named_parameters():
+        if p.ndim < 2 or name.endswith(("bias", "conv_weight", "window_pos")):
+            vectors.append(p)
+        elif flags["optimizer"] == "muon" and name.startswith("blocks."):
+            muon[name] = p
+        else:
+            matrices.append(p)
+    decay, fused = flags["weight_decay"], torch.device(device).type in ("cuda", "cpu")
+    optimizers = [torch.optim.AdamW([dict(params=matrices, weight_decay=decay),
+                                     dict(params=vectors, weight_decay=0.0)],
                                     lr=flags["lr"], betas=(0.9, flags["beta2"]), eps=1e-8, fused=fused)]
     if muon:
-        hidden = [params[n] for n in sorted(muon)]
-        optimizers.append(Muon(hidden, lr=flags["lr"], weight_decay=flags["weight_decay"]))
-    grouped = [p for o in optimizers for g in o.param_groups for p in g["params"]]
-    assert len(grouped) == len(params) and set(grouped) == set(params.values()), "not in exactly one group"
+        hidden = [muon[name] for name in sorted(muon)]
+        optimizers.append(Muon(hidden, lr=flags["lr"], weight_decay=decay))
     return optimizers
 
 
@@ -463,7 +433,7 @@ def learning_rate(step, total, flags):
 # Evaluation
 
 @torch.no_grad()
-def evaluate(lm, windows, objective, rows=64, seed=0, n_mc=4, diffusion_block=None, orders=0):
+def evaluate(lm, windows, objective, rows=64, n_mc=4, diffusion_block=None, orders=0):
     """Loss of fixed windows (N, T), nats per token: {"loss", "se", ...}; AR exact, diffusion a bound with its
     s.e.
 
@@ -473,28 +443,30 @@ def evaluate(lm, windows, objective, rows=64, seed=0, n_mc=4, diffusion_block=No
     not that of the choice of windows. orders (see RECIPE): each window is read in one of them.
     """
     was_training = lm.training
-    device = lm.embed.weight.device
     lm.eval()
-    out = {}
+    losses, se, more = {}, 0.0, {}
     if objective in ("ar", "mixed"):
-        nats = 0.0
-        for x in windows.split(rows):
-            nats += diffusion.ar_loss(lm, x.long().to(device), lm.mask_id).item() * len(x)
-        out["ar_loss"] = nats / len(windows)
-        out["se"] = 0.0
+        losses["ar_loss"] = ar_nats(lm, windows, rows).double().mean().item()
     if objective != "ar":
-        gen = torch.Generator().manual_seed(seed)
-        block, more = diffusion_block if objective == "block" else None, {}
         if orders:
             more["pos"] = diffusion.reading_order(torch.arange(len(windows)) % orders, windows.size(1))
             windows = windows.long().gather(1, more["pos"])
-        out["mdm_loss"], out["se"] = diffusion.mdm_nll(lm, windows, lm.mask_id, n_mc, gen, batch_size=rows,
-                                                       noise_block=block, device=device, **more)
-    out["loss"] = min(out[k] for k in ("ar_loss", "mdm_loss") if k in out)
-    if objective != "mixed":
-        out = {"loss": out["loss"], "se": out["se"]}
+        losses["mdm_loss"], se = mdm_nats(lm, windows, objective, rows, n_mc, diffusion_block, **more)
     lm.train(was_training)
-    return out
+    return {"loss": min(losses.values()), "se": se, **(losses if objective == "mixed" else {})}
+
+
+def ar_nats(lm, windows, rows):
+    """(N, T) -> the same, nats of each token."""
+    device = lm.embed.weight.device
+    return torch.cat([diffusion.ar_loss(lm, x.long().to(device), lm.mask_id, reduction="none").cpu()
+                      for x in windows.split(rows)])
+
+
+def mdm_nats(lm, windows, objective, rows, n_mc, diffusion_block, **how):
+    """diffusion.mdm_nll, by default on the same masks each time."""
+    return diffusion.mdm_nll(lm, windows, lm.mask_id, n_mc, batch_size=rows, device=lm.embed.weight.device,
+                             noise_block=diffusion_block if objective == "block" else None, **how)
 
 
 def probe_items(val_data, T, count=128):
@@ -516,7 +488,7 @@ def probe_items(val_data, T, count=128):
 
 
 @torch.no_grad()
-def probe(lm, items, objective, rows=64, n_mc=8, seed=0, diffusion_block=None):
+def probe(lm, items, objective, rows=64, n_mc=8, diffusion_block=None):
     """{"probe_accuracy", "probe_gap"} of `probe_items`.
 
     The share of passages in which the true end is the most probable of the four, and the mean of wrong minus
@@ -524,19 +496,16 @@ def probe(lm, items, objective, rows=64, n_mc=8, seed=0, diffusion_block=None):
     Like `evaluate` it is deterministic and leaves training as it was.
     """
     was_training = lm.training
+    lm.eval()
     N, _, T = items.shape
     K = max(1, min(16, T // 4))
-    x = items.flatten(0, 1).to(lm.embed.weight.device)      # (4 N, T)
-    lm.eval()
+    x = items.flatten(0, 1)                                 # (4 N, T)
     if objective in ("ar", "mixed"):
-        nats = torch.cat([diffusion.ar_loss(lm, w, lm.mask_id, reduction="none")[:, -K:].sum(1).cpu()
-                          for w in x.split(rows)])
+        nats = ar_nats(lm, x, rows)[:, -K:].sum(1)
     else:
-        block = diffusion_block if objective == "block" else None
-        gen = torch.Generator().manual_seed(seed)
-        nats, _ = diffusion.mdm_nll(lm, x, lm.mask_id, n_mc, gen, batch_size=rows, per_row=True,
-                                    scored=(torch.arange(T) >= T - K).expand(len(x), -1),
-                                    group=torch.arange(N).repeat_interleave(4), noise_block=block)
+        nats, _ = mdm_nats(lm, x, objective, rows, n_mc, diffusion_block, per_row=True,
+                           scored=(torch.arange(T) >= T - K).expand(len(x), -1),
+                           group=torch.arange(N).repeat_interleave(4))
         nats = nats * K
     lm.train(was_training)
     true, wrong = nats.view(N, 4).split([1, 3], dim=1)
@@ -580,10 +549,8 @@ def load_checkpoint(path):
     damaged = f"{path} is truncated, damaged or not a checkpoint of train.py"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError as e:
-        raise ValueError(f"cannot read {path}: {e.strerror}") from None
-    except Exception:
-        raise ValueError(damaged) from None
+    except Exception as e:
+        raise ValueError(f"{damaged} ({e!s:.60})") from None
     need(isinstance(state, dict) and isinstance(state.get("version"), int), damaged)
     need(state["version"] == VERSION, f"{path} was written by another version of train.py "
                                       f"({state['version']}; this one reads {VERSION})")
@@ -618,24 +585,17 @@ def load_model(path, which="best", device="cpu", dtype=torch.float32):
     return lm.to(device).eval(), state
 
 
-def newest_checkpoint(target, log):
-    """(state, its file) of a file, or of the newest readable one in a run folder, (None, None) where there is
-    none."""
-    if not target.is_dir():
-        return (load_checkpoint(target), target) if target.exists() else (None, None)
-    found = []
-    for path in [target / f"ckpt_{which}.pt" for which in KEPT]:
-        if path.exists():
-            try:
-                found.append((load_checkpoint(path), path))
-            except ValueError as e:
-                log(str(e))
-        if found and path.name == "ckpt_last.pt":
-            return found[0]
-    state, path = max(found, key=lambda pair: pair[0]["step"], default=(None, None))
-    if state:
-        log(f"going on from {path.name} (step {state['step']})")
-    return state, path
+def newest_checkpoint(folder, log):
+    """(state, its file) of the newest readable one in a run folder, (None, None) where there is none."""
+    paths = [path for path in (folder / f"ckpt_{which}.pt" for which in KEPT) if path.exists()]
+    for path in paths:
+        try:
+            return load_checkpoint(path), path
+        except ValueError as e:
+            if path == paths[-1]:
+                raise
+            log(f"{e}: going on from the one before")
+    return None, None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -644,134 +604,74 @@ def newest_checkpoint(target, log):
 KEPT = ("last", "prev", "best")
 
 
-def read_rows(path):
-    """(rows of a metrics.jsonl, numbers of the lines that are none)."""
-    rows, bad = [], []
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
-        try:
-            row = json.loads(line)
-            known = row["kind"] in ("train", "eval") and type(row["step"]) is int
-            need(known and math.isfinite(row["epoch"]) and math.isfinite(row["loss"]), "no row")
-            rows.append(row)
-        except (ValueError, TypeError, KeyError):
-            bad.append(number)
-    return rows, bad
-
-
 def read_log(path, tell=lambda line: print(line, file=sys.stderr)):
     """Rows of a run folder's metrics.jsonl in the order of steps, each (kind, step) once; none where there is
     no file."""
-    path = Path(path) / "metrics.jsonl" if Path(path).is_dir() else Path(path)
-    if not path.exists():
-        return []
-    rows, bad = read_rows(path)
+    path, rows, bad = Path(path) / "metrics.jsonl", {}, []
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
+        try:
+            row = json.loads(line)
+            need(math.isfinite(row["epoch"]) and math.isfinite(row["loss"]), "no number")
+            rows[row["kind"], row["step"]] = row
+        except (ValueError, TypeError, KeyError):
+            bad.append(str(number))
     if bad:
-        tell(f"{path}: line {', '.join(map(str, bad))} damaged and left out")
-    return sorted({(r["kind"], r["step"]): r for r in rows}.values(), key=lambda r: r["step"])
+        tell(f"{path}: line {', '.join(bad)} damaged and left out")
+    return sorted(rows.values(), key=lambda row: row["step"])
 
 
 def lock(folder):
     """A file that holds the folder until it is closed or the process ends. ValueError where another process
     does."""
+    import fcntl                                            # not on Windows
     f = open(folder / "lock", "a")
     try:
-        if sys.platform == "win32":
-            import msvcrt
-            msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         f.close()
         raise ValueError(f"another process is training in {folder}: wait, or choose another --out") from None
     return f
 
 
-def run_name(flags):
-    """docs-ar-4x128: what a run is called that was given no --out."""
-    config = model_config(flags)
-    data = prepare.dataset_folder(flags["dataset"]).name
-    return f"{data}-{flags['objective']}-{config.n_layer}x{config.n_embd}"
-
-
-def newest_run(flags):
-    """The folder of the run of this name that was written last."""
-    name = run_name(flags)
-    runs = [p.parent for p in Path("out").glob(f"{name}*/ckpt_last.pt")]
-    runs = [p for p in runs if re.fullmatch(r"(-\d+)?", p.name[len(name):])]
-    need(runs, f"--resume auto finds no run out/{name}: leave it out to begin one, or name a run by --out")
-    return max(runs, key=lambda p: (p / "ckpt_last.pt").stat().st_mtime)
-
-
 class Run:
     """The folder of a run: a lock, the log, the last two checkpoints and the best. Only rank 0 writes.
 
     The log is part of every checkpoint. So the metrics.jsonl of a resumed run is again what it would be
-    without the interruption, whatever has happened to the file, and the best evaluation is the least in the
-    log. """
-    def __init__(self, flags, state, source, rank, log):
+    without the interruption, whatever has happened to the file.
+    """
+    def __init__(self, flags, state, source, rank):
         self.rows = [json.loads(line) for line in state["log"].splitlines()] if state else []
-        self.folder = Path(flags["out"] or f"out/{run_name(flags)}")
-        self.writes, self.log = rank == 0, log
-        self.held = None                                    # the lock
+        self.writes = rank == 0
         self.saved = None                                   # step of a ckpt_last.pt that is known to be good
-        self.best = math.inf                                # the loss of what ckpt_best.pt holds
-        self.best_is_new = self.changed = False
+        self.best = state["best"] if state else math.inf    # the loss of what ckpt_best.pt holds
+        self.best_is_new = False
+        self.held = None                                    # the lock
+        self.folder = self.new_folder(flags) if self.writes and not flags["out"] else Path(flags["out"] or "")
         if self.writes:
-            try:
-                self.open(flags["out"], state, source)
-            except OSError as e:
-                raise ValueError(f"cannot write the run folder {self.folder}: {e.strerror}") from None
+            self.open(state, source)
 
-    def open(self, given, state, source):
-        name, number = self.folder.name, 1
-        while not given:  # make, do not look: two runs may start at one moment
-            try:
-                self.folder.mkdir(parents=True)
-                break
-            except FileExistsError:
-                number += 1
-                self.folder = self.folder.with_name(f"{name}-{number}")
+    def new_folder(self, flags):
+        """out/docs-ar-4x128, or the same with a number."""
+        config, data = model_config(flags), prepare.dataset_folder(flags["dataset"]).name
+        name = f"out/{data}-{flags['objective']}-{config.n_layer}x{config.n_embd}"
+        for folder in itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2))):
+            with contextlib.suppress(FileExistsError):      # make, do not look: two may start at one moment
+                Path(folder).mkdir(parents=True)
+                return Path(folder)
+
+    def open(self, state, source):
         self.folder.mkdir(parents=True, exist_ok=True)
         self.held = lock(self.folder)
         for part in self.folder.glob("*.part"):             # what a kill has left
             part.unlink()
-        here = state is not None and source.parent.resolve() == self.folder.resolve()
-        holds = any((self.folder / f"ckpt_{which}.pt").exists() for which in KEPT)
-        holds |= state is not None and bool(read_log(self.folder))
-        need(here or not holds, f"{self.folder} already holds a run: go on with it by --resume auto, or "
-                                "choose another --out")
-        metrics = self.folder / "metrics.jsonl"
-        if here and metrics.exists():
-            rows, bad = read_rows(metrics)
-            if bad or [r for r in rows if r["step"] <= state["step"]] != self.rows:
-                where = f", damaged in line {', '.join(map(str, bad))}," if bad else ""
-                self.log(f"{metrics}{where} was not what the checkpoint says: written anew from it")
-        with prepare.whole_file(metrics) as f:
-            f.write(self.text().encode())
-        if here and source.name == "ckpt_last.pt":
+        need(state or not any(self.folder.glob("ckpt_*.pt")),
+             f"{self.folder} already holds a run: go on with it by --resume auto, or choose another --out")
+        if state and source.name == "ckpt_last.pt":
             self.saved = state["step"]
-        if state:
-            self.find_best(state, source)
-
-    def find_best(self, state, source):
-        """ckpt_best.pt is of the best evaluation in the log, or made again, or what it is of counts."""
-        path = self.folder / "ckpt_best.pt"
-        losses = {r["step"]: r["loss"] for r in self.evals()}
-        best = min(losses, key=losses.get, default=None)
-        try:
-            kept = load_checkpoint(source.with_name(path.name))
-        except ValueError:
-            kept = None
-        if state["step"] == best and (not kept or kept["step"] != best):
-            kept = state
-        if kept and kept["step"] in losses:
-            self.best = losses[kept["step"]]
-            if kept is state or source.parent != self.folder:
-                save_atomic(kept, path)
-        if best is not None and self.best > losses[best]:
-            self.log(f"{path} is not of step {best}, the best so far: those weights are gone: a better one "
-                     "takes its place")
+        if not (self.folder / "ckpt_best.pt").exists():     # whatever comes is better
+            self.best = math.inf
+        with prepare.whole_file(self.folder / "metrics.jsonl") as f:
+            f.write(self.text().encode())
 
     def text(self):
         return "".join(json.dumps(r, allow_nan=False) + "\n" for r in self.rows)
@@ -784,29 +684,25 @@ class Run:
 
     def record(self, row):
         self.rows.append(row)
-        self.changed = True
         if row["kind"] == "eval" and row["loss"] < self.best:
             self.best = row["loss"]
             self.best_is_new = True
         if self.writes:
-            try:
-                with open(self.folder / "metrics.jsonl", "a") as f:
-                    f.write(json.dumps(row, allow_nan=False) + "\n")
-            except OSError as e:
-                raise ValueError(f"cannot write {self.folder / 'metrics.jsonl'}: {e.strerror}") from None
+            with open(self.folder / "metrics.jsonl", "a") as f:
+                f.write(json.dumps(row, allow_nan=False) + "\n")
 
     def save(self, state):
-        """The last checkpoint, which becomes the one before the last at the next step that is saved; and the
-        best."""
+        """The best first: killed before the last is written, a run comes to it once more. What was the last
+        becomes the one before at the next step that is saved."""
         state = {**state, "best": self.best, "log": self.text()}
         if self.writes:
             last = self.folder / "ckpt_last.pt"
-            another = self.saved not in (None, state["step"])
-            save_atomic(state, last, last.with_name("ckpt_prev.pt") if another else None)
             if self.best_is_new:
                 save_atomic(state, last.with_name("ckpt_best.pt"))
+            another = self.saved not in (None, state["step"])
+            save_atomic(state, last, last.with_name("ckpt_prev.pt") if another else None)
         self.saved = state["step"]
-        self.best_is_new = self.changed = False
+        self.best_is_new = False
 
     def describe(self, flags, config, device, data, val):
         """config.json, and what a reader of the run needs of its data set."""
@@ -817,41 +713,14 @@ class Run:
             return
         versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
         about = {"flags": flags, "model": dataclasses.asdict(config), "device": device, "versions": versions}
-        try:
-            for path in prepare.run_files(data.folder):
-                shutil.copyfile(path, self.folder / path.name)
-            with prepare.whole_file(self.folder / "config.json") as f:
-                f.write(json.dumps(about, indent=1).encode())
-        except OSError as e:
-            raise ValueError(f"cannot write the run folder {self.folder}: {e.strerror}") from None
+        for path in prepare.run_files(data.folder):
+            shutil.copyfile(path, self.folder / path.name)
+        with prepare.whole_file(self.folder / "config.json") as f:
+            f.write(json.dumps(about, indent=1).encode())
 
     def close(self):
         if self.held:
             self.held.close()
-
-
-def draw(rows, path):
-    """loss.png: training and validation loss, the learning rate below. Nothing where matplotlib is
-    missing."""
-    try:
-        import matplotlib
-    except ImportError:
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, (top, below) = plt.subplots(2, sharex=True, figsize=(7, 5), height_ratios=(3, 1))
-    for axes, kind, key, style, label in (
-            (top, "train", "loss", "-", "training batches"), (below, "train", "lr", "-", None),
-            (top, "eval", "train_loss", "o--", "training text"),
-            (top, "eval", "loss", "o-", "validation text")):
-        mine = [r for r in rows if r["kind"] == kind]
-        axes.plot([r["step"] for r in mine], [r[key] for r in mine], style, ms=3, lw=1, label=label)
-    top.set_ylabel("nats per token")
-    below.set(xlabel="step", ylabel="learning rate")
-    top.legend(frameon=False)
-    with prepare.whole_file(path) as f:
-        fig.savefig(f, format="png", dpi=110, bbox_inches="tight")
-    plt.close(fig)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -869,45 +738,34 @@ def processes(flags):
         device = f"cuda:{local}" if device == "cuda" else device
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    compiled = flags["compile"] == "on" or flags["compile"] == "auto" and cuda
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    need(device != "cpu" or not compiled or shutil.which(compiler),
-         "--compile on needs a C++ compiler for the CPU, such as g++: install one, or use --compile off")
     need(world > 1 or flags["fsdp"] == "off", "--fsdp shares a model out among torchrun's processes")
+    compiled = flags["compile"] == "on" or flags["compile"] == "auto" and cuda
     native = cuda and torch.cuda.is_bf16_supported()
     bf16 = flags["dtype"] == "bfloat16" or flags["dtype"] == "auto" and native
     own_group = world > 1 and not torch.distributed.is_initialized()
     if own_group:
-        timeout = datetime.timedelta(minutes=flags["timeout"])
-        torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
+        torch.distributed.init_process_group("nccl" if cuda else "gloo")
     try:
         yield types.SimpleNamespace(rank=rank, world=world, device=device, cuda=cuda, bf16=bf16,
                                     compiled=compiled)
     except RuntimeError as e:
-        lost = isinstance(e, torch.distributed.DistError) or re.search("(?i)gloo|timed out|peer|nccl", str(e))
         if isinstance(e, torch.OutOfMemoryError) or re.search("out of memory|can't allocate", str(e)):
             raise ValueError("out of memory in a pass: use a smaller --micro_batch") from None
-        if world == 1 or not lost:
-            raise
-        raise ValueError(f"one of {world} processes does not answer (--timeout {flags['timeout']:g} minutes) "
-                         f"or has ended: {str(e).splitlines()[0][:150]}") from None
+        raise
     finally:
         if own_group:
-            with contextlib.suppress(RuntimeError):
-                torch.distributed.destroy_process_group()
+            torch.distributed.destroy_process_group()
 
 
 def pick_device(name):
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    kind, _, index = name.partition(":")
-    need(kind in ("cuda", "mps", "cpu") and (not index or index.isdecimal()) and not name.endswith(":"),
-         f"--device {name} is unknown: auto, cuda, cuda:0, mps or cpu")
-    there = torch.cuda.device_count() if kind == "cuda" else 1
-    need(kind != "cuda" or int(index or 0) < there,
-         f"--device {name}: torch sees {there or 'no'} CUDA devices here, use --device cpu")
-    need(kind != "mps" or torch.backends.mps.is_available(),
-         f"--device {name}: torch sees no Apple GPU here, use --device cpu")
+    try:
+        need(name.startswith(("cuda", "mps", "cpu")), "unknown")
+        torch.empty(1, device=name)
+    except (ValueError, RuntimeError, AssertionError) as e:
+        raise ValueError(f"--device {name}: {str(e).splitlines()[0]}; expected auto, cuda, cuda:0, mps or "
+                         "cpu, and that torch sees it") from None
     return name
 
 
@@ -980,8 +838,9 @@ class Batch:
     The AR rows come first, then the diffusion rows. A process has B / world rows side by side, and takes them
     in parts of one objective and at most `micro` rows.
     """
-    def __init__(self, flags, windows, here):
-        self.flags, self.windows, self.here, self.recipe = flags, windows, here, recipe(flags)
+    def __init__(self, flags, windows, process, lm):
+        self.flags, self.recipe, self.windows = flags, recipe(flags), windows
+        self.process, self.lm = process, lm
         T = windows.T
         self.B = B = flags["batch_tokens"] // T
         # Tokens that share one noise level.
@@ -991,24 +850,23 @@ class Batch:
         need(flags["objective"] != "mixed" or 0 < self.ar_rows < B,
              f"--ar_frac {flags['ar_frac']} makes {self.ar_rows} of the {B} windows in a step AR: a mixed "
              "run needs one of each kind at least, take a larger --batch_tokens or another --ar_frac")
-        self.micro = flags["micro_batch"] or max(1, min(B // here.world, (65536 if here.cuda else 8192) // T))
-        self.parts = self.parts_of(here.rank)
-        equal = len({len(self.parts_of(r)) for r in range(here.world)}) == 1
+        most = (65536 if process.cuda else 8192) // T
+        self.micro = flags["micro_batch"] or max(1, min(B // process.world, most))
+        self.parts = self.parts_of(process.rank)
+        equal = len({len(self.parts_of(r)) for r in range(process.world)}) == 1
         need(flags["fsdp"] == "off" or equal,
              "--fsdp needs as many forward passes on each process: choose an --ar_frac that ends where a "
              "process's rows do, or a --micro_batch that divides them")
-        self.cut = [here.world, self.micro]
-
-    def attach(self, lm):
-        self.lm = lm
+        self.cut = [process.world, self.micro]
         self.used = {}                                      # the parameters that get a gradient, by stage
         self.passes = {"ar": self.ar_pass, "mdm": self.mdm_pass}
-        if self.here.compiled and self.flags["fsdp"] == "off":
+        if process.compiled and flags["fsdp"] == "off":
             self.passes = {k: torch.compile(f, dynamic=False, fullgraph=True) for k, f in self.passes.items()}
+
 
     def parts_of(self, rank):
         """[(objective, rows)] of a process."""
-        mine = range(self.B * rank // self.here.world, self.B * (rank + 1) // self.here.world)
+        mine = range(self.B * rank // self.process.world, self.B * (rank + 1) // self.process.world)
         ar = min(max(self.ar_rows - mine.start, 0), len(mine))
         return [(kind, rows[i:i + self.micro]) for kind, rows in (("ar", mine[:ar]), ("mdm", mine[ar:]))
                 for i in range(0, len(rows), self.micro)]
@@ -1044,19 +902,19 @@ class Batch:
         return x, inputs, masked
 
     def to_device(self, x):
-        if self.here.cuda:
+        if self.process.cuda:
             x = x.pin_memory()                              # from pageable memory the copy waits for the GPU
-        return x.to(self.here.device, non_blocking=True)
+        return x.to(self.process.device, non_blocking=True)
 
     def gradient(self, step, stage):
         """Adds up the gradient of the whole batch. Returns its losses by name, device tensors: ar and mdm as
         shares of the mean over all tokens of the batch, nats per token, and the KL of the indexers, summed
         over layers."""
-        flags, here, B = self.flags, self.here, self.B
+        flags, process, B = self.flags, self.process, self.B
         per_row = self.windows.T // self.block              # noise levels
         # Noise belongs to the global batch, dropout to a process; both are functions of the step and resume.
         gen = torch.Generator().manual_seed((flags["seed"] << 32) + step)
-        torch.manual_seed(-1 - (flags["seed"] << 32) - step * here.world - here.rank)
+        torch.manual_seed(-1 - (flags["seed"] << 32) - step * process.world - process.rank)
         x = self.windows.read(self.windows.starts(step * B, B))                 # (B, T)
         noise = diffusion.mdm_noise(B * per_row, self.block, generator=gen)
         if self.recipe["rate"]:
@@ -1067,26 +925,26 @@ class Batch:
             order = diffusion.reading_order(numbers, x.size(1))
             x = x.gather(1, order)
         targets, inputs, masked = self.ar_inputs(x, gen)
-        losses = {name: torch.zeros((), device=here.device) for name in LOSSES}
+        losses = {name: torch.zeros((), device=process.device) for name in LOSSES}
         for kind, rows in self.parts:
             r = slice(rows.start, rows.stop)
             n = slice(r.start * per_row, r.stop * per_row)
             given = [targets[r], inputs[r]] if kind == "ar" else [x[r], *(a[n] for a in noise)]
             more = masked if kind == "ar" else order
             given += [] if more is None else [more[r]]
-            with autocast(here):
+            with autocast(process):
                 loss, aux = self.passes[kind](*map(self.to_device, given))
             share = len(rows) / B
             learn = loss + sum(aux.values())
             if stage == "warmup" and "indexer_kl" in aux:
                 learn = aux["indexer_kl"]
             if flags["fsdp"] == "on":                       # it averages over processes, and this is a sum
-                learn = learn * here.world
+                learn = learn * process.world
             (learn * share).backward()
             losses[kind] += loss.detach() * share
             if "indexer_kl" in aux:
                 losses["indexer_kl"] += aux["indexer_kl"].detach() * share
-        if here.world > 1:
+        if process.world > 1:
             self.add_up(losses, stage)
         return losses
 
@@ -1095,7 +953,7 @@ class Batch:
         done it."""
         if stage not in self.used:                          # by any process; what none uses has no gradient
             params = [] if self.flags["fsdp"] == "on" else list(self.lm.parameters())
-            used = torch.tensor([float(p.grad is not None) for p in params], device=self.here.device)
+            used = torch.tensor([float(p.grad is not None) for p in params], device=self.process.device)
             torch.distributed.all_reduce(used)
             self.used[stage] = [p for p, n in zip(params, used.tolist()) if n]
         for p in self.used[stage]:
@@ -1116,8 +974,8 @@ class Batch:
         return (self.ar_rows * ar + (B - self.ar_rows) * mdm) / B
 
 
-def autocast(here):
-    return torch.autocast(torch.device(here.device).type, torch.bfloat16, enabled=here.bf16)
+def autocast(process):
+    return torch.autocast(torch.device(process.device).type, torch.bfloat16, enabled=process.bf16)
 
 
 class Meter:
@@ -1126,46 +984,42 @@ class Meter:
 
     It is part of every checkpoint, so that the line after a resume is the mean of the same steps.
     """
-    def __init__(self, lm, state, device):
+    def __init__(self, batch, state):
+        self.batch, self.moes = batch, batch.lm.moes()
         self.pending = []                                   # of steps since the last wait for the device
-        # (losses..., norm) of each step since the last line
-        self.rows = state["meter"]["rows"] if state else []
-        self.loads = [torch.zeros_like(m.count) for m in lm.moes()]
+        self.rows = state["meter"]["rows"] if state else []     # [*losses, norm] of each step
+        self.loads = [torch.zeros_like(m.count) for m in self.moes]
         if state:
-            self.loads = [a.to(device) for a in state["meter"]["loads"]]
+            self.loads = [a.to(batch.process.device) for a in state["meter"]["loads"]]
 
-    def add(self, losses, norm, loads):
+    def add(self, losses, norm, stage):
         self.pending.append(torch.stack([*losses.values(), whole(norm)]))
-        self.loads = [a + b for a, b in zip(self.loads, loads)]
+        self.loads = [a + m.balance(stage != "warmup") for a, m in zip(self.loads, self.moes)]
 
-    def check(self, lm, step, run):
+    def check(self, step, run):
         """Between evaluations, all that waits for the device. ValueError where a loss, a gradient or now a
         weight is not finite."""
         recent = torch.stack(self.pending).tolist() if self.pending else []
         self.pending = []
         self.rows += recent
-        for i, row in enumerate(recent):
-            if not math.isfinite(sum(row)):
-                what = "gradient" if math.isfinite(sum(row[:-1])) else "loss"
-                value = row[-1] if what == "gradient" else sum(row[:-1])
-                diverged(f"the {what} became {value}", step - len(recent) + i + 1, run)
-        weights = whole(torch.nn.utils.get_total_norm(lm.parameters())).item()
-        if not math.isfinite(weights):
-            diverged(f"the norm of the weights became {weights}", step, run)
+        *losses, norm = np.sum(recent, axis=0) if recent else [0.0]
+        weights = whole(torch.nn.utils.get_total_norm(self.batch.lm.parameters())).item()
+        need_finite({"the loss": sum(losses), "the gradient": norm, "the norm of the weights": weights}, step,
+                    run)
 
-    def line(self, lm, batch):
+    def line(self):
         """The values of a line: means over the steps since the last one."""
         ar, mdm, kl, _ = (sum(column) / len(self.rows) for column in zip(*self.rows))
         out = {"loss": ar + mdm, "grad_norm": self.rows[-1][-1]}
-        if 0 < batch.ar_rows < batch.B:                     # mixed: each in nats per token of its own rows
-            out["ar_loss"] = ar * batch.B / batch.ar_rows
-            out["mdm_loss"] = mdm * batch.B / (batch.B - batch.ar_rows)
+        share = self.batch.ar_rows / self.batch.B
+        if 0 < share < 1:                                   # mixed: each in nats per token of its own rows
+            out |= {"ar_loss": ar / share, "mdm_loss": mdm / (1 - share)}
         if kl:
             out["indexer_kl"] = kl
-        if self.loads:                                      # per MoE layer
+        if self.moes:                                       # per MoE layer
             out["load_ratio"] = [round((a.max() / a.mean()).item(), 4) for a in self.loads]
             out["dead_experts"] = [int((a < 0.1 * a.mean()).sum()) for a in self.loads]
-            out["bias_range"] = [round((m.bias.max() - m.bias.min()).item(), 4) for m in lm.moes()]
+            out["bias_range"] = [round((m.bias.max() - m.bias.min()).item(), 4) for m in self.moes]
         self.rows = []
         self.loads = [torch.zeros_like(a) for a in self.loads]
         return out
@@ -1174,11 +1028,11 @@ class Meter:
         return {"rows": self.rows, "loads": self.loads}
 
 
-def diverged(what, step, run):
-    good = "there is no checkpoint yet"
-    if run.saved is not None:
-        good = f"the last good checkpoint is {run.folder / 'ckpt_last.pt'} (step {run.saved})"
-    raise ValueError(f"{what} at step {step}: lower --lr or raise --warmup; {good}")
+def need_finite(values, step, run):
+    saved = f"the last good checkpoint is {run.folder / 'ckpt_last.pt'} (step {run.saved})"
+    for name, value in values.items():
+        need(math.isfinite(value), f"{name} became {value} by step {step}: lower --lr or raise --warmup; "
+                                   f"{saved if run.saved is not None else 'there is no checkpoint yet'}")
 
 # ------------------------------------------------------------------------------------------------------------
 # The story
@@ -1199,7 +1053,7 @@ def length(flags, windows):
     return (1000 if total == math.inf else total), per_epoch
 
 
-def build(flags, config, here, state, trained, source):
+def build(flags, config, process, state, trained):
     """(model, optimizers). state: the checkpoint to go on from; trained: the one whose weights are taken."""
     torch.manual_seed(flags["seed"])
     lm = LM(config)
@@ -1208,11 +1062,11 @@ def build(flags, config, here, state, trained, source):
          f"--dense_steps and --indexer_warmup need layers with an indexer (dsa, msa), not {config.layers}")
     set_threads(flags["threads"], lm)
     if trained:
-        load_weights(lm, trained, source)
-    lm.to(here.device).train()
+        load_weights(lm, trained, flags["out"] if state else flags["init_from"])
+    lm.to(process.device).train()
     if flags["fsdp"] == "on":
-        shard(lm, here.compiled)
-    optimizers = make_optimizers(lm, flags, here.device)
+        shard(lm, process.compiled)
+    optimizers = make_optimizers(lm, flags, process.device)
     if state:
         load_optimizers(optimizers, state["optimizers"])
         torch.set_rng_state(state["rng"])
@@ -1222,38 +1076,26 @@ def build(flags, config, here, state, trained, source):
 def initial(flags, data, log):
     """The checkpoint of --init_from, which must speak the tokens of the data."""
     path = Path(flags["init_from"])
-    if path.is_dir() and (path / "ckpt_best.pt").exists():
-        path = path / "ckpt_best.pt"
-    published = any(path.glob("model*.safetensors"))
-    state = load_model(path)[1] if published else load_checkpoint(path)
+    _, state = load_model(path)
     theirs = prepare.load_tokenizer(path if path.is_dir() else path.parent)
     need(theirs.vocab == data.tokenizer.vocab, f"{path} was trained on tokens of {theirs.name}, and "
          f"{data.folder} holds tokens of {data.tokenizer.name}: prepare the text with its tokenizer")
     log(f"weights of {path} (step {state['step']}, {state['flags']['objective']})")
-    return state, path
+    return state
 
 
-def check_resume(flags, state, source, config, data, batch, total, log):
-    """What must be as it was for the run to go on as if it had never stopped; and how it goes on."""
-    now = dataclasses.asdict(config)
-    differ = [f"{k}: {v} != {now.get(k)}" for k, v in state["config"].items() if now.get(k) != v]
-    need(not differ, f"the checkpoint's model is another than the flags and data make: {', '.join(differ)}")
-    need(state["data"] == data.meta["train_sha256"],
+def check_resume(state, source, data, batch, total, log):
+    """What must be as it was for the run to go on as if it had never stopped."""
+    step, config = state["step"], state["config"]
+    need(state["data"] == data.meta["train_sha256"] and config["vocab_size"] == data.tokenizer.n_vocab,
          f"{data.folder} holds other tokens than the ones this run began with: prepare the same text, or "
          f"begin a new run from these weights by --init_from {source}")
-    need(not (config.dropout or config.mlp_dropout) or state["cut"] == batch.cut,
+    need(not (config["dropout"] or config["mlp_dropout"]) or state["cut"] == batch.cut,
          "with dropout a run goes on with its number of processes and its --micro_batch, which were "
          f"{state['cut']} and not {batch.cut}")
-    step, planned = state["step"], state["total"]
     need(step <= total, f"the checkpoint is at step {step}, beyond the {total} steps asked for: raise "
                         "--max_steps or --epochs")
-    before, after = (learning_rate(step, n, flags) for n in (planned, total))
-    log(f"resumed at step {step} from {source}")
-    if step == total:
-        log("nothing to do: that is the last step; raise --max_steps or --epochs to go on")
-    elif after > before:
-        log(f"the run was planned for {planned} steps and goes on to {total}: the learning rate rises again, "
-            f"from {before:.2e} to {after:.2e}")
+    log(f"resumed at step {step} from {source}" + ": the last one, nothing to do" * (step == total))
 
 
 class Progress:
@@ -1263,8 +1105,7 @@ class Progress:
         self.total, self.per_epoch = total, per_epoch
         self.tokens = batch.B * batch.windows.T             # per step
         self.flops = batch.flops_per_token()
-        # where this call, and where the current line of the log began
-        self.first = self.line = (self.step, self.seconds)
+        self.line = (self.step, self.seconds)               # where the current line of the log began
 
     def row(self, kind, **values):
         tokens = self.step * self.tokens
@@ -1272,99 +1113,92 @@ class Progress:
                 "flops": tokens * self.flops, "seconds": round(self.seconds, 3), **values}
 
     def seconds_per_step(self):
-        return max(1e-9, self.seconds - self.line[1]) / max(1, self.step - self.line[0])
-
-    def eta(self):
-        return clock((self.total - self.step) * self.seconds_per_step())
-
-    def leaving(self, flags, here, came):
-        """None, "time is up" or "interrupted". Processes decide together, at log steps, or one would wait for
-        ever."""
-        late = flags["max_minutes"] is not None and self.seconds - self.first[1] >= 60 * flags["max_minutes"]
-        why = 2 if came else int(late)                      # on the host: a tensor would wait for every step
-        if here.world > 1:
-            if self.step % flags["log_every"]:
-                return None
-            flag = torch.tensor(why, device=here.device)
-            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-            why = int(flag)
-        return (None, "time is up", "interrupted")[why]
+        """Since the last call."""
+        (step, seconds), self.line = self.line, (self.step, self.seconds)
+        return max(1e-9, self.seconds - seconds) / max(1, self.step - step)
 
 
 @contextlib.contextmanager
 def signals():
     """A list that gets the signals to stop: Ctrl-C, the end of a job, a closed terminal."""
-    came, handlers = [], {}
-    with contextlib.suppress(ValueError):                   # not in the main thread: leave them
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            if hasattr(signal, name):
-                number = getattr(signal, name)
-                handlers[number] = signal.signal(number, lambda n, _: came.append(n))
+    came, numbers = [], (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, lambda number, frame: came.append(number)) for number in numbers]
     try:
         yield came
     finally:
-        for number, handler in handlers.items():
+        for number, handler in zip(numbers, before):
             signal.signal(number, handler)
 
 
-def announce(flags, data, windows, lm, batch, here, at, val, evals, run, log):
-    many = prepare.count
-    log(f"{flags['objective']} | {lm.num_params() / 1e6:.2f}M parameters ({lm.num_params(False) / 1e6:.2f}M "
-        f"without embeddings) | {at.flops / 1e6:.2f} MFLOP/token | "
-        f"{here.device}, {'bfloat16' if here.bf16 else 'float32'}, "
-        f"{'compiled' if here.compiled else 'eager'}, {many(torch.get_num_threads(), 'thread')}, "
-        f"{many(here.world, 'process')}")
+def stopped(came, step, flags, process):
+    """Processes decide together, at log steps, or one would wait for ever."""
+    if process.world == 1:
+        return bool(came)
+    if step % flags["log_every"]:
+        return False
+    flag = torch.tensor(len(came), device=process.device)
+    torch.distributed.all_reduce(flag)
+    return bool(flag)
+
+
+def announce(batch, data, val, evals, progress, run, log):
+    lm, process, windows, many = batch.lm, batch.process, batch.windows, prepare.count
+    log(f"{batch.flags['objective']} | {lm.num_params() / 1e6:.2f}M parameters "
+        f"({lm.num_params(False) / 1e6:.2f}M without embeddings) | {progress.flops / 1e6:.2f} MFLOP/token | "
+        f"{process.device}, {'bfloat16' if process.bf16 else 'float32'}, "
+        f"{'compiled' if process.compiled else 'eager'}, {many(torch.get_num_threads(), 'thread')}, "
+        f"{many(process.world, 'process')}")
     log(f"{data.folder} | {windows.U:,} unique tokens ({many(windows.n, 'window')} of {windows.T}) | "
-        f"{many(at.total, 'step')} of {at.tokens:,} tokens = {at.total / at.per_epoch:.4g} epochs | "
+        f"{many(progress.total, 'step')} of {progress.tokens:,} tokens = "
+        f"{progress.total / progress.per_epoch:.4g} epochs | "
         f"{many(len(val), 'validation window')}, {many(len(evals), 'evaluation')} | -> {run.folder}")
 
 
-def measure(lm, flags, here, at, run, val, seen, ends, log):
+def measure(batch, progress, run, val, seen, ends, log):
     """Evaluates and records: the loss of validation and of training windows, and the probe where it is
     due."""
     tic = time.perf_counter()
-    set_stage(lm, flags, max(at.step - 1, 0))               # as trained so far
+    lm, flags, step = batch.lm, batch.flags, progress.step
+    set_stage(lm, flags, max(step - 1, 0))                  # as trained so far
     how = dict(objective=flags["objective"], rows=flags["micro_batch"] or max(1, 16384 // val.size(1)),
                diffusion_block=flags["diffusion_block"])
-    orders = recipe(flags)["orders"]
     every, number = flags["probe_every"], len(run.evals()) + 1
-    with autocast(here):
-        result = evaluate(lm, val, orders=orders, **how)
-        result["train_loss"] = evaluate(lm, seen, orders=orders, **how)["loss"]
-        if every and (number % every == 0 or at.step >= at.total):
+    with autocast(batch.process):
+        result = evaluate(lm, val, orders=batch.recipe["orders"], **how)
+        result["train_loss"] = evaluate(lm, seen, orders=batch.recipe["orders"], **how)["loss"]
+        if every and (number % every == 0 or step >= progress.total):
             result |= probe(lm, ends, **how)
-    for name, value in result.items():
-        if not math.isfinite(value):
-            diverged(f"{name} of the evaluation became {value}", at.step, run)
-    bpb = result["loss"] / math.log(2) / run.bytes_per_token
-    run.record(at.row("eval", **result, bpb=bpb, eval_seconds=round(time.perf_counter() - tic, 3)))
+    need_finite({f"{name} of the evaluation": value for name, value in result.items()}, step, run)
+    result["bpb"] = result["loss"] / math.log(2) / run.bytes_per_token
+    run.record(progress.row("eval", **result, eval_seconds=round(time.perf_counter() - tic, 3)))
     error = f" +- {result['se']:.4f}" if result["se"] else ""
-    known = ("ar_loss", "mdm_loss", "probe_accuracy", "probe_gap")
-    more = "".join(f" | {k} {result[k]:.4f}" for k in known if k in result)
-    log(f"eval {at.step}/{at.total} | epoch {at.step / at.per_epoch:.2f} | val {result['loss']:.4f}{error} | "
-        f"train {result['train_loss']:.4f} | bpb {bpb:.4f}{more}")
+    known = ("bpb", "ar_loss", "mdm_loss", "probe_accuracy", "probe_gap")
+    more = "".join(f" | {name} {result[name]:.4f}" for name in known if name in result)
+    log(f"eval {step}/{progress.total} | epoch {step / progress.per_epoch:.2f} | "
+        f"val {result['loss']:.4f}{error} | train {result['train_loss']:.4f}{more}")
 
 
-def report(meter, lm, batch, here, at, rate, run, log):
+def report(meter, progress, rate, run, log):
     """One line of the log, on the screen and in metrics.jsonl."""
-    dt = at.seconds_per_step()
-    row = at.row("train", **meter.line(lm, batch), lr=rate, tok_per_s=round(at.tokens / dt))
+    process, (step, seconds) = meter.batch.process, progress.line
+    progress.line = (progress.step, progress.seconds)
+    dt = max(1e-9, progress.seconds - seconds) / max(1, progress.step - step)
+    row = progress.row("train", **meter.line(), lr=rate, tok_per_s=round(progress.tokens / dt))
     run.record(row)
-    peak = peak_flops(here.device)
+    peak = peak_flops(process.device)
     more = f" | load {max(row['load_ratio']):.2f}" if row.get("load_ratio") else ""
     more += f" | indexer kl {row['indexer_kl']:.4f}" if "indexer_kl" in row else ""
-    mfu = f" | mfu {at.flops * at.tokens / dt / peak / here.world:.1%}" if peak else ""
-    log(f"step {at.step}/{at.total} | epoch {row['epoch']:.2f} | loss {row['loss']:.4f} | lr {rate:.2e} | "
-        f"norm {row['grad_norm']:.2f}{more} | {dt * 1e3:.1f} ms | {row['tok_per_s']:,} tok/s{mfu} | "
-        f"eta {at.eta()}")
-    at.line = (at.step, at.seconds)
+    mfu = f" | mfu {progress.flops * progress.tokens / dt / peak / process.world:.1%}" if peak else ""
+    log(f"step {progress.step}/{progress.total} | epoch {row['epoch']:.2f} | loss {row['loss']:.4f} | "
+        f"lr {rate:.2e} | norm {row['grad_norm']:.2f}{more} | {dt * 1e3:.1f} ms | "
+        f"{row['tok_per_s']:,} tok/s{mfu} | eta {clock((progress.total - progress.step) * dt)}")
 
 
-def snapshot(lm, optimizers, flags, config, data, batch, meter, at):
+def snapshot(batch, optimizers, data, meter, progress):
     """What a checkpoint holds besides the log. rng: for what a layer of yours may draw between two steps."""
-    return {"model": whole(lm.state_dict()), "optimizers": [whole(o.state_dict()) for o in optimizers],
-            "config": dataclasses.asdict(config), "flags": flags, "step": at.step, "total": at.total,
-            "seconds": at.seconds, "data": data.meta["train_sha256"], "cut": batch.cut,
+    return {"model": whole(batch.lm.state_dict()), "optimizers": [whole(o.state_dict()) for o in optimizers],
+            "config": dataclasses.asdict(batch.lm.config), "flags": batch.flags, "step": progress.step,
+            "seconds": progress.seconds, "data": data.meta["train_sha256"], "cut": batch.cut,
             "meter": meter.state(), "rng": torch.get_rng_state()}
 
 
@@ -1375,99 +1209,88 @@ def train(given, log=print):
         log = lambda line: None
     flags, state, source = settings(given, log)
     with contextlib.ExitStack() as stack:
-        here = stack.enter_context(processes(flags))
-        data = open_data(flags, here.rank, log)
-        trained = state
-        if flags["init_from"] and not state:
-            trained, source = initial(flags, data, log)
+        process = stack.enter_context(processes(flags))
+        data = open_data(flags, process.rank, log)
+        trained = initial(flags, data, log) if flags["init_from"] and not state else state
         config = model_config(flags, data.tokenizer.n_vocab, trained and trained["config"])
-        T = config.block_size
-        windows = train_windows(flags, data, T, here.world)
-        val = fixed_windows(data.val, T, flags["eval_windows"])
+        windows = train_windows(flags, data, config.block_size, process.world)
+        val = fixed_windows(data.val, windows.T, flags["eval_windows"])
         # for the gap: the same measure
-        seen = fixed_windows(data.train[:windows.U], T, max(1, len(val) // 4))
-        ends = probe_items(data.val, T) if flags["probe_every"] else None
+        seen = fixed_windows(data.train[:windows.U], windows.T, max(1, len(val) // 4))
+        ends = probe_items(data.val, windows.T) if flags["probe_every"] else None
         total, per_epoch = length(flags, windows)
         evals = eval_steps(flags, total, per_epoch)
-        batch = Batch(flags, windows, here)
+        lm, optimizers = build(flags, config, process, state, trained)
+        batch = Batch(flags, windows, process, lm)
         if state:
-            check_resume(flags, state, source, config, data, batch, total, log)
-        lm, optimizers = build(flags, config, here, state, trained, source)
-        batch.attach(lm)
-        at = Progress(state, total, per_epoch, batch)
-        meter = Meter(lm, state, here.device)
-        run = stack.enter_context(contextlib.closing(Run(flags, state, source, here.rank, log)))
-        run.describe(flags, config, here.device, data, val)
-        announce(flags, data, windows, lm, batch, here, at, val, evals, run, log)
+            check_resume(state, source, data, batch, total, log)
+        progress = Progress(state, total, per_epoch, batch)
+        meter = Meter(batch, state)
+        run = stack.enter_context(contextlib.closing(Run(flags, state, source, process.rank)))
+        run.describe(flags, config, process.device, data, val)
+        announce(batch, data, val, evals, progress, run, log)
         came = stack.enter_context(signals())
-        keep = lambda: run.save(snapshot(lm, optimizers, flags, config, data, batch, meter, at))
-        leave = None
+        keep = lambda: run.save(snapshot(batch, optimizers, data, meter, progress))
+        first, stop = progress.step, False
         while True:
-            if (at.step in evals or leave == "time is up") and not run.evaluated(at.step):
+            if progress.step in evals and not run.evaluated(progress.step):
                 try:
-                    measure(lm, flags, here, at, run, val, seen, ends, log)
+                    measure(batch, progress, run, val, seen, ends, log)
                 except RuntimeError:                        # out of memory: the training is not lost
                     keep()
                     raise
                 keep()
-            if leave or at.step == total:
+            if stop or progress.step == total:
                 break
             tic = time.perf_counter()
-            stage = set_stage(lm, flags, at.step)
-            losses = batch.gradient(at.step, stage)
+            stage = set_stage(lm, flags, progress.step)
+            losses = batch.gradient(progress.step, stage)
             norm = torch.nn.utils.clip_grad_norm_(lm.parameters(), flags["grad_clip"] or math.inf)
-            meter.add(losses, norm, [m.balance(stage != "warmup") for m in lm.moes()])
-            rate = learning_rate(at.step, total, flags)
+            meter.add(losses, norm, stage)
+            rate = learning_rate(progress.step, total, flags)
             for o in optimizers:
                 for group in o.param_groups:
                     group["lr"] = rate
                 o.step()
                 o.zero_grad(set_to_none=True)
-            at.step += 1
-            told = at.step == at.first[0] + 2  # after the first step, which compiles and warms up
-            line = at.step % flags["log_every"] == 0 or at.step in (1, total)
-            due = at.step % flags["save_every"] == 0 and at.step not in evals
-            leave = at.leaving(flags, here, came)
-            if line or due or told or leave or at.step in evals:
-                meter.check(lm, at.step, run)               # waits for the device
-            if not (here.compiled and at.step == at.first[0] + 1):
-                at.seconds += time.perf_counter() - tic
+            progress.step += 1
+            step = progress.step
+            line = step % flags["log_every"] == 0 or step in (1, total)
+            due = step % flags["save_every"] == 0 and step not in evals
+            stop = stopped(came, step, flags, process)
+            if line or due or stop or step in evals:
+                meter.check(step, run)                      # waits for the device
+            if not (process.compiled and step == first + 1):
+                progress.seconds += time.perf_counter() - tic
             if line:
-                report(meter, lm, batch, here, at, rate, run, log)
-            elif told:
-                log(f"{at.seconds_per_step() * 1e3:.0f} ms per step, about {at.eta()} to go")
+                report(meter, progress, rate, run, log)
             if due:
                 keep()
-        if run.changed or run.saved != at.step:
+        if run.saved != progress.step:
             keep()
-        if here.rank == 0:
-            draw(run.rows, run.folder / "loss.png")
-        if flags["fsdp"] == "on" and here.rank == 0:
+        if flags["fsdp"] == "on" and process.rank == 0:
             # one process alone cannot run a model that is shared out, and the others do not wait for the file
             lm = load_model(run.folder, "last")[0]
-    if at.step < total:
-        log(f"{leave} at step {at.step} of {total}: saved. Go on with: python train.py --resume auto --out "
-            f"{shlex.quote(str(run.folder))}")
-    return {"out": str(run.folder), "flags": flags, "step": at.step, "seconds": at.seconds,
-            "finished": at.step == total, "stopped": leave == "interrupted", "evals": run.evals(),
+    if progress.step < total:
+        log(f"interrupted at step {progress.step} of {total}: saved. "
+            f"Go on with: python train.py --resume auto --out {shlex.quote(str(run.folder))}")
+    return {"out": str(run.folder), "flags": flags, "step": progress.step, "seconds": progress.seconds,
+            "finished": progress.step == total, "stopped": stop, "evals": run.evals(),
             "best": run.best, "params": lm.num_params(), "lm": lm, "tokenizer": data.tokenizer}
 
 
-def show_sample(result, n=200):
+def show_sample(result):
     """A short sample of the run's last model, as text; also written to samples.txt."""
-    lm, objective = result["lm"], result["flags"]["objective"]
-    device = lm.embed.weight.device
-    # a canvas with every place to fill
-    x = torch.full((1, min(n, lm.config.block_size)), lm.mask_id, device=device)
-    gen = torch.Generator("cpu" if device.type == "mps" else device).manual_seed(0)
-    lm.eval()
-    if objective == "block":
-        size = result["flags"]["diffusion_block"]
-        ids = diffusion.sample_block(lm, x, lm.mask_id, size, order="random", generator=gen)
-    elif objective == "mdm":
-        ids = diffusion.sample_mdm(lm, x, lm.mask_id, order="random", generator=gen)
+    lm, flags = result["lm"].eval(), result["flags"]
+    size, device = min(200, lm.config.block_size), lm.embed.weight.device
+    x = torch.full((1, size), lm.mask_id, device=device)    # a canvas with every place to fill
+    torch.manual_seed(0)
+    if flags["objective"] == "block":
+        ids = diffusion.sample_block(lm, x, lm.mask_id, flags["diffusion_block"], order="random")
+    elif flags["objective"] == "mdm":
+        ids = diffusion.sample_mdm(lm, x, lm.mask_id, order="random")
     else:
-        ids = diffusion.sample_ar(lm, x, lm.mask_id, generator=gen)
+        ids = diffusion.sample_ar(lm, x, lm.mask_id)
     text = result["tokenizer"].decode(ids[0].tolist())
     with prepare.whole_file(Path(result["out"]) / "samples.txt", "w") as f:
         f.write(text + "\n")
