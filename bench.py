@@ -1302,7 +1302,7 @@ def study_map(few, rates, seeds, texts, budgets, widths):
         _, flags = few_runs("study", here, OBJECTIVES)
         same_work = few["epochs"] * few["unique_tokens"] / U * (few["n_embd"] / width) ** 2
         epochs = float(round(min(max(same_work, 32), 8 * few["epochs"])))
-        longer = max(1, few["unique_tokens"] / U)               # the fewer tokens, the more epochs to AR's best
+        longer = max(1, few["unique_tokens"] / U)             # the fewer tokens, the more epochs to AR's best
         times = {"ar": min(few["ar_epochs"] * longer, epochs), "mdm": epochs}
         rate = [rates[len(rates) // 2] * min(1, (few["n_embd"] / width) ** 0.5)]
         rows = yield from tuned(OBJECTIVES, rate, [s], flags, times, ["ar"])
