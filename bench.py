@@ -2416,10 +2416,9 @@ def recall(
 # track: what a state can keep count of (arXiv 2411.12537, 2502.10297)
 
 GROUPS = {"parity": 2, "s3": 3, "s5": 5}    # all permutations of so many things: 2, 6 and 120 tokens
-RULES = ("full", "linear", "linear(linear_decay=channel)",
-         *(f"{name}{settings}" for name in ("deltanet", "gated_deltanet")
-           for settings in ("", "(neg_eigval=true)", "(neg_eigval=true,writes=2)", "(neg_eigval=true,writes=4)")),
-         "kda(neg_eigval=true)")
+DELTA = ("", "(neg_eigval=true)", "(neg_eigval=true,writes=2)", "(neg_eigval=true,writes=4)")
+RULES = ("full", "linear", "linear(linear_decay=channel)", *("deltanet" + settings for settings in DELTA),
+         *("gated_deltanet" + settings for settings in DELTA), "kda(neg_eigval=true)")
 
 
 def draw_words(B, T, things, generator):
