@@ -422,8 +422,8 @@ OTHERS = dict(
     linear_n_v_head=8, linear_key_dim=4, linear_value_dim=4, linear_decay="channel", decay_gate="softplus",
     g_min=-1.0, neg_eigval=True, writes=2, conv_size=2, out_gate=None, out_gate_rank=3, bidir="forward",
     q_lora_rank=8, kv_lora_rank=12, qk_nope_head_dim=4, qk_rope_head_dim=6, v_head_dim=4, sel_block=16,
-    sel_topk=6, sel_init=2, sel_local=3, sel_tile=2, cmp_block=16, cmp_stride=2, dense_len=30, sel_per_head=True,
-    index_n_head=1, index_head_dim=12)
+    sel_topk=6, sel_init=2, sel_local=3, sel_tile=2, cmp_block=16, cmp_stride=2, dense_len=30,
+    sel_per_head=True, index_n_head=1, index_head_dim=12)
 ON = dict(rope_factor=4.0, qk_norm=True, cmp_stride=8, cmp_block=8, linear_decay="head", decay_gate="lower",
           out_gate="silu", sel_block=8, sel_topk=5, sel_local=1)
 
