@@ -50,8 +50,10 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -344,8 +346,8 @@ def compared(name, reference, columns):
         point = lambda r: (r["T"], r.get("batch"))
         bases = {point(r): r for r in rows if r[name] == reference}
         for r, column in itertools.product(rows, columns):
-            base = bases.get(point(r), {}).get(column)
-            r[f"{column.removesuffix('ms')}vs_{reference}"] = base / r[column] if base and r[column] else None
+            base = bases.get(point(r))
+            r[f"{column.removesuffix('ms')}vs_{reference}"] = base and base[column] / r[column]
         return rows
     return finish
 
@@ -353,6 +355,15 @@ def compared(name, reference, columns):
 def without(*columns):
     """A table of all but these columns."""
     return lambda result: [{k: v for k, v in r.items() if k not in columns} for r in result["rows"]]
+
+
+def merged(rows, keys, cells):
+    """Rows that are alike in the columns `keys` as one row, which has the cells(row) of each of them."""
+    out = {}
+    for r in rows:
+        same = {k: r[k] for k in keys}
+        out.setdefault(tuple(same.values()), same).update(cells(r))
+    return list(out.values())
 
 
 def show(value):
@@ -446,15 +457,20 @@ def dress(ax, title, **labels):
         ax.legend(fontsize=9)
 
 
+def points(rows, x, y, **where):
+    """[(x, y), ...] of those rows whose columns are `where`, if they have a y."""
+    return [(r[x], r[y]) for r in rows if r.get(y) is not None and where.items() <= r.items()]
+
+
 def lines(x, y, line, xlabel, ylabel, title):
     """A picture: a labelled line for each value of `line`, both axes logarithmic."""
     def picture(plt, result):
         figure, ax = plt.subplots(figsize=(8, 5.5))
         colours = itertools.cycle((*plt.get_cmap("tab10").colors, *plt.get_cmap("Dark2").colors))
-        rows = [r for r in result["rows"] if r.get("batch") == result["rows"][0].get("batch") and r[y]]
+        rows = [r for r in result["rows"] if r.get("batch") == result["rows"][0].get("batch")]
         labels = []
         for name in dict.fromkeys(r[line] for r in rows):
-            mine = [(r[x], r[y]) for r in rows if r[line] == name]
+            mine = points(rows, x, y, **{line: name})
             style = dict(color="black", lw=2.5) if name == "full" else dict(color=next(colours), lw=1.3)
             ax.loglog(*zip(*mine), marker="o", ms=3, **style)
             labels.append((*mine[-1], name, style["color"]))
@@ -463,8 +479,7 @@ def lines(x, y, line, xlabel, ylabel, title):
         plain_log(ax.yaxis)
         label_ends(ax, labels)
         ax.set_xlim(right=xs[-1] * (xs[-1] / xs[0]) ** 0.25)
-        title_of = title.format(**result["flags"])
-        dress(ax, f"{title_of}\n{result['device']}", xlabel=xlabel, ylabel=ylabel)
+        dress(ax, title.format(**result["flags"]) + f"\n{result['device']}", xlabel=xlabel, ylabel=ylabel)
         return figure
     return picture
 
@@ -494,15 +509,19 @@ def mean_se(values):
     return statistics.mean(values), error
 
 
-def fit(lm, loss_at, steps, flags, path):
-    """`steps` optimizer steps on loss_at(step), a scalar; or the weights in `path`, if they are there."""
+def learn(config, loss_of, steps, path, device="cpu", **flags):
+    """A model after `steps` optimizer steps on loss_of(lm, step, generator); or the one in `path`, if it is
+    there. flags: of train.py."""
+    torch.manual_seed(1337)
+    lm = LM(config).to(device)
     if path.exists():
         lm.load_state_dict(train.load_checkpoint(path)["model"])
         return lm.eval()
-    optimizers = train.make_optimizers(lm, flags, lm.embed.weight.device)
+    flags = train.DEFAULTS | dict(warmup=50) | flags
+    optimizers = train.make_optimizers(lm, flags, device)
     progress = prepare.Progress(path.stem)
     for step in range(steps):
-        loss_at(step).backward()
+        loss_of(lm, step, torch.Generator().manual_seed((1337 << 32) + step)).backward()
         torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
         for o in optimizers:
             for group in o.param_groups:
@@ -515,74 +534,64 @@ def fit(lm, loss_at, steps, flags, path):
     return lm.eval()
 
 
+def is_trained(flags):
+    """Has the run of these flags come to its end? A process of train.py would take seconds to say so."""
+    evals = evaluations(flags["out"])
+    if not evals or evals[-1]["step"] != flags.get("max_steps"):
+        return False
+    state = train.load_checkpoint(flags["out"])
+    given = {k: v for k, v in flags.items() if v is not None}
+    return state["step"] == flags["max_steps"] and not train.other_settings(state, given)
+
+
 def run_arms(jobs, workers):
     """Run train.py once per job {name: flags}, `workers` at a time, each from its checkpoint if it has one.
 
     Own processes, so that two arms use two cores. Lines of their logs are shown behind the arm's name.
     Returns False when a run was interrupted; raises ValueError when one failed."""
-    import threading
-    if workers < 1:
-        raise ValueError(f"--workers {workers} must be at least 1")
+    jobs = {name: flags for name, flags in jobs.items() if not is_trained(flags)}
+    running, stop, tic = [], threading.Event(), time.time()
 
-    def done(flags):
-        """A process that finds nothing to do would take seconds to say so."""
-        evals = evaluations(flags["out"])
-        return (
-            evals
-            and evals[-1]["step"]
-            == flags.get("max_steps")
-            == (state := train.load_checkpoint(flags["out"]))["step"]
-            and not train.other_settings(state, {k: v for k, v in flags.items() if v is not None})
+    def follow(name, flags):
+        """One run, in a thread of its own."""
+        if stop.is_set():
+            return
+        command = [sys.executable, str(HERE / "train.py"), "--resume", "auto"]
+        for k, v in flags.items():
+            if v is not None:
+                command += [f"--{k}", *(v if isinstance(v, list) else [str(v)])]
+        p = subprocess.Popen(
+            command,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
         )
-    jobs = {name: flags for name, flags in jobs.items() if not done(flags)}
-    waiting, running, ok, tic = list(jobs.items()), {}, True, time.time()
-
-    def show(name, stream, last):
-        for line in stream:
-            last[:] = [line.rstrip()]
+        running.append(p)
+        line = "no output"
+        for line in p.stdout:
             if line.startswith(("step", "eval", "resumed", "time is up", "interrupted")):
-                print(f"[{name}] {last[0]}", flush=True)
+                print(f"[{name}] {line.rstrip()}", flush=True)
+        if p.wait():
+            stop.set()
+        interrupted = 130, -signal.SIGINT       # the second: while it was still importing
+        need(p.returncode in (0, *interrupted), f"arm '{name}' failed: {line.rstrip()}")
 
-    while waiting or running:
-        while waiting and len(running) < workers:
-            name, flags = waiting.pop(0)
-            args = [
-                a
-                for k, v in flags.items()
-                if v is not None
-                for a in (f"--{k}", *(v if isinstance(v, list) else [str(v)]))
-            ]
-            p = subprocess.Popen(
-                [sys.executable, str(HERE / "train.py"), *args, "--resume", "auto"],
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
-            )
-            last = []
-            reader = threading.Thread(target=show, args=(name, p.stdout, last), daemon=True)
-            reader.start()
-            running[name] = (p, reader, last)
-            if len(jobs) > workers:
-                started = len(jobs) - len(waiting)
-                left = (time.time() - tic) / max(started - workers, 1) * (len(waiting) + workers)
-                left = f", about {train.clock(left)} left" if started > workers else ""
-                print(f"[{name}] run {started} of {len(jobs)}{left}", flush=True)
+    with ThreadPoolExecutor(workers) as pool:
         try:
-            time.sleep(0.2)
-        except KeyboardInterrupt:  # the arms got it too: they save
-            waiting, ok = [], False
-        for name, (p, reader, last) in list(running.items()):
-            if p.poll() is not None:
-                reader.join()
-                del running[name]
-                if p.returncode in (130, -signal.SIGINT):  # the second: while it was still importing
-                    ok, waiting = False, []
-                elif p.returncode:
-                    for other, *_ in running.values():
-                        other.terminate()
-                    raise ValueError(f"arm '{name}' failed: {last[0] if last else 'no output'}")
-    return ok
+            ends = [pool.submit(follow, *job) for job in jobs.items()]
+            for n, end in enumerate(as_completed(ends), 1):
+                end.result()
+                if workers < len(jobs) > n and not stop.is_set():
+                    left = train.clock((time.time() - tic) / n * (len(jobs) - n))
+                    print(f"{n} of {len(jobs)} runs, about {left} left", flush=True)
+        except KeyboardInterrupt:               # the arms got it too: they save
+            stop.set()
+        except ValueError:
+            for p in running:
+                p.terminate()
+            raise
+    return not stop.is_set()
 
 # ------------------------------------------------------------------------------------------------------------
 # Timing
@@ -2264,21 +2273,16 @@ def draw_recall(B, T, n, generator, text=None):
     answer) to the end. Else a needle in generated text: pairs at random even places of T letters of this
     language, and T / 8 queries at the end. Where Zoology has a random token an answer is hidden, so a query
     helps no later one, and AR and diffusion read the same."""
-    asks = T // 2 - n if text is None else T // 8
-    need(
-        T % 8 == 0 and 1 <= n <= min(KEYS, T // 2 - asks) and asks > 0,
-        f"{n} pairs do not fit into {T} tokens with their queries: expected a multiple of 8 tokens, at "
-        f"least {2 * n + 8}, and at most {KEYS} pairs",
-    )
+    asks = T // 8 if text else T // 2 - n
     keys = torch.rand(B, KEYS, generator=generator).argsort(1)[:, :n]
     values = KEYS + torch.randint(VALUES, (B, n), generator=generator)
     pairs = torch.stack([keys, values], dim=-1)  # (B, n, 2)
-    rows = lambda index: index[..., None].expand(-1, -1, 2)
-    queries = pairs.gather(1, rows(torch.randint(n, (B, asks), generator=generator)))
-    if text is not None:
+    rows = torch.arange(B)[:, None]
+    queries = pairs[rows, torch.randint(n, (B, asks), generator=generator)]
+    if text:
         body = KEYS + VALUES + text.draw(B, T - 2 * asks, generator).view(B, -1, 2)
-        place = torch.rand(body.shape[:2], generator=generator).argsort(1)[:, :n]
-        pairs = body.scatter(1, rows(place), pairs)
+        body[rows, torch.rand(body.shape[:2], generator=generator).argsort(1)[:, :n]] = pairs
+        pairs = body
     t = torch.arange(T).expand(B, T)
     return torch.cat([pairs, queries], dim=1).flatten(1), (t >= T - 2 * asks) & (t % 2 == 1)
 
@@ -2306,26 +2310,21 @@ def recall_accuracy(f, T, n, mask_id, causal, text=None, device="cpu"):
 def learn_recall(config, causal, steps, tokens, lengths, path, device):
     """A model that has learned both tasks. Short sequences first: copying is found in seconds with 8 pairs in
     32 tokens and hardly ever in 512; later both in turn."""
-    torch.manual_seed(1337)
-    lm = LM(config).to(device)
-    sparse = [b.mixer for b in lm.blocks if hasattr(b.mixer, "stage")]
-
-    def loss_at(step):
-        gen, done = torch.Generator().manual_seed((1337 << 32) + step), step / steps
-        T = lengths[step // 2 % len(lengths)]
+    def loss_of(lm, step, gen):
+        done, T = step / steps, lengths[step // 2 % len(lengths)]
         if done < 0.6:
             T = min(32 << max(0, int(16 * done - 4)), max(lengths))
         pairs = [8] if T == 32 else [n for n in PAIRS if n <= T // 4]
         n = pairs[torch.randint(len(pairs), (), generator=gen)]
         text = Bigram(TEXT) if step % 2 and done > 0.5 else None
         x, answer = draw_recall(max(1, tokens // T), T, n, gen, text)
-        for mixer in sparse:  # its indexer learns beside dense attention
-            mixer.stage = "warmup" if done < 0.6 else "sparse"
+        for block in lm.blocks:  # the indexer of a sparse layer learns beside dense attention
+            block.mixer.stage = "warmup" if done < 0.6 else "sparse"
         aux = {}
         z, y = recall_logits(lm, x.to(device), answer.to(device), lm.mask_id, causal, aux)
         return F.cross_entropy(z, y) + sum(aux.values())
 
-    return fit(lm, loss_at, steps, {**train.DEFAULTS, "lr": 4e-3, "warmup": 50, "optimizer": "muon"}, path)
+    return learn(config, loss_of, steps, path, device, lr=4e-3, optimizer="muon")
 
 
 def recall_picture(plt, result):
@@ -2349,11 +2348,10 @@ def recall_picture(plt, result):
 
 
 def recall_table(result):
-    flat = {}
-    for r in result["rows"]:
-        row = flat.setdefault((r["objective"], r["layers"]), {k: r[k] for k in ("objective", "layers")})
-        row[f"{r['task']} {r['pairs'] if r['task'] == 'pairs' else r['T']}"] = f"{100 * r['accuracy']:.0f}"
-    return list(flat.values())
+    def cells(r):
+        task = f"pairs {r['pairs']}" if r["task"] == "pairs" else f"needle {r['T']}"
+        return {task: f"{100 * r['accuracy']:.0f}"}
+    return merged(result["rows"], ("objective", "layers"), cells)
 
 
 @experiment(show=recall_table, picture=recall_picture)
@@ -2520,7 +2518,7 @@ class Parity:
 class Bigram:
     """A random language: after each letter half of the V letters may come, with random probabilities."""
 
-    name, layers, period, far = "2-gram", "full(window=8)", 1, 32
+    name, layers, period = "2-gram", "full(window=8)", 1
 
     def __init__(self, V=8, seed=0):
         self.V, gen = V, torch.Generator().manual_seed(seed)
@@ -2529,9 +2527,6 @@ class Bigram:
         self.p = p / p.sum(1, keepdim=True)  # (V, V): letter to next letter
         self.start = self.p.matrix_power(1 << 16).mean(0)
         self.start[self.start < 1e-12] = 0
-        # (far + 1, V, V): letter to the one d places on; 0: from one so far away that it says nothing.
-        steps = [self.p.matrix_power(d) for d in range(1, self.far + 1)]
-        self.power = torch.stack([self.start.expand(V, V), *steps])
 
     def nats(self, L):
         return (entropy(self.start) + (L - 1) * (self.start * entropy(self.p)).sum()).item()
@@ -2545,28 +2540,31 @@ class Bigram:
     def valid(self, x):
         return (self.start[x[:, 0]] > 0) & (self.p[x[:, :-1], x[:, 1:]] > 0).all(1)
 
-    def nearest(self, x):
-        """(distance to the last known letter before each place, 0 if there is none near; that letter)."""
-        t = torch.arange(x.size(1))
-        at = F.pad(torch.where(x < self.V, t, -1).cummax(1)[0], (1, -1), value=-1)
-        near = (at >= 0) & (t - at <= self.far)
-        return (t - at) * near, x.gather(1, at.clamp(min=0)) % self.V
-
     def __call__(self, x, causal=False):
-        """From the nearest known letters on both sides; where they exclude each other: uniform."""
-        left, before = self.nearest(x)
-        right, behind = (a.flip(1) for a in self.nearest(x.flip(1)))
-        p = self.power[left, before] * self.power.mT[right, behind]  # (B, T, V)
+        """Forward and backward: what the nearest known letters on both sides say; where they exclude each
+        other, uniform."""
+        one_hot = F.one_hot(x, self.V + 1)[..., :self.V].double()
+        known = (x < self.V)[..., None]
+        left, right = torch.empty_like(one_hot), torch.empty_like(one_hot)      # (B, T, V)
+        said, heard = self.start.expand(len(x), -1), torch.ones(len(x), self.V, dtype=torch.float64)
+        for t in range(x.size(1)):
+            left[:, t], right[:, -1 - t] = said, heard
+            said = torch.where(known[:, t], one_hot[:, t], said) @ self.p
+            heard = torch.where(known[:, -1 - t], one_hot[:, -1 - t], heard) @ self.p.mT
+        p = left * right
         total = p.sum(-1, keepdim=True)
         return torch.where(total > 0, p / total, 1 / self.V).log().float()
 
-    def theory(self, N, L):
+    def theory(self, N, L, far=32):
         """Closed form: a letter that is revealed when each other one is open with probability t knows its
-        nearest neighbours at distances a and b, and -log p is on average H(x0 | x-a, xb)."""
-        joint = torch.einsum("u,auv,bvw->abuvw", self.start, self.power, self.power)  # p(x-a, x0, xb)
+        nearest neighbours at distances a and b, and -log p is on average H(x0 | x-a, xb). What is more than
+        `far` places away says nothing: it is distance 0."""
+        steps = [self.p.matrix_power(d) for d in range(1, far + 1)]
+        power = torch.stack([self.start.expand(self.V, -1), *steps])  # (far + 1, V, V)
+        joint = torch.einsum("u,auv,bvw->abuvw", self.start, power, power)  # p(x-a, x0, xb)
         H = entropy(joint.flatten(2)) - entropy(joint.sum(3).flatten(2))  # (far + 1, far + 1)
         t = torch.arange(1, N + 1, dtype=torch.float64)[:, None, None] / N
-        d, letters = torch.arange(1, self.far + 1), torch.arange(L)[:, None]  # on the left
+        d, letters = torch.arange(1, far + 1), torch.arange(L)[:, None]  # on the left
         near = (1 - t) * t ** (d - 1) * (d <= letters)  # (N, L, far)
         near = torch.cat([1 - near.sum(-1, keepdim=True), near], dim=-1)
         nats = torch.einsum("tia,ab,tib->ti", near, H, near.flip(1)).mean()
@@ -2614,37 +2612,25 @@ def sample_in_steps(f, B, L, N, mask_id, generator):
     return x
 
 
-def learn(language, objective, lengths, steps, path):
+def learn_language(language, objective, lengths, steps, path):
     """A small model of the language, trained on fresh sequences of alternating lengths. It reads letters of
     their own for each place of a period, so that it need not count."""
-    torch.manual_seed(1337)
-    lm = LM(
-        ModelConfig(
-            vocab_size=language.V,
-            block_size=max(lengths),
-            n_layer=2,
-            n_head=4,
-            n_embd=64,
-            layers=language.layers,
-        )
-    )
-    f = lambda x, **keywords: lm(x + 3 * (torch.arange(x.size(1)) % language.period), **keywords)
-
-    def loss_at(step):
-        gen, L = torch.Generator().manual_seed((1337 << 32) + step), lengths[step % len(lengths)]
-        x = language.draw(1536 // L, L, gen)
+    def loss_of(lm, step, gen):
+        L = lengths[step % len(lengths)]
+        x, f = language.draw(1536 // L, L, gen), placed(lm)
         if objective == "ar":
             return diffusion.ar_loss(f, x, lm.mask_id)
         return diffusion.mdm_loss(f, x, lm.mask_id, generator=gen)
 
-    fit(lm, loss_at, steps, {**train.DEFAULTS, "lr": 3e-3, "warmup": 50}, path)
-    return f
+    placed = lambda lm: lambda x, **how: lm(x + 3 * (torch.arange(x.size(1)) % language.period), **how)
+    size = dict(vocab_size=language.V, block_size=max(lengths), n_layer=2, n_head=4, n_embd=64)
+    return placed(learn(ModelConfig(**size, layers=language.layers), loss_of, steps, path, lr=3e-3))
 
 
 def theory_picture(plt, result):
     """Above token errors, which do not grow with length, below wrong sequences, which do; a column for each
     language."""
-    rows = result["rows"]
+    rows, lengths = result["rows"], result["flags"]["lengths"]
     languages = dict.fromkeys(r["language"] for r in rows)
     figure, axes = plt.subplots(2, len(languages), figsize=(8, 7), sharex=True, squeeze=False)
     kinds = {
@@ -2655,16 +2641,10 @@ def theory_picture(plt, result):
     }
     labels = {"ter": "token error rate (a perplexity)", "ser": "share of wrong sequences"}
     for (what, language), ax in zip(itertools.product(labels, languages), axes.flat):
-        for n, L in enumerate(result["flags"]["lengths"]):
-            for name, (model, prefix, style) in kinds.items():
-                point = language, model, L
-                mine = [
-                    (r["N"], r[prefix + what])
-                    for r in rows
-                    if (r["language"], r["model"], r["L"]) == point and r.get(prefix + what) is not None
-                ]
-                if mine:
-                    ax.plot(*zip(*mine), color=f"C{n}", label=f"length {L}, {name}", **style)
+        for (n, L), name in itertools.product(enumerate(lengths), kinds):
+            model, prefix, style = kinds[name]
+            mine = points(rows, "N", prefix + what, language=language, model=model, L=L)
+            ax.plot(*zip(*mine), color=f"C{n}", label=f"length {L}, {name}", **style)
         dress(ax, language if what == "ter" else "", xlabel="sampling steps" if what == "ser" else "")
         log_ticks(ax.xaxis, [r["N"] for r in rows if r["model"] == "oracle"])
         ax.set_ylabel(labels[what] if ax in axes[:, 0] else "")
@@ -2693,18 +2673,17 @@ def theory(lengths=(24, 96), steps=1000, sequences=128, threads=1, out="out/theo
     """
     asked = ",".join(map(str, lengths))
     need(all(L % 3 == 0 for L in lengths), f"--lengths {asked}: expected multiples of 3, such as 24,96")
-    need(steps >= 4, f"--steps {steps} must be at least 4")
     grid = [4**i for i in range(6)]
     kinds = {"oracle": grid, "mdm": grid[:-1], "ar": [None]}
     for language, kind in itertools.product((Parity(), Bigram()), kinds):
         V, count = language.V, sequences * (8 if kind == "oracle" else 1)
+        path = Path(out) / f"{asked}-steps{steps}" / f"{language.name}-{kind}.pt"
 
         @functools.cache
         def model():
             if kind == "oracle":
                 return language
-            path = Path(out) / f"{asked}-steps{steps}" / f"{language.name}-{kind}.pt"
-            return learn(language, kind, lengths, steps if kind == "mdm" else steps // 4, path)
+            return learn_language(language, kind, lengths, steps if kind == "mdm" else max(1, steps // 4), path)
 
         for L in lengths:
             gen = torch.Generator().manual_seed(L)
@@ -2713,7 +2692,7 @@ def theory(lengths=(24, 96), steps=1000, sequences=128, threads=1, out="out/theo
             for N in kinds[kind]:
 
                 def measure():
-                    if N is None:
+                    if kind == "ar":
                         nats = diffusion.ar_loss(model(), x, V, reduction="none").detach().double().mean(1)
                         canvas = torch.full((count, L), V)
                         y = diffusion.sample_ar(model(), canvas, V, generator=gen, cache=False)
