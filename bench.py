@@ -14,7 +14,7 @@
   speed and memory
     train       training speed and memory, also beside a nanoGPT checkout
     attention   every layer: time and memory against length, keys read, cache
-    functions   the mixers as pure functions, and block-sparse attention: against SDPA and transformers
+    functions   the mixers as pure functions, against SDPA and transformers
     context     time of one decoded token against the tokens in the cache
     moe         mixture of experts: speed against dense, load with and without balancing
     presets     sizes and caches of the published models
@@ -60,14 +60,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch._functorch import config as functorch_config
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import diffusion
 import prepare
 import sample
 import train
-from attention import ATTENTION, block_sparse_attention, delta_rule, linear_attention, select_blocks
+from attention import ATTENTION, delta_rule, linear_attention
 from model import LM, MLP, PRESETS, ModelConfig, MoE, from_preset, nearest, override, parse_layers
 from prepare import need
 
@@ -162,12 +160,12 @@ def add_flags(parser, about):
             how["action"] = "store_true"
         elif kind is list:
             how |= dict(action="extend", nargs="+")
-        elif isinstance(default, tuple):
-            how["type"] = items_like(default)
-            how["help"] += f" (default: {','.join(map(str, default))})" * bool(default)
         else:
             how["type"] = kind if isinstance(kind, type) else str
-            how["help"] += f" (default: {default})" * (default is not None)
+            if isinstance(default, tuple):
+                how["type"] = items_like(default)
+                default = ",".join(map(str, default))
+            how["help"] += f" (default: {default})" * (default not in (None, ""))
         parser.add_argument(f"--{name}", **how)
 
 
@@ -280,7 +278,7 @@ def perform(command, typed):
         seed=seeds[0],
         seeds=seeds,
         cut=cut,
-        flags=given,
+        flags=given
     )
     failed = [r for r in rows if "error" in r]
     rows = about.finish([r for r in rows if "error" not in r])
@@ -288,8 +286,6 @@ def perform(command, typed):
     write(path, json.dumps(result, indent=1) + "\n")
     print(f"\n{page(about, result)}\nwrote {path}")
     draw(about, result, path)
-    if result["cut"]:
-        print("time was up, or a run was interrupted: the same command goes on from here")
     points.path.unlink(missing_ok=True)         # the next call measures anew
     if cut:
         raise KeyboardInterrupt
@@ -302,8 +298,12 @@ def walk(about, given, points, seed):
     total = 0                                   # points, where counting them is cheap
     if not {"workers", "runs"} & set(given):
         total = sum(1 for _ in about.run(**given))
-    rows, cut, fresh, tic = [], False, 0, time.time()
-    generator, answer = about.run(**given), None
+    rows = []
+    cut = False
+    fresh = 0
+    tic = time.time()
+    generator = about.run(**given)
+    answer = None
     while True:
         try:
             item = generator.send(answer)
@@ -413,7 +413,8 @@ def draw(about, result, path):
         import matplotlib.pyplot as plt
     except ImportError:
         return print("no picture: matplotlib is missing (pip install matplotlib)")
-    image, figure = io.BytesIO(), about.picture(plt, result)
+    image = io.BytesIO()
+    figure = about.picture(plt, result)
     if figure is None:
         return
     figure.tight_layout()
@@ -425,8 +426,9 @@ def draw(about, result, path):
 
 def log_ticks(axis, values):
     """A logarithmic axis with its ticks at the values that were measured."""
+    values = sorted(set(values))
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    axis.set_ticks(sorted(set(values)), [f"{v:,g}" for v in sorted(set(values))])
+    axis.set_ticks(values, [f"{v:,g}" for v in values])
     axis.set_ticks([], minor=True)
 
 
@@ -444,7 +446,7 @@ def label_ends(ax, labels):
     at = -math.inf
     for x, y, text, colour in sorted(labels, key=lambda label: label[1]):
         at = max(math.log(y), at + step)
-        ax.annotate(text, (x, y), (x * 1.06, math.exp(at)), color=colour, fontsize=9, va="center")
+        ax.annotate(text, (x * 1.06, math.exp(at)), color=colour, fontsize=9, va="center")
     ax.set_ylim(low, max(high, math.exp(at + step)))
 
 
@@ -550,7 +552,9 @@ def run_arms(jobs, workers):
     Own processes, so that two arms use two cores. Lines of their logs are shown behind the arm's name.
     Returns False when a run was interrupted; raises ValueError when one failed."""
     jobs = {name: flags for name, flags in jobs.items() if not is_trained(flags)}
-    running, stop, tic = [], threading.Event(), time.time()
+    running = []
+    stop = threading.Event()
+    tic = time.time()
 
     def follow(name, flags):
         """One run, in a thread of its own."""
@@ -565,7 +569,7 @@ def run_arms(jobs, workers):
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            env=os.environ | {"PYTHONUNBUFFERED": "1"}
         )
         running.append(p)
         line = "no output"
@@ -596,21 +600,6 @@ def run_arms(jobs, workers):
 # ------------------------------------------------------------------------------------------------------------
 # Timing
 
-SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-
-
-@contextlib.contextmanager
-def sdpa(kernel):
-    """A context in which SDPA takes this kernel or fails; with another name it chooses by itself.
-
-    Without torch's cache of compiled graphs, whose key does not say which kernel a graph was made for, so
-    that the second kernel asked for is silently the first again (pytorch #185449; torch 2.13 too)."""
-    if kernel in SDPA:
-        with sdpa_kernel(SDPA[kernel]), functorch_config.patch(enable_autograd_cache=False):
-            yield
-    else:
-        yield
-
 
 def clock_of(device):
     """Seconds: of this process on a CPU (robust on a busy machine), of the wall behind a GPU that has
@@ -622,7 +611,8 @@ def clock_of(device):
 
 def seconds_of(step, device, repeat):
     """Smallest time of `repeat` calls."""
-    clock, best = clock_of(device), math.inf
+    clock = clock_of(device)
+    best = math.inf
     for _ in range(repeat):
         tic = clock()
         step()
@@ -630,29 +620,27 @@ def seconds_of(step, device, repeat):
     return best
 
 
-def time_passes(f, inputs, device, repeat, parameters=(), kernel=None, compiled=True):
+def time_passes(f, inputs, device, repeat, parameters=(), compiled=True):
     """Milliseconds of f(*inputs), forward alone and forward + backward: the smallest of `repeat` calls behind
-    one that warms up, and on a GPU compiles; and there the largest memory. kernel: SDPA's, for `sdpa`."""
+    one that warms up, and on a GPU compiles; and there the largest memory."""
     cuda = device.startswith("cuda")
     if cuda and compiled:
         f = torch.compile(f, dynamic=False)
     inputs = [a.detach().requires_grad_() for a in inputs]
-    leaves = [*inputs, *parameters]
 
     def forward():
         with torch.no_grad():
             f(*inputs)
 
     def both():
-        for a in leaves:
+        for a in (*inputs, *parameters):
             a.grad = None
         (f(*inputs) * 1.1).sum().backward()     # 1.1: else the gradient is an expanded 1
-    with sdpa(kernel):
-        both()
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        row = dict(forward_ms=1e3 * seconds_of(forward, device, repeat),
-                   both_ms=1e3 * seconds_of(both, device, repeat))
+    both()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    row = {f"{name}_ms": 1e3 * seconds_of(step, device, repeat)
+           for name, step in (("forward", forward), ("both", both))}
     if cuda:
         return row | dict(peak_mib=torch.cuda.max_memory_allocated() / 2 ** 20)
     return row | dict(kept_mib=kept_bytes(lambda: f(*inputs)) / 2 ** 20)
@@ -682,7 +670,8 @@ OPTIONS = {"full gqa": "full(n_kv_head=1)", "full window": "full(window=HALF)",
 def few_keys(name, keys, block):
     """{field: value}: with these settings a query of the layer reads at most `keys` keys; {} for a layer that
     is not sparse."""
-    layer, picks = ATTENTION[name], keys // block - 1
+    layer = ATTENTION[name]
+    picks = keys // block - 1
     if name == "linear":
         return dict(linear_decay="head")
     if layer.family != "sparse":
@@ -694,7 +683,7 @@ def few_keys(name, keys, block):
         sel_topk=picks,
         cmp_block=block,
         cmp_stride=block // 2,
-        dense_len=0,
+        dense_len=0
     )
     if "sel_block" not in layer.settings:  # it picks single tokens
         given["sel_topk"] = picks * block
@@ -1200,34 +1189,32 @@ def match_experts(base, match, ratio=8, k=2):
     as many in all, by the width and the number of its experts, k active (1B dense, 8B with 1B active). match
     active compares it with that dense model, match total with one whose MLP is wide enough to have all of
     them (8B dense)."""
-    def solve(goal, field, low, high, count="num_params", **given):  # counts are linear in each of the fields
-        size = lambda n: getattr(LM(ModelConfig(**base, **given, **{field: n})), count)()
-        with torch.device("meta"):
-            a, b = size(low), size(high)
-        return low + max(0, round((goal - a) / (b - a) * (high - low) / low)) * low    # in multiples of low
-
-    choose("match", [match], ("active", "total"))
-    if not 1 < ratio < math.inf:
-        raise ValueError(
-            f"--ratio {ratio:g} must be above 1: the mixture's parameters in all, to its active ones"
-        )
+    need(1 < ratio, f"--ratio {ratio:g} must be above 1: the mixture's parameters in all, to its active ones")
     with torch.device("meta"):
-        goal = LM(ModelConfig(**base)).num_params()
-    experts, width = 4 * k, None
-    for _ in range(3):  # the router grows with the experts
-        width = solve(goal, "expert_inner", 8, 64, "active_params", n_expert=experts, n_expert_active=k)
-        experts = solve(ratio * goal, "n_expert", k, 8 * k, expert_inner=width, n_expert_active=k)
-    mixture = dict(n_expert=experts, n_expert_active=k, expert_inner=width)
-    with torch.device("meta"):
-        lm = LM(ModelConfig(**base, **mixture))
-        total = lm.num_params()
-    if abs(lm.active_params() / goal - 1) > 0.03:  # grouped_mm wants widths in steps of 8
-        raise ValueError(
-            f"experts of {width} give {lm.active_params():,} active parameters, not {goal:,} within 3%: "
-            "take a larger --n_embd"
+        model = lambda **given: LM(ModelConfig(**base, **given))
+        goal = model().num_params()
+        mixture = dict(n_expert=4 * k, n_expert_active=k)
+        for _ in range(3):  # the router grows with the experts
+            active = lambda n: model(**mixture | dict(expert_inner=n)).active_params()
+            mixture |= dict(expert_inner=fitting(goal, active, 8))
+            total = lambda n: model(**mixture | dict(n_expert=n)).num_params()
+            mixture |= dict(n_expert=fitting(ratio * goal, total, k))
+        lm = model(**mixture)
+        dense = {}
+        need(
+            abs(lm.active_params() / goal - 1) < 0.03,  # grouped_mm wants widths in steps of 8
+            f"experts of {mixture['expert_inner']} give {lm.active_params():,} active parameters, not "
+            f"{goal:,} within 3%: take a larger --n_embd"
         )
-    dense = {} if match == "active" else dict(n_inner=solve(total, "n_inner", 8, 256))
+        if match == "total":
+            dense = dict(n_inner=fitting(lm.num_params(), lambda n: model(n_inner=n).num_params(), 8))
     return dense, mixture
+
+
+def fitting(goal, size, step):
+    """The multiple n of `step` for which size(n), linear in n, is nearest to goal."""
+    low, high = size(4 * step), size(8 * step)
+    return max(1, round((goal - low) / (high - low) * 4 + 4)) * step
 
 
 def sparsity_picture(plt, result):
@@ -1236,11 +1223,10 @@ def sparsity_picture(plt, result):
         label = f"{r['objective']} {r['model']}: {r['total'] / 1e6:.3g}M, {r['active'] / 1e6:.3g}M active"
         ls = "-" if r["model"] == "dense" else "--"
         draw_curves(ax, {r["objective"]: [r["evals"]]}, "epoch", "loss", label=label, ls=ls)
-    ax.set(xlabel=AXES["epoch"], ylabel="nats per token (mdm: a bound)", xscale="log")
+    ax.set_xscale("log")
     plain_log(ax.xaxis)
-    ax.set_title(f"dense against experts, equal {result['flags']['match']} parameters, "
-                 f"{result['flags']['unique_tokens']:,} unique tokens", fontsize=10)
-    ax.legend(fontsize=9)
+    title = "dense against experts, equal {match} parameters, {unique_tokens:,} unique tokens"
+    dress(ax, title.format(**result["flags"]), xlabel=AXES["epoch"], ylabel="nats per token (mdm: a bound)")
     return figure
 
 
@@ -1255,7 +1241,7 @@ def sparsity_table(result):
 
 
 @experiment(named=("scale", "match"), show=sparsity_table, picture=sparsity_picture, gpu=FEW_GPU)
-def sparsity(match="active", ratio=8.0, **few):
+def sparsity(match: ("active", "total") = "active", ratio=8.0, **few):
     """Dense against mixture of experts with the same active or total parameters, AR and diffusion, few unique
     tokens.
 
@@ -1595,7 +1581,7 @@ PUBLISHED = {
     "qwen3-next": "80B-A3B",
     "kimi-linear": "48B-A3B",
     "deepseek-v3": "671B-A37B",
-    "gpt-oss": "20.9B-A3.6B",
+    "gpt-oss": "20.9B-A3.6B"
 }
 
 
@@ -1603,35 +1589,23 @@ def published_costs():
     """Published figures beside ours: bytes per token of a cache in bf16 (DeepSeek-AI, 2505.09343 table 1),
     and how many times fewer keys NSA reads than dense attention (2502.11089 table 4: compressed + selected +
     window)."""
+    layer = lambda kind, **values: ATTENTION[kind](override(ModelConfig(), values))
     mla = {k: v for k, v in PRESETS["deepseek-v3"].items() if k not in ("layers", "n_layer")}
     gqa8 = dict(n_kv_head=8, head_dim=128)
-    caches = (
-        ("DeepSeek-V3", "mla", mla, 61, 70_272),
-        ("Qwen2.5-72B", "full", dict(n_embd=8192, n_head=64, **gqa8), 80, 327_680),
-        ("Llama-3.1-405B", "full", dict(n_embd=16384, n_head=128, **gqa8), 126, 516_096),
-    )
-    layer = lambda kind, **values: ATTENTION[kind](override(ModelConfig(), values))
     with torch.device("meta"):
         nsa = layer("nsa", n_embd=2560, n_head=64, n_kv_head=4, head_dim=128)
-        rows = [
-            dict(
-                model=name,
-                what="cache, bytes per token",
-                published=published,
-                ours=layers * layer(kind, **values).cache_bytes(1, torch.bfloat16),
-            )
-            for name, kind, values, layers, published in caches
-        ]
-    for T, ratio in ((8192, 4.0), (16384, 6.4), (32768, 9.1), (65536, 11.6)):
-        rows.append(
-            dict(
-                model="NSA 27B",
-                what=f"keys read, dense / sparse at {T // 1024}k",
-                published=ratio,
-                ours=round(T / nsa.reads(T), 1),
-            )
-        )
-    return rows
+        caches = {
+            "DeepSeek-V3": (70_272, 61, layer("mla", **mla)),
+            "Qwen2.5-72B": (327_680, 80, layer("full", n_embd=8192, n_head=64, **gqa8)),
+            "Llama-3.1-405B": (516_096, 126, layer("full", n_embd=16384, n_head=128, **gqa8))
+        }
+    rows = []
+    for name, (published, n, mixer) in caches.items():
+        rows.append((name, "cache, bytes per token", published, n * mixer.cache_bytes(1, torch.bfloat16)))
+    for T, published in {8192: 4.0, 16384: 6.4, 32768: 9.1, 65536: 11.6}.items():
+        what = f"keys read, dense / sparse at {T // 1024}k"
+        rows.append(("NSA 27B", what, published, round(T / nsa.reads(T), 1)))
+    return [dict(zip(("model", "what", "published", "ours"), row)) for row in rows]
 
 
 def preset_table(result):
@@ -1642,27 +1616,24 @@ def preset_table(result):
 @experiment(show=preset_table)
 def presets():
     """Sizes and caches of the published models as configured here, counted on the meta device."""
-    T, billions = 65536, lambda n: f"{n / 1e9:.2f}B"
+    billions = lambda n: f"{n / 1e9:.2f}B"
     for name, published in PUBLISHED.items():
         with torch.device("meta"):
             lm = LM(from_preset(name))
-        c, cache = lm.config, lm.cache_bytes(T, torch.bfloat16) / T
+        c = lm.config
+        cache = lm.cache_bytes(65536, torch.bfloat16) / 65536
         D = c.head_dim or c.n_embd // c.n_head
         if c.qk_nope_head_dim:  # MLA: the heads it stands for
             D = (c.qk_nope_head_dim + c.v_head_dim) // 2
-        mixers = " ".join(dict.fromkeys(type(b.mixer).__name__ for b in lm.blocks))
-        yield (
-            dict(preset=name),
-            {
-                "published": published,
-                "total": billions(lm.num_params()),
-                "active": billions(lm.active_params()),
-                "mixers": mixers,
-                "cache bytes per token": round(cache),
-                "against multi-head": f"{cache / (4 * c.n_layer * c.n_head * D) - 1:+.0%}",
-            },
-        )
-    return dict(published_costs=published_costs(), context=T, cache_dtype="bfloat16")
+        yield dict(preset=name), {
+            "published": published,
+            "total": billions(lm.num_params()),
+            "active": billions(lm.active_params()),
+            "mixers": " ".join(dict.fromkeys(type(b.mixer).__name__ for b in lm.blocks)),
+            "cache bytes per token": round(cache),
+            "against multi-head": f"{cache / (4 * c.n_layer * c.n_head * D) - 1:+.0%}"
+        }
+    return dict(published_costs=published_costs())
 
 # ------------------------------------------------------------------------------------------------------------
 # attention: time and memory of a layer against length
@@ -1681,7 +1652,7 @@ def longest(result):
     show=longest,
     picture=lines(
         "T", "both_ms", "layer", "tokens", "ms, forward + backward", "one layer, {n_head} heads of {head_dim}"
-    ),
+    )
 )
 def attention(
     lengths=(512, 1024, 2048, 4096, 8192),
@@ -1691,7 +1662,7 @@ def attention(
     repeat=3,
     bidirectional=False,
     device="auto",
-    threads=1,
+    threads=1
 ):
     """Every layer: forward and forward + backward against length, ratio to `full`, keys read, cache.
 
@@ -1712,7 +1683,7 @@ def attention(
             return row | dict(
                 reads=layer.reads(T, not bidirectional),
                 cache_bytes_per_token=cache / T,
-                cache_vs_mha=cache / (4 * width * T),
+                cache_vs_mha=cache / (4 * width * T)
             )
 
         yield dict(layer=name, T=T), measure
@@ -1730,8 +1701,8 @@ def attention(
         "layer",
         "tokens in the cache",
         "tokens/s",
-        "decoding by one layer, {n_head} heads of {head_dim}",
-    ),
+        "decoding by one layer, {n_head} heads of {head_dim}"
+    )
 )
 def context(
     lengths=(1024, 4096, 16384, 65536),
@@ -1741,7 +1712,7 @@ def context(
     head_dim=64,
     repeat=100,
     device="auto",
-    threads=1,
+    threads=1
 ):
     """Decoding: time of one token against the tokens in the cache, each layer and batch.
 
@@ -1749,7 +1720,8 @@ def context(
     layers: names, comma-separated
     batches: sequences, comma-separated; the picture shows the first
     """
-    cuda, dtype = device.startswith("cuda"), dtype_on(device)
+    cuda = device.startswith("cuda")
+    dtype = dtype_on(device)
     for T, name, B in itertools.product(lengths, layers, batches):
 
         def measure():
@@ -1776,7 +1748,7 @@ def context(
                 ms=ms,
                 tok_per_s=B / ms * 1e3,
                 reads=layer.reads(T),
-                cache_mib=B * layer.cache_bytes(T, dtype) / 2 ** 20,
+                cache_mib=B * layer.cache_bytes(T, dtype) / 2 ** 20
             )
 
         yield dict(layer=name, T=T, batch=B), measure
@@ -1795,47 +1767,28 @@ def peers():
 
     def turned(*inputs, rule):
         q, k, v, beta, g = (a.transpose(1, 2).contiguous() for a in inputs)
-        return rule(q, k, v, beta=beta, g=g)[0].transpose(1, 2)
+        return rule(q, k, v, beta=beta, g=g)[0].transpose(1, 2), None
 
     return {
-        "gated_deltanet, transformers": (turned, "qkvbg", dict(rule=gdn)),
-        "kda, transformers": (turned, "qkvbc", dict(rule=kda)),
+        "gated_deltanet, transformers": (functools.partial(turned, rule=gdn), "qkvbg"),
+        "kda, transformers": (functools.partial(turned, rule=kda), "qkvbc"),
     }
 
 
-def attend(q, k, v, causal=True):
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+def sdpa(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True), None
 
 
-def moba(q, k, block, topk, tile, causal):
-    """The blocks of keys that each tile of queries reads: those with the best mean key (arXiv 2502.13189).
-
-    Causal too a tile is chosen for as a whole: fine for a measurement, forbidden in a layer."""
-    slots = torch.arange(q.size(2), device=q.device)[None]
-    limit = slots + 1 if causal else torch.full_like(slots, q.size(2))
-    means = k.detach().unflatten(2, (-1, block)).mean(3)
-    groups = q.detach().unflatten(1, (k.size(1), -1)).sum(2)
-    score = lambda rows: groups[:, :, rows] @ means.mT
-    return select_blocks(score, slots, limit, means.size(2), block, topk, tile=tile)
-
-
-# name: (rule, what it takes, keywords): q, k, v, b (beta), g (log decay of a head), c (of a channel).
+# name: (rule, what it takes): q, k, v, b (beta), g (log decay of a head), c (of a channel).
 FUNCTIONS = {
-    "sdpa": (attend, "qkv", {}),
-    "sdpa cudnn": (attend, "qkv", {}),
-    "sdpa flash": (attend, "qkv", {}),
-    "sdpa, both ways": (attend, "qkv", dict(causal=False)),
-    "linear": (linear_attention, "qkv", {}),
-    "linear, decay a head": (linear_attention, "qkvg", {}),
-    "linear, decay a channel": (linear_attention, "qkvc", {}),
-    "deltanet": (delta_rule, "qkvb", {}),
-    "gated_deltanet": (delta_rule, "qkvbg", {}),
-    "gated_deltanet, both ways": (delta_rule, "qkvbg", dict(causal=False)),
-    "kda": (delta_rule, "qkvbc", dict(g_min=-5.0)),
-    "kda, any decay": (delta_rule, "qkvbc", {}),
-    "block-sparse": (block_sparse_attention, "qkv", {}),
-    "block-sparse, with selection": (block_sparse_attention, "qkv", {}),
-    "block-sparse, both ways, with selection": (block_sparse_attention, "qkv", dict(causal=False)),
+    "sdpa": (sdpa, "qkv"),
+    "linear": (linear_attention, "qkv"),
+    "linear, decay a head": (linear_attention, "qkvg"),
+    "linear, decay a channel": (linear_attention, "qkvc"),
+    "deltanet": (delta_rule, "qkvb"),
+    "gated_deltanet": (delta_rule, "qkvbg"),
+    "kda": (functools.partial(delta_rule, g_min=-5.0), "qkvbc"),
+    "kda, any decay": (delta_rule, "qkvbc"),
 }
 
 
@@ -1844,67 +1797,35 @@ def functions(
     lengths=(1024, 4096, 8192),
     functions=(),
     n_head=4,
-    n_kv_head=4,
     head_dim=64,
-    block=128,
-    topk=8,
-    tile=128,
     repeat=5,
     device="auto",
     threads=1,
 ):
-    """Mixers as pure functions, and block-sparse attention: against SDPA and transformers, time and memory
-    against length.
+    """Mixers as pure functions, against SDPA and transformers: time and memory against length.
 
     functions: names, comma-separated (default: all; sdpa, the reference, is always there)
-    block: keys in a block of the block-sparse ones
-    topk: blocks that a query picks
-    tile: queries that share their picks
     """
     table = FUNCTIONS | peers()
-    if not device.startswith("cuda"):
-        table = {name: rule for name, rule in table.items() if name.removeprefix("sdpa ") not in SDPA}
     names = dict.fromkeys(["sdpa", *choose("functions", functions or table, table)])
     for T, name in itertools.product(lengths, names):
-        rule, takes, how = table[name]
-        sparse, ours = rule is block_sparse_attention, name in FUNCTIONS
-        need(
-            not sparse or T % math.lcm(block, tile) == 0 and topk * block <= T,
-            f"--lengths {T}: block-sparse attention takes multiples of --block {block} and --tile {tile}, "
-            f"at least --topk {topk} blocks",
-        )
 
         def measure():
-            draw = lambda heads, *more: torch.randn(1, heads, T, *more, device=device)
-            unit = lambda heads: F.normalize(draw(heads, head_dim), dim=-1).to(dtype_on(device))
+            rule, takes = table[name]
+            draw = lambda *more: torch.randn(1, n_head, T, *more, device=device)
+            unit = lambda: F.normalize(draw(head_dim), dim=-1).to(dtype_on(device))
             given = dict(
-                q=unit(n_head),
-                k=unit(n_kv_head),
-                v=unit(n_kv_head),
-                b=draw(n_head).sigmoid(),
-                g=-draw(n_head).sigmoid(),
-                c=-draw(n_head, head_dim).sigmoid(),
+                q=unit(),
+                k=unit(),
+                v=unit(),
+                b=draw().sigmoid(),
+                g=-draw().sigmoid(),
+                c=-draw(head_dim).sigmoid(),
             )
-            choice = lambda q, k: moba(q, k, block, topk, tile, how.get("causal", True))
-            picks = choice(given["q"], given["k"]) if name == "block-sparse" else None
-
-            def f(*inputs):
-                more = how
-                if sparse:
-                    sel = choice(*inputs[:2]) if picks is None else picks
-                    more = dict(how, sel=sel, key_block=block, tile=tile, most=topk)
-                out = rule(*inputs, **more)
-                return out if torch.is_tensor(out) else out[0]
-
             torch._dynamo.reset()
-            return time_passes(
-                f,
-                [given[key] for key in takes],
-                device,
-                repeat,
-                compiled=ours,
-                kernel=name.removeprefix("sdpa "),
-            )
+            f = lambda *inputs: rule(*inputs)[0]
+            inputs = [given[key] for key in takes]
+            return time_passes(f, inputs, device, repeat, compiled=name in FUNCTIONS)
 
         yield dict(function=name, T=T), measure
 
@@ -1912,8 +1833,6 @@ def functions(
 # train: speed and memory of training
 
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
-COMPILE = ("auto", "on", "off", "graphs")
-KERNELS = ("default", *SDPA)
 
 
 def to_train(kind, config, device, folder):
@@ -1931,78 +1850,64 @@ def to_train(kind, config, device, folder):
     lm = LM(config).to(device)
     losses = {
         "ar": lambda x, noise: diffusion.ar_loss(lm, x[:, :-1], lm.mask_id),
-        "mdm": lambda x, noise: diffusion.mdm_loss(lm, x[:, :-1], lm.mask_id, noise=noise),
+        "mdm": lambda x, noise: diffusion.mdm_loss(lm, x[:, :-1], lm.mask_id, noise=noise)
     }
     return lm, train.make_optimizers(lm, train.DEFAULTS, device), losses[kind]
 
 
-def throughput(kind, values, batch, iters, warmup, device, compile, threads, kernel, vs):
+def throughput(kind, values, batch, iters, warmup, device, threads, vs):
     """Times optimizer steps of one model on random tokens; in a process of its own."""
-    cuda, ticks, gen = device.startswith("cuda"), [], torch.Generator().manual_seed(0)
+    cuda = device.startswith("cuda")
+    clock = clock_of(device)
+    gen = torch.Generator().manual_seed(0)
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")  # as train.py and nanoGPT do
     config = override(ModelConfig(), values)
     T = config.block_size
     lm, optimizers, loss_of = to_train(kind, config, device, vs)
-    if compile in ("on", "graphs") or compile == "auto" and cuda:
-        mode = "reduce-overhead" if compile == "graphs" else None
-        loss_of = torch.compile(loss_of, dynamic=False, fullgraph=kind != "nanoGPT", mode=mode)
+    if cuda:
+        loss_of = torch.compile(loss_of, dynamic=False, fullgraph=kind != "nanoGPT")
     pin = torch.Tensor.pin_memory if cuda else torch.Tensor.contiguous
-
-    def tick():
-        """CPU time: robust on a busy machine. On a GPU an event in its queue: nothing waits between steps, as
-        in training."""
-        ticks.append(torch.cuda.Event(enable_timing=True) if cuda else time.process_time())
-        if cuda:
-            ticks[-1].record()
-
     for i in range(warmup + iters):
-        if i == warmup and kind != "nanoGPT":
-            torch.compiler.set_stance("fail_on_recompile")  # after the warm-up there is none, or stop
-        x = pin(torch.randint(config.vocab_size, (batch, T + 1), generator=gen))
-        noise = [pin(a) for a in diffusion.mdm_noise(batch, T, generator=gen)]
-        tick()
-        x, *noise = (a.to(device, non_blocking=True) for a in (x, *noise))
-        with sdpa(kernel), torch.autocast(torch.device(device).type, torch.bfloat16, enabled=cuda):
+        if i == warmup:
+            if kind != "nanoGPT":
+                torch.compiler.set_stance("fail_on_recompile")  # after the warm-up there is none, or stop
+            tic = clock()  # of all steps together: on a GPU nothing waits between them, as in training
+        x = torch.randint(config.vocab_size, (batch, T + 1), generator=gen)
+        x, *noise = (pin(a).to(device, non_blocking=True) for a in (x, *diffusion.mdm_noise(batch, T, gen)))
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=cuda):
             loss = loss_of(x, noise)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
         for o in optimizers:
             o.step()
             o.zero_grad()
-        tick()
+    seconds = (clock() - tic) / iters
+    params = sum(p.numel() for p in lm.parameters())
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if cuda:
-        torch.cuda.synchronize()
-        times = [a.elapsed_time(b) / 1e3 for a, b in zip(ticks[::2], ticks[2::2])]  # gaps count
         memory = torch.cuda.max_memory_allocated()
-    else:
-        times = [b - a for a, b in zip(ticks[::2], ticks[1::2])]
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    seconds, params = statistics.median(times[warmup:]), sum(p.numel() for p in lm.parameters())
-    speed, mfu = batch * T / seconds, None
+    speed = batch * T / seconds
+    mfu = None
     if peak := train.peak_flops(device):
         mfu = speed * (6 * params + 12 * config.n_layer * config.n_embd * T) / peak
-        need(
-            mfu <= 1,
-            f"{speed:,.0f} tokens/s are {mfu:.0%} of this GPU's peak: the clock or the FLOPs are wrong",
-        )
     return dict(params=params, ms=1e3 * seconds, tok_per_s=speed, peak_mib=memory / 2 ** 20, mfu=mfu)
 
 
 def speed_table(result):
     """The median of the rounds, and beside nanoGPT the ratios of these medians."""
-    rows = {}
+    table = {}
     for model in dict.fromkeys(r["model"] for r in result["rows"]):
-        runs = [r for r in result["rows"] if r["model"] == model]
-        rows[model] = dict(model=model)
+        table[model] = dict(model=model)
         for key in ("params", "tok_per_s", "ms", "peak_mib", "mfu"):
-            rows[model][key] = statistics.median(r[key] for r in runs) if runs[0][key] else None
-    if peer := rows.get("nanoGPT"):
-        for row in rows.values():
+            values = [value for _, value in points(result["rows"], "model", key, model=model)]
+            table[model][key] = statistics.median(values) if values else None
+    if peer := table.get("nanoGPT"):
+        for row in table.values():
             row["speed_vs_nanoGPT"] = peer["ms"] / row["ms"]
             row["memory_vs_nanoGPT"] = row["peak_mib"] / peer["peak_mib"]
-    return list(rows.values())
+    return list(table.values())
 
 
 @experiment(named=("device",), show=speed_table)
@@ -2018,58 +1923,40 @@ def train_(
     iters=40,
     warmup=5,
     rounds=3,
-    compile: COMPILE = "auto",
-    sdpa: KERNELS = "default",
     vs=None,
     device="auto",
-    threads=1,
+    threads=1
 ):
     """Training speed, memory and MFU, with --vs beside nanoGPT: alternating runs in processes of their own.
+    On a GPU all are compiled; MFU is nanoGPT's, 6 N + 12 L C T per token over the dense bf16 peak.
 
     preset: model; the sizes are its own where none is given
     batch: windows in a step
     iters: timed steps
     warmup: steps before them
     rounds: alternating runs of each model
-    compile: auto (on cuda) | on | off | graphs (on, with CUDA graphs)
-    sdpa: attention kernel on a GPU: default (torch's choice) | cudnn | flash
     vs: folder of a nanoGPT checkout to run beside
     """
-    need(
-        not vs or (Path(vs) / "model.py").exists(),
-        f"--vs {vs} holds no model.py: name the folder of a nanoGPT checkout",
-    )
     sizes = zip(SIZES, (n_layer, n_head, n_embd, block_size, vocab_size))
-    values = PRESETS[preset] | {k: v for k, v in sizes if v is not None}
     how = dict(
-        values=values,
+        values=PRESETS[preset] | {k: v for k, v in sizes if v is not None},
         batch=batch,
         iters=iters,
         warmup=warmup,
         device=device,
-        compile=compile,
         threads=threads,
-        kernel=sdpa,
-        vs=vs and str(Path(vs).resolve()),
+        vs=vs and str(Path(vs).resolve(strict=True))
     )
+    code = "import bench, json, sys; print(json.dumps(bench.throughput(**json.loads(sys.argv[1]))))"
     for i, kind in itertools.product(range(rounds), [*objectives, *["nanoGPT"] * bool(vs)]):
 
         def measure():
-            code = "import bench, json, sys; print(json.dumps(bench.throughput(**json.loads(sys.argv[1]))))"
-            p = subprocess.run(
-                [sys.executable, "-c", code, json.dumps(dict(how, kind=kind))],
-                cwd=HERE,
-                capture_output=True,
-                text=True,
-            )
+            command = [sys.executable, "-c", code, json.dumps(how | dict(kind=kind))]
+            p = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
             need(not p.returncode, f"{kind}: {(p.stderr.strip() or 'failed').splitlines()[-1]}")
             return json.loads(p.stdout.splitlines()[-1])
 
         yield dict(model=kind, round=i + 1), measure
-    return dict(
-        clock="GPU events, step to step" if device.startswith("cuda") else "process CPU time",
-        mfu="nanoGPT's formula, 6 N + 12 L C T per token, over the GPU's dense bf16 peak",
-    )
 
 # ------------------------------------------------------------------------------------------------------------
 # quality: the same small model with every mixer
@@ -2083,26 +1970,35 @@ SHARED["small"] = dict(
 )
 
 
+def fork(base, job, weights=None, **fields):
+    """The last checkpoint of the run folder `base` as that of a job, with other fields of its config or other
+    weights: train.py goes on from it. Nothing where the job has one."""
+    path = Path(job["out"]) / "ckpt_last.pt"
+    if not path.exists():
+        state = train.load_checkpoint(base)
+        state["config"] |= fields
+        state["flags"] |= job
+        state["model"] = weights or state["model"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        train.save_atomic(state, path)
+
+
 def same_size(pattern, base):
     """n_inner with which a model of this layer pattern has as many parameters as one of `full`, to steps of
     8."""
-    size = lambda layers, n: LM(override(ModelConfig(**base), dict(layers=layers, n_inner=n))).num_params()
+    size = lambda **given: LM(override(ModelConfig(**base), given)).num_params()
     with torch.device("meta"):
-        goal = LM(ModelConfig(**base, layers="full")).num_params()
-        small, large = (size(pattern, n) for n in (32, 64))
-    return max(8, round((goal - small) / (large - small) * 4) * 8 + 32)
+        return fitting(size(layers="full"), lambda n: size(layers=pattern, n_inner=n), 8)
 
 
 def joined(result):
     """A row for each mixer: keys read, loss +- standard deviation (seeds) as AR and as diffusion."""
-    rows = {}
-    for r in result["rows"]:
-        row = rows.setdefault(r["mixer"], dict(mixer=f"`{r['mixer']}`"))
-        row[f"{r['objective']} reads"] = r["reads"]
+    def cells(r):
         spread = f" +- {r['std']:.3f}" if r["std"] else ""
         column = {"ar": "AR", "mdm": "masked diffusion (a bound)"}[r["objective"]]
-        row[column] = f"{r['loss']:.3f}{spread} ({r['seeds']})"
-    return sorted(rows.values(), key=lambda row: row.get("AR", "9"))
+        return {"mixer": f"`{r['mixer']}`", f"{r['objective']} reads": r["reads"],
+                column: f"{r['loss']:.3f}{spread} ({r['seeds']})"}
+    return sorted(merged(result["rows"], ["mixer"], cells), key=lambda row: row.get("AR", "9"))
 
 
 @experiment(named=("device", "dtype"), show=joined, partial=True)
@@ -2115,7 +2011,7 @@ def quality(
     workers=1,
     out="out/quality",
     dtype="auto",
-    **small,
+    **small
 ):
     """The same small model with every mixer, AR and diffusion: validation loss, keys read, equal parameters.
 
@@ -2123,56 +2019,49 @@ def quality(
     steps: of training: of each AR run, three times as many for diffusion
     dtype: auto (bfloat16 on a GPU) | bfloat16 | float32
     """
-    folder, T = data_folder(small["dataset"]), small["block_size"]
+    folder = data_folder(small["dataset"])
+    T = small["block_size"]
     V = prepare.load_tokenizer(folder).n_vocab
-    base = dict(
-        n_layer=small["n_layer"], n_head=4, n_embd=small["n_embd"], block_size=T, vocab_size=V, qk_norm=True
-    )
+    base = {k: small[k] for k in ("n_layer", "n_embd", "block_size")}
+    base |= dict(n_head=4, vocab_size=V, qk_norm=True)
     patterns = {name: pattern_of(name, T // 4, 16) for name in mixers}
     inner = {name: same_size(pattern, base) for name, pattern in patterns.items()}
     steps_of = {"ar": steps, "mdm": 3 * steps}  # diffusion learns slowly
-    runs, jobs = collections.defaultdict(list), {}
-    for s, (name, pattern), o in itertools.product(range(seed, seed + seeds), patterns.items(), objectives):
-        if o == "mdm" or "bidir" not in pattern:  # causal they are all the same
-            run = f"{file_part(name)}-{o}-{steps_of[o]}-s{s}" + f"-{dtype}" * (dtype != "auto")
-            runs[o, name].append(f"{name} {o} {s}")
-            jobs[f"{name} {o} {s}"] = (
-                QUICK
-                | small
-                | dict(
-                    dataset=str(folder),
-                    objective=o,
-                    layers=pattern,
-                    set=[*QUICK["set"], f"n_inner={inner[name]}"],
-                    seed=s,
-                    max_steps=steps_of[o],
-                    eval_windows=64,
-                    dtype=dtype,
-                    out=f"{out}/{run}",
-                )
+    jobs = {}
+    for s, name, o in itertools.product(range(seed, seed + seeds), patterns, objectives):
+        run = f"{file_part(name)}-{o}-{steps_of[o]}-s{s}" + f"-{dtype}" * (dtype != "auto")
+        if o == "mdm" or "bidir" not in patterns[name]:  # causal they are all the same
+            jobs[f"{name} {o} {s}"] = QUICK | small | dict(
+                dataset=str(folder),
+                objective=o,
+                layers=patterns[name],
+                set=[*QUICK["set"], f"n_inner={inner[name]}"],
+                seed=s,
+                max_steps=steps_of[o],
+                eval_windows=64,
+                dtype=dtype,
+                out=f"{out}/{run}"
             )
     evals = yield jobs
-    for (o, name), mine in sorted(runs.items(), key=lambda item: objectives.index(item[0][0])):
-        last = [evals[run][-1] for run in mine if evals.get(run)]
-        losses = [e["loss"] for e in last if e["step"] == steps_of[o]]
+    for o, name in itertools.product(objectives, patterns):
+        runs = [evals.get(f"{name} {o} {s}") for s in range(seed, seed + seeds)]
+        losses = [e[-1]["loss"] for e in runs if e and e[-1]["step"] == steps_of[o]]
         if losses:
-            lm, _ = train.load_model(jobs[mine[0]]["out"], "last")
-            yield (
-                dict(mixer=name, objective=o),
-                dict(
-                    loss=statistics.mean(losses),
-                    std=statistics.stdev(losses) if len(losses) > 1 else None,
-                    seeds=len(losses),
-                    losses=losses,
-                    params=lm.num_params(),
-                    reads=max(b.mixer.reads(T, o == "ar") for b in lm.blocks),
-                ),
+            lm, _ = train.load_model(jobs[f"{name} {o} {seed}"]["out"], "last")
+            yield dict(mixer=name, objective=o), dict(
+                loss=statistics.mean(losses),
+                std=statistics.stdev(losses) if len(losses) > 1 else None,
+                seeds=len(losses),
+                losses=losses,
+                params=lm.num_params(),
+                reads=max(b.mixer.reads(T, o == "ar") for b in lm.blocks)
             )
-    ids, x = prepare.load_dataset(folder)[0], validation(small["dataset"], T, 64).numpy()
+    ids = prepare.load_dataset(folder)[0]
+    x = validation(small["dataset"], T, 64).numpy()
     pairs = np.ones((V, V))  # counts of a bigram model, add-one smoothing
     np.add.at(pairs, (ids[:-1], ids[1:]), 1)
     bigram = -np.log(pairs / pairs.sum(1, keepdims=True))[x[:, :-1], x[:, 1:]].mean()
-    return dict(bigram=bigram, T=T, steps=steps_of, patterns=patterns)
+    return dict(bigram=bigram)
 
 # ------------------------------------------------------------------------------------------------------------
 # switch: a dense checkpoint run sparse
@@ -2185,7 +2074,7 @@ def switch_arms(T):
     return {
         "dense": "full",
         **{f"infllm, 1/{n}": sparse.format(max(3, T // n // 16)) for n in (4, 16)},
-        **{f"window, 1/{n}": f"full(window={T // n})" for n in (4, 16)},
+        **{f"window, 1/{n}": f"full(window={T // n})" for n in (4, 16)}
     }
 
 
@@ -2199,7 +2088,7 @@ def switch(
     batch_tokens=1024,
     workers=1,
     out="out/switch",
-    **small,
+    **small
 ):
     """InfLLM-V2's claim (2509.24663) in small: a dense AR checkpoint run sparse, before and after N steps of
     adaptation.
@@ -2212,35 +2101,28 @@ def switch(
     adapt: steps of adaptation, N
     windows: validation windows
     """
-    root, T = Path(out) / f"{n_layer}x{small['n_embd']}-T{block_size}-{steps}", block_size
-    base = (
-        QUICK
-        | small
-        | dict(
-            dataset=str(data_folder(small["dataset"])),
-            n_layer=n_layer,
-            block_size=T,
-            batch_tokens=batch_tokens,
-            layers="full",
-            eval_windows=windows,
-            max_steps=steps,
-            out=str(root / "base"),
-        )
+    root = Path(out) / f"{n_layer}x{small['n_embd']}-T{block_size}-{steps}"
+    T = block_size
+    base = QUICK | small | dict(
+        dataset=str(data_folder(small["dataset"])),
+        n_layer=n_layer,
+        block_size=T,
+        batch_tokens=batch_tokens,
+        layers="full",
+        eval_windows=windows,
+        max_steps=steps,
+        out=str(root / "base")
     )
     yield {"base": base}
     jobs = {}
     for arm, pattern in switch_arms(T).items():
-        folder = root / f"{file_part(arm)}-{adapt}"
-        jobs[arm] = dict(base, layers=pattern, max_steps=steps + adapt, out=str(folder))
-        if not (folder / "ckpt_last.pt").exists():  # the dense checkpoint under another name
-            state = train.load_checkpoint(root / "base")
-            state["config"]["layers"] = pattern
-            state["flags"] |= dict(layers=pattern, out=str(folder))
-            folder.mkdir(parents=True, exist_ok=True)
-            train.save_atomic(state, folder / "ckpt_last.pt")
+        folder = str(root / f"{file_part(arm)}-{adapt}")
+        jobs[arm] = base | dict(layers=pattern, max_steps=steps + adapt, out=folder)
+        fork(base["out"], jobs[arm], layers=pattern)
     yield jobs
-    x, dense = validation(small["dataset"], T, windows), {}
-    start = train.load_checkpoint(root / "base")
+    x = validation(small["dataset"], T, windows)
+    dense = {}
+    start = train.load_checkpoint(base["out"])
     for arm, job in jobs.items():
         lm, state = train.load_model(job["out"], "last")
         row = dict(reads=lm.blocks[0].mixer.reads(T), params=lm.num_params())
@@ -2298,7 +2180,8 @@ def recall_logits(f, x, answer, mask_id, causal, aux=None):
 def recall_accuracy(f, T, n, mask_id, causal, text=None, device="cpu"):
     """(share of right answers, its standard error over sequences). Guessing gives 1 / VALUES, among values
     seen 1 / n."""
-    right, gen = [], torch.Generator().manual_seed(T * KEYS + n)
+    right = []
+    gen = torch.Generator().manual_seed(T * KEYS + n)
     for _ in range(4):
         x, answer = (a.to(device) for a in draw_recall(max(1, 4096 // T), T, n, gen, text))
         z, y = recall_logits(f, x, answer, mask_id, causal)
@@ -2311,7 +2194,8 @@ def learn_recall(config, causal, steps, tokens, lengths, path, device):
     """A model that has learned both tasks. Short sequences first: copying is found in seconds with 8 pairs in
     32 tokens and hardly ever in 512; later both in turn."""
     def loss_of(lm, step, gen):
-        done, T = step / steps, lengths[step // 2 % len(lengths)]
+        done = step / steps
+        T = lengths[step // 2 % len(lengths)]
         if done < 0.6:
             T = min(32 << max(0, int(16 * done - 4)), max(lengths))
         pairs = [8] if T == 32 else [n for n in PAIRS if n <= T // 4]
@@ -2329,12 +2213,15 @@ def learn_recall(config, causal, steps, tokens, lengths, path, device):
 
 def recall_picture(plt, result):
     """A map for each objective, a row for each layer, a column for each number of pairs and each length."""
-    table = recall_table(result)
     titles = {"ar": "causal (AR)", "mdm": "bidirectional (masked diffusion)"}
-    maps = {o: [r for r in table if r["objective"] == o] for o in result["flags"]["objectives"]}
+    table = recall_table(result)
+    shown = result["flags"]["objectives"]
     columns = list(dict.fromkeys(c for r in table for c in r))[2:]
-    figure, axes = plt.subplots(len(maps), 1, figsize=(8, 1.3 * len(maps) + 0.3 * len(table)), squeeze=False)
-    for ax, (objective, rows) in zip(axes[:, 0], maps.items()):
+    figure, axes = plt.subplots(
+        len(shown), 1, figsize=(8, 1.3 * len(shown) + 0.3 * len(table)), squeeze=False
+    )
+    for ax, objective in zip(axes[:, 0], shown):
+        rows = [r for r in table if r["objective"] == objective]
         share = np.array([[float(r.get(c, "nan")) for c in columns] for r in rows])
         ax.imshow(share, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
         for (i, j), v in np.ndenumerate(share):
@@ -2373,42 +2260,33 @@ def recall(
     steps: of training, each
     """
     asked = ",".join(map(str, lengths))
-    need(
-        all(T % 8 == 0 and T >= 16 for T in lengths),
-        f"--lengths {asked}: expected multiples of 8, at least 16",
-    )
+    fits = all(T % 8 == 0 and T >= 16 for T in lengths)
+    need(fits, f"--lengths {asked}: expected multiples of 8, at least 16")
     folder = Path(out) / f"{asked}-steps{steps}-tokens{batch_tokens}"
     grid = [("pairs", 512, n) for n in PAIRS] + [("needle", T, NEEDLES) for T in lengths]
     for name, objective in itertools.product(layers, objectives):
         pattern = "linear(linear_decay=none)" if name == "linear" else pattern_of(name, 128)
-        config = override(
-            ModelConfig(),
-            dict(
-                RECALL,
-                block_size=max(512, *lengths),
-                n_layer=5 if "*3" in name else 2,
-                layers=f"full(window=2, position=rotary) {pattern}",
-            ),
+        config = ModelConfig(
+            **RECALL,
+            block_size=max(512, *lengths),
+            n_layer=5 if "*3" in name else 2,
+            layers=f"full(window=2, position=rotary) {pattern}",
         )
-        ar, path = objective == "ar", folder / f"{objective}-{file_part(name)}.pt"
+        ar = objective == "ar"
+        path = folder / f"{objective}-{file_part(name)}.pt"
         model = functools.cache(lambda: learn_recall(config, ar, steps, batch_tokens, lengths, path, device))
         with torch.device("meta"):
-            mixers = [b.mixer for b in LM(config).blocks]
+            sparse = [b.mixer for b in LM(config).blocks if hasattr(b.mixer, "topk")]
         for task, T, n in grid:
 
             def measure():
-                lm, text = model(), Bigram(TEXT) if task == "needle" else None
+                lm = model()
+                text = Bigram(TEXT) if task == "needle" else None
                 accuracy, se = recall_accuracy(lm, T, n, lm.mask_id, ar, text, device)
-                return dict(
-                    accuracy=accuracy,
-                    se=se,
-                    reads=max(m.reads(T, ar) for m in mixers),
-                    params=lm.num_params(),
-                )
+                return dict(accuracy=accuracy, se=se)
 
-            if all(m.reads(T, ar) <= T // 4 for m in mixers if hasattr(m, "topk")):
+            if all(mixer.reads(T, ar) <= T // 4 for mixer in sparse):
                 yield dict(layers=name, objective=objective, task=task, T=T, pairs=n), measure
-    return dict(chance=1 / VALUES)
 
 # ------------------------------------------------------------------------------------------------------------
 # track: what a state can keep count of (arXiv 2411.12537, 2502.10297)
@@ -2433,24 +2311,18 @@ def draw_words(B, T, things, generator):
 
 def learn_words(config, things, steps, length, path):
     """A model that names the product so far; texts of 4 tokens first."""
-    torch.manual_seed(1337)
-    lm = LM(config)
-
-    def loss_at(step):
-        generator = torch.Generator().manual_seed((1337 << 32) + step)
+    def loss_of(lm, step, generator):
         T = min(4 << int(8 * step / steps), length)
         x, y = draw_words(2048 // T, T, things, generator)
         return F.cross_entropy(lm(x).flatten(0, 1), y.flatten())
 
-    return fit(lm, loss_at, steps, {**train.DEFAULTS, "lr": 4e-3, "warmup": 50, "optimizer": "muon"}, path)
+    return learn(config, loss_of, steps, path, lr=4e-3, optimizer="muon")
 
 
 def track_table(result):
-    flat = {}
-    for r in result["rows"]:
-        row = flat.setdefault(r["layer"], {"layer": f"`{r['layer']}`"})
-        row[f"{r['group']} {r['T']}"] = f"{100 * r['accuracy']:.0f}"
-    return list(flat.values())
+    def cells(r):
+        return {"layer": f"`{r['layer']}`", f"{r['group']} {r['T']}": f"{100 * r['accuracy']:.0f}"}
+    return merged(result["rows"], ["layer"], cells)
 
 
 @experiment(show=track_table)
@@ -2466,17 +2338,20 @@ def track(layers=RULES, groups: GROUPS = tuple(GROUPS), steps=1000, length=32, t
     times: tested at so many times that length
     """
     for name, group in itertools.product(layers, groups):
-        things, path = GROUPS[group], Path(out) / f"{group}-{file_part(name)}-{length}-steps{steps}.pt"
-        config = override(ModelConfig(), dict(RECALL, vocab_size=math.factorial(things), layers=name,
-                                              n_layer=1, block_size=length * max(times)))
+        things = GROUPS[group]
+        path = Path(out) / f"{group}-{file_part(name)}-{length}-steps{steps}.pt"
+        size = dict(vocab_size=math.factorial(things), n_layer=1, block_size=length * max(times))
+        config = ModelConfig(**RECALL | size, layers=name)
         model = functools.cache(lambda: learn_words(config, things, steps, length, path))
         for T in (n * length for n in times):
+
             def measure():
                 x, y = draw_words(max(4, 8192 // T), T, things, torch.Generator().manual_seed(T))
                 f = torch.no_grad()(model())
                 right = (f(x).argmax(-1) == y).double().mean(1)
                 accuracy, se = mean_se(right.tolist())
                 return dict(accuracy=accuracy, se=se)
+
             yield dict(layer=name, group=group, T=T), measure
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2487,10 +2362,6 @@ class Parity:
     """Sequences of bits in triples, x3 = x1 xor x2. Called like a model it answers exactly: the oracle."""
 
     name, V, layers, period = "parity", 2, "full(window=4)", 3
-
-    def nats(self, L):
-        """Entropy of a sequence: -log p(x) of the best possible model."""
-        return 2 / 3 * L * math.log(2)
 
     def draw(self, B, L, generator):
         x = torch.randint(2, (B, L // 3, 3), generator=generator)
@@ -2521,15 +2392,13 @@ class Bigram:
     name, layers, period = "2-gram", "full(window=8)", 1
 
     def __init__(self, V=8, seed=0):
-        self.V, gen = V, torch.Generator().manual_seed(seed)
+        self.V = V
+        gen = torch.Generator().manual_seed(seed)
         p = -torch.rand(V, V, generator=gen, dtype=torch.float64).log()
         p[torch.rand(V, V, generator=gen).argsort(1) >= V // 2] = 0
         self.p = p / p.sum(1, keepdim=True)  # (V, V): letter to next letter
         self.start = self.p.matrix_power(1 << 16).mean(0)
         self.start[self.start < 1e-12] = 0
-
-    def nats(self, L):
-        return (entropy(self.start) + (L - 1) * (self.start * entropy(self.p)).sum()).item()
 
     def draw(self, B, L, generator):
         x = [self.start.multinomial(B, replacement=True, generator=generator)]
@@ -2540,91 +2409,60 @@ class Bigram:
     def valid(self, x):
         return (self.start[x[:, 0]] > 0) & (self.p[x[:, :-1], x[:, 1:]] > 0).all(1)
 
+    def heard(self, x, first, p):
+        """(B, T, V): what the letters before each place say about it. p: letter to the next letter."""
+        now = first.expand(len(x), -1)
+        out = []
+        for letter in x.mT:
+            out.append(now)
+            now = torch.where(letter[:, None] < self.V, p[letter % self.V], now @ p)
+        return torch.stack(out, dim=1)
+
     def __call__(self, x, causal=False):
-        """Forward and backward: what the nearest known letters on both sides say; where they exclude each
-        other, uniform."""
-        one_hot = F.one_hot(x, self.V + 1)[..., :self.V].double()
-        known = (x < self.V)[..., None]
-        left, right = torch.empty_like(one_hot), torch.empty_like(one_hot)      # (B, T, V)
-        said, heard = self.start.expand(len(x), -1), torch.ones(len(x), self.V, dtype=torch.float64)
-        for t in range(x.size(1)):
-            left[:, t], right[:, -1 - t] = said, heard
-            said = torch.where(known[:, t], one_hot[:, t], said) @ self.p
-            heard = torch.where(known[:, -1 - t], one_hot[:, -1 - t], heard) @ self.p.mT
-        p = left * right
+        """From the letters on both sides; where they exclude each other, uniform."""
+        behind = self.heard(x.flip(1), torch.ones_like(self.start), self.p.mT).flip(1)
+        p = self.heard(x, self.start, self.p) * behind
         total = p.sum(-1, keepdim=True)
         return torch.where(total > 0, p / total, 1 / self.V).log().float()
 
-    def theory(self, N, L, far=32):
-        """Closed form: a letter that is revealed when each other one is open with probability t knows its
-        nearest neighbours at distances a and b, and -log p is on average H(x0 | x-a, xb). What is more than
-        `far` places away says nothing: it is distance 0."""
-        steps = [self.p.matrix_power(d) for d in range(1, far + 1)]
-        power = torch.stack([self.start.expand(self.V, -1), *steps])  # (far + 1, V, V)
-        joint = torch.einsum("u,auv,bvw->abuvw", self.start, power, power)  # p(x-a, x0, xb)
-        H = entropy(joint.flatten(2)) - entropy(joint.sum(3).flatten(2))  # (far + 1, far + 1)
-        t = torch.arange(1, N + 1, dtype=torch.float64)[:, None, None] / N
-        d, letters = torch.arange(1, far + 1), torch.arange(L)[:, None]  # on the left
-        near = (1 - t) * t ** (d - 1) * (d <= letters)  # (N, L, far)
-        near = torch.cat([1 - near.sum(-1, keepdim=True), near], dim=-1)
-        nats = torch.einsum("tia,ab,tib->ti", near, H, near.flip(1)).mean()
-        return {"theory_ter": nats.exp().item()}
-
-
-def entropy(p):
-    return -torch.xlogy(p, p).sum(-1)
+    def theory(self, N, L):
+        return {}
 
 
 @torch.no_grad()
-def nats_by_hidden(f, x, mask_id, generator, batch=512):
-    """(M, L) for sequences x (M, L): column n - 1 is the mean -log p of the hidden tokens when n random ones
-    are hidden."""
-    M, L = x.shape
-    n = torch.arange(1, L + 1).repeat(M)
-    hidden = diffusion.smallest(torch.rand(M * L, L, generator=generator), n)
-    parts = zip(x.repeat_interleave(L, dim=0).split(batch), hidden.split(batch))
-    nats = torch.cat([diffusion.masked_nll(f, rows, mask_id, part) for rows, part in parts])
-    return ((nats * hidden).sum(1) / n).view(M, L).double()
-
-
-def hidden_weights(N, L):
-    """(L,): how often a sampler of N steps reveals a token when n = 1 ... L are hidden, itself included.
-
-    Each other one is then still open with probability t = j/N, j uniform on 1..N: n is 1 + Binomial(L-1, t).
-    So the table of `nats_by_hidden` gives every N; N -> infinity weights all n alike: the bound."""
-    k = torch.arange(L, dtype=torch.float64)
-    t = torch.arange(1, N + 1, dtype=torch.float64)[:, None] / N
-    ways = math.lgamma(L) - torch.lgamma(k + 1) - torch.lgamma(L - k)
-    return (ways + torch.xlogy(k, t) + torch.xlogy(L - 1 - k, 1 - t)).exp().mean(0)
-
-
-@torch.no_grad()
-def sample_in_steps(f, B, L, N, mask_id, generator):
-    """The sampler of the theory: each token has its step of 1..N at random; those of one step are drawn
-    independently."""
-    step = torch.randint(N, (B, L), generator=generator)
-    x = torch.full((B, L), mask_id)
+def in_steps(f, x, N, mask_id, generator):
+    """The sampler of the theory on as many rows as x (B, L): each token has its step of 1..N at random; those
+    of one step are drawn independently. (what it writes (B, L), -log p of x with the same steps (B, L))."""
+    step = torch.randint(N, x.shape, generator=generator)
+    y = torch.full_like(x, mask_id)
+    nats = torch.zeros(x.shape, dtype=torch.float64)
     for k in step.unique():
         rows = (step == k).any(1)  # f knows no time: the others need no step
-        part, now = x[rows], step[rows] == k
+        now = step[rows] == k
+        part = y[rows]
         part[now] = diffusion.draw(f(part, causal=False)[now], generator=generator)
-        x[rows] = part
-    return x
+        y[rows] = part
+        nats[rows] += diffusion.masked_nll(f, x[rows], mask_id, step[rows] >= k) * now
+    return y, nats
 
 
 def learn_language(language, objective, lengths, steps, path):
     """A small model of the language, trained on fresh sequences of alternating lengths. It reads letters of
     their own for each place of a period, so that it need not count."""
+    places = 3 * (torch.arange(max(lengths)) % language.period)
+    read = lambda lm, x, **how: lm(x + places[:x.size(1)], **how)
+
     def loss_of(lm, step, gen):
         L = lengths[step % len(lengths)]
-        x, f = language.draw(1536 // L, L, gen), placed(lm)
+        f = functools.partial(read, lm)
+        x = language.draw(1536 // L, L, gen)
         if objective == "ar":
             return diffusion.ar_loss(f, x, lm.mask_id)
         return diffusion.mdm_loss(f, x, lm.mask_id, generator=gen)
 
-    placed = lambda lm: lambda x, **how: lm(x + 3 * (torch.arange(x.size(1)) % language.period), **how)
     size = dict(vocab_size=language.V, block_size=max(lengths), n_layer=2, n_head=4, n_embd=64)
-    return placed(learn(ModelConfig(**size, layers=language.layers), loss_of, steps, path, lr=3e-3))
+    lm = learn(ModelConfig(**size, layers=language.layers), loss_of, steps, path, lr=3e-3)
+    return functools.partial(read, lm)
 
 
 def theory_picture(plt, result):
@@ -2637,7 +2475,7 @@ def theory_picture(plt, result):
         "closed form": ("oracle", "theory_", dict(lw=1)),
         "oracle": ("oracle", "", dict(marker="o", ls="", ms=5)),
         "trained mdm": ("mdm", "", dict(marker="x", ls="--", lw=1)),
-        "trained ar": ("ar", "", dict(marker="*", ls="", ms=10)),
+        "trained ar": ("ar", "", dict(marker="*", ls="", ms=10))
     }
     labels = {"ter": "token error rate (a perplexity)", "ser": "share of wrong sequences"}
     for (what, language), ax in zip(itertools.product(labels, languages), axes.flat):
@@ -2676,41 +2514,41 @@ def theory(lengths=(24, 96), steps=1000, sequences=128, threads=1, out="out/theo
     grid = [4**i for i in range(6)]
     kinds = {"oracle": grid, "mdm": grid[:-1], "ar": [None]}
     for language, kind in itertools.product((Parity(), Bigram()), kinds):
-        V, count = language.V, sequences * (8 if kind == "oracle" else 1)
-        path = Path(out) / f"{asked}-steps{steps}" / f"{language.name}-{kind}.pt"
 
         @functools.cache
         def model():
             if kind == "oracle":
                 return language
-            return learn_language(language, kind, lengths, steps if kind == "mdm" else max(1, steps // 4), path)
+            path = Path(out) / f"{asked}-steps{steps}" / f"{language.name}-{kind}.pt"
+            return learn_language(language, kind, lengths, max(1, steps // (4 if kind == "ar" else 1)), path)
 
-        for L in lengths:
+        def measure(L, N):
             gen = torch.Generator().manual_seed(L)
-            x = language.draw(256, L, gen)
-            table = functools.cache(lambda: nats_by_hidden(model(), x[:64], V, gen))  # one for every N
-            for N in kinds[kind]:
+            V = language.V
+            count = sequences
+            if kind == "oracle":
+                count *= 8
+            x = language.draw(count, L, gen)
+            if kind == "ar":
+                y = diffusion.sample_ar(model(), torch.full_like(x, V), V, generator=gen, cache=False)
+                nats = diffusion.ar_loss(model(), x, V, reduction="none").detach()
+            else:
+                y, nats = in_steps(model(), x, N, V, gen)
+            nats = nats.double().mean(1)
+            right = language.valid(y).double().mean().item()
+            ter = nats.mean().exp().item()
+            return dict(
+                ter=ter,
+                ser=1 - right,
+                sequences=count,
+                ter_se=ter * nats.std().item() / count ** 0.5,
+                ser_se=(right * (1 - right) / count) ** 0.5,
+                **(language.theory(N, L) if N else {})
+            )
 
-                def measure():
-                    if kind == "ar":
-                        nats = diffusion.ar_loss(model(), x, V, reduction="none").detach().double().mean(1)
-                        canvas = torch.full((count, L), V)
-                        y = diffusion.sample_ar(model(), canvas, V, generator=gen, cache=False)
-                    else:
-                        nats = table() @ hidden_weights(N, L)
-                        y = sample_in_steps(model(), count, L, N, V, torch.Generator().manual_seed(N))
-                    ter, ser = nats.mean().exp().item(), 1 - language.valid(y).double().mean().item()
-                    row = dict(
-                        best_ter=math.exp(language.nats(L) / L),
-                        ter=ter,
-                        ser=ser,
-                        sequences=count,
-                        ter_se=ter * nats.std().item() / len(nats) ** 0.5,
-                        ser_se=(ser * (1 - ser) / count) ** 0.5,
-                    )
-                    return row | (language.theory(N, L) if N else {})
-
-                yield dict(language=language.name, model=kind, L=L, N=N or L), measure
+        for L, N in itertools.product(lengths, kinds[kind]):
+            point = dict(language=language.name, model=kind, L=L, N=N or L)
+            yield point, functools.partial(measure, L, N)
 
 # ------------------------------------------------------------------------------------------------------------
 # tools: a calculator inside an answer
@@ -2733,19 +2571,16 @@ def tools(steps=1000, problems=500, workers=1, device="auto", threads=1, out="ou
     tokenizer = prepare.load_tokenizer("data/arithmetic")
     texts = [t for t in tokenizer.decode(val.tolist()).split(prepare.EOT) if t][:problems]
     prompts = [t[: t.index("?") + 1] for t in texts]
-    runs = {"ar": dict(max_steps=steps), "block": dict(max_steps=3 * steps, diffusion_block=4)}
-    jobs = {
-        o: CALCULATOR | more | dict(objective=o, out=f"{out}/{o}-{more['max_steps']}")
-        for o, more in runs.items()
-    }
+    job = lambda o, n: CALCULATOR | dict(objective=o, max_steps=n, diffusion_block=4, out=f"{out}/{o}-{n}")
+    jobs = {"ar": job("ar", steps), "block": job("block", 3 * steps)}
     yield jobs
     cases = [("ar", "left"), ("block", "left"), ("block", "max_prob")]
     for (objective, order), tool in itertools.product(cases, ("none", "calculator")):
 
         def measure():
             lm, state = train.load_model(jobs[objective]["out"], "last", device)
-            x, valid = diffusion.canvas([tokenizer.encode(p) for p in prompts], 60, lm.mask_id)
-            x, valid = x.to(device), valid.to(device)
+            canvas = diffusion.canvas([tokenizer.encode(p) for p in prompts], 60, lm.mask_id)
+            x, valid = (a.to(device) for a in canvas)
             call = sample.calculator if tool == "calculator" else lambda text: ""
             hook = sample.ToolCalls(call, tokenizer, lm.mask_id, valid.sum(1))
             how = dict(temperature=0, eot_id=tokenizer.eot, valid=valid)
@@ -2761,7 +2596,7 @@ def tools(steps=1000, problems=500, workers=1, device="auto", threads=1, out="ou
                 problems=len(texts),
                 accuracy=accuracy,
                 se=se,
-                right_calls=sum(call in made for call in enumerate(prompts)),
+                right_calls=len(made.intersection(enumerate(prompts))),
                 failed_calls=sum(why is not None for *_, why in hook.calls),
                 minutes=state["seconds"] / 60,
             )
@@ -2787,59 +2622,23 @@ def moe_speed(E, k, device, repeat):
         dense_tok_per_s=1e3 * tokens / plain,
         moe_tok_per_s=1e3 * tokens / sparse,
         ratio=plain / sparse,
-        routing_share=route / sparse,
+        routing_share=route / sparse
     )
 
 
-def skew_routers(out, windows):
-    """Rewrite a fresh checkpoint so that the first k experts of every layer are everyone's first choice."""
-    lm, state = train.load_model(out, "last")
-    for name, moe in lm.named_modules():
+def skewed(out, windows):
+    """The weights of a run, but the first k experts of every layer are everyone's first choice."""
+    def skew(moe, args):
+        mean = args[0].mean(dim=(0, 1))
+        moe.router.weight[: moe.k] += 2.0 * mean / mean.square().sum()
+
+    lm, _ = train.load_model(out, "last")
+    for moe in lm.modules():
         if isinstance(moe, MoE):
-            moe.register_forward_pre_hook(lambda moe, args: setattr(moe, "read", args[0].mean(dim=(0, 1))))
+            moe.register_forward_pre_hook(skew)
     with torch.no_grad():
         lm(windows)
-    for name, moe in lm.named_modules():
-        if isinstance(moe, MoE):
-            state["model"][f"{name}.router.weight"][: moe.k] += 2.0 * moe.read / moe.read.square().sum()
-    train.save_atomic(state, Path(out) / "ckpt_last.pt")
-
-
-def balance(router, bias_step, steps, device, out):
-    """The load of 32 experts from a skewed router on: [step, largest / mean load in the worst layer]."""
-    flags = dict(
-        dataset=str(data_folder("docs-byte")),
-        n_layer=2,
-        n_head=4,
-        n_embd=64,
-        block_size=64,
-        batch_tokens=1024,
-        log_every=100,
-        eval_every=0,
-        max_steps=steps,
-        save_every=500,
-        schedule="constant",
-        device=device,
-        out=str(out),
-        set=["n_expert=32", "n_expert_active=4", "expert_inner=64", f"router_bias_step={bias_step}"],
-    )
-    if not (out / "ckpt_last.pt").exists():
-        train.train(flags | dict(max_steps=1, log_every=1), log=lambda *_: None)
-        skew_routers(out, validation("docs-byte", 64, 16))
-    result = train.train(flags | dict(resume="auto"), log=lambda line: print(f"[{router}] {line}"))
-    if result["stopped"]:
-        raise KeyboardInterrupt
-    log = [r for r in train.read_log(out) if r["kind"] == "train" and r["step"] > 1]
-    loads = [[r["step"], max(r["load_ratio"])] for r in log]
-    return dict(
-        steps=steps,
-        first_load_ratio=loads[0][1],
-        last_load_ratio=loads[-1][1],
-        dead_experts=max(log[-1]["dead_experts"]),
-        bias_range=max(log[-1]["bias_range"]),
-        val_loss=result["best"],
-        loads=loads,
-    )
+    return lm.state_dict()
 
 
 def load_picture(plt, result):
@@ -2848,12 +2647,8 @@ def load_picture(plt, result):
         if "loads" in r:
             ax.semilogy(*zip(*r["loads"]), label=r["router"])
     log_ticks(ax.yaxis, [1, 2, 3, 4, 6, 8])
-    dress(
-        ax,
-        "32 experts, top 4, from a skewed router",
-        xlabel="step",
-        ylabel="largest / mean load, worst layer",
-    )
+    title = "32 experts, top 4, from a skewed router"
+    dress(ax, title, xlabel="step", ylabel="largest / mean load, worst layer")
     return figure
 
 
@@ -2863,18 +2658,49 @@ def moe_tables(result):
 
 
 @experiment(named=("device",), show=moe_tables, picture=load_picture)
-def moe(steps=2000, repeat=12, device="auto", threads=1, out="out/moe"):
+def moe(dataset="docs-byte", steps=2000, repeat=12, workers=1, device="auto", threads=1, out="out/moe"):
     """Mixture of experts: speed against a dense MLP of the same active parameters; load with and without the
     bias rule.
 
-    steps: of the balance runs
+    steps: of the balance runs, behind the one after which their routers are skewed
     """
-    need(steps > 1, f"--steps {steps} must be at least 2: the first comes before the routers are skewed")
     for E, k in ((64, 8), (128, 8)) if device.startswith("cuda") else ((8, 2), (32, 4), (128, 8)):
         yield dict(experts=E, active=k), lambda: moe_speed(E, k, device, repeat)
-    for router, bias_step in (("bias rule", 1e-3), ("no balancing", 0.0)):
-        folder = Path(out) / file_part(router)
-        yield dict(router=router), lambda: balance(router, bias_step, steps, device, folder)
+    start = dict(
+        dataset=str(data_folder(dataset)),
+        n_layer=2,
+        n_head=4,
+        n_embd=64,
+        block_size=64,
+        batch_tokens=1024,
+        log_every=max(1, steps // 20),
+        eval_every=0,
+        max_steps=1,
+        schedule="constant",
+        device=device,
+        set=["n_expert=32", "n_expert_active=4", "expert_inner=64", "router_bias_step=0"],
+        out=f"{out}/start"
+    )
+    yield {"start": start}
+    jobs = {}
+    weights = skewed(start["out"], validation(dataset, 64, 16))
+    for router, bias_step in {"bias rule": 1e-3, "no balancing": 0}.items():
+        fields = [*start["set"][:-1], f"router_bias_step={bias_step}"]
+        jobs[router] = start | dict(set=fields, max_steps=1 + steps, out=f"{out}/{file_part(router)}-{steps}")
+        fork(start["out"], jobs[router], weights, router_bias_step=bias_step)
+    evals = yield jobs
+    for router, job in jobs.items():
+        log = [r for r in train.read_log(job["out"]) if r["kind"] == "train" and r["step"] > 1]
+        loads = [[r["step"], max(r["load_ratio"])] for r in log]
+        yield dict(router=router), dict(
+            steps=steps,
+            first_load_ratio=loads[0][1],
+            last_load_ratio=loads[-1][1],
+            dead_experts=max(log[-1]["dead_experts"]),
+            bias_range=max(log[-1]["bias_range"]),
+            val_loss=evals[router][-1]["loss"],
+            loads=loads
+        )
 
 # ------------------------------------------------------------------------------------------------------------
 # decode, panel: what sampling costs and what it gives; the likelihoods of the same models
@@ -2898,14 +2724,14 @@ SHARED["models"] = dict(
     workers=2,
     device="auto",
     threads=1,
-    out=None,
+    out=None
 )
 MODELS_GPU = dict(n_layer=6, n_head=6, n_embd=384, batch_tokens=16_384, max_steps=1500, lr=1e-3)
 ROLES = {
     "ar": dict(objective="ar"),
     "judge": dict(objective="ar", seed=1),
     "mdm": dict(objective="mdm"),
-    "block": dict(objective="block", diffusion_block=16),
+    "block": dict(objective="block", diffusion_block=16)
 }
 LONGER = {"mdm": 3, "block": 1.5}  # times max_steps: diffusion learns slowly
 
@@ -2914,29 +2740,25 @@ def decode_runs(roles, models):
     """{role: run folder}: those given by a flag, the others trained, from where they were left. ValueError
     for a given run of another objective, before anything is trained. A part of a generator."""
     root = Path(models["out"] or f"out/decode-{models['scale']}")
-    folders = {role: models[f"run_{role}"] or str(root / role) for role in roles}
     same = ("dataset", "n_layer", "n_head", "n_embd", "block_size", "batch_tokens", "lr")
-    jobs = {}
-    for role, folder in folders.items():
-        want = ROLES[role]["objective"]
-        if folder == models[f"run_{role}"]:
-            objective = train.load_model(folder, "last")[1]["flags"]["objective"]
+    folders, jobs = {}, {}
+    for role in roles:
+        want, given = ROLES[role]["objective"], models[f"run_{role}"]
+        folders[role] = given or str(root / role)
+        if given:
+            objective = train.load_model(given, "last")[1]["flags"]["objective"]
             need(
                 objective == want or objective == "mixed" and want != "block",
-                f"{folder} is a run of --objective {objective}, and one of {want} is needed as --run_{role}",
+                f"{given} is a run of --objective {objective}, and one of {want} is needed as --run_{role}"
             )
         else:
-            jobs[role] = (
-                {k: models[k] for k in same}
-                | ROLES[role]
-                | dict(
-                    max_steps=int(models["max_steps"] * LONGER.get(role, 1)),
-                    set=["qk_norm=true"],
-                    eval_every=1000,
-                    eval_windows=64,
-                    log_every=500,
-                    out=folder,
-                )
+            jobs[role] = {k: models[k] for k in same} | ROLES[role] | dict(
+                max_steps=int(models["max_steps"] * LONGER.get(role, 1)),
+                set=["qk_norm=true"],
+                eval_every=1000,
+                eval_windows=64,
+                log_every=500,
+                out=folders[role]
             )
     if jobs:
         data_folder(models["dataset"])
@@ -2956,17 +2778,12 @@ def decoders(n):
         "diffusion in blocks": ("mdm", steps(1, 4, fill_block=32)),
         "diffusion in blocks, dual cache": (
             "mdm",
-            [
-                *steps(1, 2, 4, 8, **cached),
-                *steps(1, **cached, refresh=8),
-                dict(cached, threshold=0.7),
-                *steps(1, fill_block=8, cache=True),
-            ],
+            [*steps(1, 2, 4, 8, **cached), dict(cached, threshold=0.7)]
         ),
         "block diffusion, exact cache": (
             "block",
-            [*(dict(steps=k) for k in (16, 8, 4, 2)), dict(threshold=0.7)],
-        ),
+            [*(dict(steps=k) for k in (16, 8, 4, 2)), dict(threshold=0.7)]
+        )
     }
 
 
@@ -2979,7 +2796,7 @@ def judged(judge, x, start):
     losses = [diffusion.ar_loss(judge, w, judge.mask_id, reduction="none") for w in x.split(32)]
     loss, se = mean_se(torch.cat(losses)[:, start:].mean(1).tolist())
     p = F.one_hot(x[:, start:], judge.V).float().mean(1)  # (N, V)
-    return dict(loss=loss, se=se, entropy=entropy(p).mean().item())
+    return dict(loss=loss, se=se, entropy=-torch.xlogy(p, p).sum(-1).mean().item())
 
 
 def decode_picture(plt, result):
@@ -2987,11 +2804,12 @@ def decode_picture(plt, result):
     threshold."""
     figure, ax = plt.subplots(figsize=(8, 6))
     real, *rows = result["rows"]
-    few, *_, many = sorted(result["flags"]["batches"])
+    few = min(result["flags"]["batches"])
+    many = max(result["flags"]["batches"])
     for i, family in enumerate(dict.fromkeys(r["sampler"] for r in rows)):
         for B, style in ((many, dict(ls="-", label=family)), (few, dict(ls=":", mfc="white"))):
-            points = sorted((r[f"tokens/s, batch {B}"], r["loss"]) for r in rows if r["sampler"] == family)
-            ax.semilogx(*zip(*points), marker="*osD^vP"[i], ms=6, lw=0.8, color=f"C{i}", **style)
+            mine = sorted(points(rows, f"tokens/s, batch {B}", "loss", sampler=family))
+            ax.semilogx(*zip(*mine), marker="*osD^vP"[i], ms=6, lw=0.8, color=f"C{i}", **style)
     ax.axhline(real["loss"], color="0.45", lw=1, ls="--", label="real text")
     plain_log(ax.xaxis)
     dress(
@@ -2999,7 +2817,7 @@ def decode_picture(plt, result):
         f"along a line: fewer steps, or a lower threshold, to the right\n{result['new']} new tokens; "
         f"filled: batch {many}, hollow: batch {few}",
         xlabel="tokens/s",
-        ylabel="loss under an AR judge, nats per token",
+        ylabel="loss under an AR judge, nats per token"
     )
     return figure
 
@@ -3008,20 +2826,22 @@ def decode_picture(plt, result):
 def decode(batches=(1, 8, 64), run_judge=None, **models):
     """Tokens/s against quality of every sampler on trained models, by batch size.
 
-    batches: sizes, two or more; quality is that of the largest
+    batches: sizes; quality is that of the largest
     run_judge: run folder of the AR judge (default: trained)
     """
-    need(len(batches) > 1, f"--batches {batches[0]}: expected two or more, such as 1,8")
     folders = yield from decode_runs(ROLES, models | dict(run_judge=run_judge))
-    device, most, clock = models["device"], max(batches), clock_of(models["device"])
+    device = models["device"]
+    most = max(batches)
+    clock = clock_of(models["device"])
     trained = {role: train.load_model(folder, "last", device) for role, folder in folders.items()}
     judge, state = trained["judge"]
-    T, P = judge.config.block_size, judge.config.block_size // 8  # the first P tokens are the prompt
+    T = judge.config.block_size
+    P = judge.config.block_size // 8  # the first P tokens are the prompt
     for role, (lm, _) in trained.items():
         need(
             lm.V == judge.V and lm.config.block_size >= T,
             f"{folders[role]} has {lm.V} tokens, a window of {lm.config.block_size}, the judge {judge.V} "
-            f"and {T}: all must be trained on the same data set and window",
+            f"and {T}: all must be trained on the same data set and window"
         )
     sample.check_dual_cache(trained["mdm"][0].config)
     data = validation(state["flags"]["dataset"], T, most).to(device)
@@ -3029,32 +2849,29 @@ def decode(batches=(1, 8, 64), run_judge=None, **models):
     canvas[:, P:] = judge.mask_id
     samplers = {"ar": diffusion.sample_ar, "mdm": diffusion.sample_mdm, "block": diffusion.sample_block}
 
-    def go(role, x, **how):
-        """(texts, seconds) of one sampler."""
+    def measure(role, setting):
         lm, state = trained[role]
         if role == "block":
-            how["fill_block"] = state["flags"]["diffusion_block"]
-        draws = torch.Generator("cpu" if device.startswith("mps") else device).manual_seed(0)
-        tic = clock()
-        return samplers[role](lm, x, lm.mask_id, generator=draws, **how), clock() - tic
+            setting = setting | dict(fill_block=state["flags"]["diffusion_block"])
+        row = {}
+        for B in sorted(batches, reverse=True):
+            texts = []
+            seconds = 0.0
+            # Fewer than 4 rows say little about a threshold: then other prompts follow.
+            for x in canvas[: max(B, min(4, most))].split(B):
+                draws = torch.Generator("cpu" if device.startswith("mps") else device).manual_seed(0)
+                tic = clock()
+                texts.append(samplers[role](lm, x, lm.mask_id, generator=draws, **setting))
+                seconds += clock() - tic
+            texts = torch.cat(texts)
+            row = row or judged(judge, texts, P)
+            row[f"tokens/s, batch {B}"] = round(len(texts) * (T - P) / seconds)
+        return row
 
     yield dict(sampler="real text"), lambda: judged(judge, data, P)
     for family, (role, settings) in decoders(T - P).items():
         for setting in settings:
-
-            def measure():
-                row = {}
-                for B in sorted(batches, reverse=True):
-                    # Fewer than 4 rows say little about a threshold: then other prompts follow.
-                    runs = [go(role, x, **setting) for x in canvas[: max(B, min(4, most))].split(B)]
-                    texts, seconds = zip(*runs)
-                    texts = torch.cat(texts)
-                    if B == most:
-                        row = judged(judge, texts, P)
-                    row[f"tokens/s, batch {B}"] = round(len(texts) * (T - P) / sum(seconds))
-                return row
-
-            yield dict(sampler=family, **setting), measure
+            yield dict(sampler=family, **setting), functools.partial(measure, role, setting)
     return dict(prompt=P, new=T - P)
 
 
@@ -3073,15 +2890,13 @@ def panel(windows=16, n_mc=64, **models):
         x = validation(state["flags"]["dataset"], lm.config.block_size, windows)
         size = prepare.load_tokenizer(folder).token_bytes[x.numpy()].mean()  # bytes per token
         for measure, nats, se in sample.panel(lm, state["flags"], x.to(models["device"]), n_mc):
-            yield (
-                dict(run=role, measure=measure),
-                dict(nats=nats, bits_per_byte=nats / math.log(2) / size, se=se or None),
-            )
+            bits = nats / math.log(2) / size
+            yield dict(run=role, measure=measure), dict(nats=nats, bits_per_byte=bits, se=se or None)
 
 # ------------------------------------------------------------------------------------------------------------
 # tables: results/README.md from the JSON files
 
-def mixtures(folder, device="cpu"):
+def mixtures(folder):
     """Rows of full, linear and sparse layers and their mixtures, from the files of quality, recall,
     attention, context.
 
@@ -3092,34 +2907,36 @@ def mixtures(folder, device="cpu"):
         path = Path(folder) / f"{file}.json"
         rows = json.loads(path.read_text())["rows"] if path.exists() else []
         return {tuple(r[k] for k in key): r for r in rows}
-    quality = rows_of(f"quality_{device}", "mixer", "objective")
+    quality = rows_of("quality_cpu", "mixer", "objective")
     recalls = rows_of("recall", "layers", "objective", "task", "pairs", "T")
-    speed = rows_of(f"attention_{device}", "layer", "T")
-    decoding = rows_of(f"context_{device}", "layer", "batch", "T")
-    if not all((quality, recalls, speed, decoding)):
+    training = rows_of("attention_cpu", "layer", "T")
+    decoding = rows_of("context_cpu", "layer", "batch", "T")
+    if not all((quality, recalls, training, decoding)):
         return []
-    far, length, cached = (max(key[-1] for key in found) for found in (recalls, speed, decoding))
-    both = lambda of: " / ".join(of(o) for o in OBJECTIVES)
-    loss = lambda r: f"{r['loss']:.3f}" if r else "-"
-    percent = lambda r: f"{100 * r['accuracy']:.0f}" if r else "-"
+    far, length, cached = (max(key[-1] for key in found) for found in (recalls, training, decoding))
     rows = []
     for name in dict.fromkeys(["full", *(mixer for mixer, _ in quality)]):
         if name not in ATTENTION and "*" not in name:       # a setting of another row's layer
             continue
         layers = [n for n, _ in parse_layers(name, 4 if "*" in name else 1)]
-        if not all((n, length) in speed and (n, 1, cached) in decoding for n in layers):
+        if not all((n, length) in training and (n, 1, cached) in decoding for n in layers):
             continue
-        mean = lambda found, *at: statistics.mean(found[n, *at[:-1]][at[-1]] for n in layers)
-        full = decoding["full", 1, cached]
+
+        def both(cell, found, *at):
+            keys = [(name, o, *at) for o in OBJECTIVES]
+            return " / ".join(cell(found[key]) if key in found else "-" for key in keys)
+
+        def times(found, column, *at):
+            return found["full", *at][column] / statistics.mean(found[n, *at][column] for n in layers)
+        percent = lambda r: f"{100 * r['accuracy']:.0f}"
         rows.append({
             "mixer": f"`{name}`",
-            "loss": both(lambda o: loss(quality.get((name, o)))),
-            "64 pairs": both(lambda o: percent(recalls.get((name, o, "pairs", 64, 512)))),
-            f"needles in {far:,}": both(lambda o: percent(recalls.get((name, o, "needle", NEEDLES, far)))),
-            f"decoding at {cached:,}": f"{full['ms'] / mean(decoding, 1, cached, 'ms'):.1f}x",
-            "cache": f"{mean(decoding, 1, cached, 'cache_mib') / full['cache_mib']:.1%}",
-            f"training at {length:,}":
-                f"{speed['full', length]['both_ms'] / mean(speed, length, 'both_ms'):.2f}x"})
+            "loss": both(lambda r: f"{r['loss']:.3f}", quality),
+            "64 pairs": both(percent, recalls, "pairs", 64, 512),
+            f"needles in {far:,}": both(percent, recalls, "needle", NEEDLES, far),
+            f"decoding at {cached:,}": f"{times(decoding, 'ms', 1, cached):.1f}x",
+            "cache": f"{1 / times(decoding, 'cache_mib', 1, cached):.1%}",
+            f"training at {length:,}": f"{times(training, 'both_ms', length):.2f}x"})
     return rows
 
 
@@ -3138,7 +2955,8 @@ def tables(results="results", pictures=False):
 
     pictures: draw them again too
     """
-    folder, blocks = Path(results), {}
+    folder = Path(results)
+    blocks = {}
     if rows := mixtures(folder):
         blocks["mixtures"] = markdown(rows)
     for file in sorted(folder.glob("*.json")):
@@ -3151,7 +2969,8 @@ def tables(results="results", pictures=False):
     path = folder / "README.md"
     text = path.read_text(encoding="utf-8") if path.exists() else "# Results\n"
     for name, block in blocks.items():
-        mark, end = f"<!-- {name} -->", "<!-- end -->"
+        mark = f"<!-- {name} -->"
+        end = "<!-- end -->"
         if mark not in text:
             text += f"\n## {name}\n\n{mark}\n{end}\n"
         before, _, rest = text.partition(mark)
@@ -3164,16 +2983,15 @@ def tables(results="results", pictures=False):
 # ------------------------------------------------------------------------------------------------------------
 # choices: multiple choice by likelihood
 
-WHICH = ("best", "last")
 MEASURES = {
     "ar": ("exact",),
     "mdm": ("bound", "chain"),
     "block": ("bound", "chain"),
-    "mixed": ("exact", "bound", "chain"),
+    "mixed": ("exact", "bound", "chain")
 }
 # The text, its continuations and the index of the right one: HellaSwag; PIQA and ARC; LAMBADA, whose one is
 # right.
-FORMS = {"ctx": ("endings", "label"), "query": ("choices", "gold"), "context": ("continuation", None)}
+FORMS = ("ctx", "endings", "label"), ("query", "choices", "gold"), ("context", "continuation")
 
 
 def parse_item(r):
@@ -3183,24 +3001,23 @@ def parse_item(r):
     Continuations begin with a space and are tokenized on their own, as GPT-2's tokenizer would cut there.
     "Question: ..." is followed by "Answer:", as in MosaicML's evaluation, where the files of that form come
     from."""
-    form = next((k for k in FORMS if isinstance(r, dict) and {k, *FORMS[k]} - {None} <= set(r)), None)
-    known = (", ".join(filter(None, (form, *keys))) for form, keys in FORMS.items())
-    need(form, f"is no object of the keys {' or '.join(known)}")
-    key, label = FORMS[form]
-    context, answers = r[form], r[key] if label else [r[key]]
+    keys = next((keys for keys in FORMS if isinstance(r, dict) and set(keys) <= set(r)), None)
+    need(keys, f"is no object of the keys {' or '.join(map(', '.join, FORMS))}")
+    context, answers, *label = (r[key] for key in keys)
+    answers = answers if label else [answers]
     need(
         isinstance(context, str) and isinstance(answers, list) and all(isinstance(a, str) for a in answers),
-        f"must have a text under '{form}' and {'a list of texts' if label else 'a text'} under '{key}'",
+        f"must have a text under '{keys[0]}' and texts under '{keys[1]}'"
     )
-    context, answers = context.rstrip(), [a.strip() for a in answers]
-    gold = str(r[label] if label else 0).strip("[]")  # 1, "1" or [1]
+    context = context.rstrip()
+    answers = [a.strip() for a in answers]
+    gold = str(label[0] if label else 0).strip("[]")  # 1, "1" or [1]
     right = answers[int(gold) :][:1] if gold.isdecimal() else []
     need(
-        right and all(answers) and answers.count(right[0]) == 1 and (len(answers) > 1 or not label),
-        "must have one right answer, all answers being different from it and none empty: "
-        f"'{label or key}' is {json.dumps(r[label or key])[:40]}, and there are {len(answers)} answers",
+        right and all(answers) and answers.count(right[0]) == 1 and len(answers) > len(label),
+        "must have one right answer, all answers being different from it and none empty"
     )
-    if form == "query" and context.startswith("Question:"):
+    if "query" in keys and context.startswith("Question:"):
         context += "\nAnswer:"
     return context, [" " * bool(context) + a for a in answers], int(gold)
 
@@ -3239,54 +3056,53 @@ def probe_as_items(flags, tokenizer, T, limit):
     return [item_of(p[0, :-K].tolist(), p[:, -K:].tolist(), 0, tokenizer) for p in passages]
 
 
+def laid_out(lm, context, ends):
+    """(x, which of it is text, which is an end), each (ends, T): an end behind the context in each row."""
+    x, real = diffusion.canvas([context + end for end in ends], 0, lm.mask_id)
+    scored = real & (torch.arange(x.size(1)) >= len(context))
+    return [a.to(lm.embed.weight.device) for a in (x, real, scored)]
+
+
 @torch.no_grad()
 def exact_nats(lm, context, ends):
-    """(-log p of each end behind the context, is each what the model writes?) of an AR model, two lists. The
-    context is read once."""
-    device, nats, greedy = lm.embed.weight.device, [], []
-    read = torch.tensor([[lm.mask_id, *context]], device=device)  # behind BOS
-    cache = lm.init_cache(1, read.size(1) + max(map(len, ends)))
-    lm(read[:, :-1], cache=cache)
-    for end in ends:
-        y = torch.tensor([end], device=device)
-        logits = lm(torch.cat([read[:, -1:], y[:, :-1]], dim=1), cache=cache, commit=False)
-        nats.append(diffusion.token_nll(logits, y).double().sum().item())
-        greedy.append(torch.equal(logits.argmax(-1), y))
-    return nats, greedy
+    """(-log p of each end behind the context, is each what the model writes?) of an AR model, two lists."""
+    x, _, scored = laid_out(lm, context, ends)
+    logits = lm(diffusion.shift_right(x, lm.mask_id))
+    nats = (diffusion.token_nll(logits, x).double() * scored).sum(1)
+    return nats.tolist(), ((logits.argmax(-1) == x) | ~scored).all(1).tolist()
 
 
 @torch.no_grad()
-def diffusion_nats(lm, context, ends, measure, n_mc=32, seed=0, block=None, rows=64):
+def diffusion_nats(lm, context, ends, measure, n_mc=32, seed=0, block=None):
     """-log p of each end behind the context under a diffusion model, a list: the bound, all ends under the
     same n_mc masks (as far as they have places in common), or the exact chain from left to right. block: of a
     block-diffusion model; the last block's places behind an end stay hidden."""
-    mask, device = lm.mask_id, lm.embed.weight.device
-    x, real = diffusion.canvas([context + end for end in ends], 0, mask)
+    x, real, scored = laid_out(lm, context, ends)
+    mask = lm.mask_id
+    how = {} if real.all() else {"valid": real}
     if block:
-        x, real = (F.pad(a, (0, -x.size(1) % block)) for a in (x, real))
-        x[~real] = mask
-    scored = real & (torch.arange(x.size(1)) >= len(context))
-    x, real, scored = (a.to(device) for a in (x, real, scored))
-    keywords = {} if block or real.all() else {"valid": real}
+        more = -x.size(1) % block
+        x = F.pad(x.where(real, mask), (0, more), value=mask)
+        scored = F.pad(scored, (0, more))
+        how = {}
     if measure == "bound":
-        gen, same = torch.Generator().manual_seed(seed), torch.zeros(len(ends), dtype=torch.int64)
         nats, _ = diffusion.mdm_nll(
             lm,
             x,
             mask,
             n_mc,
-            gen,
-            batch_size=rows,
+            torch.Generator().manual_seed(seed),
+            batch_size=max(1, (65536 if x.is_cuda else 4096) // x.size(1)),
             noise_block=block,
             scored=scored,
             per_row=True,
-            group=same,
-            **keywords,
+            group=torch.zeros(len(x), dtype=torch.int64),
+            **how
         )
     elif block:
         nats = sample.block_chain(lm, x, block, "left", scored)
     else:
-        nats = diffusion.chain_nll(lm, x, mask, "left", scored, **keywords)
+        nats = diffusion.chain_nll(lm, x, mask, "left", scored, **how)
     return (nats.cpu() * scored.sum(1).cpu()).tolist()
 
 
@@ -3301,7 +3117,8 @@ def greedy_end(lm, context, end, block=None):
 def judge_item(lm, flags, item, measure, n_mc, seed):
     """{"nats": of each end, "greedy": if there is but one, is it what the model writes?} or {"failed": why}.
     A context that does not fit into the window loses its left."""
-    ends, T = item["ends"], lm.config.block_size
+    ends = item["ends"]
+    T = lm.config.block_size
     longest = max(map(len, ends))
     if longest > T:
         return {"failed": f"an answer of {longest} tokens is longer than the window of {T}"}
@@ -3310,9 +3127,7 @@ def judge_item(lm, flags, item, measure, n_mc, seed):
         nats, greedy = exact_nats(lm, context, ends)
         return {"nats": nats, "greedy": greedy[0]}
     block = flags["diffusion_block"] if flags["objective"] == "block" else None
-    tokens = 65536 if lm.embed.weight.is_cuda else 4096  # in a pass
-    rows = max(1, tokens // (len(context) + longest))
-    nats = diffusion_nats(lm, context, ends, measure, n_mc, seed, block, rows)
+    nats = diffusion_nats(lm, context, ends, measure, n_mc, seed, block)
     return {"nats": nats, "greedy": len(ends) == 1 and greedy_end(lm, context, ends[0], block)}
 
 
@@ -3322,21 +3137,24 @@ def summary(items, results):
 
     accuracy: the right answer has the smallest -log p; accuracy_norm: the smallest per byte. gap: the mean
     -log p of the wrong answers minus that of the right one, nats. loss: the right answer's, per token."""
-    hits, norm, gaps, right, tokens = [], [], [], 0.0, 0
-    for item, r in zip(items, results):
-        if "failed" in r:
-            continue
-        g, nats = item["gold"], r["nats"]
+    judged = [(item, r) for item, r in zip(items, results) if "failed" not in r]
+    hits = []
+    norm = []
+    gaps = []
+    right = 0.0
+    tokens = 0
+    for item, r in judged:
+        g = item["gold"]
+        nats = np.array(r["nats"])
         right += nats[g]
         tokens += len(item["ends"][g])
-        others = lambda values: values[:g] + values[g + 1 :]
         if len(nats) == 1:
             hits.append(float(r["greedy"]))
             continue
-        density = [n / size for n, size in zip(nats, item["bytes"])]
-        hits.append(float(nats[g] < min(others(nats))))
-        norm.append(float(density[g] < min(others(density))))
-        gaps.append(statistics.mean(others(nats)) - nats[g])
+        density = nats / item["bytes"]
+        hits.append(float(nats[g] < np.delete(nats, g).min()))
+        norm.append(float(density[g] < np.delete(density, g).min()))
+        gaps.append(np.delete(nats, g).mean() - nats[g])
     out = dict(items=len(hits), failed=len(items) - len(hits))
     if hits:
         out["accuracy"], out["se"] = mean_se(hits)
@@ -3349,21 +3167,28 @@ def summary(items, results):
 
 def choice_table(result):
     """With how many items were left out, and why."""
-    shown = (
-        "run",
-        "step",
-        "file",
-        "measure",
-        "items",
-        "accuracy",
-        "se",
-        "accuracy_norm",
-        "gap",
-        "gap_se",
-        "loss",
-    )
+    shown = "run step file measure items accuracy se accuracy_norm gap gap_se loss".split()
     left_out = lambda r: f"{r['failed']:,}: {r['why']}" if r["failed"] else "0"
     return [{k: r.get(k) for k in shown} | {"left out": left_out(r)} for r in result["rows"]]
+
+
+def judge_file(run, device, threads, items, measure, n_mc, journal):
+    """The rates of one run on one file. Each item is written down when it is done."""
+    lm, state = train.load_model(run, device=device)
+    train.set_threads(threads, lm)
+    flags = train.DEFAULTS | state["flags"]
+    masks = n_mc if measure == "bound" else None
+    done = Journal(journal.with_name(f"{journal.name}-{train.digest([state['model'], masks]):08x}.jsonl"))
+    progress = prepare.Progress(journal.name)
+    results = []
+    for n, item in enumerate(items, 1):
+        key = zlib.crc32(json.dumps(item).encode())
+        if done.find(key) is None:
+            done.add(key, judge_item(lm, flags, item, measure, n_mc, key))
+        results.append(done.find(key))
+        progress(n / len(items))
+    why = next((r["failed"] for r in results if "failed" in r), None)
+    return dict(n_mc=masks, **summary(items, results), why=why)
 
 
 @experiment(show=choice_table)
@@ -3373,10 +3198,9 @@ def choices(
     measures: MEASURES["mixed"] = MEASURES["mixed"],
     n_mc=32,
     limit: int = None,
-    which: WHICH = "best",
     device="auto",
     threads=0,
-    out="out/choices",
+    out="out/choices"
 ):
     """Multiple choice by likelihood, AR and diffusion: accuracy, and the gap between wrong and right answers.
 
@@ -3389,58 +3213,62 @@ def choices(
     measures: likelihoods, where a run has them
     n_mc: masks per item of the bound, a multiple of 4
     limit: first items of each file (default: all; probe: 512)
-    which: checkpoint of a run folder: best | last
     threads: CPU threads; 0: 1 for models below 5M parameters, else all cores
     out: folder of the items done so far
     """
-    need(n_mc % 4 == 0, f"--n_mc {n_mc} must be a multiple of 4")
     work = []
     for run in runs:  # all input is read before the work begins
-        lm, state = train.load_model(run, which, device)
+        lm, state = train.load_model(run, device=device)
         folder = Path(run) if Path(run).is_dir() else Path(run).parent
-        flags, tokenizer = train.DEFAULTS | state["flags"], prepare.load_tokenizer(folder)
-        known = MEASURES[flags["objective"]]
+        flags = train.DEFAULTS | state["flags"]
+        tokenizer = prepare.load_tokenizer(folder)
+        objective = flags["objective"]
+        known = [m for m in MEASURES[objective] if m in measures]
         need(
-            set(known) & set(measures),
-            f"{run} is of objective {flags['objective']}, whose likelihoods are "
-            f"{','.join(known)}: --measures {','.join(measures)} leaves none",
+            known,
+            f"{run} is of objective {objective}, whose likelihoods are {','.join(MEASURES[objective])}: "
+            f"--measures {','.join(measures)} leaves none"
         )
         for file in files:
+            label = Path(file).name.split(".")[0]
             if file == "probe":
                 items = probe_as_items(flags, tokenizer, lm.config.block_size, limit)
             else:
                 items = read_items(file, tokenizer, limit)
-            work += [(run, folder.name, flags, state["step"], file, items, m) for m in known if m in measures]
-    for run, name, flags, step, file, items, measure in work:
-        label = Path(file).name.split(".")[0]
-        masks = n_mc if measure == "bound" else None
-
-        def evaluate():
-            lm, state = train.load_model(run, which, device)
-            train.set_threads(threads, lm)
-            weights = train.digest([state["model"], masks])
-            done = Journal(Path(out) / f"{name}-{label}-{measure}-{weights:08x}.jsonl")
-            keys = [zlib.crc32(json.dumps(item).encode()) for item in items]
-            todo = {key: item for key, item in zip(keys, items) if done.find(key) is None}
-            progress, tic = prepare.Progress(f"{name}, {label}, {measure}"), time.perf_counter()
-            for n, (key, item) in enumerate(todo.items(), 1):
-                done.add(key, judge_item(lm, flags, item, measure, n_mc, key))
-                progress(n / len(todo))
-            speed = len(todo) / (time.perf_counter() - tic)
-            results = [done.find(key) for key in keys]
-            why = next((r["failed"] for r in results if "failed" in r), None)
-            return dict(
-                n_mc=masks,
-                **summary(items, results),
-                why=why,
-                params=lm.num_params(),
-                items_per_s=speed or None,
-            )
-
-        yield dict(run=name, objective=flags["objective"], step=step, file=label, measure=measure), evaluate
+            for m in known:
+                key = dict(run=folder.name, objective=objective, step=state["step"], file=label, measure=m)
+                journal = Path(out) / f"{folder.name}-{label}-{m}"
+                given = run, device, threads, items, m, n_mc, journal
+                work.append((key, functools.partial(judge_file, *given)))
+    yield from work
 
 # ------------------------------------------------------------------------------------------------------------
 # gpu: the queue
+
+# A file of results/, and the command that makes it. The words in capitals stand for those below.
+QUEUE = """
+train_cuda              SPEED --preset gpt2 --iters 20 PEER
+train_cuda_width128     SPEED --preset gpt2 --iters 20 --n_head 6
+train_cuda_10M          SPEED MEDIUM --n_layer 6 --n_head 6 --n_embd 384
+train_cuda_40M          SPEED MEDIUM --n_layer 12 --n_head 8 --n_embd 512
+crossover_U1M           STUDY TUNED
+crossover_U1M_seeds     STUDY TUNED --seeds 3
+decode_gpu              decode
+context_cuda            context --batches 1,64 LARGE
+attention_cuda          attention --lengths 2048,4096,8192,16384,32768,65536 LARGE
+crossover_U2M           STUDY --unique_tokens 2000000
+moe_cuda                moe
+crossover_U5M           STUDY --unique_tokens 5000000 --n_layer 10 --n_embd 512 --n_head 8
+"""
+WORDS = {
+    "SPEED": "train --rounds 1 --batch 64",
+    "MEDIUM": "--preset small --block_size 512 --vocab_size 4096 --iters 40",
+    "STUDY": "crossover --scale gpu",
+    "TUNED": "--arms ar,mdm,'ar wd 0.8','ar mlp dropout 0.1','ar random 0.15','mdm dropout 0.1'",
+    "LARGE": "--n_head 16 --head_dim 128",
+    "PEER": "--vs data/nanoGPT" * (HERE / "data" / "nanoGPT" / "model.py").exists()
+}
+
 
 @experiment()
 def gpu(minutes=9.0, results="results"):
@@ -3451,65 +3279,21 @@ def gpu(minutes=9.0, results="results"):
 
     minutes: for all of it
     """
-    if not torch.cuda.is_available():
-        raise ValueError("torch sees no CUDA device here: run this on a machine with an NVIDIA GPU")
-    study, speed = (
-        "bench.py crossover --scale gpu --results {r}",
-        "bench.py train --rounds 1 --batch 64 --results {r}",
-    )
-    tuned_arms = "ar,mdm,'ar wd 0.8','ar mlp dropout 0.1','ar random 0.15','mdm dropout 0.1'"
-    peer = " --vs data/nanoGPT" * (HERE / "data" / "nanoGPT" / "model.py").exists()
-    medium = f"{speed} --preset small --block_size 512 --vocab_size 4096 --iters 40"
-    small = f"{medium} --n_layer 6 --n_head 6 --n_embd 384"
-    wide, large = f"{speed} --preset gpt2 --n_head 6 --iters 20", "--n_head 16 --head_dim 128 --results {r}"
-    queue = [  # file that the entry leaves, command
-        ("gpu_tests.txt", "-m pytest test_all.py -q -m gpu"),
-        ("train_cuda.json", f"{speed} --preset gpt2 --iters 20{peer}"),
-        ("train_cuda_width128.json", f"{wide} --name train_cuda_width128"),
-        ("train_cuda_10M.json", f"{small} --name train_cuda_10M"),
-        ("train_cuda_10M_graphs.json", f"{small} --compile graphs --name train_cuda_10M_graphs"),
-        ("train_cuda_40M.json", f"{medium} --n_layer 12 --n_head 8 --n_embd 512 --name train_cuda_40M"),
-        ("train_cuda_cudnn.json", f"{wide} --objectives ar --sdpa cudnn --name train_cuda_cudnn"),
-        ("train_cuda_flash.json", f"{wide} --objectives ar --sdpa flash --name train_cuda_flash"),
-        ("crossover_U1M.json", f"{study} --arms {tuned_arms} --name crossover_U1M"),
-        ("crossover_U1M_seeds.json", f"{study} --arms {tuned_arms} --seeds 3 --name crossover_U1M_seeds"),
-        ("decode_gpu.json", "bench.py decode --results {r}"),
-        ("context_cuda.json", f"bench.py context --batches 1,64 {large}"),
-        (
-            "sparse_cuda.json",
-            "bench.py functions --functions 'sdpa cudnn,sdpa flash,block-sparse,block-sparse, with "
-            "selection' "
-            "--lengths 32768,65536,131072 --n_head 32 --n_kv_head 2 --head_dim 128 --block 64 --topk 64 "
-            "--tile 64 --name sparse_cuda --results {r}",
-        ),
-        ("attention_cuda.json", f"bench.py attention --lengths 2048,4096,8192,16384,32768,65536 {large}"),
-        ("crossover_U2M.json", f"{study} --unique_tokens 2000000 --name crossover_U2M"),
-        ("moe_cuda.json", "bench.py moe --results {r}"),
-        (
-            "crossover_U5M.json",
-            f"{study} --unique_tokens 5000000 --n_layer 10 --n_embd 512 --n_head 8 --name crossover_U5M",
-        ),
-    ]
+    need(torch.cuda.is_available(), "torch sees no CUDA device here: this is for a machine with one")
+    queue = dict(line.split(maxsplit=1) for line in QUEUE.strip().splitlines())
+    there = lambda name: (Path(results) / f"{name}.json").exists()
     end = time.time() + 60 * minutes
-    there = lambda file: (Path(results) / file).exists()
-    for file, command in queue:
+    for name, command in queue.items():
         left = end - time.time()
-        if there(file) or left < 60:            # compiling alone takes that
+        if there(name) or left < 60:            # compiling alone takes that
             continue
-        print(f"\n=== {file}: {command}   ({train.clock(left)} left)", flush=True)
-        words = shlex.split(command.format(r=results))
-        p = subprocess.Popen([sys.executable, *words], cwd=HERE, start_new_session=True)
-        # Runs save and go on at the next call.
-        for patience, number in ((left - 40, signal.SIGINT), (30, signal.SIGKILL)):
-            try:
-                p.wait(timeout=patience)
-                break
-            except subprocess.TimeoutExpired:
-                os.killpg(p.pid, number)
-        p.wait()
-        if p.returncode == 0 and file.endswith(".txt"):
-            (Path(results) / file).write_text(f"passed on {device_name('cuda')}, torch {torch.__version__}\n")
-    print("\nnot measured yet: " + (", ".join(file for file, _ in queue if not there(file)) or "nothing"))
+        for word, meaning in WORDS.items():
+            command = command.replace(word, meaning)
+        words = shlex.split(f"bench.py {command} --name {name} --results {results}")
+        print(f"\n=== {shlex.join(words)}   ({train.clock(left)} left)", flush=True)
+        limit = ["timeout", "--signal=INT", "--kill-after=30", str(left - 40)]  # runs save, to go on later
+        subprocess.run([*limit, sys.executable, *words], cwd=HERE)
+    print("\nnot measured yet: " + (", ".join(itertools.filterfalse(there, queue)) or "nothing"))
 
 # ------------------------------------------------------------------------------------------------------------
 # Command line
