@@ -109,8 +109,8 @@ def same_gradients(a, b, inputs, tol=None):
 # Size
 
 BUDGET = {"attention.py": 18_720, "model.py": 8_080, "diffusion.py": 5_300, "train.py": 11_140,
-          "sample.py": 5_040, "prepare.py": 8_250, "bench.py": 31_600,
-          "test_all.py": 60_410}
+          "sample.py": 5_040, "prepare.py": 8_250, "bench.py": 29_200,
+          "test_all.py": 59_900}
 
 
 @pytest.mark.parametrize("name", BUDGET)
@@ -3558,7 +3558,7 @@ def test_finished_arms_start_no_process(dataset, tmp_path, monkeypatch):
 
     class Process:
         returncode, stdout = -signal.SIGINT, ["Traceback\n"]        # Ctrl-C while it still imported torch
-        wait = lambda self: self.returncode
+        wait = terminate = lambda self: self.returncode
 
         def __init__(self, command, **_):
             started.append(command)
@@ -3571,6 +3571,10 @@ def test_finished_arms_start_no_process(dataset, tmp_path, monkeypatch):
     for other in (dict(max_steps=3), dict(lr=0.5)):                 # more to do; train.py will refuse
         bench.run_arms({"a": {**job, **other}}, 1)
     assert len(started) == 3
+    Process.returncode = 2
+    with pytest.raises(ValueError, match="arm '[ab]' failed: Traceback"):
+        bench.run_arms(dict.fromkeys("ab", {**job, "lr": 0.5}), 1)
+    assert len(started) == 4, "no other arm begins"
 
 
 def test_quality_compares_equals():
