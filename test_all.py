@@ -223,8 +223,8 @@ def test_cached_equals_parallel(case):
 def test_layers_see_the_past_or_everything(case, monkeypatch):
     """Causal, no bit of the past depends on the future, computed one way or the other."""
     layer, (x, other) = make_layer(case), torch.randn(2, 1, 300, 32)
-    for compiled in (False, True)[:1 + (layer.family == "linear")]:
-        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiled)       # True: the grouped scan
+    for compiled in (False, True) if layer.family == "linear" else (False,):        # True: the grouped scan
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiled)
         y, both = layer(x), layer(x, causal=False)
         for t in (1, 7, 16, 17, 33, 64, 100, 257):
             mixed = torch.cat([x[:, :t], other[:, t:]], dim=1)
@@ -766,21 +766,16 @@ def test_select_blocks_is_its_definition(tile):
 @exactly
 @pytest.mark.parametrize("size, stride, block", [(32, 16, 64), (8, 4, 8), (16, 4, 8), (4, 4, 12), (8, 8, 8)])
 def test_compressed_scores_are_the_papers(size, stride, block):
-    """NSA's double sum (eq. 9) as it stands there; InfLLM-V2: the best window that touches the block."""
-    T, a, b = 3 * block + 5, size // stride, block // stride
+    """NSA's double sum (eq. 9) over strides of windows; InfLLM-V2: the best window that touches the block."""
+    T = 3 * block + 5
     N = max((T - size) // stride + 1, 1)
     q, ck, t = torch.randn(1, 4, T, 4), torch.randn(1, 2, N, 4), torch.arange(T)
-    start, block_start = torch.arange(N) * stride, torch.arange(4) * block
-    seen = start + size <= t[:, None] + 1
+    seen = torch.arange(N) * stride + size <= t[:, None] + 1
     p = (q @ ck.repeat_interleave(2, 1).mT / 2).masked_fill(~seen, -1e9).softmax(-1) * seen
-    p = p.unflatten(1, (2, 2)).sum(2)               # (1, 2, T, N)
-    weight = torch.zeros(N, 4)
-    for j, m, n in product(range(4), range(b), range(a)):           # from 1, 0 and 0 in the paper
-        i = b * (j + 1) - m - n - 1
-        if 0 <= i < N:
-            weight[i, j] += 1
-    touch = (start[:, None] < block_start + block) & (start[:, None] + size > block_start)
-    for pool, want in (("sum", p @ weight), ("max", (p.unsqueeze(-1) * touch).amax(-2))):
+    p = p.unflatten(1, (2, 2)).sum(2).unsqueeze(-1)                 # (1, 2, T, N, 1)
+    strides = torch.arange(N)[:, None] + torch.arange(size // stride)
+    inside = (strides.unsqueeze(1) // (block // stride) == torch.arange(4)[:, None]).sum(-1)        # (N, 4)
+    for pool, want in (("sum", (p * inside).sum(-2)), ("max", (p * (inside > 0)).amax(-2))):
         y = compressed_scores(q, ck, t[None] + 1, T, block, size, stride, pool)
         close(y.double(), want, 1e-6)               # the scores are float32
 
@@ -1026,21 +1021,19 @@ def test_reset_is_a_fresh_start():
 
 @exactly
 def test_both_directions_are_their_definition():
-    q, k, v, beta, _, S = rule_inputs(40)
-    gamma, t = torch.tensor([0.9, 0.99]), torch.arange(40)
-    g = gamma.log()[None, :, None].expand(2, 2, 40)
-    D = gamma[:, None, None] ** (t[:, None] - t).abs()              # (H, T, T)
+    T, gamma = 12, torch.tensor([0.9, 0.99])
+    q, k, v, beta, _, S = rule_inputs(T)
+    g = gamma.log()[None, :, None].expand(2, 2, T)
+    D = gamma[:, None, None] ** (torch.arange(T)[:, None] - torch.arange(T)).abs()          # (H, T, T)
     close(linear_attention_recurrent(q, k, v, g, causal=False)[0], (q @ k.mT) * D * 32 ** -0.5 @ v)
-    # The delta rule: two scans, the second of which reads before it writes. beta = 0 reads only.
+    # The delta rule: two scans, the second of which reads before it writes.
     both, last = delta_rule_recurrent(q, k, v, beta, g, S, causal=False)
     o, S = delta_rule_recurrent(q, k, v, beta, g, S)
-    back, state = torch.zeros_like(o), torch.zeros_like(S)
-    for i in reversed(range(40)):
-        qi, ki, vi, bi, gi = (a[:, :, i:i + 1] for a in (q, k, v, beta, g))
-        back[:, :, i:i + 1] = delta_rule_recurrent(qi, ki, vi, 0 * bi, gi, state)[0]
-        state = delta_rule_recurrent(qi, ki, vi, bi, gi, state)[1]
-    close(both, o + back)
     close(last, S)
+    for t in range(T):
+        _, behind = delta_rule_recurrent(*(a[:, :, t + 1:].flip(2) for a in (q, k, v, beta, g)))
+        read = q[:, :, t:t + 1] * 32 ** -0.5 @ (gamma[:, None, None] * behind)
+        close(both[:, :, t:t + 1] - o[:, :, t:t + 1], read)
 
 
 @each_delta
