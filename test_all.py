@@ -367,6 +367,8 @@ def test_slots_in_use_are_computed_anew(case, causal, max_len):
     padded = anew(commit=False, valid=torch.arange(4) < torch.tensor([[4], [3]]))
     assert all(map(torch.equal, before, tensors()))
     close(anew(), layer(canvas, causal=causal)[:, 3:7])
+    one = layer(canvas[:, 8:9], cache=cache, causal=causal, pos=torch.tensor([8]))
+    close(one, layer(canvas, causal=causal)[:, 8:9])
     canvas[1, 6] = x[1, 6]                          # padding hides itself, not what is there
     close(padded[:, :3], layer(canvas, causal=causal)[:, 3:6])
 
