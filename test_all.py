@@ -245,10 +245,11 @@ def test_padding_changes_nothing(case, causal):
     valid = torch.arange(30) < torch.tensor(lengths)[:, None]
     junk = math.nan if layer.family == "linear" else 1e3    # what a state took in would stay there
     x, more = torch.randn(3, 30, 32).masked_fill(~valid[..., None], junk), torch.randn(3, 3, 32)
-    cache, aux, total = layer.init_cache(3, 40), {}, 0
+    cache, aux, total = layer.init_cache(3, 33), {}, 0
     y = layer(x, causal=causal, valid=valid, aux=aux)
     cached = layer(x, causal=causal, valid=valid, cache=cache)
     after = decode(layer, more, [1, 2], cache)
+    last = layer(more[:, :1], cache=cache, valid=torch.tensor([[False], [True], [True]]))   # row 0 is full
     for b, n in enumerate(lengths):
         row, one, own = slice(b, b + 1), layer.init_cache(1, 40), {}
         alone = layer(x[row, :n], causal=causal, aux=own)
@@ -256,6 +257,8 @@ def test_padding_changes_nothing(case, causal):
         close(cached[row, :n], alone)
         layer(x[row, :n], causal=causal, cache=one)
         close(after[row], layer(more[row], cache=one))
+        if b > 0:
+            close(last[row], layer(more[row, :1], cache=one))
         total += n * own.get("indexer_kl", 0)
     if aux:                                                 # a mean over valid tokens
         close(aux["indexer_kl"], total / sum(lengths))
