@@ -32,6 +32,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, flex_attention, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 # ------------------------------------------------------------------------------------------------------------
 # Settings
@@ -1281,27 +1282,26 @@ def inverse_of_one_minus(N):
 # Sparse softmax attention: a cheap score chooses the blocks of keys that a query reads
 #
 # `sel` (B, H_kv, T, NB) bool says which blocks a query reads; all heads of a group choose together (NSA: each
-# key is then loaded once per group). With tile > 1 so do neighbouring queries, sel (B, H_kv, ceil(T / tile),
-# NB): the keys of a tile become one dense matrix. Such a pick has looked at every query of the tile, so the
-# layers share picks only where nothing is causal. Slots and limits as in Step.
+# key is then loaded once per group). With tile > 1 so do neighbouring queries: such a pick has looked at all
+# queries of the tile, so the layers share picks only where nothing is causal. Slots and limits as in Step.
 
-def block_sparse_attention(q, k, v, sel, key_block, causal=True, tile=1, limit=None, most=None, scale=None,
+def block_sparse_attention(q, k, v, sel, key_block, causal=True, limit=None, most=None, scale=None,
                            path=None):
     """Softmax attention over chosen blocks of keys. q (B, H, T, D); k, v (B, H_kv, S, D) -> (B, H, T, Dv).
 
-    sel (B, H_kv or 1, ceil(T / tile), ceil(S / key_block)) bool; a query with nothing to read gives 0. limit
-    (1 or B, T): query t reads slots < limit[t]; default from causal, the queries being the last T of S. most:
-    a bound on the picks of a row, which torch.compile cannot count. path, all three exact and equal up to
-    rounding:
+    sel (B, H_kv or 1, T, ceil(S / key_block)) bool; a query with nothing to read gives 0. limit (1 or B, T):
+    query t reads slots < limit[t]; default from causal, the queries being the last T of S. most: a bound on
+    the picks of a query, which torch.compile cannot count. path, all exact and equal up to rounding:
         "dense"   a (T, S) mask: the definition, any device
-        "gather"  copies the picked blocks of each tile side by side: shared picks, and decoding
+        "gather"  brings its blocks to each query: decoding
+        "blocks"  brings its queries to each block: long texts on a CPU
         "flex"    FlexAttention, CUDA: skips the blocks that no query of a tile picked
-    None: flex on CUDA where flex_pays, gather if it reads at most half of S and not once per query, or dense.
+    None: the first of flex, gather and blocks that pays (see pick_path), or dense.
 
     >>> q, k, v = torch.randn(3, 1, 2, 100, 16)                        # B 1, H 2, T 100, D 16
     >>> means = F.pad(k, (0, 0, 0, 4)).unflatten(2, (13, 8)).mean(3)   # one key for each of 13 blocks of 8
     >>> slots = torch.arange(100)[None]
-    >>> score = lambda rows: q[:, :, rows] @ means.mT
+    >>> score = lambda rows, end: q[:, :, rows] @ means.mT
     >>> sel = select_blocks(score, slots, limit=slots + 1, n_blocks=13, key_block=8, topk=4)
     >>> sel.shape, block_sparse_attention(q, k, v, sel, key_block=8).shape
     (torch.Size([1, 2, 100, 13]), torch.Size([1, 2, 100, 16]))
@@ -1309,45 +1309,64 @@ def block_sparse_attention(q, k, v, sel, key_block, causal=True, tile=1, limit=N
     B, H, T, _ = q.shape
     Hkv, S = k.shape[1:3]
     h = sel.size(1)
-    shape = B, h, -(-T // tile), -(-S // key_block)
-    need(sel.shape == shape and h in (1, Hkv),
-         f"sel has shape {tuple(sel.shape)}, expected (B, H_kv, ceil(T / tile), ceil(S / key_block)), "
-         f"which is {(B, Hkv, *shape[2:])}")
+    NB = -(-S // key_block)
+    need(sel.shape == (B, h, T, NB) and h in (1, Hkv),
+         f"sel has shape {tuple(sel.shape)}, expected (B, H_kv, T, ceil(S / key_block)), "
+         f"which is {(B, Hkv, T, NB)}")
     if limit is None:
         t = count_to(T, q)[None]
         limit = t + 1 + S - T if causal else torch.full_like(t, S)
-    path, most = pick_path(path, q, k, v, sel, key_block, tile, most)
-    if path == "gather":
-        return gather_attention(q, k, v, sel, key_block, tile, limit, scale, most)
-    if path == "flex":
-        return flex_block_attention(q, k, v, sel, key_block, tile, limit, scale)
+    limit = limit.expand(B, T)
+    path, most = pick_path(path, q, k, v, sel, key_block, limit, most)
+    if path != "dense":
+        q = q.unflatten(1, (Hkv, -1)).transpose(2, 3)                           # (B, Hkv, T, G, D)
+        args = q, k, v, sel.expand(-1, Hkv, -1, -1), key_block, limit, scale
+        if path == "gather":
+            y = gather_attention(*args, most)
+        else:
+            y = flex_block_attention(*args) if path == "flex" else block_by_block(*args)
+        return y.transpose(2, 3).flatten(1, 2)
     q, k, v = (a.unflatten(1, (h, -1)).flatten(0, 1) for a in (q, k, v))  # groups as rows: one mask each
-    y = []
-    for rows in row_slices(T, cuda=q.is_cuda):
-        mask = keys_read(sel, rows, limit, S, key_block, tile)
+
+    def masked(rows, end):
+        mask = keys_read(sel, rows, limit, end, key_block)
         mask = mask.flatten(0, 1).unsqueeze(1)
-        y.append(softmax_attention(q[:, :, rows], k, v, mask=mask, scale=scale))
-    y = torch.cat(y, dim=2)
-    return y.unflatten(0, (B, h)).flatten(1, 2)
+        return softmax_attention(q[:, :, rows], k[:, :, :end], v[:, :, :end], mask=mask, scale=scale)
+    return in_slices(masked, limit, S).unflatten(0, (B, h)).flatten(1, 2)
 
 
-def keys_read(sel, rows, limit, S, key_block, tile):
+def keys_read(sel, rows, limit, S, key_block):
     """(B, h, t, S) bool: which keys a slice of the queries reads; sel None: all below the limit."""
     mask = count_to(S, limit) < limit[:, None, rows, None]
     if sel is None:
         return mask
-    t = count_to(limit.size(1), limit)[rows]
-    picked = sel[:, :, t // tile].repeat_interleave(key_block, dim=3)
-    return mask & picked[..., :S]
+    picked = sel[:, :, rows, :-(-S // key_block)]
+    return mask & picked.repeat_interleave(key_block, dim=3)[..., :S]
 
 
-def row_slices(T, step=1024, cuda=False):
-    """Slices of the queries: what takes (T, S) memory runs `step` queries at a time.
+def row_slices(limit, S, step=1024):
+    """(slice of the queries, how many of S slots they read at most): what takes (T, S) memory runs in these.
 
-    On a GPU four times as many, because a compiled graph holds every slice.
+    On a GPU four times as many queries, because a compiled graph holds every slice; and the host does not
+    wait there for a number, but takes S.
     """
-    step = 4 * step if cuda else step
-    return [slice(i, min(i + step, T)) for i in range(0, max(T, 1), step)]
+    T = limit.size(1)
+    host = limit.device.type == "cpu" and not compiling()
+    step = 4 * step if limit.is_cuda else step
+    for i in range(0, max(T, 1), step):
+        rows = slice(i, min(i + step, T))
+        yield rows, min(S, int(limit[:, rows].amax())) if host and T else S
+
+
+def in_slices(f, limit, S):
+    """f(rows, end), (., ., t, ...) each, for all slices of the queries, side by side.
+
+    What a slice keeps for its backward pass is made again there, if there are several.
+    """
+    parts = list(row_slices(limit, S))
+    if len(parts) > 1 and torch.is_grad_enabled() and not compiling():
+        f = functools.partial(checkpoint, f, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([f(*part) for part in parts], dim=2)
 
 
 def top_k(scores, k):
@@ -1367,27 +1386,27 @@ def top_k(scores, k):
 
 @torch.no_grad()
 def select_blocks(score, slots, limit, n_blocks, key_block, topk, init=0, local=1, tile=1, dense_len=0):
-    """Which blocks each query reads -> sel (b, h, ceil(T / tile), n_blocks) bool.
+    """Which blocks each query reads -> sel (b, h, T, n_blocks) bool.
 
-    score(rows) -> (b, h, t, n_blocks) for a slice of the queries, some at a time: the scores of 64k tokens
-    fit in memory. slots, limit (b, T): where a query sits and how many slots it may read. Forced are the
-    first `init` blocks, the `local` ones up to the query's own (and as many behind it, if it sees them), and
-    all when limit <= dense_len; they count among the topk. The queries of a tile add up their scores, and
-    force what any of them forces.
+    score(rows, end) -> (b, h, t, n) for a slice of the queries, some at a time: the scores of 64k tokens fit
+    in memory. They read no slot from `end` on, so that n may stop there. slots, limit (b, T): where a query
+    sits and how many slots it may read. Forced are the first `init` blocks, the `local` ones up to the
+    query's own (and as many behind it, if it sees them), and all when limit <= dense_len; they count among
+    the topk. The queries of a tile add up their scores, and force what any of them forces.
     """
     T = slots.size(1)
     sel = []
-    j = count_to(n_blocks, slots)
     own = torch.minimum(slots, limit - 1) // key_block
     fill = count_to(-(-T // tile) * tile, slots).clamp(max=T - 1)
     own, ends = (a[:, None, fill].unflatten(2, (-1, tile)) for a in (own, limit))       # (b, 1, nt, tile)
     bounds = own.amin(3, True), own.amax(3, True), ends.amax(3, True)
-    for rows in row_slices(T, max(1024 // tile, 1) * tile, slots.is_cuda):
+    for rows, stop in row_slices(limit, n_blocks * key_block, max(1024 // tile, 1) * tile):
         first, last, end = (a[:, :, rows.start // tile:-(-rows.stop // tile)] for a in bounds)
+        s = score(rows, stop)
+        j = count_to(s.size(-1), s)
         visible = j * key_block < end
         near = (j > first - local) & (j < last + local)
         forced = (j < init) | near | (end <= dense_len)
-        s = score(rows)
         if tile > 1:
             hidden = (slots >= limit)[:, None, rows, None]
             s = s.masked_fill(hidden, 0)                                        # padding adds nothing
@@ -1396,8 +1415,8 @@ def select_blocks(score, slots, limit, n_blocks, key_block, topk, init=0, local=
         ranked = s.masked_fill(forced, math.inf).masked_fill(~visible, -math.inf)
         index, picked = top_k(ranked, topk)
         best = torch.zeros_like(s, dtype=torch.bool).scatter(-1, index, picked)
-        sel.append((best | forced) & visible)
-    return torch.cat(sel, dim=2)
+        sel.append(F.pad((best | forced) & visible, (0, n_blocks - len(j))))
+    return torch.cat(sel, dim=2).repeat_interleave(tile, dim=2)[:, :, :T]
 
 
 class BlockSparse(Full):
@@ -1425,7 +1444,7 @@ class BlockSparse(Full):
         need(self.topk >= forced,
              f"sel_topk {self.topk} must be at least sel_init + sel_local = {self.init} + {self.local}: "
              "the first and the local blocks are always read and count among the sel_topk")
-        self.most = max(self.topk, forced + self.local + self.tile // self.block)       # picks of a row
+        self.most = max(self.topk, forced + self.local + self.tile // self.block)       # picks of a query
         need(self.size % self.stride == self.block % self.stride == 0,
              f"cmp_stride {self.stride} must divide both cmp_block {self.size} and sel_block {self.block}")
 
@@ -1440,13 +1459,17 @@ class BlockSparse(Full):
         n = -(-k.size(2) // self.block)
         sel = select_blocks(score, step.slots, step.limit, n, self.block, self.topk,
                             self.init, self.local, tile, self.dense_len)
-        y = block_sparse_attention(q, k, v, sel, self.block, step.causal, tile, step.limit, self.most)
+        y = block_sparse_attention(q, k, v, sel, self.block, step.causal, step.limit, self.most)
         return y, sel
 
-    def compressed(self, q, ck, step, S, pool):
+    def compressed(self, q, ck, step, pool):
         """The score function of compressed keys, for `selected`."""
         sizes = self.block, self.size, self.stride
-        return lambda rows: compressed_scores(q[:, :, rows], ck, step.limit[:, rows], S, *sizes, pool)
+
+        def score(rows, end):
+            known = self.complete(ck, end)
+            return compressed_scores(q[:, :, rows], known, step.limit[:, rows], end, *sizes, pool)
+        return score
 
     def compress(self, f, name, k, step, cache):
         """f(window) for every complete window of k (B, h, S, D) -> (B, h, NC, D), one at least.
@@ -1463,13 +1486,16 @@ class BlockSparse(Full):
             at = i.clamp(max=buffer.size(2) - 1)            # the last window is never complete
             buffer.scatter_(2, at[:, None, :, None].expand_as(ck), ck.to(buffer.dtype))
             ck = buffer
-        n = max(self.windows_at(k.size(2)), 1)
-        return ck[:, :, :n].to(k.dtype)
+        return self.complete(ck, k.size(2)).to(k.dtype)
 
     def state(self, T):
         """One window more than can be complete: it takes what is left over."""
         pooled = self.Hkv, T // self.stride + 1, self.D
         return super().state(T) | dict.fromkeys(self.pooled, pooled)
+
+    def complete(self, ck, S):
+        """The windows that are complete in S slots, one at least."""
+        return ck[:, :, :max(self.windows_at(S), 1)]
 
     def windows_at(self, T):
         """Complete compression windows in T tokens."""
@@ -1526,9 +1552,13 @@ class NSA(BlockSparse):
         ck = self.compress(compress_k, "ck", k, step, cache)
         cv = self.compress(compress_v, "cv", v, step, cache)
         ends = count_to(ck.size(2), x) * self.stride + self.size
-        complete = ends <= step.limit[..., None]
-        compressed = softmax_attention(q, ck, cv, mask=complete.unsqueeze(1))   # 0 before the first window
-        score = self.compressed(q, ck, step, k.size(2), "sum")
+
+        def compressed(rows, end):                          # 0 before the first window
+            read = [self.complete(a, end) for a in (ck, cv)]
+            mask = ends[:read[0].size(2)] <= step.limit[:, None, rows, None]
+            return softmax_attention(q[:, :, rows], *read, mask=mask)
+        old = in_slices(compressed, step.limit, k.size(2))
+        score = self.compressed(q, ck, step, "sum")
         selected, _ = self.selected(score, q, k, v, step)
         if step.plain and step.length == x.size(1):
             near = softmax_attention(q, k, v, step.causal, self.near)
@@ -1536,7 +1566,7 @@ class NSA(BlockSparse):
             near = window_attention(q, k, v, step.slots, step.limit, self.near, step.causal)
         gate = torch.sigmoid(self.branch_proj(x)).unflatten(-1, (3, self.H, 1))
         gate = gate.permute(2, 0, 3, 1, 4)                                      # (3, B, H, T, 1)
-        return self.output(gate[0] * compressed + gate[1] * selected + gate[2] * near, x)
+        return self.output(gate[0] * old + gate[1] * selected + gate[2] * near, x)
 
     def reads(self, T, causal=True):
         near = self.near if causal else 2 * self.near - 1
@@ -1576,7 +1606,7 @@ class InfLLM(BlockSparse):
         if self.per_head:
             G = self.H // self.Hkv
             k, v, ck = (a.repeat_interleave(G, dim=1) for a in (k, v, ck))
-        score = self.compressed(q, ck, step, k.size(2), "max")
+        score = self.compressed(q, ck, step, "max")
         y, _ = self.selected(score, q, k, v, step)
         return self.output(y, x)
 
@@ -1624,12 +1654,12 @@ class MSA(BlockSparse):
         if self.stage != "sparse" or k.size(2) <= self.topk * self.block:
             y = read_all(q, k, v, step)
         else:
-            score = lambda rows: index_block_scores(qi[:, :, rows], ki, step.limit[:, rows], self.block)
+            def score(rows, end):
+                return index_block_scores(qi[:, :, rows], ki[:, :, :end], step.limit[:, rows], self.block)
             y, sel = self.selected(score, q, k, v, step)
         if step.aux is not None and self.stage != "dense":
-            scores = lambda rows: qi[:, :, rows] @ ki.mT
-            tile = 1 if step.causal else self.tile
-            learn_index(step, scores, q, k, sel, self.block, tile)
+            scores = lambda rows, end: qi[:, :, rows] @ ki[:, :, :end].mT
+            learn_index(step, scores, q, k, sel, self.block)
         return self.output(y, x)
 
     def state(self, T):
@@ -1681,23 +1711,19 @@ class DSA(MLA):
         w = self.index_w_proj(x.detach()).float() * self.Hi ** -0.5             # (B, T, Hi)
         latent, ki = put(cache, {"latent": latent, "ki": ki}, step)
         S = latent.size(2)
-        score = lambda rows: lightning_scores(qi[:, :, rows], ki, w[:, rows])   # (B, 1, t, S)
-        learn = step.aux is not None and self.stage != "dense"
-        if learn:                                           # once, for the choice and for its loss
-            scores = score(slice(None))
-            score = lambda rows: scores[:, :, rows]
+        score = lambda rows, end: lightning_scores(qi[:, :, rows], ki[:, :, :end], w[:, rows])
         sel = None
         if self.stage == "sparse" and S > self.topk:
             own = 0 if step.causal else 1                   # bidirectional: the own token is always read
             sel = select_blocks(score, step.slots, step.limit, S, 1, self.topk, local=own)
 
         def attention(q, k, v, scale):  # naive: k has all heads; absorbed: one, the latent
-            if learn:
+            if step.aux is not None and self.stage != "dense":
                 learn_index(step, score, q, k, sel, scale=scale)
             if sel is None:
                 return read_all(q, k, v, step, scale)
             path = None if k.size(1) == 1 else "dense"
-            return block_sparse_attention(q, k, v, sel, 1, step.causal, 1, step.limit, self.topk, scale, path)
+            return block_sparse_attention(q, k, v, sel, 1, step.causal, step.limit, self.topk, scale, path)
 
         y = self.attend(q, latent, attention, absorbed=False if cache is None else None)
         return self.o_proj(y.transpose(1, 2).flatten(2))
@@ -1754,8 +1780,10 @@ def lightning_scores(q, k, w):
     q (B, h, T, D), k (B, 1, S, D), w (B, T, h). Scores of exactly 0 are common (all heads at 0): only top_k's
     rule for ties makes the choice well defined.
     """
-    s = F.relu(q @ k.mT * q.size(-1) ** -0.5)               # (B, h, T, S)
-    return (s * w.mT.unsqueeze(-1)).sum(dim=1, keepdim=True)
+    s = 0
+    for head, weight in zip(q.unbind(1), w.unbind(2)):      # one at a time: (B, T, S) is large
+        s = s + F.relu(head * q.size(-1) ** -0.5 @ k[:, 0].mT) * weight.unsqueeze(-1)
+    return s.unsqueeze(1)
 
 
 def indexer_kl(scores, q, k, mask, scale=None):
@@ -1777,13 +1805,12 @@ def indexer_kl(scores, q, k, mask, scale=None):
     return F.kl_div(log_q, p, reduction="none").sum(dim=-1)
 
 
-def learn_index(step, score, q, k, sel, key_block=1, tile=1, scale=None):
+def learn_index(step, score, q, k, sel, key_block=1, scale=None):
     """Add the mean KL of valid queries, over the keys that they read, to step.aux["indexer_kl"]."""
-    kl = []
-    for rows in row_slices(q.size(2), cuda=q.is_cuda):
-        mask = keys_read(sel, rows, step.limit, k.size(2), key_block, tile)
-        kl.append(indexer_kl(score(rows), q[:, :, rows], k, mask, scale))
-    kl = torch.cat(kl, dim=-1)                                                  # (B, h, T)
+    def divergence(rows, end):
+        mask = keys_read(sel, rows, step.limit, end, key_block)
+        return indexer_kl(score(rows, end), q[:, :, rows], k[:, :, :end], mask, scale)
+    kl = in_slices(divergence, step.limit, k.size(2))                           # (B, h, T)
     if step.valid is not None:
         share = step.valid.numel() / step.valid.sum().clamp(min=1)
         kl = kl.masked_fill(~step.valid[:, None], 0) * share
@@ -1915,9 +1942,11 @@ def flex_window_attention(q, k, v, causal, window, scale):
     return flex(q, k, v, count[None, None], index[None, None], 128, mask_mod, scale)
 
 
-def pick_path(path, q, k, v, sel, key_block, tile, most):
+def pick_path(path, q, k, v, sel, key_block, limit, most):
     """The path of block_sparse_attention that pays, and a bound on the picks of a row of sel."""
-    need(path in (None, "dense", "gather", "flex"), f"path '{path}' is unknown: dense, gather, flex or None")
+    need(path in (None, "dense", "gather", "blocks", "flex"),
+         f"path '{path}' is unknown: dense, gather, blocks, flex or None")
+    S = k.size(2)
     G = q.size(1) // k.size(1)
     # Do tokens and blocks fill tiles of 128 x 128?
     whole = 128 % G == 0 and 0 in (key_block % 128, 128 % key_block)
@@ -1926,17 +1955,19 @@ def pick_path(path, q, k, v, sel, key_block, tile, most):
          "or be a multiple of it: use dense or gather")
     if path is None and flex_pays(q, v) and whole and q.size(-1) <= 256:
         path = "flex"                                       # wider heads (absorbed MLA) do not fit
-    if path == "gather" or path is None and (tile >= 16 or q.size(2) <= 16):
-        # To count on another device is to wait for it.
-        if not compiling() and (most is None or q.device.type == "cpu"):
-            most = max(int(sel.sum(-1).amax()), 1) if sel.numel() else 1
-        most = sel.size(-1) if most is None else most
-        if 2 * most * key_block <= k.size(2):
-            path = "gather"
-    return path, most
+    host = q.device.type == "cpu" and not compiling()       # to count on another device is to wait for it
+    if host and sel.numel():
+        most = max(int(sel.sum(-1).amax()), 1)
+    most = most or sel.size(-1)
+    if path is None and 2 * q.size(2) * most * key_block <= S:
+        path = "gather"
+    if path is None and host and key_block >= 32:           # small blocks: the time goes into their number
+        if 2 * S * sel.mean(dtype=torch.float32) <= limit.mean(dtype=torch.float32):
+            path = "blocks"
+    return path or "dense", most
 
 
-def flex_block_attention(q, k, v, sel, key_block, tile, limit, scale):
+def flex_block_attention(q, k, v, sel, key_block, limit, scale):
     """The flex path. The G heads of a group are folded into the rows, row = t G + g.
 
     A tile of 128 rows is 128 / G tokens, neighbours whose picks overlap, and loads each key once per group,
@@ -1944,16 +1975,11 @@ def flex_block_attention(q, k, v, sel, key_block, tile, limit, scale):
     smaller ones. mask_mod keeps the choice exact per token. Never create_block_mask here: on a mask that
     depends on data it evaluates all T x S.
     """
-    B, H, T, _ = q.shape
-    Hkv, S = k.shape[1:3]
+    T, G = q.shape[2:4]
     columns = max(key_block, 128)
-    G = H // Hkv
     per_tile = columns // key_block
-    q = q.unflatten(1, (Hkv, G)).transpose(2, 3).flatten(2, 3)                  # (B, Hkv, T G, D)
-    if tile > 1:
-        sel = sel.repeat_interleave(tile, dim=2)[:, :, :T]
-    sel = in_memory(sel.expand(-1, Hkv, -1, -1))
-    limit = in_memory(limit.expand(B, T))
+    sel = in_memory(sel)
+    limit = in_memory(limit)
     tiles = F.pad(sel, (0, -sel.size(3) % per_tile, 0, -T % (128 // G)))
     tiles = tiles.unflatten(3, (-1, per_tile)).any(4)
     tiles = tiles.unflatten(2, (-1, 128 // G)).any(3)                           # (B, Hkv, rows, columns)
@@ -1963,39 +1989,98 @@ def flex_block_attention(q, k, v, sel, key_block, tile, limit, scale):
     # the same graph: select_blocks ends in pointwise operations.
     def mask_mod(b, h, r, s):
         return sel[b, h, r // G, s // key_block] & (s < limit[b, r // G])
-    y = flex(q, k, v, tiles.sum(-1), index, columns, mask_mod, scale)
-    return y.unflatten(2, (T, G)).transpose(2, 3).flatten(1, 2)
+    y = flex(q.flatten(2, 3), k, v, tiles.sum(-1), index, columns, mask_mod, scale)
+    return y.unflatten(2, (T, G))
 
 
-def gather_attention(q, k, v, sel, key_block, tile, limit, scale, n):
-    """The gather path; no row of sel picks more than n blocks."""
-    B, _, T, _ = q.shape
-    Hkv, S = k.shape[1:3]
-    nt = sel.size(2)
-    sel = sel.expand(-1, Hkv, -1, -1)
-    missing = nt * tile - T
+def gather_attention(q, k, v, sel, key_block, limit, scale, n):
+    """The gather path; no query picks more than n blocks."""
+    B, Hkv = k.shape[:2]
+    S = k.size(2)
     index, picked = top_k(sel.float().log(), n)                                 # of 0 and -inf: ascending
     slots = index[..., None] * key_block + count_to(key_block, q)
-    slots = slots.masked_fill(~picked[..., None], S)
-    slots = slots.flatten(3).flatten(0, 2)                                      # (R = B Hkv nt, n key_block)
-    q = F.pad(q, (0, 0, 0, missing))
-    q = q.unflatten(2, (nt, tile)).unflatten(1, (Hkv, -1))
-    q = q.transpose(2, 3).flatten(0, 2)                                         # (R, G, tile, D)
-    limit = F.pad(limit, (0, missing)).view(-1, 1, nt, tile)
-    limit = limit.expand(B, Hkv, -1, -1).flatten(0, 2)                          # (R, tile)
-    y = []
-    parts = [count_to(len(slots), q)]
-    if q.device.type == "cpu" and not compiling():
-        parts = parts[0].split(64)                          # their keys fit into the CPU's cache
-    for r in parts:
-        b = r // nt // Hkv
-        h = r // nt % Hkv
-        at = b[:, None], h[:, None], slots[r].clamp(max=S - 1)
-        kr, vr = (a[at].unsqueeze(1) for a in (k, v))                           # (r, 1, n key_block, D)
-        mask = slots[r][:, None] < limit[r][..., None]
-        y.append(softmax_attention(q[r], kr, vr, mask=mask.unsqueeze(1), scale=scale))
-    y = torch.cat(y).unflatten(0, (B, Hkv, nt)).transpose(2, 3)                 # (B, Hkv, G, nt, tile, Dv)
-    return y.flatten(3, 4).flatten(1, 2)[:, :, :T]
+    slots = slots.masked_fill(~picked[..., None], S).flatten(3)                 # (B, Hkv, T, keys)
+    at = count_to(B, q)[:, None, None, None], count_to(Hkv, q)[:, None, None], slots.clamp(max=S - 1)
+    k, v = (a[at].flatten(0, 2).unsqueeze(1) for a in (k, v))                   # (B Hkv T, 1, keys, D)
+    mask = (slots < limit[:, None, :, None]).flatten(0, 2)
+    y = softmax_attention(q.flatten(0, 2).unsqueeze(2), k, v, mask=mask[:, None, None], scale=scale)
+    return y.squeeze(2).unflatten(0, slots.shape[:3])
+
+
+def block_by_block(q, k, v, sel, key_block, limit, scale):
+    """The blocks path: every block meets the queries that picked it, whatever their neighbours picked."""
+    limit = limit[:, None].expand(sel.shape[:3]).flatten()
+    rows = q.flatten(0, 2) * (scale or q.size(-1) ** -0.5)
+    rows, k, v = (widen(a) for a in (rows, k.flatten(0, 1), v.flatten(0, 1)))
+    y = Blocks.apply(rows, k, v, sel.flatten(0, 1), limit, key_block)
+    return y.to(q.dtype).unflatten(0, sel.shape[:3])
+
+
+class Blocks(torch.autograd.Function):
+    """softmax(q k^T) v over chosen blocks, one after the other, as in FlashAttention (arXiv 2205.14135).
+
+    A row is a token of one of P = B H_kv groups: q (P T, G, D), k, v (P, S, D), sel (P, T, NB), limit (P T,).
+    Nothing is kept per pair but sel: the log-sum-exp of a row gives its weights back.
+    """
+    @staticmethod
+    def forward(ctx, q, k, v, sel, limit, key_block):
+        y = q.new_zeros(*q.shape[:2], v.size(-1))
+        lse = q.new_full((*q.shape[:2], 1), -1e30)          # nothing read yet; -inf minus itself is NaN
+        with no_autocast(q):
+            for r, at in visits(sel, key_block):
+                s = block_scores(q.index_select(0, r), k[at], at[1].start, limit[r])
+                old = lse.index_select(0, r)
+                new = torch.logaddexp(old, s.logsumexp(dim=-1, keepdim=True))
+                lse.index_copy_(0, r, new)
+                add_product(y, r, s.sub_(new).exp_(), v[at], (old - new).exp_())
+        ctx.save_for_backward(q, k, v, sel, limit, y, lse)
+        ctx.key_block = key_block
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        q, k, v, sel, limit, y, lse = ctx.saved_tensors
+        dq, dk, dv = (torch.zeros_like(a) for a in (q, k, v))
+        mean = (dy * y).sum(dim=-1, keepdim=True)
+        with no_autocast(q):
+            for r, at in visits(sel, ctx.key_block):
+                qr, dr = (a.index_select(0, r) for a in (q, dy))
+                p = block_scores(qr, k[at], at[1].start, limit[r])
+                p = p.sub_(lse.index_select(0, r)).exp_()
+                ds = (dr @ v[at].mT).sub_(mean.index_select(0, r)).mul_(p)
+                dv[at].addmm_(p.flatten(0, 1).mT, dr.flatten(0, 1))
+                dk[at].addmm_(ds.flatten(0, 1).mT, qr.flatten(0, 1))
+                add_product(dq, r, ds, k[at])
+        return dq, dk, dv, None, None, None
+
+
+def visits(sel, key_block):
+    """(rows, (group, slots)): every block with the rows that picked it, some at a time."""
+    P, T, NB = sel.shape
+    p, _, t = sel.mT.nonzero(as_tuple=True)
+    rows = (p * T + t).split(sel.sum(dim=1).flatten().tolist())
+    for i, block in enumerate(rows):
+        first = i % NB * key_block
+        for r in block.split(2048):
+            yield r, (i // NB, slice(first, first + key_block))
+
+
+def block_scores(q, k, first, limit):
+    """q (n, G, D) and k (m, D) of slots first, first + 1, ... -> (n, G, m), -inf from the row's limit on."""
+    s = q @ k.mT
+    cut = limit < first + len(k)
+    if bool(cut.any()):
+        hidden = first + count_to(len(k), k) >= limit[cut, None, None]
+        s[cut] = s[cut].masked_fill(hidden, -math.inf)
+    return s
+
+
+def add_product(out, r, a, b, fade=1):
+    """out[r] = fade out[r] + a @ b for rows r, each once: index_add_ takes several times as long."""
+    rows = out.index_select(0, r).mul_(fade)
+    rows.view(-1, out.size(-1)).addmm_(a.flatten(0, 1), b)
+    out.index_copy_(0, r, rows)
 
 
 class Taps(torch.autograd.Function):

@@ -723,7 +723,8 @@ def test_block_sparse_paths_are_their_definition(G, block, tile):
         sel = best(scores, 4)
         sel[0] &= torch.rand_like(scores[0]) < 0.7
         sel[0, 0, -1] = False
-        mask = keys_of(sel.repeat_interleave(tile, 2)[:, :, :T], block, S, G)
+        sel = sel.repeat_interleave(tile, 2)[:, :, :T]
+        mask = keys_of(sel, block, S, G)
         if causal:
             mask = mask.tril(S - T)
 
@@ -732,14 +733,37 @@ def test_block_sparse_paths_are_their_definition(G, block, tile):
             return ((q @ k.mT / 4).masked_fill(~mask, -1e9).softmax(-1) * mask) @ v
 
         def by(path):
-            return lambda q, k, v: block_sparse_attention(q, k, v, sel, block, causal, tile, path=path)
-        for path in ("dense", "gather", None):
+            return lambda q, k, v: block_sparse_attention(q, k, v, sel, block, causal, path=path)
+        for path in ("dense", "gather", "blocks", None):
             same_gradients(by(path), definition, [q, k, v])
         if T > 1 and 0 in (block % 128, 128 % block):
             inputs = [a.detach() for a in (q, k, v)]                # forward only, on a CPU
             y, visits, needed = flex_tiles(lambda: by("flex")(*inputs))
             close(y, definition(*inputs))
             assert visits.shape == needed.shape and (visits | ~needed).all(), "a tile that flex would skip"
+
+
+@exactly
+@pytest.mark.parametrize("name", ("nsa", "infllm", "msa"))
+def test_layers_take_the_blocks_path(name, monkeypatch):
+    """Where it pays, on a CPU; in several slices; equal to the mask with padding, in both directions."""
+    layer = make_layer(name, n_kv_head=2, sel_block=32, sel_topk=3, sel_init=0, sel_local=2, dense_len=0)
+    x, valid, taken = torch.randn(2, 1101, 32, requires_grad=True), torch.ones(2, 1101) > 0, []
+    valid[1, 900:] = False
+    pick_path = attention.pick_path
+
+    def run(path):
+        def spy(*args):
+            taken.append(pick_path(*args)[0])
+            return path or taken[-1], None
+
+        def f(x, _):
+            monkeypatch.setattr(attention, "pick_path", spy)
+            return layer(x, causal=causal, valid=valid)[valid]
+        return f
+    for causal in (True, False):
+        same_gradients(run(None), run("dense"), [x, layer.qkv_proj.weight])
+    assert set(taken) == {"blocks"}
 
 
 @exactly
@@ -753,9 +777,9 @@ def test_select_blocks_is_its_definition(tile):
     choices = product((True, False), (0, 1), (1, 2), (4, 6), (0, 17))
     for causal, init, local, topk, dense_len in choices:
         limit = slots + 1 if causal else torch.tensor([[45], [37]]).expand(2, T)
-        sel = select_blocks(lambda r: scores[:, :, r], slots, limit, n, block, topk,
+        sel = select_blocks(lambda r, end: scores[:, :, r], slots, limit, n, block, topk,
                             init, local, tile, dense_len)
-        for b, i in product(range(2), range(sel.size(2))):
+        for b, i in product(range(2), range(-(-T // tile))):
             queries = [t for t in range(i * tile, min(i * tile + tile, T)) if t < limit[b, t]]
             if queries:
                 end = limit[b, queries[-1]]
@@ -764,7 +788,8 @@ def test_select_blocks_is_its_definition(tile):
                 total = scores[b, 0, queries].sum(0)
                 rest = sorted((j for j in seen if j not in forced), key=lambda j: (-total[j], j))
                 want = seen if end <= dense_len else forced + rest[:max(topk - len(forced), 0)]
-                assert sel[b, 0, i].nonzero().flatten().tolist() == sorted(want)
+                for t in range(i * tile, min(i * tile + tile, T)):
+                    assert sel[b, 0, t].nonzero().flatten().tolist() == sorted(want)
 
 
 @exactly
@@ -848,9 +873,9 @@ def test_sparse_layers_are_their_definition(case, causal, tile, T):
     local += case == "dsa" and not causal           # the own token is forced
     block, tile = (1, 1) if case == "dsa" else (8, 1 if causal else tile or 8)
     score = block_scores(case, q, k, ck, end, index)
-    sel = select_blocks(lambda rows: score[:, :, rows], t[None], end[None], score.size(-1), block, topk,
+    sel = select_blocks(lambda rows, _: score[:, :, rows], t[None], end[None], score.size(-1), block, topk,
                         init, local, tile, 56 * (case == "infllm"))
-    read = keys_of(sel.repeat_interleave(tile, dim=2)[:, :, :T], block, T) & seen
+    read = keys_of(sel, block, T) & seen
     assert torch.equal(read, seen.expand_as(read)) == (T == 9), "a budget of everything is dense"
     assert sel.sum(-1).max() <= getattr(layer, "most", topk), "the bound that graphs count on"
     reads = layer.block_reads if case == "nsa" else layer.reads
@@ -4677,7 +4702,7 @@ def test_flex_on_cuda(block, dtype, tol):
     scores = torch.randn(1, 2, 1000, n, device="cuda")
 
     def run(q, k, v, path="flex"):
-        sel = select_blocks(lambda r: scores[:, :, r], slots, slots + 1, n, block, 4)
+        sel = select_blocks(lambda r, end: scores[:, :, r], slots, slots + 1, n, block, 4)
         return block_sparse_attention(q, k, v, sel, block, path=path)
     torch._dynamo.reset()
     for f in (run, torch.compile(run, dynamic=False)):
