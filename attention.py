@@ -13,10 +13,10 @@ linear          Linear          2006.16236, RetNet, SSD, GLA    linear_attention
 deltanet        DeltaNet        2406.06484                      delta_rule_...          delta_rule
 gated_deltanet  GatedDeltaNet   2412.06464                      delta_rule_...          delta_rule
 kda             KDA             Kimi Delta Attention 2510.26692 delta_rule_...          delta_rule
-nsa             NSA             2502.11089                      NSA.mix                 gather_attention, Flex
-infllm          InfLLM          InfLLM-V2 2509.24663, MoBA      InfLLM.mix              gather_attention, Flex
-msa             MSA             MiniMax 2606.13392              MSA.mix                 gather_attention, Flex
-dsa             DSA             DeepSeek-V3.2                   DSA.mix                 gather_attention
+nsa             NSA             2502.11089                      NSA.mix                 Blocks, Flex, gather
+infllm          InfLLM          InfLLM-V2 2509.24663, MoBA      InfLLM.mix              Blocks, Flex, gather
+msa             MSA             MiniMax 2606.13392              MSA.mix                 Blocks, Flex, gather
+dsa             DSA             DeepSeek-V3.2                   DSA.mix                 gather (decoding)
 
 ... is recurrent: token by token, the definition. Linear, DeltaNet, GatedDeltaNet and KDA share FixedState;
 NSA, InfLLM and MSA share BlockSparse (select_blocks, block_sparse_attention); DSA is MLA with an index.

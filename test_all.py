@@ -115,9 +115,9 @@ def refused(words):
 # ------------------------------------------------------------------------------------------------------------
 # Size
 
-BUDGET = {"attention.py": 18_720, "model.py": 8_080, "diffusion.py": 5_300, "train.py": 11_140,
+BUDGET = {"attention.py": 19_620, "model.py": 8_080, "diffusion.py": 5_300, "train.py": 11_140,
           "sample.py": 5_040, "prepare.py": 8_250, "bench.py": 29_200,
-          "test_all.py": 56_060}
+          "test_all.py": 56_290}
 
 
 @pytest.mark.parametrize("name", BUDGET)
@@ -935,7 +935,7 @@ def test_reads_of_shared_picks():
     slots, score = torch.arange(160)[None], torch.rand(1, 1, 160, 20)
     for tile, topk in product((1, 4, 8, 13, 16, 20), (2, 4)):
         layer = make_layer("msa", sel_topk=topk, sel_tile=tile)
-        sel = select_blocks(lambda rows: score[:, :, rows], slots, torch.full_like(slots, 160), 20, 8, topk,
+        sel = select_blocks(lambda rows, _: score[:, :, rows], slots, torch.full_like(slots, 160), 20, 8, topk,
                             tile=tile)
         assert layer.reads(160, False) == 8 * int(sel.sum(-1).max()) <= 8 * layer.most
 
