@@ -935,8 +935,8 @@ def test_reads_of_shared_picks():
     slots, score = torch.arange(160)[None], torch.rand(1, 1, 160, 20)
     for tile, topk in product((1, 4, 8, 13, 16, 20), (2, 4)):
         layer = make_layer("msa", sel_topk=topk, sel_tile=tile)
-        sel = select_blocks(lambda rows, _: score[:, :, rows], slots, torch.full_like(slots, 160), 20, 8, topk,
-                            tile=tile)
+        sel = select_blocks(lambda rows, _: score[:, :, rows], slots, torch.full_like(slots, 160), 20, 8,
+                            topk, tile=tile)
         assert layer.reads(160, False) == 8 * int(sel.sum(-1).max()) <= 8 * layer.most
 
 
