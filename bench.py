@@ -766,11 +766,12 @@ REGULARISED = arms_of(
     offset=((5,), lambda v: dict(recipe=[f"offset={v}"])),
     mir=((0.4,), lambda v: dict(recipe=[f"mir={v}"])),
 ) | {"mixed": dict(objective="mixed")}
-DIFFUSION = arms_of(
-    "mdm",
-    wd=((0.0, 0.4), lambda v: dict(weight_decay=v)),
-    dropout=((0.1, 0.2), lambda v: dict(dropout=v)),
-) | arms_of("block", of=((2, 4, 8, 16), lambda v: dict(diffusion_block=v)))
+DIFFUSION = arms_of("mdm", **{
+    "rate": ((0.3, 0.7), lambda v: dict(recipe=[f"rate={v}"])),
+    "rate 0.5 dropout": ((0.1, 0.2), lambda v: dict(recipe=["rate=0.5"], dropout=v)),
+    "dropout": ((0.1, 0.2), lambda v: dict(dropout=v)),
+    "wd": ((0.0, 0.4), lambda v: dict(weight_decay=v)),
+}) | arms_of("block", of=((2, 4, 8, 16), lambda v: dict(diffusion_block=v)))
 CAUSES = {
     **{f"ar in {name} orders": dict(objective="block", diffusion_block=1, recipe=[f"orders={n}"])
        for name, n in {"1": 1, "4": 4, "16": 16, "all": 2 ** 31}.items()},
@@ -879,7 +880,8 @@ def few_runs(name, few, arms, probe=0):
 
     def flags(arm, seed, rate, epochs=None, folder="", **more):
         epochs = epochs or few["epochs"]
-        steps = int(epochs * few["unique_tokens"] / few["batch_tokens"])
+        unique = few["unique_tokens"] // few["block_size"] * few["block_size"]
+        steps = math.ceil(epochs * unique / few["batch_tokens"])
         dense = {"ar": 4, "mixed": 2, "mdm": 2}.get(arms[arm]["objective"], 1)    # AR's least is a narrow one
         most = max(1, min(steps, max(2, steps // 8)))       # evaluations: they are not to take the time
         evals = most
@@ -887,7 +889,7 @@ def few_runs(name, few, arms, probe=0):
             points = times * (few["evals"] - 1) + 1
             evals = points if points <= most and times <= dense else evals
         given = {k: few[k] for k in same} | dict(
-            epochs=epochs, eval_epochs=f"geometric:{evals}", schedule="constant",
+            epochs=epochs, max_steps=steps, eval_epochs=f"geometric:{evals}", schedule="constant",
             eval_windows=256, warmup=min(100, steps // 10), log_every=100, save_every=500, seed=seed,
             lr=rate, probe_every=dense * probe)
         out = root / f"{file_part(arm)}-s{seed}-lr{rate:g}" / folder
@@ -1080,12 +1082,12 @@ def crossings(result):
             until = next(a["epochs"] for a in arms if a["arm"] == "mdm" and a["seed"] == r["seed"])
             text += f"\n{told}, seed {r['seed']}: {tell(r[kind], until)}  "
     for r in found:
-        gap, mine = "{gap:+.3f} +- {se_windows:.3f} (windows) +- {se_masks:.3f} (masks)", r["law"]
-        text += (f"\non the same windows, seed {r['seed']}: AR's best minus diffusion's end "
-                 f"{gap.format(**r['paired'])}  "
-                 f"\nthe law of 2507.15857: {mine['critical_flops']:.2e} FLOPs, epoch "
-                 f"{mine['critical_epoch']:.0f}; measured over predicted {mine['ratio']}  "
-                 f"\nQuokka: diffusion overfits from epoch {mine['overfit_epoch']:.0f} on  ")
+        gap = "{gap:+.3f} +- {se_windows:.3f} (windows) +- {se_masks:.3f} (masks)".format(**r["paired"])
+        text += f"\non the same windows, seed {r['seed']}: AR's best minus diffusion's end {gap}  "
+    mine = found[0]["law"]
+    text += (f"\nthe law of 2507.15857: {mine['critical_flops']:.2e} FLOPs, epoch "
+             f"{mine['critical_epoch']:.0f}; measured over predicted {mine['ratio']}  "
+             f"\nQuokka: diffusion overfits from epoch {mine['overfit_epoch']:.0f} on  ")
     if not 25e6 <= result["flags"]["unique_tokens"] <= 100e6:
         text += "\nBoth laws were fitted to 25M to 100M unique tokens: here they are stretched."
     return text
@@ -1272,18 +1274,22 @@ def sparsity(match: ("active", "total") = "active", ratio=8.0, **few):
 
 def study_arms(names):
     def part(few, rates, seeds, own):
-        """Arms beside plain AR and diffusion, each at its best rate, annealed."""
+        """Arms beside plain AR and diffusion, each at its best rate. Annealed: all AR arms, plain diffusion
+        and the best three of the other arms."""
         arms = {name: ARMS[name] for name in dict.fromkeys([*OBJECTIVES, *names])} | own_arms(own)
         _, flags = few_runs("study", few, arms)
-        short = lambda a: arms[a]["objective"] == "ar"
-        epochs = {a: few["ar_epochs"] if short(a) else few["epochs"] for a in arms}
-        rows = yield from tuned(arms, rates, seeds, flags, epochs, [a for a in arms if a != "mdm"])
-        if names is not REGULARISED and names is not CAUSES:      # diffusion that begins where AR was best
+        short = [a for a in arms if arms[a]["objective"] == "ar"]
+        epochs = {a: few["ar_epochs"] if a in short else few["epochs"] for a in arms}
+        rows = yield from tuned(arms, rates, seeds, flags, epochs, short)
+        if names is DIFFUSION:                                  # and diffusion that begins where AR was best
             begun = {f"{a} from ar": ARMS[a] | dict(init_from=rows["ar", seeds[0]]["run"])
                      for a in ("mdm", "block of 4")}
-            _, flags = few_runs("study", few, begun)
-            more = yield from tuned(begun, rates, seeds, flags, dict.fromkeys(begun, few["epochs"]))
-            arms, rows = arms | begun, rows | more
+            arms, epochs = arms | begun, epochs | dict.fromkeys(begun, few["epochs"])
+            _, flags = few_runs("study", few, arms)
+            rows |= yield from tuned(begun, rates, seeds, flags, epochs)
+        long = sorted((a for a in arms if a not in short), key=lambda a: floor(rows[a, seeds[0]]))
+        long = dict.fromkeys(["mdm", *long[:3]])
+        rows |= yield from tuned({a: arms[a] for a in long}, rates, seeds, flags, epochs, long)
         for (a, s), row in sorted(rows.items(), key=lambda item: floor(item[1])):
             yield dict(arm=a, seed=s), row | dict(measure=MEASURED[arms[a]["objective"]], least=floor(row))
     return part
