@@ -117,7 +117,7 @@ def refused(words):
 
 BUDGET = {"attention.py": 19_620, "model.py": 8_080, "diffusion.py": 5_300, "train.py": 11_140,
           "sample.py": 5_040, "prepare.py": 8_250, "bench.py": 29_320,
-          "test_all.py": 56_290}
+          "test_all.py": 56_340}
 
 
 @pytest.mark.parametrize("name", BUDGET)
@@ -3910,6 +3910,8 @@ def test_ratios_are_to_the_reference_of_the_same_point():
     points = (("full", 1, 2.0), ("kda", 1, 1.0), ("full", 2, 9.0), ("kda", 2, 3.0), ("kda", 3, 1.0))
     rows = [dict(layer=n, T=T, ms=ms) for n, T, ms in points]
     assert [r["vs_full"] for r in bench.compared("layer", "full", ("ms",))(rows)] == [1, 2, 1, 3, None]
+    table = bench.merged(rows, ["layer"], lambda r: {r["T"]: r["ms"]})
+    assert table[1] == {"layer": "kda", 1: 1.0, 2: 3.0, 3: 1.0}
 
 
 def test_a_kernel_that_refuses_costs_no_other_row(lab, monkeypatch):
