@@ -99,8 +99,6 @@ class LM(nn.Module):
 
     def forward(self, idx, causal=True, cache=None, commit=True, pos=None, valid=None, mask=None, aux=None):
         T = idx.size(1)
-        if idx.numel() == 0:                        # nothing in, nothing out
-            return self.logits(self.embed(idx))
         step = step_of(idx, cache, causal or self.config.causal, commit, pos, valid, mask, aux)
         start = 0 if cache is None or torch.compiler.is_compiling() else cache.used     # a graph cannot count
         if pos is None and start + T > self.config.block_size:

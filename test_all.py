@@ -115,7 +115,7 @@ def refused(words):
 # ------------------------------------------------------------------------------------------------------------
 # Size
 
-BUDGET = {"attention.py": 19_620, "model.py": 8_080, "diffusion.py": 5_300, "train.py": 11_140,
+BUDGET = {"attention.py": 19_620, "model.py": 8_050, "diffusion.py": 5_300, "train.py": 11_140,
           "sample.py": 5_040, "prepare.py": 8_250, "bench.py": 29_340,
           "test_all.py": 56_340}
 
@@ -854,11 +854,14 @@ def index_loss(index, q, k, read, scale):
 @torch.no_grad()
 def test_sparse_layers_are_their_definition(case, causal, tile, T):
     """The blocks with the best scores are read and no others; the index learns from these."""
-    layer = make_layer(case, position="none", sel_tile=tile, dense_len=56 * (case == "infllm"))
+    dense_len = 56 * (case == "infllm")
+    layer = make_layer(case, position="none", sel_tile=tile, dense_len=dense_len)
     x, t, ck, index = torch.randn(1, T, 32), torch.arange(T), None, None
     end = t + 1 if causal else torch.full_like(t, T)
     seen = t < end[:, None]
     q, k, v = layer.project(x, None)                # of dsa: queries, latents, what queries are made of
+    if "infllm" in case:                            # it has no parameters of its own
+        ATTENTION["full"](tiny(n_kv_head=2)).load_state_dict(layer.state_dict())
     if case == "infllm moba":
         k, v = (a.repeat_interleave(2, dim=1) for a in (k, v))
     if case in ("msa", "dsa"):
@@ -874,7 +877,7 @@ def test_sparse_layers_are_their_definition(case, causal, tile, T):
     block, tile = (1, 1) if case == "dsa" else (8, 1 if causal else tile or 8)
     score = block_scores(case, q, k, ck, end, index)
     sel = select_blocks(lambda rows, _: score[:, :, rows], t[None], end[None], score.size(-1), block, topk,
-                        init, local, tile, 56 * (case == "infllm"))
+                        init, local, tile, dense_len)
     read = keys_of(sel, block, T) & seen
     assert torch.equal(read, seen.expand_as(read)) == (T == 9), "a budget of everything is dense"
     assert sel.sum(-1).max() <= getattr(layer, "most", topk), "the bound that graphs count on"
@@ -968,7 +971,6 @@ RULES = {
     "linear channel": (*LINEAR, "channel"),
 }
 each_rule = pytest.mark.parametrize("rule", RULES)
-each_delta = pytest.mark.parametrize("rule", [rule for rule in RULES if "delta" in rule])
 
 
 def rule_inputs(T, decay=None, keys="random", beta=1.9, gmax=5.0, B=2, H=2, K=32, V=24):
@@ -1065,7 +1067,7 @@ def test_both_directions_are_their_definition():
         close(both[:, :, t:t + 1] - o[:, :, t:t + 1], read)
 
 
-@each_delta
+@pytest.mark.parametrize("rule", [rule for rule in RULES if "delta" in rule])
 @pytest.mark.parametrize("regime, tol", [
     (dict(keys="silu", beta=1.99), 1e-5), (dict(keys="correlated", beta=1.99), 1e-5),
     (dict(keys="same", beta=1.0), 5e-6), (dict(keys="same", beta=1.99), 2e-4), (dict(gmax=100.0), 1e-5)])
@@ -1317,7 +1319,7 @@ def test_readme_layer_works(monkeypatch, dataset, tmp_path, capsys, objective, w
 
 MOES = {
     "sigmoid": dict(router="sigmoid", router_scale=2.5, shared_inner=16),
-    "softmax": dict(router="softmax", shared_inner=16),
+    "softmax": dict(router="softmax", router_scale=2.0, shared_inner=16),       # which has no scale
     "groups": dict(n_expert_group=4, n_expert_group_active=2),
     "groups of one": dict(n_expert_group=8, n_expert_group_active=3),
     "relu2": dict(mlp="relu2", n_expert_active=3),
@@ -1393,7 +1395,7 @@ def test_moe_balance_loss_is_its_definition():
 
     A mean over tokens: equal micro-batches average to the loss of the whole, and padding counts nowhere.
     """
-    moe, x = make_moe(**MOES["softmax"], router_aux=0.5, router_scale=2.0), torch.randn(2, 10, 32)
+    moe, x = make_moe(**MOES["softmax"], router_aux=0.5), torch.randn(2, 10, 32)
 
     def loss(x, valid=None, before=0.0):
         aux = {"balance": before}
@@ -1419,9 +1421,9 @@ def test_moe_bias_moves_towards_equal_load():
     moe, x = make_moe(router_bias_step=0.02), torch.randn(1, 512, 32)
     moe.bias[0] = 0.1
     count, before = best(torch.sigmoid(x[0] @ moe.router.weight.T) + moe.bias, 2).sum(0), moe.bias.clone()
-    assert count.sum() == 2 * 512 and count.max() > 1.2 * 128
+    assert count.max() > 1.2 * 128
     moe(x)
-    assert torch.equal(moe.balance().long(), count)
+    assert (moe.balance() == count).all()
     step = 0.02 * torch.sign(128.0 - count)
     close(moe.bias, before + step - step.mean())
     moe.eval()(x)
@@ -1743,11 +1745,10 @@ def test_draw_follows_temperature_top_k_top_p():
     g, logits = seeded(0), torch.tensor([2.0, 0.5, 1.0, -1.0, 1.5]).repeat(200_000, 1)
     p = logits[0].double().softmax(0)                                                  # sorted: 0, 4, 2, 1, 3
     best = p[0].item()
-    for how, keep in (({}, range(5)), (dict(temperature=0.5), range(5)), (dict(top_k=2), [0, 4]),
+    for how, keep in (({}, slice(None)), (dict(temperature=0.5), slice(None)), (dict(top_k=2), [0, 4]),
                       (dict(top_p=best - 1e-6), [0]), (dict(top_p=best + 1e-6), [0, 4]),
                       (dict(top_k=3, top_p=0.999), [0, 2, 4])):
         want = torch.zeros(5, dtype=torch.float64)
-        keep = list(keep)
         want[keep] = p[keep] ** (1 / how.get("temperature", 1.0))
         got = torch.bincount(diffusion.draw(logits, generator=g, **how), minlength=5) / 200_000
         assert (got - want / want.sum()).abs().max() < 0.005 and (got[want == 0] == 0).all(), how
