@@ -3217,7 +3217,7 @@ def choices(
     objects of {ctx, endings, label}, {query, choices, gold} or {context, continuation}.
 
     runs: run folder of train.py, or a checkpoint in one
-    files: .jsonl (.gz, .bz2, .xz), or probe: true ends of passages of the validation data among three others
+    files: .jsonl or .jsonl.gz, or probe: true ends of passages of the validation data among three others
     measures: likelihoods, where a run has them
     n_mc: masks per item of the bound, a multiple of 4
     limit: first items of each file (default: all; probe: 512)

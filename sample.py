@@ -41,7 +41,7 @@ import model
 import prepare
 import train
 from model import parse_layers
-from prepare import count, need
+from prepare import need
 
 DIFFUSION = ("steps", "threshold", "order", "fill_block", "cache", "refresh")  # flags that AR has no use for
 
@@ -157,8 +157,8 @@ def generate(args, lm, tokenizer, flags):
     for b, call, result, why in tool.calls if tool else ():
         failed = f", failed: {why}" if why else ""
         print(f"sample {b + 1}: {args.tool}('{call}') -> '{result}'{failed}", file=sys.stderr)
-    new = count(sum(row.count(mask) for row in rows), "token")
-    print(f"{new} in {count(steps, 'step')}, {time.perf_counter() - tic:.2f} s", file=sys.stderr)
+    new = sum(row.count(mask) for row in rows)
+    print(f"{new:,} tokens in {steps:,} steps, {time.perf_counter() - tic:.2f} s", file=sys.stderr)
     return kind, first
 
 
@@ -183,8 +183,8 @@ def score(args, lm, tokenizer, flags):
     need(T > 0, f"{args.text[0]} is shorter than one block of the run")
     x = torch.tensor(ids[:min(most, len(ids)) // T * T]).view(-1, T)
     scored = int(tokenizer.token_bytes[x.numpy()].sum())
-    print(f"{count(len(x), 'window')} of {count(T, 'token')}, {scored / size:.1%} of the "
-          f"{count(size, 'byte')} of text; {scored / x.numel():.3f} bytes per token")
+    print(f"{len(x):,} windows of {T} tokens, {scored / size:.1%} of the "
+          f"{size:,} bytes of text; {scored / x.numel():.3f} bytes per token")
     for name, nats, error in panel(lm, flags, x.to(lm.embed.weight.device), args.n_mc):
         spread = f" +- {error:.4f}" if error else ""
         bits = nats * x.numel() / max(1, scored) / math.log(2)
@@ -540,7 +540,7 @@ def main(argv=None):
             device, dtype = train.pick_device(args.device), getattr(torch, args.dtype)
             lm, state = train.load_model(run, args.which, device, dtype)
             train.set_threads(args.threads, lm)
-            tokenizer = prepare.load_tokenizer(run if os.path.isdir(run) else Path(run).parent)
+            tokenizer = prepare.load_tokenizer(run)
             flags = {**train.DEFAULTS, **state["flags"]}
             if panels and flags["objective"] == "ar":           # --steps and its kind were for the first run
                 vars(args).update(dict.fromkeys(DIFFUSION))

@@ -2,7 +2,6 @@
 
 By equivalence and by definition: enumeration, float64 oracles, cached against recomputed, peers against ours.
 """
-import bz2
 import collections
 import contextlib
 import copy
@@ -14,7 +13,6 @@ import http.server
 import importlib.util
 import io
 import json
-import lzma
 import math
 import multiprocessing
 import os
@@ -115,9 +113,9 @@ def refused(words):
 # ------------------------------------------------------------------------------------------------------------
 # Size
 
-BUDGET = {"attention.py": 19_620, "model.py": 8_050, "diffusion.py": 5_300, "train.py": 11_140,
-          "sample.py": 5_040, "prepare.py": 8_250, "bench.py": 29_340,
-          "test_all.py": 56_340}
+BUDGET = {"attention.py": 19_620, "model.py": 8_050, "diffusion.py": 5_300, "train.py": 11_020,
+          "sample.py": 5_020, "prepare.py": 6_780, "bench.py": 29_340,
+          "test_all.py": 55_990}
 
 
 @pytest.mark.parametrize("name", BUDGET)
@@ -2026,7 +2024,7 @@ def history(out):
 def rows_of(out):
     """The whole log but for its clocks."""
     rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if k not in ("seconds", "tok_per_s", "eval_seconds")} for r in rows]
+    return [{k: v for k, v in r.items() if k not in ("seconds", "tok_per_s")} for r in rows]
 
 
 def same_run(a, b):
@@ -2540,8 +2538,8 @@ def test_one_reader_of_text(tmp_path, runs):
     documents = ["the cat sat. " * 9 + "\n", "one\ntwo <|endoftext|> not alone\n", "Zoë\n\n\n"]
     marked = "".join(d + "<|endoftext|>\n" for d in documents).encode()
     lines = "".join(json.dumps({"text": d, "id": 1}) + "\n" for d in documents).encode()
-    forms = {"a.txt": marked, "A.TXT.GZ": gzip.compress(marked), "a.md.bz2": bz2.compress(marked),
-             "a.xz": lzma.compress(marked), "bom.txt": b"\xef\xbb\xbf" + marked + b"\n<|endoftext|>\n\n",
+    forms = {"a.txt": marked, "A.TXT.GZ": gzip.compress(marked),
+             "bom.txt": b"\xef\xbb\xbf" + marked + b"\n<|endoftext|>\n\n",
              "a.jsonl": lines, "a.json.gz": gzip.compress(lines), "many/x.png": b"\xff\xd8"}
     (tmp_path / "many").mkdir()
     for name, raw in [*forms.items(), *((f"many/{i}.txt", d.encode()) for i, d in enumerate(documents))]:
@@ -2558,17 +2556,12 @@ def test_one_reader_of_text(tmp_path, runs):
 
 
 BAD_TEXT = [    # name, content, a word of the complaint beside the name
-    ("a.txt", "naïve".encode("latin-1"), "iconv -f LATIN1 -t UTF-8"),
-    ("b c.txt", "x".encode("utf-16"), "utf8-b c.txt'"),
-    ("d.txt", "x".encode("utf-16"), "iconv -f UTF-16"), ("e.txt", "x".encode("utf-16-le"), "zero bytes"),
-    ("f.txt.gz", gzip.compress(b"\xff"), "unpack it"),
-    ("g.txt.gz", gzip.compress(b"x" * 9999)[:-9], "cannot read"),
-    ("h.txt.xz", b"no", "cannot read"), ("i.zip", b"PK", "cannot read"), ("j.txt.bz2", b"no", "cannot read"),
-    ("k.json", b'[{"text": "x"}]', "python -c"), ("l m.json", b"[1]", "l m.json'"),
-    ("n.csv", b"a,b", ".jsonl"),
-    ("o.jsonl", b"[" * 10**5, "line 1"), ("p.jsonl", b'{"text": "x"}\n{"body": "y"}\n', "line 2"),
-    ("q.jsonl", b'{"text": 3}', "line 1"), ("folder/x.png", b"", "no plain text"),
-    ("none.txt", None, "no such file")]
+    ("a.txt", "naïve".encode("latin-1"), "as UTF-8 text"), ("b.txt", "x".encode("utf-16"), "as UTF-8 text"),
+    ("f.txt.gz", gzip.compress(b"\xff"), "as UTF-8 text"),
+    ("g.txt.gz", gzip.compress(b"x" * 9999)[:-9], "cannot read"), ("i.zip", b"PK", "cannot read"),
+    ("k.json", b'[{"text": "x"}]', "line 1"), ("o.jsonl", b"[" * 10**5, "line 1"),
+    ("p.jsonl", b'{"text": "x"}\n{"body": "y"}\n', "line 2"), ("q.jsonl", b'{"text": 3}', "line 1"),
+    ("folder/x.png", b"", "folder without"), ("none.txt", None, "no such file")]
 
 
 @pytest.mark.parametrize("name, raw, word", BAD_TEXT, ids=str)
@@ -2606,17 +2599,16 @@ def test_cut_bytes_divides_the_text(cut):
 
 
 def test_corruption():
-    """Of damaged words a third goes, a third moves, a third changes; a higher rate damages these and more."""
-    words, lost = [chr(0x4e00 + i) + "ab" for i in range(4000)], {}
+    """Each word may be replaced by another one; a higher rate damages the same words and more."""
+    words, hit = [chr(0x4e00 + i) + "ab" for i in range(4000)], {}
     damage = lambda rate, seed=3: list(prepare.corrupt_stream([(" ".join(words), True, 1)], rate, seed))
     for rate in (0.0, 0.1, 0.5, 1.0):
-        [(out, _, _)] = damage(rate)
-        out = out.split(" ")
-        lost[rate], new = set(words) - set(out), set(out) - set(words)
-        kept = [word for word in out if word in words]
-        assert abs(len(lost[rate]) / 4000 - rate * 2 / 3) < 0.05 and abs(len(new) / 4000 - rate / 3) < 0.05
-        assert (kept == sorted(kept)) == (rate == 0) and damage(rate) == damage(rate)
-    assert damage(0.1, 4) != damage(0.1, 5) and lost[0.1] < lost[0.5] < lost[1.0]
+        [(text, _, _)] = damage(rate)
+        new = text.split(" ")
+        hit[rate] = {i for i in range(4000) if new[i] != words[i]}
+        assert len(new) == 4000 and set(new) <= set(words) and damage(rate) == damage(rate)
+        assert abs(len(hit[rate]) / 4000 - rate) < 0.03
+    assert damage(0.1, 4) != damage(0.1, 5) and hit[0.1] < hit[0.5] < hit[1.0]
 
 
 # Python documentation
@@ -2662,17 +2654,16 @@ add_newdoc("m", ("g", """This is of the new documentation. {prose(40)}
     monkeypatch.setattr(prepare, "python_roots", lambda: {"python": Path("none"), "numpy": root})
 
 
-def test_docs(tmp_path, monkeypatch, capsys):
+def test_docs(tmp_path, monkeypatch):
     prep_roots(tmp_path, monkeypatch)
-    make = lambda out, source="docs": prepare.prepare(source, tokenizer="byte", out_dir=tmp_path / out,
-                                                      val_fraction=0.3)
+    monkeypatch.setattr(prepare, "HELD_OUT", 0.3)
+    make = lambda out, source="docs": prepare.prepare(source, tokenizer="byte", out_dir=tmp_path / out)
     folder = make("one")
     train, val, meta = prepare.load_dataset(folder)
     assert folder.name == "docs-byte" and meta == prepare.load_dataset(make("two"))[2], "the same every time"
-    assert f"{meta['dropped_overlap']} of" in capsys.readouterr().err
     tok = prepare.load_tokenizer(folder)
     train, val = (tok.decode(ids).split(prepare.EOT)[:-1] for ids in (train, val))
-    assert (len(train), len(val)) == (meta["train_documents"], meta["val_documents"]) and len(val) > 1
+    assert len(val) > 1
     every, joined = train + val, "\n".join(train + val)
     assert all(200 <= len(text) < 8500 for text in every) and len(set(every)) == len(every)
     assert joined.count("Copied into") == 1 and "This is of the" in joined
@@ -2723,10 +2714,10 @@ def test_prepare_own_text(tmp_path, tokenizer):
     joined = tok.decode(train).rsplit(prepare.EOT, 1)[0] + tok.decode(val)
     assert joined == PREP_TEXT + prepare.EOT + PREP_TEXT.upper() + prepare.EOT
     assert meta["val_bytes"] == pytest.approx(0.2 * len(PREP_TEXT.encode()), abs=4)
-    for split, ids, documents in (("train", train, 2), ("val", val, 1)):
+    for split, ids in (("train", train), ("val", val)):
         digest = hashlib.sha256((folder / f"{split}.bin").read_bytes()).hexdigest()
-        told = [meta[f"{split}_{key}"] for key in ("tokens", "documents", "bytes", "sha256")]
-        assert told == [len(ids), documents, tok.token_bytes[ids].sum(), digest]
+        told = [meta[f"{split}_{key}"] for key in ("tokens", "bytes", "sha256")]
+        assert told == [len(ids), tok.token_bytes[ids].sum(), digest]
         assert type(ids) is np.memmap and ids[-1] == tok.eot
     before = {f.name: f.stat().st_mtime_ns for f in folder.iterdir()}
     for more, words, status in (("", text, 0), ("--tokenizer bpe:280", text, 2),
@@ -2737,24 +2728,22 @@ def test_prepare_own_text(tmp_path, tokenizer):
 
 
 def test_prepare_options(tmp_path):
-    """A text to learn from, another dataset's tokenizer, given validation text, a length, damage to the
-    training text."""
+    """Another dataset's tokenizer, given validation text, a length, damage to the training text."""
     (tmp_path / "v.txt").write_text("validation text\n")
-    (tmp_path / "b.txt").write_text("qx " * 300)
 
     def make(name, tokenizer, line=""):
         assert prep_make(tmp_path,
                          f"--val {tmp_path}/v.txt --name {name} --tokenizer {tokenizer} {line}")[0] == 0
         folder = tmp_path / "data" / name
         return prepare.load_tokenizer(folder), *prepare.load_dataset(folder)
-    learnt, *_ = make("a", "bpe:260", f"--bpe_text {tmp_path}/b.txt")
-    assert learnt.vocab[256:-1] == [b"qx", b" qx"]
+    learnt, *_ = make("a", "bpe:260")
     tok, train, val, meta = make("c", tmp_path / "data" / "a", "--max_tokens 50")
     assert len(train) == 50 == meta["train_tokens"] and tok.ranks == learnt.ranks
     assert tok.decode(val) == "validation text\n" + prepare.EOT
     tok, clean, v1, _ = make("clean", "bpe:300")
     tok2, dirty, v2, meta = make("dirty", "bpe:300", "--corrupt 0.5")
-    assert np.array_equal(v1, v2) and not np.array_equal(clean[:99], dirty[:99]) and meta["corrupt"] == 0.5
+    assert np.array_equal(v1, v2) and not np.array_equal(clean[:99], dirty[:99])
+    assert meta["settings"]["corrupt"] == 0.5
     assert tok.ranks == tok2.ranks, "learnt from clean text"
 
 
@@ -2814,22 +2803,13 @@ def test_damage_is_one_line_that_names_the_file(tmp_path):
         assert refused > (40 if name != "meta.json" else 9)
         (folder / name).write_bytes(raw)
     meta = json.loads(raw)
-    for pattern, sums in ((None, 1), (5, 1), ("", 1), ("(", 1), (meta["pattern"][1:], 1), (5, 0), ("", 0)):
-        now = {key: value for key, value in (meta | {"pattern": pattern}).items() if value is not None}
-        now.pop("" if sums else "pattern_sha256", None)                         # an older prepare.py has none
-        (folder / "meta.json").write_text(json.dumps(now))
-        with pytest.raises(ValueError, match="meta.json is damaged"):
+    for key, value in (("pattern", ""), ("tokenizer", "byte"), ("train_tokens", 7), ("dtype", None)):
+        (folder / "meta.json").write_text(json.dumps(meta | {key: value}))
+        with pytest.raises(ValueError, match="it is damaged"):
             prepare.load_tokenizer(folder)
-
-
-def test_large_tokens_are_checked_by_a_sample(tmp_path):
-    ids, path = np.random.default_rng(0).integers(256, size=1 << 21).astype(np.uint16), tmp_path / "big"
-    ids.tofile(path)
-    whole, part = (prepare.file_sha256(path, parts) for parts in (None, 16))
-    assert hashlib.sha256(ids.tobytes()).hexdigest() == whole == prepare.file_sha256(path, 64) != part
-    ids[-1] += 1
-    ids.tofile(path)
-    assert prepare.file_sha256(path, 16) != part, "the ends are always looked at"
+    del meta["checksum"]                                            # an older prepare.py wrote none
+    (folder / "meta.json").write_text(json.dumps(meta))
+    assert contents() == good
 
 
 def test_dataset_and_run_files(tmp_path, monkeypatch):
@@ -2843,9 +2823,8 @@ def test_dataset_and_run_files(tmp_path, monkeypatch):
     for name, folder in (("docs", "data/docs"), ("by", "by"), ("data/s", "data/s"), ("../s", "../s"),
                          ("x\\s", "x\\s")):
         assert prepare.dataset_folder(name) == Path(folder)
-    for name, how in (("docs2", "--text FILE --name docs2; ready are: bp, by"), ("pysrc", "--dataset pysrc")):
-        with pytest.raises(ValueError, match=f"prepare.py {how}"):
-            prepare.load_dataset(tmp_path / "data" / name)
+    with pytest.raises(ValueError, match="prepare.py --text FILE --name docs2"):
+        prepare.load_dataset(tmp_path / "data" / "docs2")
 
 
 # Downloads
@@ -2853,8 +2832,8 @@ def test_dataset_and_run_files(tmp_path, monkeypatch):
 class Answers(http.server.BaseHTTPRequestHandler):
     """GET /FILE: (bytes, the length that is claimed, or None)."""
     body = b"a few words of text\n" * 99
-    answers = {"whole.txt": (body, len(body)), "half.txt": (body[:99], len(body)), "more.txt": (body, 99),
-               "page.txt": (b" <HTML><body>please log in", 26), "no_length.txt": (body, None)}
+    answers = {"whole.txt": (body, len(body)), "half.txt": (body[:99], len(body)),
+               "no_length.txt": (body, None)}
 
     def do_GET(self):
         body, size = self.answers[self.path[1:]]
@@ -2872,16 +2851,11 @@ def test_downloads_are_whole_and_checked(tmp_path, monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     sha, there = hashlib.sha256(Answers.body).hexdigest(), f"http://127.0.0.1:{server.server_port}/"
-    (tmp_path / "half.txt.gz").write_bytes(gzip.compress(os.urandom(9999))[:-99])
     here, raw = tmp_path.as_uri() + "/", tmp_path / "raw"
     for url, digest, message in [
-            (there + "half.txt", sha, "99 of 1,980 bytes"), (there + "more.txt", sha, "sha256"),
-            (there + "page.txt", None, "web page"), (there + "page.txt", sha, "web page"),
-            (there + "no_length.txt", None, "neither its checksum"),
-            (there + "whole.txt", None, "neither its checksum"),
-            (there + "whole.txt", "0" * 64, sha), (here + "half.txt.gz", None, "ended before"),
-            ("x", None, "unknown"),
-            (here + "none", None, "prepare.py --text FILE")]:
+            (there + "half.txt", None, "99 of 1,980 bytes"), (there + "half.txt", sha, "sha256"),
+            (there + "no_length.txt", None, "of 0 bytes"), (there + "whole.txt", "0" * 64, sha),
+            ("x", None, "unknown"), (here + "none", None, "prepare.py --text FILE")]:
         with pytest.raises(ValueError, match=f"cannot download {re.escape(url)}.*{message}"):
             prepare.download(url, raw, digest)
         assert not list(raw.iterdir())
@@ -2907,7 +2881,7 @@ def test_shards(tmp_path, monkeypatch):
     for n, second in ((900, False), (1500, True)):
         folder = prepare.prepare("fineweb10B", str(n), out_dir=tmp_path / "data", max_tokens=n)
         train, val, meta = prepare.load_dataset(folder)
-        assert (len(train), len(val), meta["val_documents"]) == (n, 1000, 1)
+        assert (len(train), len(val)) == (n, 1000)
         assert (tmp_path / "data/raw/fineweb10B/train_000002.bin").exists() == second
 
 # ------------------------------------------------------------------------------------------------------------
@@ -3497,8 +3471,7 @@ def test_read_items_forms(tmp_path):
         {"context": "It was", "continuation": "so"}, {"ctx": "", "endings": ["x", "y"], "label": 0},
         "").read_bytes()
     tok = prepare.Tokenizer("byte")
-    for name, pack in (("", bytes), (".bz2", bz2.compress), (".gz", gzip.compress), (".xz", lzma.compress),
-                       (".bom", lambda raw: b"\xef\xbb\xbf" + raw)):
+    for name, pack in (("", bytes), (".gz", gzip.compress), (".bom", lambda raw: b"\xef\xbb\xbf" + raw)):
         path = tmp_path / f"a.jsonl{name}"
         path.write_bytes(pack(raw))
         items = bench.read_items(path, tok)
@@ -4033,8 +4006,6 @@ train TRAIN --beta2 1                                       => beta
 train TRAIN --dropout 2                                     => dropout 2
 train TRAIN --seed -1                                       => --seed -1
 train TRAIN --threads 100000                                => --threads
-train TRAIN --learning_rate 1                               => did you mean --lr
-train TRAIN --batch_size 12                                 => did you mean --batch_tokens
 train TRAIN --wandb_log 1                                   => see --help
 train TRAIN --fsdp                                          => torchrun
 train TRAIN --device cuda:9                                 => CUDA
@@ -4046,7 +4017,7 @@ train TRAIN --init_from cut.pt                              => truncated
 train --dataset DATASET --resume auto                       => --out
 train --dataset DATASET --out RUNS/ar --resume auto --n_embd 32  => checkpoint: 16
 train --dataset DATASET --out RUNS/ar --resume auto --lr 1  => --init_from
-train --dataset DATASET --out RUNS/ar --resume best         => auto, off
+train --dataset DATASET --out RUNS/ar --resume best         => off, auto
 
 prepare --toknizer byte                                     => mean --tokenizer
 prepare --tok=byte                                          => mean --tokenizer
@@ -4055,19 +4026,15 @@ prepare --dataset dox                                       => no dataset dox; e
 prepare --tokenizer gpt5                                    => gpt2
 prepare --tokenizer bpe:12                                  => bpe:N
 prepare --corrupt 1.5                                       => 1.5
-prepare --val_fraction 0                                    => val_fraction
-prepare --val_fraction x                                    => --val_fraction: 'x': expected a finite number
+prepare --corrupt x                                         => --corrupt: 'x': expected a finite number
 prepare --val text                                          => --text
 prepare --text no.txt                                       => no.txt
 prepare --text /dev/null                                    => /dev/null
 prepare --text file                                         => part of file is empty
 prepare --max_tokens 0                                      => max_tokens
 prepare --name a/b                                          => out_dir
-prepare --seed -1                                           => --seed -1
-prepare --seed nan                                          => --seed
 prepare --dataset fineweb10B --tokenizer byte               => gpt2
 prepare --dataset shakespeare --text file                   => exclude each other
-prepare --text text --tokenizer byte --bpe_text text        => bpe_text
 prepare --text good.jsonl --out_dir file --tokenizer byte   => file
 
 sample RUNS/none                                            => no checkpoint
@@ -4106,7 +4073,7 @@ sample RUNS/ar --gif no/a.gif                               => cannot write
 sample RUNS/ar --gif a.gif --beside x                       => no checkpoint
 sample RUNS/ar --tool abacus                                => calculator
 sample RUNS/mdm --tool calculator                           => ar or block
-sample score RUNS/ar --text text                            => text is no UTF-8
+sample score RUNS/ar --text text                            => text as UTF-8 text
 sample score RUNS/ar --text text --windows -1               => --windows -1
 sample score RUNS/ar --text none                            => none
 
@@ -4142,7 +4109,7 @@ bench choices none --threads -1                             => --threads -1
 bench choices RUNS/none                                     => no checkpoint
 bench choices RUNS/ar --files empty.jsonl                   => holds no items
 bench choices RUNS/ar --files broken.jsonl.gz               => cannot read
-bench choices RUNS/ar --files utf16.jsonl                   => iconv -f UTF-16
+bench choices RUNS/ar --files utf16.jsonl                   => as UTF-8 text
 bench choices RUNS/ar --files deep.jsonl                    => line 1 is no JSON
 bench choices RUNS/ar --files none.jsonl                    => No such file
 bench choices RUNS/ar --files good.jsonl --measures bound   => whose likelihoods are exact
@@ -4179,8 +4146,7 @@ def test_refusals(row, dataset, runs, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("script, line", [(train, ""), (sample, ""), (prepare, ""), (bench, "choices")])
 def test_whatever_was_typed(script, line):
-    """argparse itself takes --flag=-- for an empty list."""
-    for more in (["--tokenizer=--"], ["--device=--"], ["--n\nope=a"], ["a\nb" * 999, "--device=cpu\n"],
+    for more in (["--n\nope=a"], ["a\nb" * 999, "--device=cpu\n"],
                  ["--seed=" + "9" * 5000]):
         status, _, error = typed(script, line, *more)
         assert status == 2 and len(error.splitlines()) == 1 and len(error) < 600, error
@@ -4210,6 +4176,18 @@ def test_no_run_goes_on_without_a_flag_it_had(dataset, tmp_path):
         train.save_atomic(state, tmp_path / "run" / "ckpt_last.pt")
         with pytest.raises(ValueError, match="--input_mask") if refused else contextlib.nullcontext():
             go(dataset, tmp_path / "run", resume="auto", max_steps=2)
+
+
+def test_no_run_is_resumed_on_other_tokens(tmp_path):
+    """In the same folder, of the same length."""
+    for number, text in enumerate(("the cat sat. " * 200, "the dog ran. " * 200)):
+        (tmp_path / "a.txt").write_text(text)
+        folder = prepare.prepare(text=[tmp_path / "a.txt"], name="d", tokenizer="byte", out_dir=tmp_path)
+        if number == 0:
+            go(str(folder), tmp_path / "run", max_steps=1)
+            folder.rename(tmp_path / "before")
+    with pytest.raises(ValueError, match="holds other tokens"):
+        go(str(folder), tmp_path / "run", resume="auto", max_steps=2)
 
 
 def test_every_command_has_help():

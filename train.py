@@ -55,18 +55,20 @@ RECIPE = {
     "rate": (0.0, 1, "mdm", "always this share of masks; what is trained is no bound then"),
     "orders": (0, 2 ** 31, "block", "AR in so many fixed orders of reading, the first left to right"),
 }
-# name: (default, help). A default of None means "chooses itself" or "from the preset", as the help says.
+# name: (default, help). Words with | between them are all that it may be, the first the default. Where a type
+# stands for the default, that is None: "chooses itself" or "from the preset", as the help says.
 FLAGS = {
     "data": {
         "dataset": ("docs", "name under data/ or folder of train.bin and val.bin; `docs` is made if missing"),
-        "unique_tokens": (None, "train on the first U tokens only, again and again (default: all)"),
-        "epochs": (None, "passes over the unique tokens"),
-        "max_steps": (None, "optimizer steps; with --epochs the smaller of both (without either: 1000)"),
-        "block_size": (None, "tokens in a window (default: from the preset)"),
+        "unique_tokens": (int, "train on the first U tokens only, again and again (default: all)"),
+        "epochs": (float, "passes over the unique tokens"),
+        "max_steps": (int, "optimizer steps; with --epochs the smaller of both (without either: 1000)"),
+        "block_size": (int, "tokens in a window (default: from the preset)"),
         "seed": (1337, "of the initialisation, the order of windows, the noise and dropout"),
     },
     "objective": {
-        "objective": ("ar", "ar | mdm (masked diffusion) | mixed (both losses) | block (block diffusion)"),
+        "objective": ("ar | mdm | mixed | block", "mdm: masked diffusion; mixed: both losses; block: block "
+                      "diffusion"),
         "diffusion_block": (16, "block: tokens in a block, AR over blocks and diffusion inside"),
         "ar_frac": (0.5, "mixed: share of each batch that is trained as AR"),
         "recipe": ([], f"key=value ..., regularisers and ablations: {', '.join(RECIPE)}"),
@@ -74,59 +76,53 @@ FLAGS = {
         "indexer_warmup": (0, "steps after those in which the indexer alone learns; then sparse attention"),
     },
     "model": {
-        "preset": ("small", f"what kind of model; sizes are free, below and by --set: {', '.join(PRESETS)}"),
-        "layers": (None, "layer pattern, such as 'full(window=64)*3 full'"),
-        "n_layer": (None, "blocks"),
-        "n_head": (None, "attention heads"),
-        "n_embd": (None, "width"),
-        "dropout": (None, "on the embedding and on what each block adds. Its masks are drawn in each forward "
-                          "pass, so it ties a run to its number of processes and its --micro_batch"),
+        "preset": (" | ".join(PRESETS), "what kind of model; its fields are changed below and by --set"),
+        "layers": (str, "layer pattern, such as 'full(window=64)*3 full'"),
+        "n_layer": (int, "blocks"),
+        "n_head": (int, "attention heads"),
+        "n_embd": (int, "width"),
+        "dropout": (float, "on the embedding and on what each block adds; it ties a run to its number of "
+                    "processes and its --micro_batch"),
         "set": ([], "key=value ...: any other field of ModelConfig, such as n_kv_head=2 mlp=gelu"),
-        "init_from": (None, "run folder or checkpoint: start from its weights, with everything else new"),
+        "init_from": (str, "run folder or checkpoint: start from its weights, with everything else new"),
     },
     "optimizer": {
-        "optimizer": ("adamw", "adamw | muon (hidden matrices; AdamW for the rest)"),
+        "optimizer": ("adamw | muon", "muon is for hidden matrices, AdamW for the rest"),
         "lr": (2e-3, "peak learning rate; the schedules that fall end at about 0"),
-        "schedule": ("wsd", "after the warm-up: wsd (constant, linear at the end) | cosine | constant"),
+        "schedule": ("wsd | cosine | constant", "after the warm-up; wsd: constant, linear at the end"),
         "warmup": (100, "steps of linear warm-up"),
         "weight_decay": (0.1, "decoupled, on matrices only"),
         "beta2": (0.95, "Adam's second-moment decay"),
         "grad_clip": (1.0, "largest gradient norm, 0 = off"),
+        "batch_tokens": (1024, "tokens in a step, over all micro-batches and processes"),
     },
     "system": {
-        "batch_tokens": (1024, "tokens in a step, over all micro-batches and processes"),
-        "micro_batch": (None, "windows in one forward pass (default: chooses itself)"),
+        "micro_batch": (int, "windows in one forward pass (default: chooses itself)"),
         "device": ("auto", "auto (cuda > mps > cpu) | cuda | mps | cpu"),
-        "dtype": ("auto", "auto (bfloat16 where native, on a GPU) | bfloat16 | float32"),
-        "compile": ("auto", "auto (on cuda) | on | off"),
-        "fsdp": ("off", "on: torchrun's processes share parameters, gradients and optimizer state out | off"),
+        "dtype": ("auto | bfloat16 | float32", "auto: bfloat16 where native, on a GPU"),
+        "compile": ("auto | on | off", "auto: on cuda"),
+        "fsdp": ("off | on", "on: torchrun's processes share parameters, gradients and optimizer state out"),
         "threads": (0, "CPU threads; 0: 1 for models below 5M parameters, else all cores"),
     },
     "output": {
-        "out": (None, "run folder (default: out/<something telling>)"),
+        "out": (str, "run folder (default: out/<something telling>)"),
         "eval_every": (250, "steps between evaluations, 0 = only at the end"),
-        "eval_epochs": (None, "evaluate at these epochs: 1,2,4 or geometric (12 of them) or geometric:N"),
+        "eval_epochs": (str, "evaluate at these epochs: 1,2,4 or geometric (12 of them) or geometric:N"),
         "eval_windows": (256, "fixed validation windows to evaluate on, 0 = all"),
         "probe_every": (0, "N: at every N-th evaluation and the last, how often the true end of a passage is "
                            "found among four; 0 = never"),
         "save_every": (1000, "steps between checkpoints, besides those at evaluations and at the end"),
         "log_every": (20, "steps between log lines"),
-        "resume": ("off", "auto: go on with the run in --out, if there is one | off"),
+        "resume": ("off | auto", "auto: go on with the run in --out, if there is one"),
     },
 }
-DEFAULTS = {name: default for group in FLAGS.values() for name, (default, _) in group.items()}
-KIND = {**dict.fromkeys(("epochs", "dropout"), float), **dict.fromkeys(
-    ("unique_tokens", "max_steps", "block_size", "n_layer", "n_head", "n_embd", "micro_batch"), int)}
+FLAT = {name: default for group in FLAGS.values() for name, (default, _) in group.items()}
+CHOICES = {name: default.split(" | ") for name, default in FLAT.items() if " | " in str(default)}
+DEFAULTS = {name: None if isinstance(default, type) else default for name, default in FLAT.items()}
+DEFAULTS |= {name: choices[0] for name, choices in CHOICES.items()}
 # These may differ between a checkpoint and the run that resumes it; all other flags shape the trajectory.
 # (The last two are in older checkpoints alone.)
-FREE = {"epochs", "max_steps", "micro_batch", "device", "dtype", "compile", "fsdp", "threads", "out",
-        "resume", "eval_every", "eval_epochs", "eval_windows", "probe_every", "save_every", "log_every",
-        "max_minutes", "timeout"}
-CHOICES = {
-    "objective": ("ar", "mdm", "mixed", "block"), "schedule": ("wsd", "cosine", "constant"),
-    "optimizer": ("adamw", "muon"), "dtype": ("auto", "bfloat16", "float32"),
-    "compile": ("auto", "on", "off"), "fsdp": ("on", "off"), "resume": ("auto", "off"),
-    "preset": tuple(PRESETS)}
+FREE = {*FLAGS["system"], *FLAGS["output"], "epochs", "max_steps", "max_minutes", "timeout"}
 POSITIVE = ("epochs", "max_steps", "unique_tokens", "lr", "micro_batch", "log_every", "save_every",
             "batch_tokens", "diffusion_block")              # the other numbers may be 0; none is negative
 
@@ -152,16 +148,16 @@ def parse_flags(argv=None):
     for title, flags in FLAGS.items():
         group = parser.add_argument_group(title)
         for name, (default, text) in flags.items():
-            kind = KIND.get(name, type(default))
-            how = {}
-            if kind in (int, float):
-                how = dict(type=kind)                       # prepare.Parser reads them: 1e6, 30M
-            elif kind is list:
+            kind = default if isinstance(default, type) else type(default)
+            how = dict(type=kind) if kind in (int, float) else {}   # prepare.Parser reads them: 1e6, 30M
+            if kind is list:
                 how = dict(nargs="+", action="extend", metavar="KEY=VALUE")
-            elif name == "fsdp":
+            if name == "fsdp":
                 how = dict(nargs="?", const="on")
-            if default not in (None, []):
-                text += f" (default: {default})"
+            if name in CHOICES:
+                text = f"{default} ({text})"
+            if DEFAULTS[name] not in (None, []):
+                text += f" (default: {DEFAULTS[name]})"
             group.add_argument(f"--{name}", help=text.replace("%", "%%"), **how)
     return vars(parser.parse_args(argv))
 
@@ -269,15 +265,14 @@ class Windows:
 
     def starts(self, first, count):
         """First token of the windows first, first + 1, ... since the start of training."""
-        out = np.empty(count, dtype=np.int64)
-        for i, k in enumerate(range(first, first + count)):
-            if k // self.n != self.epoch:
-                self.epoch = k // self.n
-                rng = np.random.default_rng([self.seed, self.epoch])
-                self.offset = rng.integers(self.U)
-                self.order = rng.permutation(self.n)
-            out[i] = (self.offset + self.order[k % self.n] * self.T) % self.U
-        return out
+        starts = []
+        for k in range(first, first + count):
+            epoch, i = divmod(k, self.n)
+            if epoch != self.epoch:
+                rng = np.random.default_rng([self.seed, epoch])
+                self.epoch, self.offset, self.order = epoch, rng.integers(self.U), rng.permutation(self.n)
+            starts.append((self.offset + self.order[i] * self.T) % self.U)
+        return np.array(starts)
 
     def read(self, starts):
         """(B,) -> (B, T) int64; a window may run over the end of the ring."""
@@ -551,11 +546,11 @@ def load_checkpoint(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
         raise ValueError(f"{damaged} ({e!s:.60})") from None
-    need(isinstance(state, dict) and isinstance(state.get("version"), int), damaged)
+    need(isinstance(state, dict) and type(state.get("version")) is int, damaged)
     need(state["version"] == VERSION, f"{path} was written by another version of train.py "
                                       f"({state['version']}; this one reads {VERSION})")
     found = state.pop("digest", None)
-    need(isinstance(found, int) and found == digest(state), damaged)
+    need(type(found) is int and found == digest(state), damaged)
     return state
 
 
@@ -607,7 +602,7 @@ KEPT = ("last", "prev", "best")
 def read_log(path, tell=lambda line: print(line, file=sys.stderr)):
     """Rows of a run folder's metrics.jsonl in the order of steps, each (kind, step) once; none where there is
     no file."""
-    path, rows, bad = Path(path) / "metrics.jsonl", {}, []
+    path, rows, bad = Path(path) / "metrics.jsonl", {}, []              # rows: {(kind, step): row}
     for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
         try:
             row = json.loads(line)
@@ -853,10 +848,8 @@ class Batch:
         most = (65536 if process.cuda else 8192) // T
         self.micro = flags["micro_batch"] or max(1, min(B // process.world, most))
         self.parts = self.parts_of(process.rank)
-        equal = len({len(self.parts_of(r)) for r in range(process.world)}) == 1
-        need(flags["fsdp"] == "off" or equal,
-             "--fsdp needs as many forward passes on each process: choose an --ar_frac that ends where a "
-             "process's rows do, or a --micro_batch that divides them")
+        need(flags["fsdp"] == "off" or flags["objective"] != "mixed",
+             "--fsdp needs as many forward passes on each process, and --objective mixed may have others")
         self.cut = [process.world, self.micro]
         self.used = {}                                      # the parameters that get a gradient, by stage
         self.passes = {"ar": self.ar_pass, "mdm": self.mdm_pass}
@@ -1077,7 +1070,7 @@ def initial(flags, data, log):
     """The checkpoint of --init_from, which must speak the tokens of the data."""
     path = Path(flags["init_from"])
     _, state = load_model(path)
-    theirs = prepare.load_tokenizer(path if path.is_dir() else path.parent)
+    theirs = prepare.load_tokenizer(path)
     need(theirs.vocab == data.tokenizer.vocab, f"{path} was trained on tokens of {theirs.name}, and "
          f"{data.folder} holds tokens of {data.tokenizer.name}: prepare the text with its tokenizer")
     log(f"weights of {path} (step {state['step']}, {state['flags']['objective']})")
@@ -1142,22 +1135,21 @@ def stopped(came, step, flags, process):
 
 
 def announce(batch, data, val, evals, progress, run, log):
-    lm, process, windows, many = batch.lm, batch.process, batch.windows, prepare.count
+    lm, process, windows = batch.lm, batch.process, batch.windows
     log(f"{batch.flags['objective']} | {lm.num_params() / 1e6:.2f}M parameters "
         f"({lm.num_params(False) / 1e6:.2f}M without embeddings) | {progress.flops / 1e6:.2f} MFLOP/token | "
         f"{process.device}, {'bfloat16' if process.bf16 else 'float32'}, "
-        f"{'compiled' if process.compiled else 'eager'}, {many(torch.get_num_threads(), 'thread')}, "
-        f"{many(process.world, 'process')}")
-    log(f"{data.folder} | {windows.U:,} unique tokens ({many(windows.n, 'window')} of {windows.T}) | "
-        f"{many(progress.total, 'step')} of {progress.tokens:,} tokens = "
+        f"{'compiled' if process.compiled else 'eager'}, threads: {torch.get_num_threads()}, "
+        f"processes: {process.world}")
+    log(f"{data.folder} | {windows.U:,} unique tokens in {windows.n:,} windows of {windows.T} | "
+        f"{progress.total:,} steps of {progress.tokens:,} tokens = "
         f"{progress.total / progress.per_epoch:.4g} epochs | "
-        f"{many(len(val), 'validation window')}, {many(len(evals), 'evaluation')} | -> {run.folder}")
+        f"{len(val):,} validation windows, {len(evals)} evaluations | -> {run.folder}")
 
 
 def measure(batch, progress, run, val, seen, ends, log):
     """Evaluates and records: the loss of validation and of training windows, and the probe where it is
     due."""
-    tic = time.perf_counter()
     lm, flags, step = batch.lm, batch.flags, progress.step
     set_stage(lm, flags, max(step - 1, 0))                  # as trained so far
     how = dict(objective=flags["objective"], rows=flags["micro_batch"] or max(1, 16384 // val.size(1)),
@@ -1170,7 +1162,7 @@ def measure(batch, progress, run, val, seen, ends, log):
             result |= probe(lm, ends, **how)
     need_finite({f"{name} of the evaluation": value for name, value in result.items()}, step, run)
     result["bpb"] = result["loss"] / math.log(2) / run.bytes_per_token
-    run.record(progress.row("eval", **result, eval_seconds=round(time.perf_counter() - tic, 3)))
+    run.record(progress.row("eval", **result))
     error = f" +- {result['se']:.4f}" if result["se"] else ""
     known = ("bpb", "ar_loss", "mdm_loss", "probe_accuracy", "probe_gap")
     more = "".join(f" | {name} {result[name]:.4f}" for name in known if name in result)
@@ -1276,7 +1268,7 @@ def train(given, log=print):
             f"Go on with: python train.py --resume auto --out {shlex.quote(str(run.folder))}")
     return {"out": str(run.folder), "flags": flags, "step": progress.step, "seconds": progress.seconds,
             "finished": progress.step == total, "stopped": stop, "evals": run.evals(),
-            "best": run.best, "params": lm.num_params(), "lm": lm, "tokenizer": data.tokenizer}
+            "best": run.best, "lm": lm, "tokenizer": data.tokenizer}
 
 
 def show_sample(result):
