@@ -162,7 +162,17 @@ class Step:
     valid: Optional[torch.Tensor]   # (B, T) bool, False = padding on the right
     mask: Optional[torch.Tensor]    # (T, T) bool, or (B, 1, T, T): given by the caller instead of causal
     aux: Optional[dict]             # where a layer adds named scalars, such as a loss of its own
+    turns: dict                     # cos and sin of each kind of rotation
     seen: Optional[torch.Tensor] = None
+
+    def rotate(self, x, dim, rope, interleaved=False):
+        """`rotary` at the positions of this call: layers of one kind and dtype share the angles."""
+        if dim == 0:
+            return x
+        kind = dim, rope, interleaved, x.dtype
+        if kind not in self.turns:
+            self.turns[kind] = rotation(self.pos, *kind)
+        return rotary(x, *self.turns[kind], interleaved)
 
     def below(self):
         """(1 or B, 1, T, length) bool: which slots a query may read."""
@@ -211,10 +221,8 @@ def step_of(x, cache=None, causal=True, commit=True, pos=None, valid=None, mask=
         plain = mask is None and (causal or valid is None)
         dense = rewrites = False
     else:
-        slots, rewrites = cache.place(B, T, pos, valid)
+        slots, length, rewrites = cache.place(B, T, pos, valid)
         end = cache.end(slots, valid)[:, None]
-        # A graph cannot count: it reads all slots, and hides what is not in use.
-        length = min(cache.max_len, cache.used + T) if eager else cache.max_len
         dense = eager and cache.dense and valid is None and (pos is None or cache.used == cache.max_len)
         plain = dense and (not causal or T == 1 and pos is None)
         if length == T:                                             # the new tokens are all there is
@@ -223,7 +231,7 @@ def step_of(x, cache=None, causal=True, commit=True, pos=None, valid=None, mask=
         pos = slots
     limit = slots + 1 if causal and mask is None else end.expand(-1, T)
     limit = limit.clamp(min=1)
-    return Step(causal, commit, pos, slots, limit, length, plain, dense, rewrites, valid, mask, aux)
+    return Step(causal, commit, pos, slots, limit, length, plain, dense, rewrites, valid, mask, aux, {})
 
 
 class Cache:
@@ -243,9 +251,11 @@ class Cache:
         self.__dict__.update(buffers)
 
     def place(self, B, T, pos=None, valid=None):
-        """(B, T) slots of T tokens, those that pos names or the next ones; do they lie among those in use?
+        """(B, T) slots of T tokens, those that pos names or the next ones; up to which slot there is then
+        something to read; do they lie among those in use?
 
-        With valid, a step of one token may hold rows that are full, as padding.
+        A graph cannot count: it reads all slots, and hides what is not in use. With valid, a step of one
+        token may hold rows that are full, as padding.
         """
         eager = not compiling()
         need(B == len(self.pos), f"the cache has {len(self.pos)} rows, and the batch {B}")
@@ -261,10 +271,10 @@ class Cache:
             slots = self.pos[:, None] + count_to(T, self.pos)
             if valid is not None:
                 slots = slots.clamp(max=self.max_len - 1)
-            return slots, False
+            return slots, min(self.max_len, self.used + T) if eager else self.max_len, False
         pos = pos.expand(B, T)
         if not eager or not pos.numel():
-            return pos, False
+            return pos, self.max_len, False
         low, high = map(int, pos.aminmax())
         need(low >= 0 and high < self.max_len,
              f"pos {low if low < 0 else high} lies outside the cache of max_len {self.max_len}: "
@@ -277,7 +287,7 @@ class Cache:
         gap = self.pos + new.sum(1) != self.end(pos, valid)
         falls = (pos.diff(dim=1) <= 0).any(1)
         need(not bool((gap | falls).any()), "pos must rise without a gap behind what the cache holds")
-        return pos, bool(old.any())
+        return pos, max(self.used, high + 1), bool(old.any())
 
     def end(self, slots, valid=None):
         """(B,) tokens of each row once those in slots (B, T) are there; the invalid ones do not count."""
@@ -289,7 +299,7 @@ class Cache:
         """Count the tokens of a step as seen."""
         self.pos.copy_(self.end(step.slots, step.valid))
         self.dense = step.dense
-        self.used = self.max_len if compiling() else min(self.max_len, self.used + step.slots.size(1))
+        self.used = step.length
 
 
 def put(cache, new, step):
@@ -472,27 +482,29 @@ def angles(dim, base=10_000.0, factor=1.0, original=None, device=None):
     return freq * (stays + (1 - stays) / factor)
 
 
-def rotary(x, pos, dim=None, rope=(), interleaved=False):
-    """Rotary position embedding of the first `dim` channels (RoFormer, arXiv 2104.09864).
+def rotation(pos, dim, rope=(), interleaved=False, dtype=torch.float32):
+    """pos (T,) or (B, T) -> cos, sin (1 or B, 1, T, dim) for `rotary`, those of the first of a pair negative.
 
-    x (B, H, T, D), pos (T,) or (B, T), rope: what `angles` takes behind dim. Pairs are channels
-    (i, i + dim/2), the layout of Llama and transformers, or (2i, 2i + 1) when interleaved (DeepSeek). Angles
-    in float32: bf16 has no integer above 256 next to each other.
+    rope: what `angles` takes behind dim. Angles in float32: bf16 has no integer above 256 next to each other.
     """
-    dim = x.size(-1) if dim is None else dim
-    if dim == 0:
-        return x
-    angle = pos[..., None].float() * angles(dim, *rope, device=x.device)
-    angle = angle.unsqueeze(-3)                             # (1 or B, 1, T, dim/2)
-    cos = angle.cos().to(x.dtype)
-    sin = angle.sin().to(x.dtype)
+    angle = pos[..., None].float() * angles(dim, *rope, device=pos.device)
+    angle = torch.stack([-angle, angle], dim=-1 if interleaved else -2)
+    angle = angle.flatten(-2).unsqueeze(-3)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotary(x, cos, sin, interleaved=False):
+    """Rotary position embedding of the first channels of x (B, H, T, D), as many as cos has (RoFormer, arXiv
+    2104.09864).
+
+    Pairs are channels (i, i + dim/2), the layout of Llama and transformers, or (2i, 2i + 1) when interleaved
+    (DeepSeek). A pair (a, b) becomes (a cos - b sin, b cos + a sin).
+    """
+    dim = cos.size(-1)
     r = x[..., :dim]
-    rest = x[..., dim:]
-    a, b = r.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else r.chunk(2, dim=-1)
-    pair = a * cos - b * sin, b * cos + a * sin
-    if interleaved:
-        pair = [torch.stack(pair, dim=-1).flatten(-2)]
-    return torch.cat([*pair, rest], dim=-1)
+    other = r.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) if interleaved else r.roll(dim // 2, -1)
+    turned = r * cos + other * sin
+    return turned if dim == x.size(-1) else torch.cat([turned, x[..., dim:]], dim=-1)
 
 
 def rope_of(config):
@@ -594,7 +606,7 @@ class Full(Mixer):
         self.sink = nn.Parameter(torch.zeros(H)) if "sink" in self.settings and config.sink else None
 
     def mix(self, x, step, cache):
-        q, k, v = self.project(x, step.pos)
+        q, k, v = self.project(x, step)
         if self.window is None:
             k, v = put(cache, {"k": k, "v": v}, step)
             mask = step.hidden()
@@ -603,14 +615,14 @@ class Full(Mixer):
         y = softmax_attention(q, k, v, step.causal, self.window, self.sink, mask=mask)
         return self.output(y, x)
 
-    def project(self, x, pos):
+    def project(self, x, step):
         """(B, T, C) -> q (B, H, T, D), k and v (B, Hkv, T, D), normalised and rotated."""
         qkv = heads(self.qkv_proj(x), self.H + 2 * self.Hkv)
         q, k, v = qkv.split([self.H, self.Hkv, self.Hkv], dim=1)
         if self.q_norm is not None:
             q = self.q_norm(q).to(v.dtype)
             k = self.k_norm(k).to(v.dtype)
-        q, k = (rotary(a, pos, self.rope_dim, self.angles) for a in (q, k))
+        q, k = (step.rotate(a, self.rope_dim, self.angles) for a in (q, k))
         return q, k, v
 
     def output(self, y, x):
@@ -671,13 +683,13 @@ class MLA(Mixer):
         self.o_proj = nn.Linear(self.H * self.Dv, C, bias=config.bias)
 
     def mix(self, x, step, cache):
-        q, latent, _ = self.project(x, step.pos)
+        q, latent, _ = self.project(x, step)
         latent, = put(cache, {"latent": latent}, step)
         attention = functools.partial(read_all, step=step)
         y = self.attend(q, latent, attention, absorbed=False if cache is None else None)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
-    def project(self, x, pos):
+    def project(self, x, step):
         """(B, T, C) -> q (B, H, T, nope + rope), latent (B, 1, T, R + rope), what q is made of (B, T, .)."""
         source = x
         if self.q_a_proj is not None:
@@ -687,9 +699,7 @@ class MLA(Mixer):
         q, q_rope = q.split([self.nope, self.rope], dim=-1)
         latent = self.kv_a_proj(x).unsqueeze(1)
         c, k_rope = latent.split([self.R, self.rope], dim=-1)
-        turn = functools.partial(rotary, pos=pos, dim=self.rotated, rope=self.angles, interleaved=True)
-        q_rope = turn(q_rope)
-        k_rope = turn(k_rope)
+        q_rope, k_rope = (step.rotate(a, self.rotated, self.angles, True) for a in (q_rope, k_rope))
         latent = torch.cat([self.kv_a_norm(c).to(c.dtype), k_rope], dim=-1)
         return torch.cat([q, q_rope], dim=-1), latent, source
 
@@ -1450,7 +1460,7 @@ class BlockSparse(Full):
 
     def read(self, x, step, cache, **more):
         """Project x and put it into the cache with `more` buffers -> q (B, H, T, D), all that can be read."""
-        q, k, v = self.project(x, step.pos)
+        q, k, v = self.project(x, step)
         return q, *put(cache, {"k": k, "v": v, **more}, step)
 
     def selected(self, score, q, k, v, step):
@@ -1648,7 +1658,7 @@ class MSA(BlockSparse):
         ki = heads(self.index_k_proj(x.detach()), 1)                            # (B, 1, T, Di)
         qi = self.index_q_norm(qi).to(qi.dtype)
         ki = self.index_k_norm(ki).to(ki.dtype)
-        qi, ki = (rotary(a, step.pos, self.rope_dim, self.angles) for a in (qi, ki))
+        qi, ki = (step.rotate(a, self.rope_dim, self.angles) for a in (qi, ki))
         q, k, v, ki = self.read(x, step, cache, ki=ki)
         sel = None
         if self.stage != "sparse" or k.size(2) <= self.topk * self.block:
@@ -1703,11 +1713,11 @@ class DSA(MLA):
         self.stage = "sparse"
 
     def mix(self, x, step, cache):
-        q, latent, source = self.project(x, step.pos)
+        q, latent, source = self.project(x, step)
         qi = heads(self.index_q_proj(source.detach()), self.Hi)                 # (B, Hi, T, Di)
         ki = self.index_k_norm(self.index_k_proj(x.detach()))
         ki = ki.to(q.dtype).unsqueeze(1)                                        # (B, 1, T, Di)
-        qi, ki = (rotary(a, step.pos, self.rotated, self.angles) for a in (qi, ki))
+        qi, ki = (step.rotate(a, self.rotated, self.angles) for a in (qi, ki))
         w = self.index_w_proj(x.detach()).float() * self.Hi ** -0.5             # (B, T, Hi)
         latent, ki = put(cache, {"latent": latent, "ki": ki}, step)
         S = latent.size(2)

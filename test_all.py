@@ -678,8 +678,9 @@ def test_rotary_depends_on_distance_only():
     q, k = torch.randn(2, 1, 1, 1, 16)
     for interleaved in (False, True):
         def dot(i, j):
-            a = attention.rotary(q, torch.tensor([i]), 8, interleaved=interleaved)
-            return (a * attention.rotary(k, torch.tensor([j]), 8, interleaved=interleaved)).sum()
+            turn = lambda a, pos: attention.rotary(
+                a, *attention.rotation(torch.tensor([pos]), 8, interleaved=interleaved), interleaved)
+            return (turn(q, i) * turn(k, j)).sum()
         close(dot(3, 1), dot(103, 101), 1e-5)       # the angles are float32
         assert abs(dot(3, 1) - dot(3, 2)) > 1e-3
 
@@ -857,7 +858,7 @@ def test_sparse_layers_are_their_definition(case, causal, tile, T):
     x, t, ck, index = torch.randn(1, T, 32), torch.arange(T), None, None
     end = t + 1 if causal else torch.full_like(t, T)
     seen = t < end[:, None]
-    q, k, v = layer.project(x, None)                # of dsa: queries, latents, what queries are made of
+    q, k, v = layer.project(x, attention.step_of(x))                # of dsa: queries, latents, what queries are made of
     if "infllm" in case:                            # it has no parameters of its own
         ATTENTION["full"](tiny(n_kv_head=2)).load_state_dict(layer.state_dict())
     if case == "infllm moba":
