@@ -23,6 +23,7 @@
   sampling and likelihood
     theory      what few sampling steps cost: token errors and wrong sequences, closed form and trained models
     decode      tokens/s against quality of every sampler, AR and diffusion
+    drafts      what AR saves where the run itself proposes tokens: a pass judges several
     panel       all likelihoods of the same models: exact, bounds, chains, bits per byte
     choices     multiple choice by likelihood: HellaSwag, ARC, PIQA, LAMBADA files, and a probe without one
     tools       a calculator inside an answer, AR and block diffusion
@@ -2739,9 +2740,11 @@ ROLES = {
     "ar": dict(objective="ar"),
     "judge": dict(objective="ar", seed=1),
     "mdm": dict(objective="mdm"),
+    "mixed": dict(objective="mixed"),
+    "mtp": dict(objective="ar", set=["mtp=0.3"]),
     "block": dict(objective="block", diffusion_block=16)
 }
-LONGER = {"mdm": 3, "block": 1.5}  # times max_steps: diffusion learns slowly
+LONGER = {"mdm": 3, "mixed": 3, "block": 1.5}  # times max_steps: diffusion learns slowly
 
 
 def decode_runs(roles, models):
@@ -2762,7 +2765,7 @@ def decode_runs(roles, models):
         else:
             jobs[role] = {k: models[k] for k in same} | ROLES[role] | dict(
                 max_steps=int(models["max_steps"] * LONGER.get(role, 1)),
-                set=["qk_norm=true"],
+                set=["qk_norm=true", *ROLES[role].get("set", [])],
                 eval_every=1000,
                 eval_windows=64,
                 log_every=500,
@@ -2851,7 +2854,7 @@ def decode(batches=(1, 8, 64), run_judge=None, **models):
             f"{folders[role]} has {lm.V} tokens, a window of {lm.config.block_size}, the judge {judge.V} "
             f"and {T}: all must be trained on the same data set and window"
         )
-    sample.check_dual_cache(trained["mdm"][0].config)
+    sample.check_rewrites(trained["mdm"][0].config, "--cache")
     data = validation(state["flags"]["dataset"], T, most).to(device)
     canvas = data.clone()
     canvas[:, P:] = judge.mask_id
@@ -2881,6 +2884,56 @@ def decode(batches=(1, 8, 64), run_judge=None, **models):
         for setting in settings:
             yield dict(sampler=family, **setting), functools.partial(measure, role, setting)
     return dict(prompt=P, new=T - P)
+
+
+@experiment(named=("scale",), gpu=MODELS_GPU)
+def drafts(
+    batches=(1, 8),
+    lengths=(1, 2, 4, 8),
+    temperatures=(1.0, 0.0),
+    run_mixed=None,
+    run_mtp=None,
+    **models,
+):
+    """AR with its cache where the run proposes tokens itself, by turns with the same run that does not.
+
+    batches: sequences, comma-separated
+    lengths: tokens that a mixed run proposes; one of mtp, one
+    run_mixed: run folder of a mixed model (default: trained)
+    run_mtp: run folder of an AR model with mtp (default: trained)
+    """
+    roles = dict(run_mixed=run_mixed, run_mtp=run_mtp)
+    folders = yield from decode_runs(("mixed", "mtp"), models | roles)
+    device, clock = models["device"], clock_of(models["device"])
+    for role, folder in folders.items():
+        lm, state = train.load_model(folder, "last", device)
+        T, P = lm.config.block_size, lm.config.block_size // 8
+        canvas = validation(state["flags"]["dataset"], T, 8).to(device)
+        canvas[:, P:] = lm.mask_id
+
+        def spent(x, draft, temperature):
+            """(seconds, passes)"""
+            draws = torch.Generator("cpu" if device.startswith("mps") else device).manual_seed(0)
+            steps = []
+            how = dict(generator=draws, draft=draft, callback=lambda step, _: steps.append(step))
+            tic = clock()
+            diffusion.sample_ar(lm, x, lm.mask_id, temperature, **how)
+            return clock() - tic, steps[-1]
+
+        for draft, t, B in itertools.product(lengths if role == "mixed" else (1,), temperatures, batches):
+
+            def measure():
+                both = [spent(x, k, t) for x in canvas.split(B) for k in (0, draft)]
+                (plain, _), (seconds, passes) = (map(sum, zip(*both[i::2])) for i in (0, 1))
+                new = len(canvas) * (T - P)
+                return {
+                    "tokens/pass": new / passes / min(B, len(canvas)),
+                    "tokens/s": round(new / seconds),
+                    "without": round(new / plain),
+                    "ratio": plain / seconds,
+                }
+
+            yield dict(run=role, draft=draft, temperature=t, batch=B), measure
 
 
 @experiment(named=("scale",), gpu=MODELS_GPU)

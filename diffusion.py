@@ -356,7 +356,7 @@ def canvas(prompts, max_new_tokens, mask_id):
 
 @torch.no_grad()
 def sample_ar(f, x, bos_id, temperature=1.0, top_k=None, top_p=None, eot_id=None, valid=None, generator=None,
-              callback=None, on_token=None, cache=None):
+              callback=None, on_token=None, cache=None, draft=0):
     """Fill a canvas x (B, T) left to right; places to fill hold bos_id (= the mask token). Returns a new (B,
     T).
 
@@ -365,48 +365,73 @@ def sample_ar(f, x, bos_id, temperature=1.0, top_k=None, top_p=None, eot_id=None
     callback(step, x) is called after each step. on_token(x, given) is called after each token, before
     anything is computed from the new ones; it may edit x and given (B, T) bool in place behind them, as a
     tool does that writes its result (see `on_block` of `sample_block`).
+
+    draft: f itself proposes so many tokens, and one pass judges them all (`accept`): the same distribution of
+    texts in fewer passes. They come from f as a diffusion model, which sees the places as masks, all at once,
+    if it was trained as both; from an LM with mtp, one. With a cache f must rewrite the slots named by pos:
+    layer `full` without window, `mla`. callback sees the drafts, too.
     """
     check_sampling(temperature, top_k, top_p)
+    need(draft == 0 or draft > 0 and on_token is None,
+         f"draft is {draft}: it must be a number of tokens, and 0 beside on_token")
     x = x.clone()
     if x.numel() == 0:
         return x
     B, T = x.shape
     given = x != bos_id
-    row = torch.arange(B, device=x.device)
+    row = torch.arange(B, device=x.device)[:, None]
     place = torch.arange(T, device=x.device)
-    end = torch.full_like(row, T) if valid is None else valid.sum(1)
+    end = torch.full_like(x[:, 0], T) if valid is None else valid.sum(1)
     at = torch.where(given, T, place).amin(1)                   # (B,) the place that each row fills next
     longest = int(at.max())                                     # prompt
-    even = bool((at == at[0]).all())                            # then the cache needs no positions
+    even = not draft and bool((at == at[0]).all())              # then the cache needs no positions
     cached = getattr(f, "has_cache", hasattr(f, "init_cache")) if cache is None else cache
     kv = new_cache(f, x) if cached else None
-    read = torch.zeros_like(at)                                 # (B,) tokens that the cache holds
+    law = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+
+    def look(x, k, causal=True):
+        """Logits (B, k + 1, V) at the places at, at + 1, ... of the context."""
+        whole = kv is None or step == 1                         # the prompts; then, with a cache, what is new
+        P = min(T, longest + step * (draft + 1) if whole else k + 1)
+        start = at.clamp(max=T - P) * (not whole)
+        pos = start[:, None] + place[:P]
+        how = {} if kv is None else {"cache": kv}
+        if kv is not None and not even:
+            how |= {"pos": pos, "valid": (pos <= at[:, None] + k) & (at < end)[:, None]}
+        logits = predict(f, shift_right(x, bos_id).gather(1, pos), bos_id, causal=causal, **how)
+        return logits[row, ((at - start)[:, None] + place[:k + 1]).clamp(max=P - 1)]
+
+    def pick(logits):
+        """(tokens, the probabilities that they were drawn from)"""
+        p = probabilities(logits, **law)
+        return choose(p, generator), p
+
     for step in range(1, 1 + int((end - at).max())):
-        i = at.clamp(max=T - 1)
-        context = shift_right(x, bos_id)
-        if kv is None:
-            L = longest + step
-            logits = predict(f, context[:, :L], bos_id, causal=True)[row, i.clamp(max=L - 1)]    # (B, V)
+        ahead = place - at[:, None]                             # (B, T)
+        write = (ahead >= 0) & (place < end[:, None]) & ~given  # a given token is read, not written
+        put = lambda y, n: torch.where(write & (ahead <= n), y.gather(1, ahead.clamp(0, y.size(1) - 1)), x)
+        if not draft or step == 1:                              # the first pass reads the prompts
+            y, n = draw(look(x, 0)[:, 0], **law, generator=generator)[:, None], torch.zeros_like(x[:, :1])
         else:
-            P = longest + 1 if step == 1 else 1                 # the prompts, then one token
-            pos = read[:, None] + place[:P]
-            ok = (pos <= at[:, None]) & (at < end)[:, None]
-            pos = pos.clamp(max=T - 1)
-            uneven = {} if even else {"pos": pos, "valid": ok}
-            logits = predict(f, context.gather(1, pos), bos_id, causal=True, cache=kv, **uneven)
-            logits = logits[row, (at - read).clamp(max=P - 1)]
-        write = (at < end) & ~given[row, i]                     # a given token is read, not written
-        drawn = draw(logits, temperature, top_k, top_p, generator)
-        x[row, i] = torch.where(write, drawn, x[row, i])
+            if hasattr(kv, "last"):
+                drafts, q = f.draft(x, at, kv, pick)
+            else:                                               # the context is one behind: masks begin at 1
+                drafts, q = pick(look(x, draft, causal=False)[:, 1:])
+            k = drafts.size(1)
+            hoped = put(drafts.to(x.device), k - 1)
+            if callback is not None:
+                callback(step, hoped)
+            p = probabilities(look(hoped, k), **law)
+            y, n = (a.to(x.device) for a in accept(p, drafts, q, generator))
+        x = put(y, n)
         stop_at_eot(x, given, eot_id)
         if on_token is not None:
             on_token(x, given)
         more = ((x == bos_id) & (place < end[:, None])).any(1)
-        at = torch.where(more, at + 1, end)
-        read = torch.where(more, at, end)
+        at = torch.where(more, at + n[:, 0] + 1, end)
         if callback is not None:
             callback(step, x)
-        if eot_id is not None and not bool(more.any()):
+        if (draft or eot_id is not None) and not bool(more.any()):
             break
     return x
 
@@ -594,35 +619,60 @@ def confidence(logits, order):
     return mean - log_total
 
 
-def draw(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """One token from each row of logits (M, V) -> (M,). temperature 0 is argmax. top_k, then top_p, act after
-    it.
+def accept(p, drafts, q, generator=None):
+    """Speculative sampling (2211.17192, 2302.01318): drafts (B, k), drawn from q (B, k, V), where p (B,
+    k + 1, V) is right -> tokens (B, k + 1), and how many drafts stand before the last that counts (B, 1).
 
-    By inversion of the cumulative distribution in float64. In float32 the tail is cut: uniforms are multiples
-    of 2^-24, so Gumbel noise made of them never exceeds 16.7, rare tokens never come and the temperature is
-    quietly lower (Zheng et al. 2409.02908). One uniform a row is also 6 times cheaper than Gumbel noise,
-    which needs V.
+    A draft is kept with probability min(1, p / q). The first that is not is drawn again from max(0, p - q),
+    what p has more than q: so a token comes with min(p, q) + max(0, p - q) = p, whatever q is. Behind the
+    last draft one more comes from p itself. A draft for the place of a given token is judged for nothing:
+    that decides only how far a step goes.
     """
+    of = lambda a: a.gather(-1, drafts[..., None])[..., 0]
+    u = torch.rand(drafts.shape, generator=generator, device=p.device, dtype=p.dtype)
+    kept = u * of(q) < of(p[:, :-1])
+    n = kept.long().cumprod(1).sum(1, keepdim=True)
+    more = (p - F.pad(q, (0, 0, 0, 1))).clamp(min=0)
+    return F.pad(drafts, (0, 1)).scatter(1, n, choose(more, generator).gather(1, n)), n
+
+
+def draw(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+    """One token from each row of logits (M, V) -> (M,), with their `probabilities`."""
     if temperature == 0:
         return logits.argmax(-1)
-    device = logits.device
-    token = None
-    if device.type == "mps":                                    # it has no float64
+    return choose(probabilities(logits, temperature, top_k, top_p), generator).to(logits.device)
+
+
+def probabilities(logits, temperature=1.0, top_k=None, top_p=None):
+    """(..., V) -> (..., V), float64. temperature 0 is argmax. top_k, then top_p, act after it."""
+    V = logits.size(-1)
+    if logits.device.type == "mps":                             # it has no float64
         logits = logits.cpu()
-    if top_k is not None or top_p is not None:
-        V = logits.size(1)
-        logits, token = logits.topk(min(top_k or V, V))         # sorted
-    p = (logits.double() / temperature).softmax(-1)
+    if temperature == 0:
+        return F.one_hot(logits.argmax(-1), V).double()
+    logits = logits.double() / temperature
+    if top_k is None and top_p is None:
+        return logits.softmax(-1)
+    best, token = logits.topk(min(top_k or V, V))               # sorted
+    p = best.softmax(-1)
     if top_p is not None:                                       # the smallest set that reaches top_p
         p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)
-    below = p.cumsum(-1)                                        # (M, V)
-    u = torch.rand(len(p), 1, generator=generator, device=p.device, dtype=torch.float64)
-    u = u * below[:, -1:]
+    return torch.zeros_like(logits).scatter_(-1, token, p / p.sum(-1, keepdim=True))
+
+
+def choose(p, generator=None):
+    """One token for each row of probabilities (..., V), not normalised, float64 -> (...).
+
+    By inversion of the cumulative distribution. In float32 the tail is cut: uniforms are multiples of 2^-24,
+    so Gumbel noise made of them never exceeds 16.7, rare tokens never come and the temperature is quietly
+    lower (Zheng et al. 2409.02908). One uniform a row is also 6 times cheaper than Gumbel noise, which needs
+    V.
+    """
+    below = p.cumsum(-1)
+    u = torch.rand(*p.shape[:-1], 1, generator=generator, device=p.device, dtype=p.dtype)
+    u = u * below[..., -1:]
     choice = torch.searchsorted(below, u, right=True)           # right: never a token of probability 0
-    choice = choice.clamp(max=p.size(1) - 1)
-    if token is not None:
-        choice = token.gather(-1, choice)
-    return choice[:, 0].to(device)
+    return choice.clamp(max=p.size(-1) - 1)[..., 0]
 
 
 def stop_at_eot(x, given, eot_id):

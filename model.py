@@ -6,6 +6,7 @@
     ModelConfig         all settings; attention.LayerConfig has those of the mixers
     LM, Block           embedding, blocks, norm, head; a block is a mixer (attention.ATTENTION) and an MLP
     MLP, MoE            the MLP, and a mixture of experts in its place
+    MTP                 a module that predicts a token further
     init_weights        how every parameter begins
     parse_layers        "gated_deltanet*3 full" -> the layers of a model
     override            a config with some fields changed; check_setting knows what each may hold
@@ -35,7 +36,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from attention import (ATTENTION, CHOICES, Cache, LayerConfig, check_settings, need, no_autocast, step_of,
-                       top_k)
+                       top_k, widen)
 
 
 @dataclass
@@ -57,6 +58,7 @@ class ModelConfig(LayerConfig):
     tied: bool = True               # the head shares the embedding's weights
     logit_softcap: float | None = None  # logits = cap * tanh(logits / cap) (Gemma 2)
     shift: bool = False             # not causal: logits at i are of token i + 1, as in AR (Dream)
+    mtp: float = 0.0                # weight of the loss of a module that predicts a token further, 0: none
     # mixture of experts in place of the MLP
     n_expert: int = 0               # E, 0: a dense MLP
     n_expert_active: int = 2        # experts a token is sent to
@@ -94,6 +96,8 @@ class LM(nn.Module):
         self.head = nn.Linear(C, rows, bias=False)
         if config.tied:
             self.head.weight = self.embed.weight
+        name, values = layers[-1]
+        self.mtp = nn.ModuleList(MTP(name, override(config, values)) for _ in range(config.mtp > 0))
         self.warned = False
         init_weights(self)
 
@@ -114,6 +118,11 @@ class LM(nn.Module):
             x = block(x, step, None if cache is None else cache.layers[i])
         if cache is not None and commit:
             cache.advance(step)
+        if self.mtp and causal:
+            if cache is not None:
+                cache.last = x, step                # where `draft` begins
+            elif aux is not None:
+                aux["mtp"] = self.config.mtp * self.mtp_loss(idx, x, step)
         if self.config.shift and not causal:
             need(cache is None, "a model with shift=true reads no cache unless it is causal")
             x = torch.cat([x[:, :1], x[:, :-1]], dim=1)
@@ -127,6 +136,22 @@ class LM(nn.Module):
         z = F.linear(x, w)[..., :self.V] if x.is_cuda else F.linear(x, w[:self.V])
         cap = self.config.logit_softcap
         return z if cap is None else cap * torch.tanh(z / cap)
+
+    def mtp_loss(self, idx, x, step):
+        """Nats per token: x, what the blocks say of place i, and the token at i + 1 predict that at i + 2."""
+        x = self.mtp[0](x, self.embed(idx.roll(-1, 1)), step)
+        z = widen(self.logits(self.norm(x[:, :-2])))
+        return F.cross_entropy(z.flatten(0, 1), idx[:, 2:].flatten())
+
+    def draft(self, canvas, at, cache, pick):
+        """For diffusion.sample_ar: what the module has for place at (B,) of each row, as pick gives it, after
+        a pass whose valid tokens before it are true. Its keys lie in the cache behind the blocks'."""
+        x, step = cache.last
+        valid = step.valid & (step.pos < at[:, None])
+        own = step_of(x, cache, pos=step.pos, valid=valid)
+        x = self.mtp[0](x, self.embed(canvas.gather(1, step.pos)), own, cache.layers[-1])
+        x = x[torch.arange(len(x), device=x.device), valid.sum(1).clamp(min=1) - 1]
+        return pick(self.logits(self.norm(x)).unsqueeze(1))
 
     def beyond_block_size(self, T):
         size = self.config.block_size
@@ -145,7 +170,8 @@ class LM(nn.Module):
     def init_cache(self, batch_size, max_len, device=None, dtype=None):
         """One cache for all layers, for max_len tokens per row: it counts, they have buffers alone."""
         device = device or self.embed.weight.device
-        layers = [b.mixer.buffers_for(batch_size, max_len, device, dtype) for b in self.blocks]
+        blocks = (*self.blocks, *self.mtp)
+        layers = [b.mixer.buffers_for(batch_size, max_len, device, dtype) for b in blocks]
         layers = [types.SimpleNamespace(**buffers) for buffers in layers]
         return Cache(batch_size, max_len, device, layers=layers)
 
@@ -168,7 +194,7 @@ class LM(nn.Module):
         return count
 
     def moes(self):
-        return [b.mlp for b in self.blocks if isinstance(b.mlp, MoE)]
+        return [m for m in self.modules() if isinstance(m, MoE)]
 
     def flops_per_token(self, T=None, causal=True):
         """Training FLOPs per token, forward and backward: 6 (active non-embedding + head parameters) + 3 x
@@ -177,8 +203,9 @@ class LM(nn.Module):
         Causal attention counts its visible half only, so diffusion costs more per token than AR.
         """
         T, causal = T or self.config.block_size, causal or self.config.causal
-        mixers = sum(b.mixer.flops(T, causal) for b in self.blocks if hasattr(b.mixer, "flops")) / T
-        return 6 * (self.active_params(embedding=False) + self.V * self.config.n_embd) + 3 * mixers
+        mixers = sum(m.flops(T, causal) for m in self.modules() if hasattr(m, "flops")) / T
+        heads = (1 + len(self.mtp)) * self.V * self.config.n_embd
+        return 6 * (self.active_params(embedding=False) + heads) + 3 * mixers
 
 
 class Block(nn.Module):
@@ -192,6 +219,20 @@ class Block(nn.Module):
     def forward(self, x, step, cache=None):
         x = x + self.dropout(self.mixer(self.norm1(x), causal=step.causal, cache=cache, step=step))
         return x + self.dropout(self.mlp(self.norm2(x), step.aux, step.valid))
+
+
+class MTP(Block):
+    """Multi-token prediction (DeepSeek-V3, arXiv 2412.19437 section 2.2), one token further: what the blocks
+    say of a place, x (B, T, C), and the embedding of the token that they predict -> (B, T, C), what says the
+    one after. Embedding, last norm and head are the model's."""
+    def __init__(self, name, config):
+        super().__init__(name, config)
+        self.x_norm, self.token_norm = make_norm(config), make_norm(config)
+        self.in_proj = nn.Linear(2 * config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x, token, step, cache=None):
+        both = torch.cat([self.x_norm(x), self.token_norm(token)], dim=-1)
+        return super().forward(self.in_proj(both), step, cache)
 
 
 def make_norm(config):
@@ -485,7 +526,7 @@ RANGES = {
     "out_gate_rank": (0, 2 ** 16), "qk_rope_head_dim": (0, 2 ** 16),
     "norm_eps": (1e-12, 0.1), "dropout": (0, 0.99), "mlp_dropout": (0, 0.99),
     "logit_softcap": (1e-3, 10 ** 6), "g_min": (-5, -1e-3),
-    "router_scale": (1e-3, 1000), "router_bias_step": (0, 1), "router_aux": (0, 1000),
+    "router_scale": (1e-3, 1000), "router_bias_step": (0, 1), "router_aux": (0, 1000), "mtp": (0, 10),
     "rope_base": (1, 10 ** 12), "rope_factor": (1, 10 ** 6), "rotary_fraction": (0, 1),
     "mlp": (*GATED, "relu2", "gelu", "gelu_new"), "norm": ("rms", "layer"),
     "router": ("sigmoid", "softmax"), **CHOICES,
@@ -558,7 +599,8 @@ def settings(text):
     return {key: parse_value(value) for key, _, value in (pair.partition("=") for pair in shlex.split(text))}
 
 
-WHOLE = ("vocab_size", "block_size", "layers", "n_layer", "n_embd", "tied", "logit_softcap")    # of the model
+# Fields of the model, not of a layer.
+WHOLE = ("vocab_size", "block_size", "layers", "n_layer", "n_embd", "tied", "logit_softcap", "mtp")
 AROUND = ("bias", "norm_eps")                                        # the norms and the MLP read them too
 LONGEST = RANGES["n_layer"][1]
 

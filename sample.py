@@ -4,6 +4,7 @@
     python sample.py out/RUN --prompt "One" --prompt "Another, longer"   # different lengths, one batch
     python sample.py out/RUN --prompt "The [MASK:12] sat on" --watch     # diffusion fills gaps, step by step
     python sample.py out/RUN --threshold 0.9 --fill_block 32 --cache     # diffusion, several tokens a pass
+    python sample.py out/RUN --draft 4                         # AR, the same in fewer passes: a run of mixed
     python sample.py out/RUN --prompt "(17+4)*25?" --tool calculator  # after prepare.py --dataset arithmetic
     python sample.py out/RUN --gif a.gif --beside out/RUN2  # a picture that moves: two runs, one prompt
     python sample.py FOLDER --prompt "Once upon a time"    # a published model: config.json, model.safetensors
@@ -81,7 +82,11 @@ def sampler(args, lm, flags, infill):
              "with --objective mdm")
         need(not asked, f"--{asked and asked[0]} is for diffusion, and this run is autoregressive: leave it "
              "out, or train with --objective mdm")
-        return "ar", lambda x, **how: diffusion.sample_ar(lm, x, lm.mask_id, **how)
+        if args.draft:
+            need(objective == "mixed" or lm.mtp, "--draft needs a run of --objective mixed or --set mtp=0.3")
+            check_rewrites(lm.config, "--draft")
+        return "ar", lambda x, **how: diffusion.sample_ar(lm, x, lm.mask_id, draft=args.draft or 0, **how)
+    need(not args.draft, "--draft is for autoregressive sampling, and this is diffusion: leave it out")
     order = args.order
     if order is None:
         order = "random" if args.threshold is None else "max_prob"
@@ -94,18 +99,18 @@ def sampler(args, lm, flags, infill):
     need(args.refresh is None or args.cache, f"--refresh {args.refresh} needs --cache")
     if args.cache:
         need(args.fill_block is not None, "--cache works by blocks: give --fill_block, for example 32")
-        check_dual_cache(lm.config)
+        check_rewrites(lm.config, "--cache")
     passes |= dict(fill_block=args.fill_block, cache=args.cache, refresh=args.refresh)
     return "mdm", lambda x, **how: diffusion.sample_mdm(lm, x, lm.mask_id, **passes, **how)
 
 
-def check_dual_cache(config):
-    """The dual cache writes keys into the middle of a canvas: ValueError unless every layer can."""
+def check_rewrites(config, flag):
+    """The dual cache and drafts write keys over others: ValueError unless every layer can."""
     for name, values in parse_layers(config.layers, config.n_layer):
         need(name == "mla" or name == "full" and values.get("window", config.window) is None,
-             "--cache computes a block inside the text anew, which only the layers 'full' without window and "
+             f"{flag} computes tokens inside the text anew, which only the layers 'full' without window and "
              f"'mla' can do, and this run's are '{config.layers}', window {config.window}: choose another "
-             "run, or leave --cache out")
+             f"run, or leave {flag} out")
 
 
 def generate(args, lm, tokenizer, flags):
@@ -305,7 +310,7 @@ def harness(run, device="cpu", measure=None, n_mc=32):
         def greedy(self, context, how):
             new = how.get("max_gen_toks", 256)
             ids = tokenizer.encode(context)[-max(1, T - new):]
-            _, run = sampler(argparse.Namespace(**dict.fromkeys(DIFFUSION)), lm, flags, False)
+            _, run = sampler(argparse.Namespace(**dict.fromkeys((*DIFFUSION, "draft"))), lm, flags, False)
             x = torch.tensor([ids + [lm.mask_id] * new], device=lm.embed.weight.device)
             text = tokenizer.decode(run(x, temperature=0, eot_id=tokenizer.eot)[0, len(ids):].tolist())
             for stop in (*how["until"], tokenizer.vocab[tokenizer.eot].decode()):
@@ -493,6 +498,7 @@ GENERATE = {
                    "blocks)"),
     "refresh": (int, None, "renew the cache also after so many steps inside a block (default: only when one "
                 "starts)"),
+    "draft": (int, 0, "AR: tokens that the run itself proposes for each pass; texts keep their distribution"),
     "tool": (str, None, f"run the calls <tool>...</tool> that the model writes: {', '.join(TOOLS)}"),
     "seed": (int, 0, "(default: 0)"),
     "pause": (float, 0.03, "seconds between the steps shown by --watch (default: 0.03)"),

@@ -549,7 +549,7 @@ def test_softmax_layers_are_their_definition(case):
     every, given = torch.ones(12, 12) > 0, (torch.rand(12, 12) < 0.7) | (slots[:, None] == slots)
     for causal, mask, seen in ((True, None, every.tril()), (False, None, every), (True, given, given)):
         seen = (seen & near & valid[:, None]).unsqueeze(1)
-        q, *kv = layer.project(x, pos)
+        q, *kv = layer.project(x, attention.step_of(x, pos=pos))
         if "mla" in case:
             y = layer.attend(q, kv[0], functools.partial(softmax_attention, mask=seen), absorbed=False)
             want = layer.o_proj(y.transpose(1, 2).flatten(2))
@@ -1717,16 +1717,99 @@ LAWS = {    # sampler, and -log p of each text
 }
 
 
+def chi_square(y, p):
+    """Of the texts y (N, 4) of 3 letters against the law p of all 81; very large where one that cannot be was
+    written. 80 degrees of freedom: 145 has p = 1e-5."""
+    expected = len(y) * p
+    count = torch.bincount((y * torch.tensor([27, 9, 3, 1])).sum(1), minlength=81)
+    return ((count - expected) ** 2 / expected).nan_to_num(0).sum()
+
+
 @pytest.mark.parametrize("name", LAWS)
 def test_samples_follow_the_likelihood(name):
-    """A token a step at temperature 1. Chi-square, 80 degrees of freedom: 145 has p = 1e-5."""
-    f, N, every = DiffTable(3, 4), 20_000, torch.tensor(list(product(range(3), repeat=4)))
+    """A token a step at temperature 1."""
+    f, every = DiffTable(3, 4), torch.tensor(list(product(range(3), repeat=4)))
     f.table *= 0.3                                                  # so that no text is rare
     sampler, nats = LAWS[name]
-    expected = N * torch.exp(-nats(f, every))
-    y = sampler(f, torch.full((N, 4), 3), 3, generator=seeded(0))
-    count = torch.bincount((y * torch.tensor([27, 9, 3, 1])).sum(1), minlength=81)
-    assert ((count - expected) ** 2 / expected).sum() < 145
+    y = sampler(f, torch.full((20_000, 4), 3), 3, generator=seeded(0))
+    assert chi_square(y, torch.exp(-nats(f, every))) < 145
+
+
+@pytest.mark.parametrize("how", [{}, dict(temperature=0.7), dict(top_k=2), dict(top_p=0.8)], ids=str)
+def test_drafts_keep_the_law(how):
+    """Also with the third token given. The drafts, from another table, are far from right."""
+    f, every = DiffTable(3, 4), torch.tensor(list(product(range(3), repeat=4)))
+    f.table *= 0.5
+    logits = f(F.pad(every[:, :-1], (1, 0), value=3), causal=True)
+    free = diffusion.probabilities(logits, **how).gather(2, every[..., None])[..., 0]
+    given = free.clone()
+    given[:, 2] = every[:, 2] == 1
+    for draft, (x, law) in product((1, 2, 9), (([3, 3, 3, 3], free), ([3, 3, 1, 3], given))):
+        y = sample_ar(f, torch.tensor([x] * 20_000), 3, generator=seeded(0), draft=draft, **how)
+        assert chi_square(y, law.prod(1)) < 145
+
+
+@pytest.mark.parametrize("fields", [{}, dict(layers="mla full", mtp=0.3)], ids=str)
+@pytest.mark.parametrize("prompts", ([[1, 2, 3]], [[1], [2, 3, 4, 5, 6, 7, 8], [9, 13, 10]]), ids=len)
+def test_drafts_change_no_greedy_text(fields, prompts):
+    """With a cache and without: what is left in it of the drafts that were refused is never read."""
+    lm, passes = count_passes(diff_lm(**fields))
+    x, valid = canvas(prompts, 19, 13)
+    go = lambda **how: sample_ar(lm, x, 13, temperature=0, valid=valid, **how)
+    plain, n = go(), len(passes)
+    for draft, cache in product((1, 3, 40), (True, False)):
+        passes.clear()
+        assert torch.equal(go(draft=draft, cache=cache), plain)
+        assert len(passes) < 2 * n and max(passes[1:]) <= draft + 1 or not cache
+
+
+def blocks_of(lm, idx):
+    """What the blocks say of idx, before the last norm."""
+    seen = []
+    with lm.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0])):
+        lm(idx)
+    return seen[0]
+
+
+def test_mtp_loss_is_its_definition():
+    """Place i of the blocks and the token i + 1 predict the token i + 2; without the module the model is the
+    same."""
+    lm, idx, aux = diff_lm("full mla", mtp=0.3), torch.randint(13, (3, 9), generator=seeded(0)), {}
+    logits = lm(idx, aux=aux)
+    x, mtp = blocks_of(lm, idx), lm.mtp[0]
+    both = torch.cat([mtp.x_norm(x[:, :-1]), mtp.token_norm(lm.embed(idx[:, 1:]))], -1) @ mtp.in_proj.weight.T
+    both = both + mtp.mixer(mtp.norm1(both))
+    both = both + mtp.mlp(mtp.norm2(both))
+    p = lm.logits(lm.norm(both)).log_softmax(-1)
+    nats = [-p[b, i, idx[b, i + 2]] for b in range(3) for i in range(7)]
+    close(aux["mtp"], 0.3 * sum(nats) / 21)
+    plain = LM(override(lm.config, {"mtp": 0.0})).double().eval()
+    lost = plain.load_state_dict(lm.state_dict(), strict=False)
+    assert not lost.missing_keys and all(name.startswith("mtp.0.") for name in lost.unexpected_keys)
+    assert torch.equal(plain(idx), logits)
+    assert lm.flops_per_token(9) - plain.flops_per_token(9) > 6 * (lm.num_params() - plain.num_params())
+
+
+@pytest.mark.parametrize("prompts", ([[1, 2, 3]], [[1], [2, 3, 4, 5, 6, 7, 8], [9, 13, 10]]), ids=len)
+def test_mtp_draft_is_its_definition(prompts):
+    """From a cache in which drafts were refused == computed anew from the text."""
+    lm, (x, valid) = diff_lm("full mla", mtp=0.3), canvas(prompts, 15, 13)
+    draft, calls = lm.draft, []
+
+    def spy(canvas, at, cache, pick):
+        context = F.pad(canvas[:, :-1], (1, 0), value=13)
+        z = lm.mtp[0](blocks_of(lm, context), lm.embed(canvas), attention.step_of(context))
+        want = lm.logits(lm.norm(z))[torch.arange(len(at)), at - 1]
+        live = at < valid.sum(1)
+
+        def look(logits):
+            close(logits[live, 0], want[live])
+            calls.append(live.sum().item())
+            return pick(logits)
+        return draft(canvas, at, cache, look)
+    lm.draft = spy
+    sample_ar(lm, x, 13, generator=seeded(1), valid=valid, draft=1)
+    assert len(calls) > 5
 
 
 def test_draws_reach_the_tail(monkeypatch):
@@ -1801,7 +1884,8 @@ def test_sampler_steps_threshold_and_given_tokens(how, steps):
 
 
 SAMPLERS = {
-    "ar": sample_ar, "mdm": sample_mdm, "mdm blocks": functools.partial(sample_mdm, fill_block=4, steps=10),
+    "ar": sample_ar, "ar drafts": functools.partial(sample_ar, draft=3),
+    "mdm": sample_mdm, "mdm blocks": functools.partial(sample_mdm, fill_block=4, steps=10),
     "dual": functools.partial(sample_mdm, fill_block=4, steps=10, cache=True),
     "block": functools.partial(sample_block, fill_block=4, steps=2)}
 
@@ -2915,10 +2999,10 @@ def test_block_chain_is_a_distribution():
 
 
 def test_dual_cache_needs_layers_that_rewrite():
-    sample.check_dual_cache(tiny(layers="mla full"))
+    sample.check_rewrites(tiny(layers="mla full"), "--cache")
     for bad in (dict(layers="full(window=4) full"), dict(window=8), dict(layers="kda full")):
         with pytest.raises(ValueError, match="leave --cache out"):
-            sample.check_dual_cache(tiny(**bad))
+            sample.check_rewrites(tiny(**bad), "--cache")
 
 # ------------------------------------------------------------------------------------------------------------
 # bench.py
@@ -3034,6 +3118,7 @@ recall --layers full,dsa --steps 2 --lengths 64,512 --batch_tokens 512          
 track --layers full,deltanet --groups parity,s3 --steps 2 --length 8 --times 1,2         => 8 rows
 moe --dataset DATASET --steps 2                                                          => 5 rows, picture
 decode TRIO --run_judge RUNS/ar --batches 1,2                                            => 25 rows, picture
+drafts SMALL --batches 1,2 --lengths 2 --max_steps 2                                     => 8 rows
 panel TRIO --windows 2 --n_mc 4                                                          => 7 rows
 choices RUNS/ar RUNS/mdm --files probe --limit 4 --n_mc 4                                => 3 rows
 compare RUNS/ar RUNS/mdm                                                                 => 2 rows, picture
@@ -3904,6 +3989,8 @@ train TRAIN --eval_epochs often                             => neither a list
 train TRAIN --eval_epochs geometric:many                    => neither a list
 train TRAIN --objective mixed --ar_frac 0                   => one of each kind
 train TRAIN --objective mdm --recipe mask=0.1                 => not mdm
+train TRAIN --objective mdm --set mtp=0.3                   => --set mtp is for
+train TRAIN --recipe mask=0.1 --set mtp=0.3                 => without --recipe
 train TRAIN --objective block --diffusion_block 5           => must divide
 train TRAIN --indexer_warmup 3                              => indexer
 train TRAIN --lr nan                                        => --lr
@@ -3956,6 +4043,9 @@ prepare --dataset shakespeare --text file                   => exclude each othe
 prepare --text items.jsonl --out_dir file --tokenizer byte  => file
 
 sample RUNS/none                                            => no checkpoint
+sample RUNS/ar --draft 2                                    => --objective mixed or --set mtp
+sample RUNS/mdm --draft 2                                   => autoregressive
+sample RUNS/mixed --draft -1                                => number of tokens
 sample RUNS/ar --prompt a_[MASK:2]                          => needs a diffusion model
 sample RUNS/ar --steps 4                                    => autoregressive
 sample RUNS/ar --steps 0                                    => autoregressive

@@ -813,7 +813,7 @@ def load_optimizers(optimizers, states):
 # ------------------------------------------------------------------------------------------------------------
 # A step
 
-LOSSES = ("ar", "mdm", "indexer_kl")  # what a step measures, beside the norm of its gradient
+LOSSES = ("ar", "mdm", "indexer_kl")  # what a step measures, beside the norm of its gradient; and mtp
 
 
 def set_stage(lm, flags, step):
@@ -821,9 +821,9 @@ def set_stage(lm, flags, step):
     "sparse"."""
     ends = {"dense": flags["dense_steps"], "warmup": flags["dense_steps"] + flags["indexer_warmup"]}
     stage = next((name for name, end in ends.items() if step < end), "sparse")
-    for block in lm.blocks:
-        if hasattr(block.mixer, "stage"):
-            block.mixer.stage = stage
+    for module in lm.modules():
+        if hasattr(module, "stage"):
+            module.stage = stage
     return stage
 
 
@@ -918,7 +918,8 @@ class Batch:
             order = diffusion.reading_order(numbers, x.size(1))
             x = x.gather(1, order)
         targets, inputs, masked = self.ar_inputs(x, gen)
-        losses = {name: torch.zeros((), device=process.device) for name in LOSSES}
+        names = LOSSES + ("mtp",) * len(self.lm.mtp)
+        losses = {name: torch.zeros((), device=process.device) for name in names}
         for kind, rows in self.parts:
             r = slice(rows.start, rows.stop)
             n = slice(r.start * per_row, r.stop * per_row)
@@ -934,9 +935,9 @@ class Batch:
             if flags["fsdp"] == "on":                       # it averages over processes, and this is a sum
                 learn = learn * process.world
             (learn * share).backward()
-            losses[kind] += loss.detach() * share
-            if "indexer_kl" in aux:
-                losses["indexer_kl"] += aux["indexer_kl"].detach() * share
+            for name, value in {**aux, kind: loss}.items():
+                if name in losses:
+                    losses[name] += value.detach() * share
         if process.world > 1:
             self.add_up(losses, stage)
         return losses
@@ -1002,13 +1003,15 @@ class Meter:
 
     def line(self):
         """The values of a line: means over the steps since the last one."""
-        ar, mdm, kl, _ = (sum(column) / len(self.rows) for column in zip(*self.rows))
+        ar, mdm, kl, *mtp, _ = (sum(column) / len(self.rows) for column in zip(*self.rows))
         out = {"loss": ar + mdm, "grad_norm": self.rows[-1][-1]}
         share = self.batch.ar_rows / self.batch.B
         if 0 < share < 1:                                   # mixed: each in nats per token of its own rows
             out |= {"ar_loss": ar / share, "mdm_loss": mdm / (1 - share)}
         if kl:
             out["indexer_kl"] = kl
+        if mtp:
+            out["mtp_loss"] = mtp[0] / share / self.batch.lm.config.mtp
         if self.moes:                                       # per MoE layer
             out["load_ratio"] = [round((a.max() / a.mean()).item(), 4) for a in self.loads]
             out["dead_experts"] = [int((a < 0.1 * a.mean()).sum()) for a in self.loads]
@@ -1053,6 +1056,9 @@ def build(flags, config, process, state, trained):
     indexed = any(hasattr(b.mixer, "stage") for b in lm.blocks)
     need(indexed or not (flags["dense_steps"] or flags["indexer_warmup"]),
          f"--dense_steps and --indexer_warmup need layers with an indexer (dsa, msa), not {config.layers}")
+    right = flags["objective"] in ("ar", "mixed") and not flags["recipe"] and config.block_size > 2
+    need(right or not lm.mtp,
+         "--set mtp is for --objective ar or mixed, without --recipe, in windows of at least 3 tokens")
     set_threads(flags["threads"], lm)
     if trained:
         load_weights(lm, trained, flags["out"] if state else flags["init_from"])
@@ -1179,7 +1185,7 @@ def report(meter, progress, rate, run, log):
     run.record(row)
     peak = peak_flops(process.device)
     more = f" | load {max(row['load_ratio']):.2f}" if row.get("load_ratio") else ""
-    more += f" | indexer kl {row['indexer_kl']:.4f}" if "indexer_kl" in row else ""
+    more += "".join(f" | {name} {row[name]:.4f}" for name in ("indexer_kl", "mtp_loss") if name in row)
     mfu = f" | mfu {progress.flops * progress.tokens / dt / peak / process.world:.1%}" if peak else ""
     log(f"step {progress.step}/{progress.total} | epoch {row['epoch']:.2f} | loss {row['loss']:.4f} | "
         f"lr {rate:.2e} | norm {row['grad_norm']:.2f}{more} | {dt * 1e3:.1f} ms | "
