@@ -2887,53 +2887,40 @@ def decode(batches=(1, 8, 64), run_judge=None, **models):
 
 
 @experiment(named=("scale",), gpu=MODELS_GPU)
-def drafts(
-    batches=(1, 8),
-    lengths=(1, 2, 4, 8),
-    temperatures=(1.0, 0.0),
-    run_mixed=None,
-    run_mtp=None,
-    **models,
-):
+def drafts(batches=(1, 8), lengths=(1, 2, 4, 8), run_mixed=None, run_mtp=None, **models):
     """AR with its cache where the run proposes tokens itself, by turns with the same run that does not.
 
     batches: sequences, comma-separated
-    lengths: tokens that a mixed run proposes; one of mtp, one
+    lengths: tokens that a mixed run proposes; an AR run with mtp proposes one
     run_mixed: run folder of a mixed model (default: trained)
     run_mtp: run folder of an AR model with mtp (default: trained)
     """
-    roles = dict(run_mixed=run_mixed, run_mtp=run_mtp)
-    folders = yield from decode_runs(("mixed", "mtp"), models | roles)
+    folders = yield from decode_runs(("mixed", "mtp"), models | dict(run_mixed=run_mixed, run_mtp=run_mtp))
     device, clock = models["device"], clock_of(models["device"])
     for role, folder in folders.items():
         lm, state = train.load_model(folder, "last", device)
-        T, P = lm.config.block_size, lm.config.block_size // 8
-        canvas = validation(state["flags"]["dataset"], T, 8).to(device)
-        canvas[:, P:] = lm.mask_id
-
-        def spent(x, draft, temperature):
-            """(seconds, passes)"""
-            draws = torch.Generator("cpu" if device.startswith("mps") else device).manual_seed(0)
-            steps = []
-            how = dict(generator=draws, draft=draft, callback=lambda step, _: steps.append(step))
-            tic = clock()
-            diffusion.sample_ar(lm, x, lm.mask_id, temperature, **how)
-            return clock() - tic, steps[-1]
-
-        for draft, t, B in itertools.product(lengths if role == "mixed" else (1,), temperatures, batches):
+        canvas = validation(state["flags"]["dataset"], lm.config.block_size, 8).to(device)
+        canvas[:, lm.config.block_size // 8:] = lm.mask_id
+        new = (canvas == lm.mask_id).sum().item()
+        for draft, B in itertools.product(lengths if role == "mixed" else (1,), batches):
 
             def measure():
-                both = [spent(x, k, t) for x in canvas.split(B) for k in (0, draft)]
-                (plain, _), (seconds, passes) = (map(sum, zip(*both[i::2])) for i in (0, 1))
-                new = len(canvas) * (T - P)
+                torch.manual_seed(0)
+                seconds, passes, steps = [0.0, 0.0], 0, []
+                for x, own in itertools.product(canvas.split(B), (False, True)):
+                    tic = clock()
+                    seen = lambda step, _: steps.append(step)
+                    diffusion.sample_ar(lm, x, lm.mask_id, draft=own * draft, callback=seen)
+                    seconds[own] += clock() - tic
+                    passes += own * steps[-1] * len(x)
                 return {
-                    "tokens/pass": new / passes / min(B, len(canvas)),
-                    "tokens/s": round(new / seconds),
-                    "without": round(new / plain),
-                    "ratio": plain / seconds,
+                    "tokens/pass": new / passes,
+                    "tokens/s": round(new / seconds[1]),
+                    "without": round(new / seconds[0]),
+                    "ratio": seconds[0] / seconds[1],
                 }
 
-            yield dict(run=role, draft=draft, temperature=t, batch=B), measure
+            yield dict(run=role, draft=draft, batch=B), measure
 
 
 @experiment(named=("scale",), gpu=MODELS_GPU)

@@ -2103,8 +2103,8 @@ def go_until(step, dataset, out, number=signal.SIGTERM, **flags):
     assert f"--resume auto --out {out}" in lines[-1]
 
 
-def history(out):
-    return [(r["step"], r["loss"]) for r in train.read_log(out) if r["kind"] == "train"]
+def history(out, loss="loss"):
+    return [(r["step"], r.get(loss, 0)) for r in train.read_log(out) if r["kind"] == "train"]
 
 
 def rows_of(out):
@@ -2197,7 +2197,7 @@ def test_evaluation(objective):
 
 @pytest.mark.parametrize("kind", [
     "--objective ar --log_every 5 --save_every 4", "--objective mdm --optimizer muon",
-    "--objective mixed --log_every 3", "--objective mdm --init_from RUNS/mixed",
+    "--objective mixed --log_every 3 --set mtp=0.3", "--objective mdm --init_from RUNS/mixed",
     "--objective block --diffusion_block 4 --set n_expert=4 --log_every 5",
     "--layers gated_deltanet --set n_expert=4 router=softmax --log_every 4"])
 def test_resume_is_bit_exact(dataset, runs, tmp_path, kind):
@@ -2254,7 +2254,7 @@ def divided(dataset, out, flags):
     "--micro_batch 1 --set n_expert=4 router=softmax router_aux=0.5",
     "--objective mixed --micro_batch 1 --ar_frac 0.25",
     "--objective mixed --set n_expert=4",
-    "--objective mixed --batch_tokens 32",
+    "--objective mixed --batch_tokens 32 --set mtp=0.3",
     "--objective mdm --micro_batch 1 --recipe rate=0.5",
     "--objective mdm --optimizer muon",
     "--objective block --diffusion_block 4",
@@ -2271,7 +2271,9 @@ def test_a_divided_batch_is_the_same(dataset, tmp_path, kind):
     lm, _ = train.load_model(tmp_path / "two", "last")
     for name, a in one["lm"].state_dict().items():
         close(a, lm.state_dict()[name], 1e-6)
-    np.testing.assert_allclose(history(tmp_path / "one"), history(tmp_path / "two"), rtol=1e-5)
+    for loss in ("loss", "mtp_loss"):
+        both = [history(tmp_path / run, loss) for run in ("one", "two")]
+        np.testing.assert_allclose(*both, rtol=1e-5)
     more = kind | whole | dict(max_steps=22, resume="auto")
     a, b = (go(dataset, tmp_path / out, **more)["evals"][-1]["loss"] for out in ("one", "two"))
     assert a == pytest.approx(b, rel=1e-5)
@@ -3118,7 +3120,7 @@ recall --layers full,dsa --steps 2 --lengths 64,512 --batch_tokens 512          
 track --layers full,deltanet --groups parity,s3 --steps 2 --length 8 --times 1,2         => 8 rows
 moe --dataset DATASET --steps 2                                                          => 5 rows, picture
 decode TRIO --run_judge RUNS/ar --batches 1,2                                            => 25 rows, picture
-drafts SMALL --batches 1,2 --lengths 2 --max_steps 2                                     => 8 rows
+drafts SMALL --block_size 64 --lengths 2 --max_steps 2                                   => 4 rows
 panel TRIO --windows 2 --n_mc 4                                                          => 7 rows
 choices RUNS/ar RUNS/mdm --files probe --limit 4 --n_mc 4                                => 3 rows
 compare RUNS/ar RUNS/mdm                                                                 => 2 rows, picture
