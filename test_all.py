@@ -3534,17 +3534,17 @@ def test_choices_stop_and_go_on(lab, tmp_path, monkeypatch):
         return lab(f"{line} --out {out} --limit {limit}")[:2]
     results = lambda: [{k: v for k, v in r.items() if k != "items_per_s"} for r in found("choices")]
     stop = 3
-    status, said = choices("a", 2)
+    status, said = choices("a", 4)
     assert status == 130 and "goes on from here" in said
     part, = Path("a").iterdir()
     with part.open("a") as f:
         f.write('\n7\n[1]\n[12, {"na')                                # killed while it wrote
     stop = None
-    status, said = choices("a", 2)
-    assert status == 0 and "failed" in said and len(judged) == 1 + 5 * len(measures)
+    status, said = choices("a", 4)
+    assert status == 0 and "failed" in said and len(judged) == 1 + 9 * len(measures)
     judged.clear()
     assert choices("a", 7)[0] == 0
-    assert sorted(judged) == sorted(measures * (5 + 0 + 7)), "the probe has other ends now"
+    assert sorted(judged) == sorted(measures * (3 + 0 + 7)), "the probe has other ends now"
     at_last = results()
     assert choices("b", 7)[0] == 0 and at_last == results() and len(at_last) == 3 * len(measures)
     assert all(r["loss"] > 0 for r in at_last)
