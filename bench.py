@@ -2840,7 +2840,8 @@ def decode(batches=(1, 8, 64), run_judge=None, **models):
     batches: sizes; quality is that of the largest
     run_judge: run folder of the AR judge (default: trained)
     """
-    folders = yield from decode_runs(ROLES, models | dict(run_judge=run_judge))
+    roles = ("ar", "judge", "mdm", "block")
+    folders = yield from decode_runs(roles, models | dict(run_judge=run_judge))
     device = models["device"]
     most = max(batches)
     clock = clock_of(models["device"])

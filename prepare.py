@@ -603,7 +603,8 @@ def open_source(source, text, val, max_tokens, raw):
         return shards("train", max_tokens or 10**8), shards("val", 10_485_760)     # as modded-nanogpt does
     if source == "arithmetic":
         problems = arithmetic(50_000)
-        return listed(problems[:45_000]), listed(problems[45_000:])
+        cut = len(problems) * 9 // 10
+        return listed(problems[:cut]), listed(problems[cut:])
     if source in ("docs", "pysrc"):
         texts = functools.partial(documentation, seen=set()) if source == "docs" else program_text
         pairs = ((module, t) for module, code in python_files(f"reading {source}") for t in texts(code))
