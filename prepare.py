@@ -17,7 +17,7 @@ its final one, `done` in [0, 1] is the part of the source read so far. So no fil
 disk, token ids are raw uint16 (uint32 for vocabularies above 65,536) and each document ends in <|endoftext|>,
 as in nanoGPT. In every tokenizer the id of <|endoftext|> is the last one, n_vocab - 1.
 """
-import argparse, base64, collections, concurrent.futures, contextlib, difflib, fractions, functools, gzip
+import argparse, base64, bz2, collections, concurrent.futures, contextlib, difflib, fractions, functools, gzip
 import hashlib, heapq, http.client, importlib.metadata, importlib.util, inspect, io, itertools, json, os, re
 import shlex, shutil, sys, sysconfig, time, types, unicodedata, urllib.request, warnings, zipfile
 from pathlib import Path
@@ -51,7 +51,8 @@ SHA256 = {"shakespeare": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca5
 DATASETS = ["docs", "pysrc", "arithmetic", *URLS, *SHARDS]
 USUAL = {"fineweb10B": "gpt2", "arithmetic": "byte"}                     # tokenizers, where not bpe:4096
 HEADERS = {20240520: "uint16", 20240801: "uint32"}  # llm.c, modded-nanogpt: 256 int32; [0] this, [2] tokens
-PACKED = {".gz": gzip.open, ".zip": lambda raw: zipfile.ZipFile(raw).open(zipfile.ZipFile(raw).namelist()[0])}
+PACKED = {".gz": gzip.open, ".bz2": bz2.open,
+          ".zip": lambda raw: zipfile.ZipFile(raw).open(zipfile.ZipFile(raw).namelist()[0])}
 
 
 # ------------------------------------------------------------------------------------------------------------
