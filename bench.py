@@ -575,7 +575,7 @@ def run_arms(jobs, workers):
         running.append(p)
         line = "no output"
         for line in p.stdout:
-            if line.startswith(("step", "eval", "resumed", "time is up", "interrupted")):
+            if line.startswith(("step", "eval", "resumed", "interrupted")):
                 print(f"[{name}] {line.rstrip()}", flush=True)
         if p.wait():
             stop.set()
@@ -3258,7 +3258,7 @@ def choices(
     objects of {ctx, endings, label}, {query, choices, gold} or {context, continuation}.
 
     runs: run folder of train.py, or a checkpoint in one
-    files: .jsonl or .jsonl.gz, or probe: true ends of passages of the validation data among three others
+    files: .jsonl (.gz, .bz2), or probe: true ends of passages of the validation data among three others
     measures: likelihoods, where a run has them
     n_mc: masks per item of the bound, a multiple of 4
     limit: first items of each file (default: all; probe: 512)

@@ -252,7 +252,8 @@ def split_pattern(step):
 
 def text_kind(file):
     """".jsonl" of a.jsonl and of a.jsonl.gz."""
-    return Path(re.sub(r"\.(gz|zip)$", "", file.name.lower())).suffix
+    name = Path(file.name.lower())
+    return Path(name.stem).suffix if name.suffix in PACKED else name.suffix
 
 
 def find_texts(paths):

@@ -115,7 +115,7 @@ def refused(words):
 # Size
 
 BUDGET = {"attention.py": 19_680, "model.py": 8_540, "diffusion.py": 5_820, "train.py": 11_110,
-          "sample.py": 5_080, "prepare.py": 6_800, "bench.py": 29_770,
+          "sample.py": 5_080, "prepare.py": 6_820, "bench.py": 29_770,
           "test_all.py": 53_850}
 
 
@@ -2584,7 +2584,7 @@ def test_one_reader_of_text(tmp_path, runs):
     lines = "".join(json.dumps({"text": d, "id": 1}) + "\n" for d in documents).encode()
     forms = {"a.txt": marked, "A.TXT.GZ": gzip.compress(marked),
              "bom.txt": b"\xef\xbb\xbf" + marked + b"\n<|endoftext|>\n\n",
-             "a.jsonl": lines, "a.json.gz": gzip.compress(lines), "b.bz2": bz2.compress(marked),
+             "a.jsonl": lines, "a.json.gz": gzip.compress(lines), "b.jsonl.bz2": bz2.compress(lines),
              "many/x.png": b"\xff\xd8"}
     (tmp_path / "many").mkdir()
     for name, raw in [*forms.items(), *((f"many/{i}.txt", d.encode()) for i, d in enumerate(documents))]:
