@@ -848,8 +848,8 @@ class FixedState(Mixer):
     can only mirror it. linear_n_v_head > linear_n_head: heads of values share queries and keys (Qwen3-Next:
     32 and 16). linear_key_dim, linear_value_dim: width of a head. conv_size 4 as everywhere, 1 is none.
     out_gate_rank: low-rank gate, 0 full. bidir, for causal=False: sum = scans from both ends added before the
-    norm; forward, backward = one of them: the pattern "kda(bidir=forward) kda(bidir=backward)" alternates at
-    half the cost.
+    norm (with writes > 1 the one from the right reads before the token's own decay); forward, backward = one
+    of them: the pattern "kda(bidir=forward) kda(bidir=backward)" alternates at half the cost.
 
     Initialised here for good: A_log, dt_bias, conv_weight, o_norm (no weight decay on them); the model
     initialises the nn.Linear. Cached calls are for inference. The state is float32 whatever the dtype of the

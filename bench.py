@@ -3324,7 +3324,8 @@ def gpu(minutes=9.0, results="results"):
     """A queue of GPU measurements in order of value: skips what results/ holds, stops in time, goes on at the
     next call.
 
-    With a checkout of nanoGPT in data/nanoGPT training is timed beside it.
+    First of all: python -m pytest test_all.py -m gpu. With a checkout of nanoGPT in data/nanoGPT training is
+    timed beside it.
 
     minutes: for all of it
     """
