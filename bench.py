@@ -1464,6 +1464,7 @@ def study_ensembles(few, rates, seeds):
 
 
 PARTS = {
+    "own": study_arms(()),
     "ar": study_arms(REGULARISED),
     "diffusion": study_arms(DIFFUSION),
     "causes": study_arms(CAUSES),
@@ -1517,7 +1518,7 @@ def study(part: PARTS = "ar", arm: list = (), rates=(1e-3, 2e-3, 4e-3), seeds=1,
           texts=(), budgets=(10_000, 30_000, 100_000), widths=(64, 96, 192), **few):
     """The crossover taken apart, for hours: what AR and diffusion are owed, where diffusion wins, and why.
 
-    part: ar (regularised) | diffusion (tuned as hard) | causes | map | curve | capacity | ensembles
+    part: own (--arm) | ar (regularised) | diffusion (tuned too) | causes | map | curve | capacity | ensembles
     arm: one more, as in crossover: "both: --weight_decay 0.8 --recipe random=.15"; may be repeated
     rates: learning rates; each arm keeps its best, map, curve and ensembles take the middle one
     ar_epochs: epochs of AR arms, which overfit early; --epochs are diffusion's
@@ -1526,7 +1527,7 @@ def study(part: PARTS = "ar", arm: list = (), rates=(1e-3, 2e-3, 4e-3), seeds=1,
     widths: map: n_embd
     """
     few = few | dict(ar_epochs=ar_epochs)
-    more = dict.fromkeys(("ar", "diffusion", "causes"), [arm]) | {
+    more = dict.fromkeys(("own", "ar", "diffusion", "causes"), [arm]) | {
         "map": (texts or (few["dataset"],), budgets, widths)}
     yield from PARTS[part](few, rates, range(seed, seed + seeds), *more.get(part, ()))
 
