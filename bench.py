@@ -1274,10 +1274,10 @@ def sparsity(match: ("active", "total") = "active", ratio=8.0, **few):
 # study: the crossover taken apart; each part is a file of its own
 
 def study_arms(names):
-    def part(few, rates, seeds, own):
+    def part(few, rates, seeds):
         """Arms beside plain AR and diffusion, each at its best rate. Annealed: all AR arms, plain diffusion
         and the best three of the other arms."""
-        arms = {name: ARMS[name] for name in dict.fromkeys([*OBJECTIVES, *names])} | own_arms(own)
+        arms = {name: ARMS[name] for name in dict.fromkeys([*OBJECTIVES, *names])} | own_arms(few["arm"])
         _, flags = few_runs("study", few, arms)
         short = [a for a in arms if arms[a]["objective"] == "ar"]
         epochs = {a: few["ar_epochs"] if a in short else few["epochs"] for a in arms}
@@ -1298,10 +1298,11 @@ def study_arms(names):
     return part
 
 
-def study_map(few, rates, seeds, texts, budgets, widths):
+def study_map(few, rates, seeds):
     """The honest gap over texts, unique tokens and width, with equal FLOPs for every diffusion run where its
     epochs allow: few's epochs at few's tokens and width."""
-    for text, U, width, s in itertools.product(texts, budgets, widths, seeds):
+    grid = itertools.product(few["texts"], few["budgets"], few["widths"], seeds)
+    for text, U, width, s in grid:
         here = few | dict(dataset=text, unique_tokens=U, n_embd=width)
         _, flags = few_runs("study", here, OBJECTIVES)
         same_work = few["epochs"] * few["unique_tokens"] / U * (few["n_embd"] / width) ** 2
@@ -1526,10 +1527,9 @@ def study(part: PARTS = "ar", arm: list = (), rates=(1e-3, 2e-3, 4e-3), seeds=1,
     budgets: map: unique tokens
     widths: map: n_embd
     """
-    few = few | dict(ar_epochs=ar_epochs)
-    more = dict.fromkeys(("own", "ar", "diffusion", "causes"), [arm]) | {
-        "map": (texts or (few["dataset"],), budgets, widths)}
-    yield from PARTS[part](few, rates, range(seed, seed + seeds), *more.get(part, ()))
+    texts = texts or (few["dataset"],)
+    few |= dict(ar_epochs=ar_epochs, arm=arm, texts=texts, budgets=budgets, widths=widths)
+    yield from PARTS[part](few, rates, range(seed, seed + seeds))
 
 # ------------------------------------------------------------------------------------------------------------
 # adapt: a diffusion model from an AR one

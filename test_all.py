@@ -114,9 +114,9 @@ def refused(words):
 # ------------------------------------------------------------------------------------------------------------
 # Size
 
-BUDGET = {"attention.py": 19_680, "model.py": 8_540, "diffusion.py": 5_820, "train.py": 11_110,
-          "sample.py": 5_080, "prepare.py": 6_820, "bench.py": 29_770,
-          "test_all.py": 53_850}
+BUDGET = {"attention.py": 19_680, "model.py": 8_540, "diffusion.py": 5_820, "train.py": 11_100,
+          "sample.py": 5_080, "prepare.py": 6_820, "bench.py": 29_760,
+          "test_all.py": 53_940}
 
 
 @pytest.mark.parametrize("name", BUDGET)
@@ -2278,6 +2278,15 @@ def test_a_divided_batch_is_the_same(dataset, tmp_path, kind):
     more = kind | whole | dict(max_steps=22, resume="auto")
     a, b = (go(dataset, tmp_path / out, **more)["evals"][-1]["loss"] for out in ("one", "two"))
     assert a == pytest.approx(b, rel=1e-5)
+
+
+def test_the_mtp_module_comes_and_goes(dataset, tmp_path):
+    """--init_from takes the model; a module for the loss of --set mtp is the run's own affair."""
+    go(dataset, tmp_path / "a", max_steps=2, set=["mtp=0.3"])
+    go(dataset, tmp_path / "b", max_steps=2, init_from=str(tmp_path / "a"), objective="mdm")
+    go(dataset, tmp_path / "c", max_steps=2, init_from=str(tmp_path / "b"), set=["mtp=0.1"])
+    kept = [train.load_model(tmp_path / out)[0].config.mtp for out in "abc"]
+    assert kept == [0.3, 0.0, 0.1]
 
 
 @pytest.mark.parametrize("router", ("sigmoid", "softmax"))

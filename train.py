@@ -121,8 +121,7 @@ CHOICES = {name: default.split(" | ") for name, default in FLAT.items() if " | "
 DEFAULTS = {name: None if isinstance(default, type) else default for name, default in FLAT.items()}
 DEFAULTS |= {name: choices[0] for name, choices in CHOICES.items()}
 # These may differ between a checkpoint and the run that resumes it; all other flags shape the trajectory.
-# (The last two are in older checkpoints alone.)
-FREE = {*FLAGS["system"], *FLAGS["output"], "epochs", "max_steps", "max_minutes", "timeout"}
+FREE = {*FLAGS["system"], *FLAGS["output"], "epochs", "max_steps"}
 POSITIVE = ("epochs", "max_steps", "unique_tokens", "lr", "micro_batch", "log_every", "save_every",
             "batch_tokens", "diffusion_block")              # the other numbers may be 0; none is negative
 
@@ -177,9 +176,6 @@ def settings(given, log):
         state, source = newest_checkpoint(Path(flags["out"]), log)
     if not state:
         return flags, None, None
-    lost = [k for k, value in state["flags"].items() if value and k not in {*DEFAULTS, *FREE}]
-    need(not lost, f"{source} was trained with --{' --'.join(lost)}, which train.py no longer has: a new run "
-                   f"from its weights is --init_from {source}")
     wrong = other_settings(state, given)
     need(not wrong, f"cannot resume {source} with other settings: {', '.join(wrong)}. "
                     f"A new run from its weights: --init_from {source}")
@@ -1060,8 +1056,12 @@ def build(flags, config, process, state, trained):
     need(right or not lm.mtp,
          "--set mtp is for --objective ar or mixed, without --recipe, in windows of at least 3 tokens")
     set_threads(flags["threads"], lm)
-    if trained:
-        load_weights(lm, trained, flags["out"] if state else flags["init_from"])
+    if state:
+        load_weights(lm, state, flags["out"])
+    elif trained:                                           # the module of --set mtp may come or go
+        mtp = {name: w for name, w in lm.state_dict().items() if name.startswith("mtp.")}
+        weights = {name: w for name, w in trained["model"].items() if name in mtp or name[:4] != "mtp."}
+        load_weights(lm, {"model": mtp | weights}, flags["init_from"])
     lm.to(process.device).train()
     if flags["fsdp"] == "on":
         shard(lm, process.compiled)
@@ -1080,6 +1080,7 @@ def initial(flags, data, log):
     need(theirs.vocab == data.tokenizer.vocab, f"{path} was trained on tokens of {theirs.name}, and "
          f"{data.folder} holds tokens of {data.tokenizer.name}: prepare the text with its tokenizer")
     log(f"weights of {path} (step {state['step']}, {state['flags']['objective']})")
+    state["config"]["mtp"] = 0.0                            # a part of the loss, not of the model: see build
     return state
 
 
@@ -1110,11 +1111,6 @@ class Progress:
         tokens = self.step * self.tokens
         return {"kind": kind, "step": self.step, "epoch": self.step / self.per_epoch, "tokens": tokens,
                 "flops": tokens * self.flops, "seconds": round(self.seconds, 3), **values}
-
-    def seconds_per_step(self):
-        """Since the last call."""
-        (step, seconds), self.line = self.line, (self.step, self.seconds)
-        return max(1e-9, self.seconds - seconds) / max(1, self.step - step)
 
 
 @contextlib.contextmanager
