@@ -1476,8 +1476,7 @@ PARTS = {
 }
 
 
-def study_table(result):
-    return without("run", "annealed_run", "flops", "minutes", "bpb", "annealed_flops", "annealed_se")(result)
+study_table = without("run", "annealed_run", "flops", "minutes", "bpb", "annealed_flops", "annealed_se")
 
 
 def study_picture(plt, result):
@@ -1546,11 +1545,9 @@ ADAPTED = {
 
 def adapt_picture(plt, result):
     figure, ax = plt.subplots(figsize=(8, 5.5))
-    rows = result["rows"]
-    draw_curves(ax, {r["arm"]: [r["evals"]] for r in rows if r["arm"] != "ar"}, "step", "loss")
-    for r in rows:
-        if r["arm"] == "ar":
-            ax.axhline(r["best"], color="0.3", ls="--", lw=1, label=f"the AR model itself, {r['best']:.3f}")
+    own, *rows = result["rows"]
+    draw_curves(ax, {r["arm"]: [r["evals"]] for r in rows}, "step", "loss")
+    ax.axhline(own["best"], color="0.3", ls="--", lw=1, label=f"the AR model itself, {own['best']:.3f}")
     ax.set(xlabel="steps of adaptation", ylabel="nats per token (a bound)", xscale="log")
     plain_log(ax.xaxis)
     ax.legend(fontsize=9)
@@ -1559,22 +1556,24 @@ def adapt_picture(plt, result):
 
 @experiment(picture=adapt_picture, show=without("bpb", "train", "minutes"))
 def adapt(ar="", dataset="docs-byte", ar_steps=2000, steps=2000, n_layer=3, n_head=4, n_embd=96,
-          block_size=64, batch_tokens=2048, lr=2e-3, workers=2, out="out/adapt"):
+          block_size=64, batch_tokens=2048, lr=2e-3, windows=256, workers=2, out="out/adapt"):
     """A diffusion model from the weights of an AR one, and from scratch: the bound against steps.
 
     Shifted: as in AR the state that has read token i predicts token i + 1 (Dream, 2508.15487).
 
     ar: run of train.py or folder of published weights; none: one is trained for --ar_steps
+    windows: validation windows
     """
     size = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size)
-    common = dict(dataset=str(data_folder(dataset)), batch_tokens=batch_tokens, lr=lr, eval_windows=256,
-                  log_every=100)
+    common = dict(dataset=str(data_folder(dataset)), batch_tokens=batch_tokens, lr=lr, eval_windows=windows,
+                  warmup=min(100, steps // 10), log_every=100)
     if not ar:
-        ar = str(Path(out) / "ar")
+        ar = f"{out}/ar"
         yield {"ar": common | size | dict(max_steps=ar_steps, eval_every=0, out=ar)}
-        yield dict(arm="ar"), outcome(evaluations(ar)) | dict(measure="exact")
+    own = train.evaluate(train.load_model(ar)[0], validation(dataset, block_size, windows), "ar")
+    yield dict(arm="ar"), dict(best=own["loss"], measure="exact")
     common |= dict(max_steps=steps, eval_every=max(1, steps // 16))
-    jobs = {a: common | flags | dict(out=str(Path(out) / file_part(a)))
+    jobs = {a: common | flags | dict(out=f"{out}/{file_part(a)}")
             | (dict(init_from=ar, block_size=block_size) if "from" in a else size)
             for a, flags in ADAPTED.items()}
     evals = yield jobs
