@@ -3148,10 +3148,8 @@ def diffusion_nats(lm, context, ends, measure, n_mc=32, seed=0, block=None):
             group=torch.zeros(len(x), dtype=torch.int64),
             **how
         )
-    elif block:
-        nats = sample.block_chain(lm, x, block, "left", scored)
     else:
-        nats = diffusion.chain_nll(lm, x, mask, "left", scored, **how)
+        nats = diffusion.chain_nll(lm, x, mask, "left", scored, block, **how)
     return (nats.cpu() * scored.sum(1).cpu()).tolist()
 
 

@@ -306,7 +306,7 @@ def token_ids(x, rows):
 
 
 @torch.no_grad()
-def chain_nll(f, x, mask_id, order="left", scored=None, **keywords):
+def chain_nll(f, x, mask_id, order="left", scored=None, noise_block=None, **keywords):
     """Exact -log p(x) under the diffusion model used as a chain: one token revealed per pass, T passes over
     the batch.
 
@@ -314,7 +314,8 @@ def chain_nll(f, x, mask_id, order="left", scored=None, **keywords):
     the distribution of a greedy-confidence sampler (DUEL, 2603.01367). The order depends on revealed tokens
     only, never on the token that is about to be scored, so p sums to 1 over all sequences. Returns (B,)
     float64 nats per scored token. scored (B, T) bool: the tokens to reveal and score, the others are context
-    from the start (mask_id there stays hidden); default all.
+    from the start (mask_id there stays hidden); default all. noise_block: of a block-diffusion model, block
+    after block, where a token sees its own block and those before it.
     """
     need(order in ("left", "confidence"), f"order is {order!r}: expected 'left' or 'confidence'")
     need(x.numel() > 0, f"{tuple(x.shape)} tokens: of no token there is no likelihood")
@@ -323,12 +324,15 @@ def chain_nll(f, x, mask_id, order="left", scored=None, **keywords):
     tokens = live.sum(1)
     row = torch.arange(B, device=x.device)
     nats = torch.zeros(B, dtype=torch.float64, device=x.device)
+    block = torch.arange(T, device=x.device).div(noise_block or T, rounding_mode="floor")
+    if noise_block:
+        keywords["mask"] = block[:, None] >= block
     for _ in range(int(tokens.max())):
         logits = predict(f, torch.where(live, mask_id, x), mask_id, causal=False, **keywords)
         if order == "left":
             score = -torch.arange(T, device=x.device).float().expand(B, T)
         else:
-            score = confidence(logits, "max_prob")
+            score = confidence(logits, "max_prob") - 2 * block
         i = score.masked_fill(~live, -torch.inf).argmax(1)      # ties to the left
         target = x[row, i].clamp(max=mask_id - 1)               # of a row that is done: any, mask_id too
         nll = token_nll(logits[row, i][:, None], target[:, None])[:, 0].double()

@@ -13,7 +13,7 @@
 
 What is in this file, in this order:
     generate        prompts to text: parse_prompt, sampler (the run's own sampler and the flags that fit it)
-    score           panel (all likelihoods that an objective defines), block_chain
+    score           panel (all likelihoods that an objective defines)
     export          to safetensors
     to look at      watcher (--watch), moving_picture (--gif)
     tools           ToolCalls, calculator
@@ -21,7 +21,6 @@ What is in this file, in this order:
 import argparse
 import ast
 import contextlib
-import functools
 import itertools
 import json
 import math
@@ -76,7 +75,7 @@ def sampler(args, lm, flags, infill):
     """(its kind, the run's sampler with the flags that fit it, a function of (x, **keywords)), or a
     ValueError."""
     objective, size = flags["objective"], flags["diffusion_block"]
-    asked = [k for k in DIFFUSION if getattr(args, k) is not None and getattr(args, k) is not False]
+    asked = [k for k in DIFFUSION if getattr(args, k) is not None]
     if objective == "ar" or objective == "mixed" and not (infill or asked):  # a mixed model does both
         need(not infill, "[MASK] in a prompt needs a diffusion model, and this run is autoregressive: train "
              "with --objective mdm")
@@ -202,42 +201,19 @@ def panel(lm, flags, x, n_mc=64):
     over masks)].
 
     A block run needs T to be a multiple of its blocks. Chains take T passes each."""
-    objective, mask, S, rows = flags["objective"], lm.mask_id, flags["diffusion_block"], []
-    block = objective == "block"
+    objective, mask, rows = flags["objective"], lm.mask_id, []
+    block = flags["diffusion_block"] if objective == "block" else None
     mean = lambda f, **how: torch.cat([f(lm, w, **how) for w in x.split(32)]).double().mean().item()
-    chain = functools.partial(diffusion.chain_nll, mask_id=mask)
-    if block:
-        chain = functools.partial(block_chain, S=S)
     if objective in ("ar", "mixed"):
         rows.append(("AR, exact", mean(diffusion.ar_loss, bos_id=mask, reduction="none"), 0.0))
     if objective != "ar":
-        name = f"block diffusion ({S})" if block else "diffusion"
-        bound = diffusion.mdm_nll(lm, x, mask, n_mc, noise_block=S if block else None)
+        name = f"block diffusion ({block})" if block else "diffusion"
+        bound = diffusion.mdm_nll(lm, x, mask, n_mc, noise_block=block)
         rows.append((f"{name}, bound", *bound))
         for order in ("left", "confidence"):
-            rows.append((f"{name}, exact chain ({order})", mean(chain, order=order), 0.0))
+            chain = mean(diffusion.chain_nll, mask_id=mask, order=order, noise_block=block)
+            rows.append((f"{name}, exact chain ({order})", chain, 0.0))
     return rows
-
-
-def block_chain(lm, x, S, order, scored=None):
-    """Exact -log p of a block-diffusion model as a sampler with one token a pass: block after block, inside
-    one in `order`. x (N, T), T a multiple of S. (N,) nats per token. A block sees itself and the clean text
-    before it.
-
-    scored (N, T) bool: the tokens that count, the others are given; default all. Unscored places may hold the
-    mask token."""
-    T = x.size(1)
-    of = torch.arange(T, device=x.device).div(S, rounding_mode="floor")
-    f = lambda idx, causal: lm(idx, causal=False, mask=of[:idx.size(1), None] >= of[:idx.size(1)])
-    scored = torch.ones_like(x, dtype=torch.bool) if scored is None else scored
-    nats = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-    for s in range(S, T + 1, S):
-        now = scored[:, :s] & (of[:s] == of[s - 1])
-        rows = now.any(1)
-        if rows.any():
-            mean = diffusion.chain_nll(f, x[rows, :s], lm.mask_id, order, scored=now[rows])
-            nats[rows] += mean * now[rows].sum(1)
-    return nats / scored.sum(1)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -484,6 +460,8 @@ SCORE = {
     "n_mc": (int, 64, "masks per window of the bound, a multiple of 4 (default: 64)"),
 }
 GENERATE = {
+    "prompt": (list, None, "text to go on with; [MASK:n] marks n tokens to fill in; may be given several "
+               "times"),
     "num_samples": (int, 1, "of each prompt (default: 1)"),
     "max_new_tokens": (int, None, "tokens after the prompt (default: up to 200, 0 when infilling)"),
     "temperature": (float, 1.0, "0 = the most probable token (default: 1)"),
@@ -496,14 +474,17 @@ GENERATE = {
               "--threshold)"),
     "fill_block": (int, None, "diffusion: fill blocks of so many tokens, one after the other (default: no "
                    "blocks)"),
+    "cache": (bool, None, "diffusion in blocks: the dual cache, an approximation"),
     "refresh": (int, None, "renew the cache also after so many steps inside a block (default: only when one "
                 "starts)"),
     "draft": (int, 0, "AR: tokens that the run itself proposes for each pass; texts keep their distribution"),
     "tool": (str, None, f"run the calls <tool>...</tool> that the model writes: {', '.join(TOOLS)}"),
     "seed": (int, 0, "(default: 0)"),
+    "watch": (bool, None, "show every step in the terminal"),
     "pause": (float, 0.03, "seconds between the steps shown by --watch (default: 0.03)"),
     "gif": (str, None, "a file: also draw how the canvas of the first prompt fills"),
     "beside": (str, None, "a second run, which writes the same prompt in the --gif"),
+    "export": (str, None, "no text: a new folder, the model as transformers reads it"),
 }
 
 
@@ -517,15 +498,10 @@ def parse_args(argv):
     if scoring:
         parser.add_argument("--text", required=True, nargs="+", help="as prepare.py reads it: .txt .md "
                             ".jsonl, packed, folders")
-    else:
-        parser.add_argument("--prompt", action="append", help="text to go on with; [MASK:n] marks n tokens "
-                            "to fill in; may be given several times (default: none)")
-        parser.add_argument("--cache", action="store_true", help="diffusion in blocks: the dual cache, an "
-                            "approximation")
-        parser.add_argument("--watch", action="store_true", help="show every step in the terminal")
-        parser.add_argument("--export", help="no text: a new folder, the model as transformers reads it")
+    switch = {bool: dict(action="store_const", const=True), list: dict(action="append")}
     for flag, (kind, default, text) in {**COMMON, **(SCORE if scoring else GENERATE)}.items():
-        parser.add_argument(f"--{flag}", type=kind, default=default, help=text)
+        how = switch.get(kind, dict(type=kind, default=default))
+        parser.add_argument(f"--{flag}", help=text, **how)
     args = parser.parse_args(argv[scoring:])
     args.do, args.runs = score if scoring else generate, [args.run]
     if not scoring:
