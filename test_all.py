@@ -120,7 +120,7 @@ BUDGET = {
     "attention.py": 19_680,
     "model.py": 8_540,
     "diffusion.py": 5_870,
-    "train.py": 11_100,
+    "train.py": 11_125,
     "sample.py": 4_830,
     "prepare.py": 6_820,
     "bench.py": 29_740,

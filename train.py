@@ -176,6 +176,9 @@ def settings(given, log):
         state, source = newest_checkpoint(Path(flags["out"]), log)
     if not state:
         return flags, None, None
+    lost = [k for k, value in state["flags"].items() if value and k not in DEFAULTS]
+    need(not lost, f"{source} was trained with --{' --'.join(lost)}, which train.py no longer has: a new run "
+                   f"from its weights is --init_from {source}")
     wrong = other_settings(state, given)
     need(not wrong, f"cannot resume {source} with other settings: {', '.join(wrong)}. "
                     f"A new run from its weights: --init_from {source}")
