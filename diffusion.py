@@ -71,8 +71,8 @@ def mdm_loss(f, x, mask_id, noise=None, generator=None, noise_block=None, reduct
 
 
 def block_diffusion_loss(f, x, mask_id, noise_block, noise=None, generator=None, reduction="mean", pos=None):
-    """Block diffusion (BD3-LM, 2503.09573): AR over blocks, masked diffusion inside each; a bound, nats per
-    token.
+    """Block diffusion (BD3-LM, 2503.09573): AR over blocks, masked diffusion inside each;
+    a bound, nats per token.
 
     Every block has its own n, stratified over all blocks of the batch: noise is mdm_noise(B * T //
     noise_block, noise_block), blocks of a row side by side. All blocks are trained in one pass over 2T
@@ -84,8 +84,8 @@ def block_diffusion_loss(f, x, mask_id, noise_block, noise=None, generator=None,
 
 
 def mixed_loss(f, x, bos_id, mask_id, ar_frac, noise=None, generator=None, inputs=None, reduction="mean"):
-    """One network, both objectives (2512.14549): the first round(ar_frac * B) rows AR, the others masked
-    diffusion.
+    """One network, both objectives (2512.14549):
+    the first round(ar_frac * B) rows AR, the others masked diffusion.
 
     Returns (loss, ar, mdm): the loss to minimise over all B*T tokens, and each part over its own tokens,
     detached, in nats per token (with reduction "sum" all three are sums). noise and inputs are those of all B
@@ -103,8 +103,8 @@ def mixed_loss(f, x, bos_id, mask_id, ar_frac, noise=None, generator=None, input
 
 
 def token_nll(logits, targets):
-    """-log p(target) for logits (B, T, V) and targets (B, T): (B, T) nats, float32 also where the logits are
-    bf16."""
+    """-log p(target) for logits (B, T, V) and targets (B, T):
+    (B, T) nats, float32 also where the logits are bf16."""
     if logits.dtype in (torch.bfloat16, torch.float16):
         logits = logits.float()
     nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
@@ -116,14 +116,14 @@ def reduce_loss(nats, reduction):
 
 
 def shift_right(x, bos_id):
-    """The input of an AR model: position i holds x[i-1], position 0 holds BOS, so that all T tokens are
-    predicted."""
+    """The input of an AR model: position i holds x[i-1], position 0 holds BOS,
+    so that all T tokens are predicted."""
     return torch.cat([torch.full_like(x[:, :1], bos_id), x[:, :-1]], dim=1)
 
 
 def predict(f, idx, mask_id, **keywords):
-    """f's logits (B, T, V). ValueError where they have a column for the mask token: its share would be
-    lost."""
+    """f's logits (B, T, V). ValueError where they have a column for the mask token:
+    its share would be lost."""
     need(idx.numel() > 0, f"{tuple(idx.shape)} tokens: of no token there is no loss")
     logits = f(idx, **keywords)
     V = logits.size(-1)
@@ -181,15 +181,15 @@ def mdm_noise(B, T, generator=None):
 
 
 def mdm_mask(noise):
-    """noise -> (masked (B, T) bool, weight (B,)): weight * sum of CE over masked tokens is the loss in nats
-    per row."""
+    """noise -> (masked (B, T) bool, weight (B,)):
+    weight * sum of CE over masked tokens is the loss in nats per row."""
     n, uniforms = noise
     return smallest(uniforms, n), uniforms.size(1) / n
 
 
 def smallest(uniforms, n):
-    """(B, T) bool: exactly n[b] True in row b, at its smallest uniforms (ties to the left): a uniform
-    n-subset."""
+    """(B, T) bool: exactly n[b] True in row b, at its smallest uniforms
+    (ties to the left): a uniform n-subset."""
     rank = uniforms.argsort(dim=1, stable=True).argsort(dim=1)
     return rank < n[:, None]
 
@@ -230,8 +230,8 @@ DRAWN = 2 ** 20                                                 # uniforms in me
 @torch.no_grad()
 def mdm_nll(f, x, mask_id, n_mc, generator=None, replicates=4, batch_size=32, noise_block=None, scored=None,
             per_row=False, group=None, device=None, **keywords):
-    """The diffusion bound of the windows x (W, T): (nats per token, its standard error over masks), two
-    floats.
+    """The diffusion bound of the windows x (W, T):
+    (nats per token, its standard error over masks), two floats.
 
     n_mc masks per window, in `replicates` R >= 4 independent replicates of n_mc/R masks per window each.
     Within one the numbers of masked tokens form a lattice over [0, 1) with a random shift: a window's own
@@ -297,8 +297,8 @@ def mdm_nll(f, x, mask_id, n_mc, generator=None, replicates=4, batch_size=32, no
 
 
 def token_ids(x, rows):
-    """x[rows] as int64. Token files hold uint16: torch indexes its bits as int16 only, where large ids look
-    negative."""
+    """x[rows] as int64. Token files hold uint16:
+    torch indexes its bits as int16 only, where large ids look negative."""
     if x.dtype == torch.uint16:
         x = x.view(torch.int16)
     picked = x[rows.to(x.device)].long()
@@ -307,8 +307,8 @@ def token_ids(x, rows):
 
 @torch.no_grad()
 def chain_nll(f, x, mask_id, order="left", scored=None, noise_block=None, **keywords):
-    """Exact -log p(x) under the diffusion model used as a chain: one token revealed per pass, T passes over
-    the batch.
+    """Exact -log p(x) under the diffusion model used as a chain:
+    one token revealed per pass, T passes over the batch.
 
     order "left": left to right. "confidence": always the masked place with the highest max probability, i.e.
     the distribution of a greedy-confidence sampler (DUEL, 2603.01367). The order depends on revealed tokens
@@ -361,8 +361,8 @@ def canvas(prompts, max_new_tokens, mask_id):
 @torch.no_grad()
 def sample_ar(f, x, bos_id, temperature=1.0, top_k=None, top_p=None, eot_id=None, valid=None, generator=None,
               callback=None, on_token=None, cache=None, draft=0):
-    """Fill a canvas x (B, T) left to right; places to fill hold bos_id (= the mask token). Returns a new (B,
-    T).
+    """Fill a canvas x (B, T) left to right;
+    places to fill hold bos_id (= the mask token). Returns a new (B, T).
 
     Rows may have prompts of different lengths (`canvas`): each goes on from the end of its own. cache: use
     f.init_cache (default: when f has it); without it every token costs a pass over its whole prefix.
@@ -444,8 +444,8 @@ def sample_ar(f, x, bos_id, temperature=1.0, top_k=None, top_p=None, eot_id=None
 def sample_mdm(f, x, mask_id, steps=None, threshold=None, order="max_prob", fill_block=None, temperature=1.0,
                top_k=None, top_p=None, eot_id=None, valid=None, generator=None, callback=None, cache=False,
                refresh=None):
-    """Fill the places of a canvas x (B, T) that hold mask_id with a masked-diffusion model. Returns a new (B,
-    T).
+    """Fill the places of a canvas x (B, T) that hold mask_id
+    with a masked-diffusion model. Returns a new (B, T).
 
     steps       passes in all; None: one token a step, which (at temperature 1) draws from the model exactly
     threshold   instead of steps: each pass reveals every place whose max probability reaches it, at least one
@@ -575,8 +575,8 @@ def sample_block(f, x, mask_id, fill_block, steps=None, threshold=None, order="m
 
 
 def reveal(x, live, logits, left, order, threshold, how):
-    """One step of a diffusion sampler, in place: choose places among `live` (B, T) bool, then draw tokens
-    there only.
+    """One step of a diffusion sampler, in place:
+    choose places among `live` (B, T) bool, then draw tokens there only.
 
     Each row reveals an equal share of its live places over the `left` (B,) steps that remain, at least one;
     with a threshold, those whose confidence reaches it, at least one. logits (B, T, V); how: the keywords of
@@ -680,8 +680,8 @@ def choose(p, generator=None):
 
 
 def stop_at_eot(x, given, eot_id):
-    """After the first generated EOT of a row, all that was not given becomes EOT too: nothing is generated
-    there."""
+    """After the first generated EOT of a row, all that was not given becomes EOT too:
+    nothing is generated there."""
     if eot_id is not None:
         ended = ((x == eot_id) & ~given).cumsum(1) > 0
         x.masked_fill_(ended & ~given, eot_id)

@@ -100,8 +100,8 @@ class Tokenizer:
         return self.encode_array(text).tolist()
 
     def encode_stream(self, stream):
-        """Yields (ids, done) of the pieces of a stream, <|endoftext|> behind each document: what a .bin file
-        holds."""
+        """Yields (ids, done) of the pieces of a stream, <|endoftext|> behind each document:
+        what a .bin file holds."""
         encode = lambda piece: self.encode_array(piece[0]) if isinstance(piece[0], str) else piece[0]
         self.encode("")                         # make the encoder before the threads do, each its own
         with concurrent.futures.ThreadPoolExecutor() as pool:           # tiktoken releases the GIL
@@ -115,8 +115,8 @@ class Tokenizer:
 
 
 def train_bpe(words, n_vocab):
-    """Byte-level BPE. words: {bytes: count}. Returns {token bytes: id}: n_vocab - 1, or fewer where the text
-    runs out.
+    """Byte-level BPE. words: {bytes: count}. Returns {token bytes: id}:
+    n_vocab - 1, or fewer where the text runs out.
 
     Merge the most frequent pair of neighbours, again and again (Sennrich et al. 2016, arXiv:1508.07909), ties
     to the smaller bytes. A pair is named by its joined bytes, because tiktoken too merges any two neighbours
@@ -168,8 +168,8 @@ def learn_bpe(stream, n_vocab):
 
 
 def find_tokenizer(spec):
-    """spec: byte, a tiktoken name or a prepared folder -> its Tokenizer; bpe:N, which has yet to be learnt ->
-    N."""
+    """spec: byte, a tiktoken name or a prepared folder -> its Tokenizer;
+    bpe:N, which has yet to be learnt -> N."""
     if spec.startswith("bpe:"):
         n = number(spec[4:], int)
         need(256 < n < 1 << 24, f"--tokenizer {spec}: expected bpe:N with N above 256")
@@ -257,8 +257,8 @@ def text_kind(file):
 
 
 def find_texts(paths):
-    """The text files that `paths` name. A folder stands for all .txt, .md and .jsonl files in it, also packed
-    ones."""
+    """The text files that `paths` name.
+    A folder stands for all .txt, .md and .jsonl files in it, also packed ones."""
     files = []
     for path in map(Path, paths):
         found = [path]
@@ -282,8 +282,8 @@ def text_lines(file, longest=-1):
 
 
 def read_text(files):
-    """Streams files. A document ends at a line of only <|endoftext|>, or is the "text" of a JSON object on
-    one line."""
+    """Streams files. A document ends at a line of only <|endoftext|>,
+    or is the "text" of a JSON object on one line."""
     total, before = sum(map(os.path.getsize, files)) or 1, 0
     for file in files:
         split = json_documents if text_kind(file) in (".json", ".jsonl") else marked_documents
@@ -348,8 +348,8 @@ def corrupt_stream(stream, rate, seed=0):
 # Text that is already on the disk: docs and pysrc
 
 def python_roots():
-    """{name: path} of the standard library, numpy, torch and whatever torch requires, found but not
-    imported."""
+    """{name: path} of the standard library, numpy, torch and whatever torch requires,
+    found but not imported."""
     roots, todo = {"python": Path(sysconfig.get_path("stdlib"))}, ["numpy", "torch"]
     for name in todo:                           # grows while we walk it
         spec = importlib.util.find_spec(name.lower().replace("-", "_"))
@@ -379,8 +379,8 @@ def python_files(label):
 
 
 def string_constants(constants):
-    """All strings among the constants of compiled code: docstrings, add_docstr(f, "..."), pydoc_data.topics,
-    ..."""
+    """All strings among the constants of compiled code:
+    docstrings, add_docstr(f, "..."), pydoc_data.topics, ..."""
     for constant in constants:
         if isinstance(constant, str):
             yield constant
@@ -421,8 +421,8 @@ def chunks(text, sep, size):
 
 
 def documentation(source, seen):
-    """The English in a Python source, as texts of 200 to about 2,000 characters; no paragraph that is in
-    `seen`."""
+    """The English in a Python source, as texts of 200 to about 2,000 characters;
+    no paragraph that is in `seen`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")     # SyntaxWarnings of other people's code
@@ -437,8 +437,8 @@ def documentation(source, seen):
 
 
 def program_text(source):
-    """A Python source, cut at empty lines into texts of 200 to about 8,000 characters, without those mostly
-    of data."""
+    """A Python source, cut at empty lines into texts of 200 to about 8,000 characters,
+    without those mostly of data."""
     yield from (text for text in chunks(source, "\n\n", 8000)
                 if len(text) >= 200 and len(re.findall("[A-Za-z]", text)) > 0.4 * len(text))
 
@@ -455,8 +455,8 @@ def split_modules(documents, fraction):
 
 
 def drop_overlap(train, val, n=13):
-    """val without the texts that share a run of n words with a training text (GPT-3, arXiv:2005.14165,
-    appendix C)."""
+    """val without the texts that share a run of n words with a training text
+    (GPT-3, arXiv:2005.14165, appendix C)."""
     def runs(text):
         words = re.findall(r"\w+", text.lower())
         return zip(*(words[i:] for i in range(n)))
@@ -467,8 +467,8 @@ def drop_overlap(train, val, n=13):
 
 
 def arithmetic(n, seed=0):
-    """n different texts "(17+4)*25? <tool>(17+4)*25</tool>525, so 525": problem, call of a calculator,
-    result, answer."""
+    """n different texts "(17+4)*25? <tool>(17+4)*25</tool>525, so 525":
+    problem, call of a calculator, result, answer."""
     rng, known = np.random.default_rng(seed), {}
     operation = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
     while len(known) < n:
@@ -511,8 +511,8 @@ def download(url, folder, sha256=None):
 
 
 def shard_stream(source, split, folder, limit):
-    """Streams `limit` ready-made tokens, ids in place of text. Shard 0 is validation. Fetches only what it
-    needs."""
+    """Streams `limit` ready-made tokens, ids in place of text. Shard 0 is validation.
+    Fetches only what it needs."""
     (url, n), left = SHARDS[source], limit
     for i in [0] if split == "val" else range(1, n + 1):
         ids = load_bin(download(url.format(split, i), folder))[:left]
@@ -528,8 +528,8 @@ def shard_stream(source, split, folder, limit):
 
 def prepare(source="docs", name=None, tokenizer=None, out_dir="data", text=(), val=(), corrupt=0.0,
             max_tokens=None):
-    """Makes the dataset out_dir/name and returns that folder; at once where it is there with the same
-    settings.
+    """Makes the dataset out_dir/name and returns that folder;
+    at once where it is there with the same settings.
 
     source: one of DATASETS, unless `text`, a list of files and folders, is given. tokenizer: None takes the
     source's in USUAL, else bpe:4096. val: files; without them a tenth of the modules (docs, pysrc), or the
@@ -705,8 +705,8 @@ def read_meta(folder):
 
 
 def run_files(folder):
-    """What a run keeps of its dataset: the paths of meta.json and, unless it is plain bytes, of the
-    tokenizer."""
+    """What a run keeps of its dataset:
+    the paths of meta.json and, unless it is plain bytes, of the tokenizer."""
     return [*Path(folder).glob("meta.json"), *Path(folder).glob("tokenizer.tiktoken")]
 
 
@@ -720,10 +720,9 @@ class NoNumber(ValueError, argparse.ArgumentTypeError):
 
 
 def number(text, kind):
-    """A number as a person types it, "0.5", "1e6", "30M" or "1_000_000", as `kind`: int or float. ValueError
-    for all
-    else: nan, inf, digits that are not ASCII, what does not fit into 64 bits, a fraction where an int is
-    expected."""
+    """A number as a person types it, "0.5", "1e6", "30M" or "1_000_000", as `kind`: int or float.
+    ValueError for all else: nan, inf, digits that are not ASCII, what does not fit into 64 bits, a fraction
+    where an int is expected."""
     form = re.fullmatch(r"([-+]?[\d_]{0,30}\.?\d{0,30}(?:[eE][-+]?\d{1,3})?)([kMB]?)", text, re.A)
     try:
         exact = fractions.Fraction(form[1].replace("_", "")) * UNITS[form[2]]
@@ -778,8 +777,8 @@ def whole_file(path, mode="wb", keep=None):
 
 
 class Progress:
-    """A line on stderr with the time left, at most once a second: call it with done in [0, 1], at the end
-    with 1."""
+    """A line on stderr with the time left, at most once a second:
+    call it with done in [0, 1], at the end with 1."""
     def __init__(self, label):
         self.label = label
         self.start = self.shown = time.time()
@@ -793,8 +792,8 @@ class Progress:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that takes no abbreviations, reads numbers by `number`, and answers an unknown flag with the
-    one that was probably meant."""
+    """argparse that takes no abbreviations, reads numbers by `number`,
+    and answers an unknown flag with the one that was probably meant."""
     def __init__(self, *args, **kwargs):
         super().__init__(*args, allow_abbrev=False, **kwargs)
         for kind in (int, float):

@@ -170,8 +170,8 @@ def generate(args, lm, tokenizer, flags):
 # Score
 
 def score(args, lm, tokenizer, flags):
-    """Likelihood of a text in windows of the model's block size: exact for AR, a bound and exact chains for
-    diffusion."""
+    """Likelihood of a text in windows of the model's block size:
+    exact for AR, a bound and exact chains for diffusion."""
     need(args.windows >= 0, f"--windows {args.windows}: expected a number of windows, 0 for all")
     S = flags["diffusion_block"] if flags["objective"] == "block" else 1
     files, ids, T = prepare.find_texts(args.text), [], lm.config.block_size
@@ -197,8 +197,8 @@ def score(args, lm, tokenizer, flags):
 
 @torch.no_grad()
 def panel(lm, flags, x, n_mc=64):
-    """All likelihoods of the windows x (N, T) that the run's objective defines: [(name, nats per token, s.e.
-    over masks)].
+    """All likelihoods of the windows x (N, T) that the run's objective defines:
+    [(name, nats per token, s.e. over masks)].
 
     A block run needs T to be a multiple of its blocks. Chains take T passes each."""
     objective, mask, rows = flags["objective"], lm.mask_id, []

@@ -340,8 +340,8 @@ def train_windows(flags, data, T, world):
 # Optimizers and schedule
 
 def orthogonalise(G, steps=5):
-    """Newton-Schulz iteration of Muon (Keller Jordan, 2024): pushes all singular values of G (..., m, n)
-    towards 1.
+    """Newton-Schulz iteration of Muon (Keller Jordan, 2024):
+    pushes all singular values of G (..., m, n) towards 1.
 
     The quintic's coefficients trade exactness (values end in about [0.7, 1.2]) for slope at zero. bf16 is
     enough, and faster on a GPU; on a CPU float32 is.
@@ -358,8 +358,8 @@ def orthogonalise(G, steps=5):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised, for hidden matrices (..., m, n); all matrices of one shape in one batched
-    call.
+    """Momentum, orthogonalised, for hidden matrices (..., m, n);
+    all matrices of one shape in one batched call.
 
     Updates are scaled by 0.2 sqrt(max(m, n)) to the size of AdamW's (arXiv 2502.16982), so AdamW's --lr fits.
     """
@@ -386,8 +386,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(lm, flags, device):
-    """Every parameter in exactly one group: matrices decay, vectors (norms, biases, gates) and short
-    convolutions do not.
+    """Every parameter in exactly one group:
+    matrices decay, vectors (norms, biases, gates) and short convolutions do not.
 
     The experts' biases (E, width) are vectors, too, though their shape is a matrix's; so are nsa's positions
     in a window.
@@ -411,8 +411,8 @@ def make_optimizers(lm, flags, device):
 
 
 def learning_rate(step, total, flags):
-    """Of step 0, 1, ...: a pure function, so that a resumed run with another --max_steps follows the new
-    schedule."""
+    """Of step 0, 1, ...: a pure function,
+    so that a resumed run with another --max_steps follows the new schedule."""
     peak, warmup = flags["lr"], flags["warmup"]
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -428,8 +428,8 @@ def learning_rate(step, total, flags):
 
 @torch.no_grad()
 def evaluate(lm, windows, objective, rows=64, n_mc=4, diffusion_block=None, orders=0):
-    """Loss of fixed windows (N, T), nats per token: {"loss", "se", ...}; AR exact, diffusion a bound with its
-    s.e.
+    """Loss of fixed windows (N, T), nats per token: {"loss", "se", ...};
+    AR exact, diffusion a bound with its s.e.
 
     A mixed model is scored both ways (ar_loss, mdm_loss); `loss` is the smaller: both are code lengths of the
     same text, under two distributions. It has its own generator and leaves the model in the mode that it
@@ -464,8 +464,8 @@ def mdm_nats(lm, windows, objective, rows, n_mc, diffusion_block, **how):
 
 
 def probe_items(val_data, T, count=128):
-    """(N, 4, T) int64, at most `count` passages of the validation tokens with four ends each, the true one
-    first.
+    """(N, 4, T) int64, at most `count` passages of the validation tokens
+    with four ends each, the true one first.
 
     An end is a quarter of the window, at most 16 tokens. The wrong ones are the true ends of passages far
     away, so every end is right once and wrong three times: what is more probable on its own gains nothing,
@@ -514,8 +514,8 @@ VERSION = 2
 
 
 def digest(value, crc=0):
-    """A checksum of everything in a checkpoint. torch.load looks at none, and a flipped bit is another
-    weight."""
+    """A checksum of everything in a checkpoint.
+    torch.load looks at none, and a flipped bit is another weight."""
     if isinstance(value, torch.Tensor):
         crc = zlib.crc32(f"{value.dtype} {tuple(value.shape)}".encode(), crc)
         return zlib.crc32(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), crc)
@@ -599,8 +599,8 @@ KEPT = ("last", "prev", "best")
 
 
 def read_log(path, tell=lambda line: print(line, file=sys.stderr)):
-    """Rows of a run folder's metrics.jsonl in the order of steps, each (kind, step) once; none where there is
-    no file."""
+    """Rows of a run folder's metrics.jsonl in the order of steps, each (kind, step) once;
+    none where there is no file."""
     path, rows, bad = Path(path) / "metrics.jsonl", {}, []              # rows: {(kind, step): row}
     for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
         try:
@@ -615,8 +615,8 @@ def read_log(path, tell=lambda line: print(line, file=sys.stderr)):
 
 
 def lock(folder):
-    """A file that holds the folder until it is closed or the process ends. ValueError where another process
-    does."""
+    """A file that holds the folder until it is closed or the process ends.
+    ValueError where another process does."""
     import fcntl                                            # not on Windows
     f = open(folder / "lock", "a")
     try:
@@ -722,8 +722,8 @@ class Run:
 
 @contextlib.contextmanager
 def processes(flags):
-    """What this process is: rank, world, device, cuda, bf16, compiled. Joins the group of torchrun and leaves
-    it."""
+    """What this process is: rank, world, device, cuda, bf16, compiled.
+    Joins the group of torchrun and leaves it."""
     rank, local = (int(os.environ.get(k, 0)) for k in ("RANK", "LOCAL_RANK"))
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(flags["device"])
@@ -764,8 +764,8 @@ def pick_device(name):
 
 
 def set_threads(asked, lm):
-    """Sets and returns the number of CPU threads; asked 0: 1 below 5M parameters, where more slow a step
-    down, else all."""
+    """Sets and returns the number of CPU threads; asked 0:
+    1 below 5M parameters, where more slow a step down, else all."""
     most = 4 * os.cpu_count()                               # torch starts as many as it is told
     need(0 <= asked <= most, f"--threads {asked}: expected 0 to {most}, four per core")
     threads = asked or (1 if lm.num_params() < 5_000_000 else os.cpu_count())
@@ -774,8 +774,8 @@ def set_threads(asked, lm):
 
 
 def shard(lm, compiled):
-    """Fully sharded data parallelism (FSDP2), block by block: gathered for a pass, gradients averaged over
-    processes."""
+    """Fully sharded data parallelism (FSDP2), block by block:
+    gathered for a pass, gradients averaged over processes."""
     from torch.distributed.fsdp import fully_shard
     for block in lm.blocks:
         if compiled:
@@ -785,8 +785,8 @@ def shard(lm, compiled):
 
 
 def whole(tree):
-    """The same tree with every shared-out tensor gathered, on all processes: a checkpoint that loads
-    anywhere."""
+    """The same tree with every shared-out tensor gathered, on all processes:
+    a checkpoint that loads anywhere."""
     if isinstance(tree, dict):
         return {k: whole(v) for k, v in tree.items()}
     if isinstance(tree, list):
@@ -816,8 +816,8 @@ LOSSES = ("ar", "mdm", "indexer_kl")  # what a step measures, beside the norm of
 
 
 def set_stage(lm, flags, step):
-    """DeepSeek-V3.2's stages of training, for layers with an indexer: sets and returns "dense", "warmup" or
-    "sparse"."""
+    """DeepSeek-V3.2's stages of training, for layers with an indexer:
+    sets and returns "dense", "warmup" or "sparse"."""
     ends = {"dense": flags["dense_steps"], "warmup": flags["dense_steps"] + flags["indexer_warmup"]}
     stage = next((name for name, end in ends.items() if step < end), "sparse")
     for module in lm.modules():
@@ -942,8 +942,8 @@ class Batch:
         return losses
 
     def add_up(self, losses, stage):
-        """Sums over processes, in one bucket: losses, expert counts, and the gradients where FSDP has not
-        done it."""
+        """Sums over processes, in one bucket:
+        losses, expert counts, and the gradients where FSDP has not done it."""
         if stage not in self.used:                          # by any process; what none uses has no gradient
             params = [] if self.flags["fsdp"] == "on" else list(self.lm.parameters())
             used = torch.tensor([float(p.grad is not None) for p in params], device=self.process.device)
@@ -972,8 +972,8 @@ def autocast(process):
 
 
 class Meter:
-    """What adds up between two lines of the log: the losses and gradient norm of each step, the loads of the
-    experts.
+    """What adds up between two lines of the log:
+    the losses and gradient norm of each step, the loads of the experts.
 
     It is part of every checkpoint, so that the line after a resume is the mean of the same steps.
     """
@@ -990,8 +990,8 @@ class Meter:
         self.loads = [a + m.balance(stage != "warmup") for a, m in zip(self.loads, self.moes)]
 
     def check(self, step, run):
-        """Between evaluations, all that waits for the device. ValueError where a loss, a gradient or now a
-        weight is not finite."""
+        """Between evaluations, all that waits for the device.
+        ValueError where a loss, a gradient or now a weight is not finite."""
         recent = torch.stack(self.pending).tolist() if self.pending else []
         self.pending = []
         self.rows += recent
@@ -1153,8 +1153,8 @@ def announce(batch, data, val, evals, progress, run, log):
 
 
 def measure(batch, progress, run, val, seen, ends, log):
-    """Evaluates and records: the loss of validation and of training windows, and the probe where it is
-    due."""
+    """Evaluates and records: the loss of validation and of training windows,
+    and the probe where it is due."""
     lm, flags, step = batch.lm, batch.flags, progress.step
     set_stage(lm, flags, max(step - 1, 0))                  # as trained so far
     how = dict(objective=flags["objective"], rows=flags["micro_batch"] or max(1, 16384 // val.size(1)),
@@ -1200,8 +1200,8 @@ def snapshot(batch, optimizers, data, meter, progress):
 
 
 def train(given, log=print):
-    """One training run. given: {flag: value} as on the command line. Returns {"out", "step", "finished",
-    "evals", ...}."""
+    """One training run. given: {flag: value} as on the command line.
+    Returns {"out", "step", "finished", "evals", ...}."""
     if int(os.environ.get("RANK", 0)) > 0:
         log = lambda line: None
     flags, state, source = settings(given, log)
