@@ -2233,6 +2233,25 @@ def test_evaluation(objective):
     assert a["loss"] == min(value for name, value in a.items() if "loss" in name)
 
 
+def test_recipes_are_what_they_say():
+    """Of windows read from the right, of later words, of masked ones at rates from U(0, .5)."""
+    x = torch.arange(64).repeat(400, 1)
+
+    def inputs(**values):
+        values = {key: default for key, (default, *_) in train.RECIPE.items()} | values
+        batch = types.SimpleNamespace(recipe=values, lm=types.SimpleNamespace(mask_id=99))
+        return train.Batch.ar_inputs(batch, x, seeded(0))
+    y, same, _ = inputs(reverse=0.25)
+    turned = (y == x.flip(1)).all(1)
+    assert torch.equal(y, same) and ((y == x).all(1) | turned).all() and 0.2 < turned.double().mean() < 0.3
+    y, late, _ = inputs(offset=3)
+    more = (late == 99).sum(1, keepdim=True)
+    assert torch.equal(y, x) and torch.equal(late, torch.where(x < more, 99, x - more))
+    assert more.flatten().bincount().min() > 100, "0, 1 and 2 places"
+    rates = (inputs(mir=1.0)[2] == 99).double().mean(1)
+    assert abs(rates.mean() - 0.25) < 0.03 and rates.max() < 0.75
+
+
 # Training: whatever the pieces, the same run
 
 @each("kind", [
@@ -2937,10 +2956,7 @@ def runs(dataset, tmp_path_factory):
 
 
 def test_sample_fills_in_and_scores(runs, tmp_path):
-    def say(line):
-        status, out, _ = typed(sample, line)
-        assert status == 0
-        return out
+    say = lambda line: works(sample, line)[0]
     for objective in ("mdm", "mixed"):
         out = say(f"{runs}/{objective} --prompt 'the [MASK:3] sat' --watch --pause 0")
         assert "step 1" in out and "step 3" in out and re.search(r"\nthe [^░]* sat\s*$", out)
@@ -2950,6 +2966,9 @@ def test_sample_fills_in_and_scores(runs, tmp_path):
     for objective, measures in (("ar", 1), ("mdm", 3), ("mixed", 4), ("block", 3)):
         out = say(f"score {runs}/{objective} --text {tmp_path}/text --n_mc 8 --windows 2")
         assert out.count("nats/token") == measures
+        nats, bits = re.search(r" ([\d.]+)(?: \+- [\d.]+)? nats/token, ([\d.]+) bits/byte", out).groups()
+        assert float(bits) == approx(float(nats) / math.log(2), rel=1e-3)
+        assert out.startswith("2 windows of 16 tokens, 14.5% of the 220 bytes of text; 1.000 bytes per token")
 
 
 def table(text):
@@ -2973,21 +2992,17 @@ block --threshold 0.9 --order max_prob              =>
 
 
 @exactly
-@each("row", table(SAMPLE_LINES))
-def test_sample_reaches_every_sampler(runs, row):
+@each("line, steps", pairs(SAMPLE_LINES))
+def test_sample_reaches_every_sampler(runs, line, steps):
     """Prompts of two lengths go through one batch, and each comes out as it does alone."""
-    line, steps = row.split("=>")
-
     def say(*prompts):
         given = [a for p in prompts for a in ("--prompt", p)]
-        status, out, error = typed(sample, f"{runs}/{line} --max_new_tokens 6 --temperature 0", *given)
-        assert status == 0
-        return out, error
+        return works(sample, f"{runs}/{line} --max_new_tokens 6 --temperature 0", *given)
     prompts = ["the", "the cat s"]
     together, told = say(*prompts)
     alone = [say(p)[0] for p in prompts]
     assert together == "".join(f"--- sample {i + 1}\n{text}" for i, text in enumerate(alone))
-    assert f" in {steps.strip()}" in told
+    assert f" in {steps}" in told
     assert all(text.startswith(p) for text, p in zip(alone, prompts))
 
 
@@ -3004,7 +3019,8 @@ def test_gif_shows_both_runs(runs, tmp_path):
     Image, path = pytest.importorskip("PIL.Image"), tmp_path / "a.gif"
 
     def size(line):
-        assert typed(sample, f"{runs}/{line} --gif {path}")[0] == 0 and path.stat().st_size < 1 << 20
+        works(sample, f"{runs}/{line} --gif {path}")
+        assert path.stat().st_size < 1 << 20
         with Image.open(path) as image:
             return image.n_frames, image.size[0]
     frames, wide = size(f"mdm --beside {runs}/ar --prompt the --max_new_tokens 9 --steps 3")
@@ -3967,6 +3983,13 @@ def typed(script, line, *more):
     return status, out.getvalue(), err.getvalue()
 
 
+def works(script, line, *more):
+    """(stdout, stderr) of a command line that ends well."""
+    status, out, error = typed(script, line, *more)
+    assert status == 0, error
+    return out, error
+
+
 def contents(*folders):
     return {path: path.read_bytes() for folder in folders
             for path in Path(folder).rglob("*") if path.is_file()}
@@ -4193,16 +4216,15 @@ def test_whatever_was_typed(script, line):
 
 
 def test_numbers():
-    whole = {"1e6": 10**6, "30M": 30 * 10**6, "2.5k": 2500, "1_000_000": 10**6, "-3": -3, "007": 7,
-             str(2**63 - 1): 2**63 - 1}
-    real = {"0.1": 0.1, "1e-3": 0.001, ".5": 0.5, "1B": 1e9}
-    none = ["nan", "-nan", "inf", "1e400", "1e999", "１２", "٣", "½", "", "-", ".", "e5", "10**3", "0x10",
-            "1,2", " 5", "None",
-            "−1", "9" * 5000]
+    whole = """1e6=1000000 30M=30000000 2.5k=2500 1_000_000=1000000 -3=-3 007=7
+               9223372036854775807=9223372036854775807"""
+    real = "0.1=0.1 1e-3=0.001 .5=0.5 1B=1000000000"
+    none = ["", "9" * 5000, *"nan|-nan|inf|1e400|1e999|１２|٣|½|-|.|e5|10**3|0x10|1,2| 5|None|−1".split("|")]
     for kind, right, wrong, words in ((int, whole, ["1.5", "1e-3", str(2**63)], "a whole number"),
                                       (float, real, [], "finite")):
-        for text, value in right.items():
-            assert prepare.number(text, kind) == value and type(prepare.number(text, kind)) is kind
+        for text in right.split():
+            text, value = text.split("=")
+            assert prepare.number(text, kind) == kind(value) and type(prepare.number(text, kind)) is kind
         for text in none + wrong:
             with refused(words):
                 prepare.number(text, kind)
@@ -4258,6 +4280,9 @@ LLADA = model.settings("""
     max_sequence_length=64 rms_norm_eps=1e-5 rope_theta=1e4 mask_token_id=298 weight_tying=true""")
 
 
+MERGES = "t h|th e|Ġ the|Ġthe n|h e|n d|e nd|Ã ©|Ã© t|Ġ c|a t|Ġc at|Ġ s|Ġs at|Ġ Ġ"
+
+
 def safetensors(path, tensors, edit=lambda header: None):
     """By definition, with nothing of ours."""
     header, data = {}, b""
@@ -4288,20 +4313,14 @@ def published(folder, config, weights={}, edit=lambda header: None):
         part = {name: weights[name] for name in [*weights][i::2]}
         safetensors(folder / f"model-0000{i + 1}-of-00002.safetensors", part, edit)
     shown = [b for b in range(256) if 32 < b < 127 or 160 < b != 173]
-    others = [b for b in range(256) if b not in shown]
-    char = {b: chr(b) for b in shown} | {b: chr(256 + i) for i, b in enumerate(others)}
-    words = {w: 9 for w in (b" the", b" then", b" he", b"end", b"\xc3\xa9t\xc3\xa9", b" cat", b" sat", b"  ")}
-    ranks = prepare.train_bpe(words, 280)
-    text = {t: "".join(map(char.get, t)) for t in ranks}
-    parents = lambda t, r: next([text[t[:i]], text[t[i:]]] for i in range(1, len(t))
-                                if max(ranks.get(t[:i], 999), ranks.get(t[i:], 999)) < r)
-    merges = [parents(t, r) for t, r in ranks.items() if len(t) > 1]
+    char = {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in shown)}
+    merges = [pair.split() for pair in MERGES.split("|")]
+    words = [*(char.get(b, chr(b)) for b in range(256)), *map("".join, merges)]
     special = [dict(id=299, content="<|endoftext|>"), dict(id=0, content="<|im_start|>")]
     steps = [dict(type="Digits", individual_digits=True), dict(type="ByteLevel", add_prefix_space=False)]
-    vocab = {text[t]: r + 1 for t, r in ranks.items()}
     (folder / "tokenizer.json").write_text(json.dumps(dict(
         added_tokens=special, normalizer=None, pre_tokenizer=dict(type="Sequence", pretokenizers=steps),
-        model=dict(type="BPE", vocab=vocab, merges=merges))))
+        model=dict(type="BPE", vocab={word: i for i, word in enumerate(words, 1)}, merges=merges))))
     return folder
 
 
@@ -4325,16 +4344,12 @@ def test_published_folder_works_in_every_command(tmp_path, monkeypatch):
     assert tok.token_bytes[[0, 299]].sum() == 0
     Path("a.txt").write_text("the cat sat then the end 1 été\n" * 300)
     write_jsonl(Path("q.jsonl"), dict(query="the cat", choices=[" sat", " end"], gold=0))
-    for script, line in (
-            (prepare, "--text a.txt --name toy --tokenizer llama"),
-            (train, "--init_from llama --dataset toy --out out/r --max_steps 2 --lr 1e-9 --eval_windows 8 "
-                    "--batch_tokens 128 --block_size 32 --device cpu --compile off"),
-            (sample, "llama --prompt '<|im_start|>the cat' --max_new_tokens 9 --device cpu"),
-            (sample, "score llama --text a.txt --windows 2 --device cpu --dtype bfloat16"),
-            (bench, "choices llama --files q.jsonl --device cpu --results res")):
-        status, out, error = typed(script, line)
-        assert status == 0, error
-    assert "exact" in out
+    works(prepare, "--text a.txt --name toy --tokenizer llama")
+    works(train, "--init_from llama --dataset toy --out out/r --max_steps 2 --lr 1e-9 --eval_windows 8 "
+                 "--batch_tokens 128 --block_size 32 --device cpu --compile off")
+    works(sample, "llama --prompt '<|im_start|>the cat' --max_new_tokens 9 --device cpu")
+    works(sample, "score llama --text a.txt --windows 2 --device cpu --dtype bfloat16")
+    assert "exact" in works(bench, "choices llama --files q.jsonl --device cpu --results res")[0]
     assert prepare.load_tokenizer("data/toy").encode(" the<|im_start|>7") == tok.encode(" the<|im_start|>7")
     close(train.load_model("out/r", "last")[0].blocks[1].mixer.qkv_proj.weight,
           lm.blocks[1].mixer.qkv_proj.weight, 1e-4)
