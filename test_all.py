@@ -127,7 +127,7 @@ BUDGET = {
     "sample.py": 4_830,
     "prepare.py": 6_820,
     "bench.py": 29_740,
-    "test_all.py": 51_000,
+    "test_all.py": 50_770,
 }
 
 
@@ -2708,6 +2708,7 @@ def prep_roots(tmp_path, monkeypatch):
     nouns = ["".join(rng.choices("abcdefghijklmnop", k=6)) for _ in range(3000)]
     form = "the %s of a %s is in the %s and it can be used for that %s."
     prose = lambda n: " ".join(form % tuple(rng.choices(nouns, k=4)) for _ in range(n))
+    common = "In some modules it is as it was, and it can be used for the one that is of it. "
     shared = "Copied into every module, this is the one paragraph that is in all of them. " + prose(3)
     (root / "tests").mkdir(parents=True)
     for i in range(20):
@@ -2732,6 +2733,8 @@ def g():
     {prose(2)}
     """
 
+x = """{common * (i % 2)} {prose(4)}"""
+
 add_newdoc("m", ("g", """This is of the new documentation. {prose(40)}
 
 {prose(40)}"""))
@@ -2752,7 +2755,7 @@ def test_docs(tmp_path, monkeypatch):
     assert folder.name == "docs-byte" and meta == prepare.load_dataset(make("two"))[2], "the same every time"
     tok = prepare.load_tokenizer(folder)
     train, val = (tok.decode(ids).split(prepare.EOT)[:-1] for ids in (train, val))
-    assert len(val) > 1
+    assert len(val) > 1 and prepare.drop_overlap(train, val) == val
     every, joined = train + val, "\n".join(train + val)
     assert all(200 <= len(text) < 8500 for text in every) and len(set(every)) == len(every)
     assert joined.count("Copied into") == 1 and "This is of the" in joined
@@ -2820,7 +2823,7 @@ def test_prepare_own_text(tmp_path, tokenizer, kept):
 
 
 def test_prepare_options(tmp_path, monkeypatch):
-    """Another dataset's tokenizer, given validation text, a length, damage to the training text; in pieces."""
+    """Another dataset's tokenizer, given validation text, a length, damage to the training text."""
     monkeypatch.setattr("prepare.PIECE", 64)
     (tmp_path / "v.txt").write_text("validation text\n")
 
@@ -3542,14 +3545,16 @@ def test_summary_is_its_definition():
 
 def test_read_items_forms(tmp_path):
     path, tok = tmp_path / "a.jsonl", prepare.Tokenizer("byte")
-    write_jsonl(path, {"ctx": "A man ", "endings": ["sits.", "runs."], "label": "1", "ind": 7},
-                {"query": "Question: why?\n", "choices": ["a", "b", "c"], "gold": [2]},
-                {"context": "It was", "continuation": "so"},
-                {"ctx": "", "endings": ["x", "y"], "label": 0}, "")
+    path.write_text("""{"ctx": "A man ", "endings": ["sits.", "runs."], "label": "1", "ind": 7}
+{"query": "Question: why?\\n", "choices": ["a", "b", "c"], "gold": [2]}
+{"context": "It was", "continuation": "so"}
+{"ctx": "", "endings": ["x", "y"], "label": 0}
+
+""")
     items = bench.read_items(path, tok)
-    assert [(tok.decode(i["context"]), [*map(tok.decode, i["ends"])], i["gold"]) for i in items] == [
-        ("A man", [" sits.", " runs."], 1), ("Question: why?\nAnswer:", [" a", " b", " c"], 2),
-        ("It was", [" so"], 0), ("", ["x", "y"], 0)]
+    assert [(tok.decode(i["context"]), "|".join(map(tok.decode, i["ends"])), i["gold"]) for i in items] == [
+        ("A man", " sits.| runs.", 1), ("Question: why?\nAnswer:", " a| b| c", 2), ("It was", " so", 0),
+        ("", "x|y", 0)]
     assert items[0]["bytes"] == [6, 6] and len(bench.read_items(path, tok, 2)) == 2
 
 
@@ -4457,52 +4462,55 @@ def test_tokenizer_json_equals_tokenizers(tmp_path, steps):
         assert ours.encode(text) == theirs.encode(text).ids, repr(text)
 
 
-MLA = """num_key_value_heads=4 kv_lora_rank=16 qk_nope_head_dim=8 qk_rope_head_dim=4 v_head_dim=12
-         moe_intermediate_size=24"""
-# preset, or the name of a class: (class in transformers, its settings, those that are no plain values); what
-# is no size stays as published
-THEIRS = {
-    "gpt2": ("GPT2LMHead", "n_embd=32 n_head=4 n_layer=2 n_positions=64", {}),
-    "llama": ("LlamaForCausalLM", "", dict(rope_parameters=dict(
-        rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-        original_max_position_embeddings=16))),
-    "qwen2": ("Qwen2ForCausalLM", "", dict(rope_parameters=dict(
-        rope_type="linear", rope_theta=1e4, factor=3.0))),
-    "qwen3": ("Qwen3ForCausalLM", "head_dim=16 tie_word_embeddings=true", {}),
-    "gpt-oss": ("GptOssForCausalLM", """
-        head_dim=16 sliding_window=8 num_local_experts=8 num_experts_per_tok=3 intermediate_size=24
-        """, dict(rope_parameters=dict(rope_type="default", rope_theta=150_000.0))),
-    "deepseek-v3": ("DeepseekV3ForCausalLM", f"""
-        {MLA} q_lora_rank=24 n_routed_experts=16 num_experts_per_tok=3""", {}),
-    "deepseek without a rank": ("DeepseekV3ForCausalLM", f"""
-        {MLA} q_lora_rank=none n_routed_experts=16 num_experts_per_tok=3 first_k_dense_replace=1""", {}),
-    "qwen3-next": ("Qwen3NextForCausalLM", """
-        head_dim=16 linear_num_key_heads=2 linear_num_value_heads=4 linear_key_head_dim=8
-        linear_value_head_dim=12 num_experts=8 num_experts_per_tok=3 moe_intermediate_size=24
-        shared_expert_intermediate_size=40""", {}),
-    "kimi-linear": ("KimiLinearForCausalLM", f"""
-        {MLA} linear_head_dim=8 linear_num_heads=4 num_experts=8 num_experts_per_token=3 model_max_length=64
-        """, dict(layer_types=["linear_attention"] * 3 + ["full_attention"])),
-}
+# preset or other name, class in transformers => its settings; what is no size stays as published
+THEIRS = """
+gpt2 GPT2LMHeadModel => n_embd=32 n_head=4 n_layer=2 n_positions=64
+llama LlamaForCausalLM => rope_parameters='{"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, \
+"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}'
+qwen2 Qwen2ForCausalLM => rope_parameters='{"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}'
+qwen3 Qwen3ForCausalLM => head_dim=16 tie_word_embeddings=true
+gpt-oss GptOssForCausalLM => head_dim=16 sliding_window=8 num_local_experts=8 num_experts_per_tok=3 \
+intermediate_size=24 rope_parameters='{"rope_type": "default", "rope_theta": 150000.0}'
+deepseek-v3 DeepseekV3ForCausalLM => MLA q_lora_rank=24 n_routed_experts=16 num_experts_per_tok=3
+no-rank DeepseekV3ForCausalLM => MLA q_lora_rank=none n_routed_experts=16 num_experts_per_tok=3 \
+first_k_dense_replace=1
+qwen3-next Qwen3NextForCausalLM => head_dim=16 linear_num_key_heads=2 linear_num_value_heads=4 \
+linear_key_head_dim=8 linear_value_head_dim=12 num_experts=8 num_experts_per_tok=3 moe_intermediate_size=24 \
+shared_expert_intermediate_size=40
+kimi-linear KimiLinearForCausalLM => MLA linear_head_dim=8 linear_num_heads=4 num_experts=8 \
+num_experts_per_token=3 model_max_length=64 \
+layer_types='["linear_attention", "linear_attention", "linear_attention", "full_attention"]'
+""".replace("MLA", "num_key_value_heads=4 kv_lora_rank=16 qk_nope_head_dim=8 qk_rope_head_dim=4 "
+            "v_head_dim=12 moe_intermediate_size=24")
 
 
-@each("kind", THEIRS)
-def test_published_models_equal_transformers(tmp_path, kind):
+def as_published(text):
+    """Settings, among which what begins with a bracket is JSON."""
+    return {key: json.loads(value) if str(value)[0] in "[{" else value
+            for key, value in model.settings(text).items()}
+
+
+def fill(module, mean=lambda name: 0.0):
+    """Random weights, vectors around their mean."""
+    for name, p in module.state_dict().items():
+        vector = p.ndim == 1 or "A_log" in name
+        p.copy_(torch.randn(p.shape) * (0.3 if vector else max(p.size(-1), 4) ** -0.5) + mean(name) * vector)
+
+
+@each("kind, given", pairs(THEIRS))
+def test_published_models_equal_transformers(tmp_path, kind, given):
     """What transformers saves, read by us: the same logits, and the preset is the same kind of model."""
     tf = pytest.importorskip("transformers")
-    name, given, more = THEIRS[kind]
-    sizes = model.settings("""hidden_size=32 num_attention_heads=4 num_hidden_layers=4 num_key_value_heads=2
-                              intermediate_size=48 max_position_embeddings=64""")
-    theirs = getattr(tf, name + "Model" * (kind == "gpt2"))
-    words = dict(vocab_size=100, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    config = theirs.config_class(**(sizes if kind != "gpt2" else {}) | words | more | model.settings(given))
+    kind, name = kind.split()
+    sizes = "" if kind == "gpt2" else """hidden_size=32 num_attention_heads=4 num_hidden_layers=4
+        num_key_value_heads=2 intermediate_size=48 max_position_embeddings=64"""
+    words = "vocab_size=100 pad_token_id=0 bos_token_id=1 eos_token_id=2"
+    theirs = getattr(tf, name)
+    config = theirs.config_class(**as_published(f"{sizes} {words} {given}"))
     config._attn_implementation = "eager"                                   # gpt-oss's sink has no other here
     theirs = theirs(config).eval()
-    for name, p in theirs.state_dict().items():                     # norms near 1; a memory of some 30 tokens
-        mean = 1.0 * ("norm" in name
-                      and not (kind == "qwen3-next" and "linear_attn" not in name)) - 3.0 * ("A_log" in name)
-        p.copy_(mean + 0.3 * torch.randn(p.shape) if p.ndim == 1 or "A_log" in name
-                else torch.randn(p.shape) * max(p.size(-1), 4) ** -0.5)
+    around = lambda name: kind != "qwen3-next" or "linear_attn" in name     # elsewhere it is x (1 + w)
+    fill(theirs, lambda name: 1.0 * ("norm" in name and around(name)) - 3.0 * ("A_log" in name))
     theirs.save_pretrained(tmp_path, max_shard_size="20KB")
     lm, x = model.from_pretrained(tmp_path)[0], torch.randint(100, (2, 60))
     with torch.no_grad():
@@ -4596,52 +4604,50 @@ def test_harness_says_what_choices_says(runs, objective):
 # pip install transformers einops; pip install --no-deps flash-linear-attention fla-core
 # The presets are compared as whole models. Here are the layers that no preset has.
 
-RANKS = "q_lora_rank=24 kv_lora_rank=16 qk_rope_head_dim=8 qk_nope_head_dim=16 v_head_dim=16"
+# our layer, its model, config and class in transformers; settings there; settings here; names there -> here.
+# (Of dsa fewer heads would have ties at 0.)
+PEERS = """
+dsa deepseek_v32 DeepseekV32Config DeepseekV32Attention
+RANKS index_topk=8 index_head_dim=16 index_n_heads=16 n_routed_experts=8 n_group=2 topk_group=1 \
+num_experts_per_tok=2 num_key_value_heads=4
+RANKS sel_topk=8 index_head_dim=16 index_n_head=16
+a_layernorm=a_norm kv_a_proj_with_mqa=kv_a_proj indexer.wq_b=index_q_proj indexer.wk=index_k_proj \
+weights_proj=w_proj indexer.=index_
 
-# our layer: (model, config and class in transformers, settings there, settings here, names there -> here)
-PEERS = {
-    "dsa": (
-        "deepseek_v32", "DeepseekV32Config", "DeepseekV32Attention",
-        model.settings(f"""{RANKS} index_topk=8 index_head_dim=16 index_n_heads=16 n_routed_experts=8
-                           n_group=2 topk_group=1 num_experts_per_tok=2 num_key_value_heads=4"""),
-        f"{RANKS} sel_topk=8 index_head_dim=16 index_n_head=16",        # fewer heads have ties at 0
-        "a_layernorm=a_norm kv_a_proj_with_mqa=kv_a_proj indexer.wq_b=index_q_proj indexer.wk=index_k_proj "
-        "weights_proj=w_proj indexer.=index_"),
-    "msa": (
-        "minimax_m3_vl", "MiniMaxM3VLTextConfig", "MiniMaxM3VLAttention",
-        dict(layer_types=["minimax_m3_sparse"] * 2,
-             rope_parameters=dict(rope_type="default", rope_theta=5e6, partial_rotary_factor=0.5),
-             **model.settings("""num_key_value_heads=2 head_dim=16 index_n_heads=2 index_head_dim=16
-                                 index_block_size=4 index_topk_blocks=3 index_local_blocks=1""")),
-        """n_kv_head=2 head_dim=16 rotary_fraction=0.5 rope_base=5e6 qk_norm=true index_head_dim=16
-           sel_block=4 sel_topk=3""",
-        "indexer.=index_"),
-    "gated_deltanet": (
-        "olmo_hybrid", "OlmoHybridConfig", "OlmoHybridGatedDeltaNet",
-        model.settings("""linear_num_key_heads=4 linear_num_value_heads=4 linear_key_head_dim=16
-                          linear_value_head_dim=24 linear_allow_neg_eigval=true"""),
-        "linear_key_dim=16 linear_value_dim=24 neg_eigval=true norm_eps=1e-5",
-        "a_proj=decay_proj b_proj=beta_proj g_proj=gate_proj conv1d.=conv_"),
-    "kda": (
-        "glm5_next", "Glm5NextTextConfig", "Glm5NextTextLinearAttention",
-        dict(linear_head_dim=16, linear_num_heads=4, linear_lower_bound=-5.0, num_key_value_heads=4),
-        "linear_key_dim=16",
-        "forget_gate.= f_a_proj=decay_proj.0 f_b_proj=decay_proj.1 g_a_proj=gate_proj.0 g_b_proj=gate_proj.1 "
-        "b_proj=beta_proj conv1d.=conv_"),
-}
+msa minimax_m3_vl MiniMaxM3VLTextConfig MiniMaxM3VLAttention
+num_key_value_heads=2 head_dim=16 index_n_heads=2 index_head_dim=16 index_block_size=4 index_topk_blocks=3 \
+index_local_blocks=1 layer_types='["minimax_m3_sparse", "minimax_m3_sparse"]' \
+rope_parameters='{"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5}'
+n_kv_head=2 head_dim=16 rotary_fraction=0.5 rope_base=5e6 qk_norm=true index_head_dim=16 sel_block=4 \
+sel_topk=3
+indexer.=index_
+
+gated_deltanet olmo_hybrid OlmoHybridConfig OlmoHybridGatedDeltaNet
+linear_num_key_heads=4 linear_num_value_heads=4 linear_key_head_dim=16 linear_value_head_dim=24 \
+linear_allow_neg_eigval=true
+linear_key_dim=16 linear_value_dim=24 neg_eigval=true norm_eps=1e-5
+a_proj=decay_proj b_proj=beta_proj g_proj=gate_proj conv1d.=conv_
+
+kda glm5_next Glm5NextTextConfig Glm5NextTextLinearAttention
+linear_head_dim=16 linear_num_heads=4 linear_lower_bound=-4.5 num_key_value_heads=4
+linear_key_dim=16 g_min=-4.5
+forget_gate.= f_a_proj=decay_proj.0 f_b_proj=decay_proj.1 g_a_proj=gate_proj.0 g_b_proj=gate_proj.1 \
+b_proj=beta_proj conv1d.=conv_
+""".replace("RANKS", "q_lora_rank=24 kv_lora_rank=16 qk_rope_head_dim=8 qk_nope_head_dim=16 v_head_dim=16")
 
 
-@each("name", PEERS)
-def test_layers_equal_transformers(name):
+@each("peer", PEERS.strip().split("\n\n"))
+def test_layers_equal_transformers(peer):
     """The same random weights, the same outputs and gradients."""
-    kind, config, layer, their_settings, settings, names = PEERS[name]
+    about, there, here, names = peer.split("\n")
+    name, kind, config, layer = about.split()
     module = pytest.importorskip(f"transformers.models.{kind}.modeling_{kind}")
-    config = getattr(module, config)(vocab_size=64, hidden_size=64, num_hidden_layers=2, rms_norm_eps=1e-6,
-                                     num_attention_heads=4, **their_settings)
+    sizes = "vocab_size=64 hidden_size=64 num_hidden_layers=2 rms_norm_eps=1e-6 num_attention_heads=4"
+    config = getattr(module, config)(**as_published(f"{sizes} {there}"))
     config._attn_implementation = "eager"
     theirs, weights = getattr(module, layer)(config, 0).eval(), {}
+    fill(theirs)
     for key, p in theirs.state_dict().items():
-        p.copy_(torch.randn(p.shape) * (0.3 if p.ndim == 1 else p.size(-1) ** -0.5))
         for pair in names.split():
             key = key.replace(*pair.split("="))
         if name == "msa" and "norm" in key:
@@ -4649,7 +4655,7 @@ def test_layers_equal_transformers(name):
         weights[key] = p.squeeze(1) if "conv" in key else p
     if "k_proj.weight" in weights:
         weights["qkv_proj.weight"] = torch.cat([weights.pop(f"{n}_proj.weight") for n in "qkv"])
-    ours = ATTENTION[name](tiny(**dict(n_embd=64) | model.settings(settings)))
+    ours = ATTENTION[name](tiny(**model.settings(f"n_embd=64 {here}")))
     ours.load_state_dict(weights)
     x, how = torch.randn(2, 100, 64, requires_grad=True), {}
     if ours.family == "sparse":
