@@ -127,7 +127,7 @@ BUDGET = {
     "sample.py": 4_830,
     "prepare.py": 6_820,
     "bench.py": 29_740,
-    "test_all.py": 50_770,
+    "test_all.py": 50_215,
 }
 
 
@@ -324,19 +324,19 @@ def test_costs_are_those_of_the_cache(case):
         assert 0 < layer.flops(64, True) <= layer.flops(64, False)
 
 
-# keywords of a call on 2 x 4 tokens, behind 6 in a cache of 12, and what the refusal says
-CALLS = [
-    (dict(pos=torch.arange(9, 13)), "outside the cache"),
-    (dict(pos=torch.arange(-1, 3)), "outside the cache"),
-    (dict(pos=torch.tensor([6, 7, 9, 10])), "without a gap"),
-    (dict(pos=torch.tensor([7, 6, 8, 9])), "must rise"),
-    (dict(pos=torch.arange(3)), "pos has shape"),
-    (dict(valid=torch.ones(2, 3) > 0), "valid has shape"),
-    (dict(valid=torch.arange(8).view(2, 4) > 0), "right only"),
-    (dict(mask=torch.ones(4, 4) > 0), "not both"),
-    (dict(pos=torch.arange(4)), "reads its cache in order"),
-    (dict(pos=torch.arange(4), commit=False), "reads its cache in order"),
-]
+# keywords of a call on 2 x 4 tokens, behind 6 in a cache of 12 => what the refusal says
+CALLS = pairs("""
+pos=torch.arange(9, 13)                  => outside the cache
+pos=torch.arange(-1, 3)                  => outside the cache
+pos=torch.tensor([6, 7, 9, 10])          => without a gap
+pos=torch.tensor([7, 6, 8, 9])           => must rise
+pos=torch.arange(3)                      => pos has shape
+valid=torch.ones(2, 3) > 0               => valid has shape
+valid=torch.arange(8).view(2, 4) > 0     => right only
+mask=torch.ones(4, 4) > 0                => not both
+pos=torch.arange(4)                      => reads its cache in order
+pos=torch.arange(4), commit=False        => reads its cache in order
+""")
 
 
 @each_case
@@ -345,10 +345,10 @@ def test_layers_refuse_calls(case):
     layer, x = make_layer(case), torch.randn(2, 10, 32)
     cache = layer.init_cache(2, 12)
     layer(x[:, :6], cache=cache)
-    for keywords, word in CALLS:
-        if "in order" not in word or not layer.rewrites:
-            with refused(word):
-                layer(x[:, 6:], cache=cache, **keywords)
+    for keywords, words in CALLS:
+        if "in order" not in words or not layer.rewrites:
+            with refused(words):
+                layer(x[:, 6:], cache=cache, **eval(f"dict({keywords})"))
     if not layer.takes_mask:
         with refused(f"{type(layer).__name__} takes no mask"):
             layer(x, mask=torch.ones(10, 10) > 0)
@@ -588,16 +588,15 @@ def test_softmax_layers_are_their_definition(case):
         close(y[valid], want[valid])
 
 
-SOME = torch.arange(4) < torch.tensor([[4], [2]])
 # slots taken (None: no cache), new tokens, keywords of a call that hides nothing but what is causal
-UNMASKED = [
-    (None, 4, dict(valid=SOME)),
-    (0, 4, dict(valid=SOME)),
-    (0, 4, dict(causal=False)),
-    (4, 2, dict(causal=False)),
-    (4, 1, {}),
-    (8, 1, dict(causal=False, pos=torch.tensor([5]))),
-]
+UNMASKED = """
+None 4 valid=torch.arange(4) < torch.tensor([[4], [2]])
+0 4 valid=torch.arange(4) < torch.tensor([[4], [2]])
+0 4 causal=False
+4 2 causal=False
+4 1 causal=True
+8 1 causal=False, pos=torch.tensor([5])
+"""
 
 
 @each("case", ("full", "full gqa", "mla"))
@@ -605,12 +604,13 @@ UNMASKED = [
 def test_no_mask_where_nothing_is_hidden(case, monkeypatch):
     """Then SDPA takes its fast kernels."""
     layer = make_layer(case)
-    for taken, T, how in UNMASKED:
-        cache = None if taken is None else layer.init_cache(2, 8)
-        layer(torch.randn(2, taken or 0, 32), cache=cache)
+    for line in UNMASKED.strip().split("\n"):
+        taken, T, how = line.split(" ", 2)
+        cache = None if taken == "None" else layer.init_cache(2, 8)
+        layer(torch.randn(2, int(taken) if cache else 0, 32), cache=cache)
         with monkeypatch.context() as patch:
-            patch.setattr("attention.Step.below", None)    # which makes it
-            layer(torch.randn(2, T, 32), cache=cache, commit=False, **how)
+            patch.setattr("attention.Step.below", None)             # which makes it
+            layer(torch.randn(2, int(T), 32), cache=cache, commit=False, **eval(f"dict({how})"))
 
 
 @exactly
@@ -1309,7 +1309,7 @@ def test_init_knows_every_parameter(monkeypatch):
 
 @each("objective", ["ar", "mdm"])
 @each("without", [(), ("flops", "state")], ids=["as it stands", "without flops and state"])
-def test_readme_layer_works(monkeypatch, dataset, tmp_path, capsys, objective, without):
+def test_readme_layer_works(monkeypatch, dataset, tmp_path, objective, without):
     """The layer that the README tells readers to write: in a model, and by the real commands, to the end."""
     readme = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
     monkeypatch.setitem(ATTENTION, "mean", None)    # taken out again behind the test
@@ -1326,14 +1326,14 @@ def test_readme_layer_works(monkeypatch, dataset, tmp_path, capsys, objective, w
             sample_ar(lm, x, 11, cache=True)
     else:
         close(decode(lm, x, [5, 1, 3], lm.init_cache(2, 9)), y)
-    run, text = str(tmp_path / "run"), str(Path(dataset).parents[1] / "text.txt")
-    small = "--n_layer 2 --n_embd 16 --n_head 2 --block_size 16 --batch_tokens 32 --max_steps 2"
-    flags = f"--dataset {dataset} --out {run} --objective {objective} --device cpu {small}".split()
-    assert train.main([*flags, "--eval_windows", "4", "--layers", "mean full"]) == 0
-    assert Path(run, "samples.txt").read_text()
-    assert sample.main([run, "--prompt", "the cat", "--max_new_tokens", "5"]) == 0
-    assert sample.main(["score", run, "--text", text, "--n_mc", "4", "--windows", "2"]) == 0
-    assert "nats/token" in capsys.readouterr().out
+    run = tmp_path / "run"
+    works(train, f"""--dataset {dataset} --out {run} --objective {objective} --layers 'mean full' --device cpu
+        --n_layer 2 --n_embd 16 --n_head 2 --block_size 16 --batch_tokens 32 --max_steps 2
+        --eval_windows 4""")
+    assert (run / "samples.txt").read_text()
+    works(sample, f"{run} --prompt 'the cat' --max_new_tokens 5")
+    text = Path(dataset).parents[1] / "text.txt"
+    assert "nats/token" in works(sample, f"score {run} --text {text} --n_mc 4 --windows 2")[0]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1382,9 +1382,14 @@ def by_hand(moe, x):
 
 
 def test_activations():
-    for kind, h, want in (("relu2", [3.0, -1.0], [9.0, 0.0]), ("gelu", [1.0], [0.841345]),
-                          ("swiglu", [1.0, 2.0], [1.462117]), ("swiglu_clamped", [9.0, -8.0], [-41.999719])):
-        close(activate(torch.tensor(h), kind), torch.tensor(want))
+    for given, want in pairs("""
+            relu2 3.0 -1.0          => 9.0 0.0
+            gelu 1.0                => 0.841345
+            swiglu 1.0 2.0          => 1.462117
+            swiglu_clamped 9.0 -8.0 => -41.999719"""):
+        kind, *h = given.split()
+        y = activate(torch.tensor([*map(float, h)]), kind)
+        close(y, torch.tensor([*map(float, want.split())]))
 
 
 @each("case", MOES)
@@ -1473,21 +1478,24 @@ def test_moe_compiles_once(dtype, path, tol, monkeypatch):
 # model.py: presets
 
 # Parameters as transformers' classes count them, without the mask row and the padding to 64 of both
-# embeddings; and bytes of the cache per token at 64k.
-PUBLISHED = {
-    "llama": (8_030_261_248, 131_072), "qwen3-next": (79_674_391_296, None),
-    "deepseek-v3": (671_026_404_352, 70_272), "gpt-oss": (20_914_757_184, None),
-    "kimi-linear": (49_122_675_072, None), "llada": (8_015_581_184, 524_288),
-}
+# embeddings => bytes of the cache per token at 64k.
+PUBLISHED = pairs("""
+llama 8030261248        => 131072
+qwen3-next 79674391296  =>
+deepseek-v3 671026404352 => 70272
+gpt-oss 20914757184     =>
+kimi-linear 49122675072 =>
+llada 8015581184        => 524288
+""")
 
 
-@each("name", PUBLISHED)
-def test_presets_have_the_published_sizes(name):
+@each("preset, cache", PUBLISHED)
+def test_presets_have_the_published_sizes(preset, cache):
+    name, total = preset.split()
     with torch.device("meta"):
         lm = LM(from_preset(name))
-    total, cache = PUBLISHED[name]
-    assert lm.num_params() - 2 * (lm.embed.weight.size(0) - lm.V) * lm.config.n_embd == total
-    assert cache is None or lm.cache_bytes(65536, torch.bfloat16) == cache * 65536
+    assert lm.num_params() - 2 * (lm.embed.weight.size(0) - lm.V) * lm.config.n_embd == int(total)
+    assert not cache or lm.cache_bytes(65536, torch.bfloat16) == int(cache) * 65536
 
 
 @exactly
@@ -1590,7 +1598,7 @@ def test_orders_by_enumeration():
     """AR in one order is the chain rule left to right; the mean over all T! orders is the diffusion bound,
     and so is the mean over every mask, where n is uniform, and the choice of n places."""
     T = 4
-    f, x = OrderTable(3, T), torch.randint(3, (1, T), generator=seeded(5))
+    f, x = OrderTable(3, T), torch.randint(3, (1, T))
     nats, mean, want = [], 0.0, bound(f, x, range(T)).item()
     for order in permutations(range(T)):
         order = torch.tensor([order])
@@ -1609,16 +1617,16 @@ def test_orders_by_enumeration():
 
 def test_mdm_noise_is_uniform_and_stratified():
     """And what replaces tokens comes at its rates."""
-    g, T, B = seeded(1), 8, 16
-    n = torch.stack([mdm_noise(B, T, g)[0] for _ in range(2000)])
+    T, B = 8, 16
+    n = torch.stack([mdm_noise(B, T)[0] for _ in range(2000)])
     assert (n.sort(1).values
             == torch.arange(1, T + 1).repeat_interleave(B // T)).all(), "each n equally often"
     first = torch.bincount(n[:, 0], minlength=T + 1)[1:]
     assert ((first - 250) ** 2 / 250).sum() < 24.3, "uniform in one row: chi-square, 7 degrees, p = 0.001"
-    tied = torch.rand(50, 9, generator=g).round(decimals=1)
+    tied = torch.rand(50, 9).round(decimals=1)
     assert (smallest(tied, torch.full((50,), 4)).sum(1) == 4).all()
-    x = torch.randint(50, (200, 500), generator=g)
-    y = corrupt(x, 50, 0.1, 0.05, g)
+    x = torch.randint(50, (200, 500))
+    y = corrupt(x, 50, 0.1, 0.05)
     assert abs((y == 50).float().mean() - 0.1) < 0.005
     assert abs(((y != x) & (y != 50)).float().mean() - 0.05 * 49 / 50) < 0.004
     assert torch.equal(corrupt(x, 50), x)
@@ -1626,8 +1634,7 @@ def test_mdm_noise_is_uniform_and_stratified():
 
 def test_losses_split_into_micro_batches():
     """Sums over any cut of the batch, by its tokens, are the mean of the whole; so is that of "none"."""
-    f, g = DiffTable(3, 5), seeded(0)
-    x, noise = torch.randint(3, (12, 5), generator=g), mdm_noise(12, 5, g)
+    f, x, noise = DiffTable(3, 5), torch.randint(3, (12, 5)), mdm_noise(12, 5)
     part = lambda a, b, reduction: mdm_loss(f, x[a:b], 3, [z[a:b] for z in noise], reduction=reduction)
     whole = mdm_loss(f, x, 3, noise)
     close(sum(part(a, b, "sum") for a, b in ((0, 1), (1, 7), (7, 12))) / 60, whole)
@@ -1643,7 +1650,7 @@ def test_losses_split_into_micro_batches():
 @no_grad
 def test_ar_loss_is_its_definition():
     """-log p of each token behind BOS and the tokens before it, in whose place `inputs` may be read."""
-    f, (x, other) = DiffTable(3, 5), torch.randint(3, (2, 6, 5), generator=seeded(3))
+    f, (x, other) = DiffTable(3, 5), torch.randint(3, (2, 6, 5))
     for inputs in (None, other):
         context = F.pad(x if inputs is None else inputs, (1, 0), value=3)
         want = [F.cross_entropy(f(context[:, :i + 1], causal=True)[:, i], x[:, i], reduction="none")
@@ -1671,7 +1678,7 @@ def test_chain_nll_is_a_distribution(order):
 def test_mdm_nll_estimates_the_bound(drawn, monkeypatch):
     """Whatever the batch size; with an honest error; with context, the bound of the smaller problem.
     Also with few uniforms at a time: then its memory does not grow with the windows."""
-    f, x, sizes, rand = DiffTable(3, 5), torch.randint(3, (6, 5), generator=seeded(5)), [], torch.rand
+    f, x, sizes, rand = DiffTable(3, 5), torch.randint(3, (6, 5)), [], torch.rand
     count = lambda *shape, **how: sizes.append(math.prod(shape)) or rand(*shape, **how)
     monkeypatch.setattr("torch.rand", count)
     monkeypatch.setattr("diffusion.DRAWN", drawn)
@@ -1692,7 +1699,7 @@ def test_mdm_nll_estimates_the_bound(drawn, monkeypatch):
 def test_mdm_nll_reads_token_files(kind, V, tmp_path):
     """Any integer dtype, memory-mapped and in pieces: as if it were int64 and whole; groups stay together."""
     lm = lambda idx, causal, **_: F.one_hot(idx % V, V).float().cumsum(1)
-    x = torch.randint(V, (9, 4), generator=seeded(0))
+    x = torch.randint(V, (9, 4))
     x.numpy().astype("uint16" if V > 200 else kind).tofile(tmp_path / "tokens")
     mapped = torch.from_numpy(np.memmap(tmp_path / "tokens", dtype=kind, mode="c").reshape(9, 4))
     group, scored = torch.tensor([0, 0, 0, 1, 1, 2, 4, 4, 4]), torch.ones(9, 4, dtype=torch.bool).tril(2)
@@ -1762,7 +1769,7 @@ def test_samples_follow_the_likelihood(name):
     f, every = DiffTable(3, 4), all_texts(3, 4)
     f.table *= 0.3                                                  # so that no text is rare
     sampler, nats = LAWS[name]
-    y = sampler(f, torch.full((20_000, 4), 3), 3, generator=seeded(0))
+    y = sampler(f, torch.full((20_000, 4), 3), 3)
     assert chi_square(y, torch.exp(-nats(f, every))) < 145
 
 
@@ -1776,7 +1783,7 @@ def test_drafts_keep_the_law(how):
     given = free.clone()
     given[:, 2] = every[:, 2] == 1
     for draft, (x, law) in product((1, 2, 9), (([3, 3, 3, 3], free), ([3, 3, 1, 3], given))):
-        y = sample_ar(f, torch.tensor([x] * 20_000), 3, generator=seeded(0), draft=draft, **how)
+        y = sample_ar(f, torch.tensor([x] * 20_000), 3, draft=draft, **how)
         assert chi_square(y, law.prod(1)) < 145
 
 
@@ -1806,7 +1813,7 @@ def blocks_of(lm, idx):
 def test_mtp_loss_is_its_definition():
     """Place i of the blocks and the token i + 1 predict the token i + 2; without the module the model is the
     same."""
-    lm, idx, aux = diff_lm("full mla", mtp=0.3), torch.randint(13, (3, 9), generator=seeded(0)), {}
+    lm, idx, aux = diff_lm("full mla", mtp=0.3), torch.randint(13, (3, 9)), {}
     logits = lm(idx, aux=aux)
     x, mtp = blocks_of(lm, idx), lm.mtp[0]
     both = torch.cat([mtp.x_norm(x[:, :-1]), mtp.token_norm(lm.embed(idx[:, 1:]))], -1) @ mtp.in_proj.weight.T
@@ -1840,14 +1847,14 @@ def test_mtp_draft_is_its_definition(prompts):
             return pick(logits)
         return draft(canvas, at, cache, look)
     lm.draft = spy
-    sample_ar(lm, x, 13, generator=seeded(1), valid=valid, draft=1)
+    sample_ar(lm, x, 13, valid=valid, draft=1)
     assert len(calls) > 5
 
 
 def test_draw_follows_temperature_top_k_top_p(monkeypatch):
     """To the tail, too: a token of probability 5.6e-8 is drawn; from float32 uniforms, multiples of 6.0e-8,
     it never is."""
-    g, logits = seeded(0), torch.tensor([2.0, 0.5, 1.0, -1.0, 1.5]).repeat(200_000, 1)
+    logits = torch.tensor([2.0, 0.5, 1.0, -1.0, 1.5]).repeat(200_000, 1)
     p = logits[0].double().softmax(0)                                                  # sorted: 0, 4, 2, 1, 3
     best = p[0].item()
     for how, keep in (({}, slice(None)), (dict(temperature=0.5), slice(None)), (dict(top_k=2), [0, 4]),
@@ -1855,7 +1862,7 @@ def test_draw_follows_temperature_top_k_top_p(monkeypatch):
                       (dict(top_k=3, top_p=0.999), [0, 2, 4])):
         want = torch.zeros(5, dtype=torch.float64)
         want[keep] = p[keep] ** (1 / how.get("temperature", 1.0))
-        got = torch.bincount(diffusion.draw(logits, generator=g, **how), minlength=5) / 200_000
+        got = torch.bincount(diffusion.draw(logits, **how), minlength=5) / 200_000
         assert (got - want / want.sum()).abs().max() < 0.005 and (got[want == 0] == 0).all(), how
     assert diffusion.draw(logits[:3], temperature=0).tolist() == [0, 0, 0]
     rare = math.exp(-16.7)
@@ -1913,7 +1920,7 @@ def test_sampler_steps_threshold_and_given_tokens(how, steps):
         left.append((y == 13).sum().item())
         current = block.where(y == 13, 99).amin(1, keepdim=True)
         assert ((y == 13) | given)[block > current].all()
-    y = sample_mdm(lm, x, 13, generator=seeded(0), callback=look, **how)
+    y = sample_mdm(lm, x, 13, callback=look, **how)
     assert torch.equal(y[given], x[given]) and (y < 13).all() and torch.equal(x, before)
     assert len(passes) == len(left) == int(steps)
     assert left[-1] == 0 and left == sorted(set(left), reverse=True)
@@ -1929,7 +1936,7 @@ SAMPLERS = {
 @each("name", SAMPLERS)
 def test_nothing_is_generated_after_end_of_text(name):
     x, valid = canvas([[12, 2, 3], [4]] * 20, 20, 13)   # id 12 ends a text; one in the prompt ends nothing
-    y = SAMPLERS[name](diff_lm(), x, 13, generator=seeded(0), valid=valid, eot_id=12)
+    y = SAMPLERS[name](diff_lm(), x, 13, valid=valid, eot_id=12)
     new = (x == 13) & valid
     after = ((y == 12) & new).cumsum(1) > 0
     assert after.any() and (y[after & new] == 12).all() and (y[::2, 3:] != 12).any()
@@ -1992,7 +1999,7 @@ def test_cached_sampling_equals_recomputed(temperature, prompts):
 def test_block_diffusion_equals_its_definition(layers):
     """Two streams == each noisy block alone against the cache of the clean ones; size 1 has no variance."""
     lm, B, T = diff_lm(layers), 3, 12
-    x = torch.randint(13, (B, T), generator=seeded(0))
+    x = torch.randint(13, (B, T))
     for S in (1, 3, 12):
         noise = mdm_noise(B * T // S, S, seeded(S))
         masked, weight = mdm_mask(noise)
@@ -2508,7 +2515,7 @@ def test_best_is_the_least_of_the_log(dataset, tmp_path, monkeypatch, which):
     """Killed before the one or the other checkpoint of a step: no worse model takes the best's place. Where
     its file is gone, the loss of a model that is no more does not count, at the next resume either."""
     out, best, save = tmp_path / "run", tmp_path / "run/ckpt_best.pt", train.save_atomic
-    scripted_losses(monkeypatch, {3: 4.0, 6: 3.0, 9: 5.0, 12: 4.5})
+    scripted_losses(monkeypatch, {3: 4.0, 6: 3.0, 9: 5.0 if which == "gone" else 3.0, 12: 4.5})
 
     def killed(state, path, keep=None):
         if (path.name, state["step"]) == (f"ckpt_{which}.pt", 6):
@@ -2626,6 +2633,10 @@ def test_bpe_encodes_by_rank(monkeypatch):
     tok = prepare.learn_bpe([("a few words " * 9 + dna, True, 1)], 300)
     assert sum(map(len, learnt)) < 20_000 and max(map(len, learnt)) <= prepare.BPE_LONG
     assert len(tok.encode(dna)) < 100_000
+    monkeypatch.setattr("prepare.BPE_BYTES", 9)
+    monkeypatch.setattr("prepare.BPE_WORDS", 1)
+    first = prepare.learn_bpe([("cde ab ab ab", False, 0.1), ("xy " * 9, True, 1)], 300).ranks
+    assert b" ab" in first and not {b"cd", b"xy"} & first.keys(), "the first bytes, the most frequent words"
 
 
 # Streams
@@ -2841,6 +2852,8 @@ def test_prepare_options(tmp_path, monkeypatch):
     assert np.array_equal(v1, v2) and not np.array_equal(clean[:99], dirty[:99])
     assert meta["settings"]["corrupt"] == 0.5
     assert tok.ranks == tok2.ranks, "learnt from clean text"
+    named = prepare.prepare(text=[tmp_path / "a.txt"], tokenizer="byte", corrupt=0.5, out_dir=tmp_path)
+    assert named.name == "a-corrupt0.5-byte"
 
 
 def test_byte_needs_no_tiktoken(tmp_path):
@@ -2853,6 +2866,8 @@ def test_byte_needs_no_tiktoken(tmp_path):
 
 
 def test_load_bin_forms(tmp_path):
+    sizes = 1 << 16, (1 << 16) + 1
+    assert [prepare.Tokenizer("byte", n_vocab=n).dtype for n in sizes] == ["uint16", "uint32"]
     ids, path = np.arange(3000), tmp_path / "h.bin"
     for magic, dtype in [*prepare.HEADERS.items(), (None, "uint16")]:
         header = np.zeros(256 if magic else 0, np.int32)
@@ -2899,9 +2914,9 @@ def test_dataset_folder(tmp_path, monkeypatch):
     Path("docs").mkdir()
     Path("made").mkdir()
     Path("made/meta.json").touch()
-    for name, folder in (("docs", "data/docs"), ("made", "made"), ("data/s", "data/s"), ("../s", "../s"),
-                         ("x\\s", "x\\s")):
-        assert prepare.dataset_folder(name) == Path(folder)
+    assert prepare.dataset_folder("docs") == Path("data/docs")
+    for name in ("made", "data/s", "../s", "x\\s"):
+        assert prepare.dataset_folder(name) == Path(name)
 
 
 # Downloads
@@ -2944,6 +2959,10 @@ def test_downloads_are_whole_and_checked(tmp_path, monkeypatch):
     assert meta["train_bytes"] + meta["val_bytes"] == len(Answers.body)
     server.shutdown()
     server.server_close()
+    monkeypatch.setattr("prepare.download", lambda *_: raw / "whole.txt")
+    monkeypatch.setattr("prepare.cut_bytes", lambda stream, *borders: borders)
+    parts = [part() for part in prepare.open_source("text8", (), (), None, raw)]
+    assert parts == [(0, 90_000_000), (90_000_000, 95_000_000)], "by convention"
 
 
 def test_shards(tmp_path, monkeypatch):
@@ -3851,13 +3870,12 @@ def test_tool_calls_that_fail():
         return "".join("()abcdefghijk_"[t] for t in x[0].tolist()), hook.calls
     text, calls = answer("ab(cd)ef", lambda call: "gh")
     assert text == "ab(cd)gh______" and calls == [(0, "cd", "gh", None)], "what followed is masked again"
-    text, ((_, _, result, why),) = answer("(c)", lambda call: "g" * 7)
-    assert text == "(c)k_____" and result == "k" and "room for 6" in why
-    why = "its result has 2 tokens, and there is room for 0"
-    assert answer("(c)", lambda call: "gg", room=0) == ("(c)", [(0, "c", "", why)])
+    for n, room, left in ((7, 6, "k"), (2, 0, "")):
+        why = f"its result has {n} tokens, and there is room for {room}"
+        want = f"(c){left}".ljust(3 + room, "_")
+        assert answer("(c)", lambda call: "g" * n, room) == (want, [(0, "c", left, why)])
     for text, given in (("(cd", 0), ("cd)", 0), ("(c)d", 3)):
-        done, calls = answer(text, None, given=given)
-        assert done == text + "______" and not calls, "never closed, never opened, of the prompt: not a call"
+        assert answer(text, None, given=given) == (text + "______", []), "never closed or opened, or given"
     assert [c[1] for c in answer("(c)(d)e", lambda call: None)[1]] == ["c", "d"], "no result, no pause"
 
 
@@ -4252,9 +4270,11 @@ def test_no_run_goes_on_as_another(dataset, tmp_path):
         with end:
             go(dataset, run, resume="auto", max_steps=2)
     (tmp_path / "a.txt").write_text("the cat sat. " * 200)
-    make = lambda: str(prepare.prepare(text=[tmp_path / "a.txt"], name="d", tokenizer="byte",
-                                       out_dir=tmp_path))
+    make = lambda name="d", tokenizer="byte": str(prepare.prepare(
+        text=[tmp_path / "a.txt"], name=name, tokenizer=tokenizer, out_dir=tmp_path))
     go(make(), tmp_path / "other", max_steps=1)
+    with refused("was trained on tokens of byte, and .* holds tokens of bpe:260"):
+        go(make("e", "bpe:260"), tmp_path / "new", init_from=str(run), unique_tokens=None)
     (tmp_path / "d").rename(tmp_path / "before")
     (tmp_path / "a.txt").write_text("the dog ran. " * 200)
     with refused("holds other tokens"):
@@ -4383,28 +4403,18 @@ def test_published_diffusion_models(tmp_path):
     assert typed(sample, line)[0] == 0 and typed(sample, f"{line} --cache --fill_block 2")[0] == 2
 
 
-def tensor_behind(header, size):
-    end = [*header.values()][-1]["data_offsets"][1]
-    header["a"] = dict(dtype="F32", shape=[size], data_offsets=[end, end + 4 * size])
-
-
-NORM = "model.norm.weight"
-WRONG_TENSORS = {   # what is said: what is wrong
-    "model.norm.weight is missing": dict(weights={NORM: None}),
-    "model.norm.bias is unknown": dict(weights={"model.norm.bias": torch.ones(3)}),
-    r"embed_tokens.weight has shape \[299, 32\], expected \[300, 32\]":
-        dict(weights={"model.embed_tokens.weight": torch.ones(299, 32)}),
-    "norm.weight does not begin where another ends":
-        dict(edit=lambda header: header[NORM].update(data_offsets=[8, 136])),
-    "norm.weight has 128 bytes": dict(edit=lambda header: header[NORM].update(shape=[3, 3])),
-    "damaged: 'F8'": dict(edit=lambda header: header[NORM].update(dtype="F8")),
-    "or damaged: 'data_offsets'": dict(edit=lambda header: header.update(a={})),
-    "tensor a is truncated": dict(edit=lambda header: tensor_behind(header, 9)),
-    "tensor a has 0 bytes": dict(edit=lambda header: tensor_behind(header, 0)),
-    "has bytes that belong to no tensor": dict(edit=lambda header: header.popitem()),
-}
-# file: its other entries => what is said
+# where: other entries there; of weights the shapes; END is the end of the last tensor => what is said
 WRONG_ENTRIES = """
+weights: {"model.norm.weight": null} => model.norm.weight is missing
+weights: {"model.norm.bias": [3]} => model.norm.bias is unknown
+weights: {"model.embed_tokens.weight": [299, 32]} => tokens.weight has shape .299, 32., expected .300, 32.
+header: {"model.norm.weight": {"data_offsets": [8, 136]}} => norm.weight does not begin where another ends
+header: {"model.norm.weight": {"shape": [3, 3]}} => norm.weight has 128 bytes
+header: {"model.norm.weight": {"dtype": "F8"}} => damaged: 'F8'
+header: {"a": {}} => or damaged: 'data_offsets'
+header: {"a": {"dtype": "F32", "shape": [9], "data_offsets": [END, END+36]}} => tensor a is truncated
+header: {"a": {"dtype": "F32", "shape": [0], "data_offsets": [END, END]}} => tensor a has 0 bytes
+header: {} => has bytes that belong to no tensor
 config.json: {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}} => yarn.*default or linear or llama3
 config.json: {"rope_scaling": {"type": "llama3", "high_freq_factor": 8}} => high_freq_factor 8.*expected 4
 config.json: {"attention_multiplier": 2.0} => attention_multiplier 2.0 is not known
@@ -4422,15 +4432,23 @@ tokenizer.json: {"added_tokens": [{"id": 999, "content": "x"}]} => cannot read .
 """
 
 
-@each("wrong", [*WRONG_TENSORS, *WRONG_ENTRIES.split("\n")[1:-1]])
-def test_published_folder_refused(tmp_path, wrong):
+@each("wrong, message", pairs(WRONG_ENTRIES))
+def test_published_folder_refused(tmp_path, wrong, message):
     """One line, exit status 2."""
-    folder = published(tmp_path / "m", LLAMA, **WRONG_TENSORS.get(wrong, {}))
-    change, _, message = wrong.rpartition(" => ")
-    if change:
-        name, change = change.split(": ", 1)
-        entries = json.loads((folder / name).read_text()) | json.loads(change)
-        (folder / name).write_text(json.dumps(entries))
+    (where, change), weights = wrong.split(": ", 1), {}
+
+    def edit(header):
+        end = [*header.values()][-1]["data_offsets"][1]
+        new = change.replace("END+36", str(end + 36)).replace("END", str(end))
+        for name, entry in json.loads(new).items():
+            header.setdefault(name, {}).update(entry)
+        if change == "{}":
+            header.popitem()
+    if where == "weights":
+        weights = {name: shape and torch.ones(shape) for name, shape in json.loads(change).items()}
+    folder = published(tmp_path / "m", LLAMA, weights, edit if where == "header" else lambda header: None)
+    if (file := folder / where).exists():
+        file.write_text(json.dumps(json.loads(file.read_text()) | json.loads(change)))
     status, _, error = typed(sample, f"{folder} --device cpu")
     assert status == 2 and re.search(message, error) and error.count("\n") == 1, error
 
@@ -4519,31 +4537,28 @@ def test_published_models_equal_transformers(tmp_path, kind, given):
                    for k, v in PRESETS.get(kind, {}).items() if k != "mlp" or kind != "gpt2")
 
 
-HUB = {  # the config.json of the published models, where it is of another form than what transformers saves
-    "qwen3-next": dict(mlp_only_layers=[]) | model.settings("""
-        model_type=qwen3_next decoder_sparse_step=1 full_attention_interval=4 head_dim=256 hidden_act=silu
-        hidden_size=2048 intermediate_size=5120 linear_conv_kernel_dim=4 linear_key_head_dim=128
-        linear_num_key_heads=16 linear_num_value_heads=32 linear_value_head_dim=128
-        max_position_embeddings=262144 moe_intermediate_size=512 norm_topk_prob=true num_attention_heads=16
-        num_experts=512 num_experts_per_tok=10 num_hidden_layers=48 num_key_value_heads=2
-        partial_rotary_factor=0.25 rms_norm_eps=1e-6 rope_scaling=none rope_theta=10000000
-        shared_expert_intermediate_size=512 vocab_size=151936"""),
-    "kimi-linear": model.settings("""
-        model_type=kimi_linear first_k_dense_replace=1 head_dim=72 hidden_size=2304 intermediate_size=9216
-        kv_lora_rank=512 mla_use_nope=true model_max_length=1048576 moe_intermediate_size=1024
-        moe_layer_freq=1 moe_renormalize=true moe_router_activation_func=sigmoid num_attention_heads=32
-        num_expert_group=1 num_experts=256 num_experts_per_token=8 num_hidden_layers=27 num_shared_experts=1
-        qk_nope_head_dim=128 qk_rope_head_dim=64 rms_norm_eps=1e-5 rope_theta=10000.0
-        routed_scaling_factor=2.446 topk_group=1 use_grouped_topk=true v_head_dim=128 vocab_size=163840
-        """) | dict(linear_attn_config=dict(
-            full_attn_layers=[4, 8, 12, 16, 20, 24, 27], kda_layers=[i for i in range(1, 27) if i % 4],
-            **model.settings("head_dim=128 num_heads=32 short_conv_kernel_size=4"))),
-}
+HUB = """
+qwen3-next => model_type=qwen3_next decoder_sparse_step=1 full_attention_interval=4 head_dim=256 \
+hidden_act=silu hidden_size=2048 intermediate_size=5120 linear_conv_kernel_dim=4 linear_key_head_dim=128 \
+linear_num_key_heads=16 linear_num_value_heads=32 linear_value_head_dim=128 max_position_embeddings=262144 \
+moe_intermediate_size=512 norm_topk_prob=true num_attention_heads=16 num_experts=512 num_experts_per_tok=10 \
+num_hidden_layers=48 num_key_value_heads=2 partial_rotary_factor=0.25 rms_norm_eps=1e-6 rope_scaling=none \
+rope_theta=10000000 shared_expert_intermediate_size=512 vocab_size=151936 mlp_only_layers='[]'
+kimi-linear => model_type=kimi_linear first_k_dense_replace=1 head_dim=72 hidden_size=2304 \
+intermediate_size=9216 kv_lora_rank=512 mla_use_nope=true model_max_length=1048576 \
+moe_intermediate_size=1024 moe_layer_freq=1 moe_renormalize=true moe_router_activation_func=sigmoid \
+num_attention_heads=32 num_expert_group=1 num_experts=256 num_experts_per_token=8 num_hidden_layers=27 \
+num_shared_experts=1 qk_nope_head_dim=128 qk_rope_head_dim=64 rms_norm_eps=1e-5 rope_theta=10000.0 \
+routed_scaling_factor=2.446 topk_group=1 use_grouped_topk=true v_head_dim=128 vocab_size=163840 \
+linear_attn_config='{"full_attn_layers": [4, 8, 12, 16, 20, 24, 27], "kda_layers": [1, 2, 3, 5, 6, 7, 9, 10, \
+11, 13, 14, 15, 17, 18, 19, 21, 22, 23, 25, 26], "head_dim": 128, "num_heads": 32, \
+"short_conv_kernel_size": 4}'
+"""
 
 
-@each("preset", HUB)
-def test_config_json_is_the_preset(preset):
-    config, values = model.read_config(HUB[preset]), dict(PRESETS[preset], block_size=None)
+@each("preset, published", pairs(HUB))
+def test_config_json_is_the_preset(preset, published):
+    config, values = model.read_config(as_published(published)), dict(PRESETS[preset], block_size=None)
     same = lambda c: [(name, override(ModelConfig(), given))
                       for name, given in parse_layers(c.layers, c.n_layer)]
     assert same(config) == same(from_preset(preset))
@@ -4572,13 +4587,12 @@ def test_export_is_read_by_transformers_and_us(dataset, tmp_path, flags):
     close(theirs(x).logits[..., :257], lm(x), 1e-5)
 
 
-@each("setting", ["logit_softcap=1", "layers=kda", "n_expert=4", "position=none",
-                                     "window=9", "mlp=gelu"])
-def test_export_refuses_what_nobody_computes(tmp_path, capsys, setting):
-    lm = LM(tiny(**dict([(setting.split("=")[0], parse_value(setting.split("=")[1]))]))).eval()
+@each("setting", ["logit_softcap=1", "layers=kda", "n_expert=4", "position=none", "window=9", "mlp=gelu"])
+def test_export_refuses_what_nobody_computes(tmp_path, setting):
+    lm = LM(tiny(**model.settings(setting))).eval()
+    args = types.SimpleNamespace(export=str(tmp_path / "out"), run=".")
     with refused("computes something else"):
-        sample.export(types.SimpleNamespace(export=str(tmp_path / "out"), run="."), lm,
-                      prepare.Tokenizer("byte"), train.DEFAULTS)
+        sample.export(args, lm, prepare.Tokenizer("byte"), train.DEFAULTS)
     assert not (tmp_path / "out").exists()
 
 
