@@ -424,6 +424,11 @@ def compiling():
     return torch.compiler.is_compiling()
 
 
+def on_host(x):
+    """May a number be asked for? On another device that is to wait for it, and a graph cannot."""
+    return x.device.type == "cpu" and not compiling()
+
+
 def count_to(n, x):
     """0, 1, ..., n - 1 on the device of x."""
     return torch.arange(n, device=x.device)
@@ -1137,7 +1142,7 @@ def chunked(q, k, v, beta, g, S, twice, scale, g_min, chunk_size):
     low = q.dtype
     f = S.dtype
     if chunk_size is None:              # the CPU's caches are small: 32 is 10 to 30% faster there
-        chunk_size = 32 if q.device.type == "cpu" and not compiling() else 64
+        chunk_size = 32 if on_host(q) else 64
     C = min(chunk_size, max(16, 1 << (T - 1).bit_length()))
     N = -(-T // C)
     size = 1 << N.bit_length() // 2 if compiling() else 1     # chunks in a group, ~ sqrt(N)
@@ -1357,11 +1362,10 @@ def keys_read(sel, rows, limit, S, key_block):
 def row_slices(limit, S, step=1024):
     """(slice of the queries, how many of S slots they read at most): what takes (T, S) memory runs in these.
 
-    On a GPU four times as many queries, because a compiled graph holds every slice; and the host does not
-    wait there for a number, but takes S.
+    On a GPU four times as many queries, because a compiled graph holds every slice; see on_host.
     """
     T = limit.size(1)
-    host = limit.device.type == "cpu" and not compiling()
+    host = on_host(limit)
     step = 4 * step if limit.is_cuda else step
     for i in range(0, max(T, 1), step):
         rows = slice(i, min(i + step, T))
@@ -1776,12 +1780,21 @@ def compressed_scores(q, ck, limit, S, key_block, size, stride, pool):
 
 
 def index_block_scores(q, k, limit, key_block):
-    """MSA's best raw score per block: q (B, h, T, D), k (B, 1, S, D) -> (B, h, T, ceil(S / key_block))."""
-    s = (q @ k.mT).float()
-    hidden = count_to(k.size(2), q) >= limit[:, None, :, None]
-    s = s.masked_fill(hidden, -math.inf)
-    s = F.pad(s, (0, -s.size(-1) % key_block), value=-math.inf)
-    return s.unflatten(-1, (-1, key_block)).amax(dim=-1)
+    """MSA's best raw score per block: q (B, h, T, D), k (B, 1, S, D) -> (B, h, T, ceil(S / key_block)).
+
+    On a CPU a few blocks at a time: their scores stay in its cache, and few of them need a mask.
+    """
+    S = k.size(2)
+    size = -(-256 // key_block) * key_block if on_host(q) else S
+    best = []
+    for slots, part in zip(count_to(S, q).split(size), k.split(size, dim=2)):
+        s = q @ part.mT
+        hidden = slots >= limit[:, None, :, None]
+        if not on_host(q) or bool(hidden.any()):
+            s = s.masked_fill(hidden, -math.inf)
+        s = F.pad(s, (0, -len(slots) % key_block), value=-math.inf)
+        best.append(s.unflatten(-1, (-1, key_block)).amax(dim=-1))
+    return torch.cat(best, dim=-1)
 
 
 def lightning_scores(q, k, w):
@@ -1965,7 +1978,7 @@ def pick_path(path, q, k, v, sel, key_block, limit, most):
          "or be a multiple of it: use dense or gather")
     if path is None and flex_pays(q, v) and whole and q.size(-1) <= 256:
         path = "flex"                                       # wider heads (absorbed MLA) do not fit
-    host = q.device.type == "cpu" and not compiling()       # to count on another device is to wait for it
+    host = on_host(q)
     if host and sel.numel():
         most = max(int(sel.sum(-1).amax()), 1)
     most = most or sel.size(-1)
