@@ -97,13 +97,18 @@ CHOICES = dict(
     decay_gate=("auto", "softplus", "lower"),
     out_gate=("auto", None, "silu", "sigmoid"),
     bidir=("sum", "forward", "backward"))
-RANGES = dict(
+RANGES = dict(                      # ends included; any other number lies between 1 and 65,536
+    norm_eps=(1e-12, 0.1),
+    rope_base=(1, 10 ** 12),
+    rope_factor=(1, 10 ** 6),
     rotary_fraction=(0, 1),
-    g_min=(-5, 0),
-    norm_eps=(0, 1),
-    rope_base=(1, math.inf),
-    rope_factor=(1, math.inf))
-MAY_BE_0 = ("out_gate_rank", "qk_rope_head_dim", "sel_init", "dense_len")
+    window=(1, 2 ** 31),
+    g_min=(-5, -1e-3),
+    out_gate_rank=(0, 2 ** 16),
+    qk_rope_head_dim=(0, 2 ** 16),
+    sel_topk=(1, 2 ** 24),
+    sel_init=(0, 2 ** 16),
+    dense_len=(0, 2 ** 31))
 
 
 def need(ok, message):
@@ -112,19 +117,16 @@ def need(ok, message):
 
 
 def check_values(values):
-    """Refuse settings {field: value} whose value is no choice, out of range or a size below 1."""
+    """Refuse settings {field: value} whose value is no choice or out of range."""
     for field, value in values.items():
         if field in CHOICES:
             choices = CHOICES[field]
             # a pattern's position=none is None here
             need(value in choices or value is None and "none" in choices,
                  f"{field}={value} is no choice: one of {', '.join(map(str, choices)).lower()}")
-        elif field in RANGES:
-            low, high = RANGES[field]
+        elif type(value) in (int, float):
+            low, high = RANGES.get(field, (1, 2 ** 16))
             need(low <= value <= high, f"{field} {value} must lie in [{low}, {high}]")
-        elif type(value) is int:
-            low = 0 if field in MAY_BE_0 else 1
-            need(value >= low, f"{field} {value} must be at least {low}")
 
 
 def check_settings(name, values):
@@ -608,8 +610,9 @@ class Full(Mixer):
         self.qkv_proj = nn.Linear(C, (H + 2 * self.Hkv) * self.D, bias=config.bias)
         self.o_proj = nn.Linear(H * self.D, C, bias=config.bias)
         self.gate_proj = linear_map(C, H * self.D) if config.attn_gate else None
-        self.q_norm = nn.RMSNorm(self.D, eps=config.norm_eps) if config.qk_norm else None
-        self.k_norm = nn.RMSNorm(self.D, eps=config.norm_eps) if config.qk_norm else None
+        norm = lambda: nn.RMSNorm(self.D, eps=config.norm_eps) if config.qk_norm else None
+        self.q_norm = norm()
+        self.k_norm = norm()
         self.sink = nn.Parameter(torch.zeros(H)) if self.sink else None
 
     def mix(self, x, step, cache):
@@ -1261,26 +1264,15 @@ def stack_lower(A, B, low):
 
 
 def inverse_of_one_minus(N):
-    """(I - N)^-1 for strictly lower triangular N (P, C, C), C a power of two, by block doubling.
+    """(I - N)^-1 for strictly lower triangular N (P, C, C), by substitution.
 
-    The inverse of [[A, 0], [-L, B]] is [[A', 0], [B' L A', B']], from 1 x 1 tiles upwards: only true inverses
-    are ever multiplied, so it is as accurate as substitution. The power series I + N + N^2 + ... is not: with
-    correlated keys its terms reach 1e7 before they cancel, even when it is summed by doubling.
+    The power series I + N + N^2 + ... is not as accurate: with correlated keys its terms reach 1e7 before
+    they cancel, even when it is summed by doubling.
     """
-    n = N.detach()
-    s = 1
-    X = torch.ones_like(n[:, :, :1]).unsqueeze(-1)                              # (P, C, 1, 1): the tiles
-    while X.size(1) > 1:
-        pairs = X.size(1) // 2
-        tiles = n.view(-1, pairs, 2, s, pairs, 2, s)
-        low = tiles[:, :, 1, :, :, 0]                                           # below the diagonal of a pair
-        low = low.diagonal(dim1=1, dim2=3).movedim(-1, 1)                       # (P, pairs, s, s)
-        A, B = X.unflatten(1, (pairs, 2)).unbind(2)
-        X = stack_lower(A, B, B @ low @ A)
-        s = 2 * s
-    X = X.squeeze(1)
-    # dX = X dN X needs nothing but the inverse: a term of value 0 carries it, and autograd skips the levels.
-    return torch.baddbmm(X, X, (N - n) @ X) if N.requires_grad else X
+    eye = torch.eye(N.size(-1), dtype=N.dtype, device=N.device).expand_as(N)
+    X = torch.linalg.solve_triangular(-N.detach(), eye, upper=False, unitriangular=True)
+    # dX = X dN X needs nothing but the inverse: a term of value 0 carries it.
+    return torch.baddbmm(X, X, (N - N.detach()) @ X) if N.requires_grad else X
 
 # ------------------------------------------------------------------------------------------------------------
 # Sparse softmax attention: a cheap score chooses the blocks of keys that a query reads
@@ -1679,7 +1671,8 @@ class DSA(MLA):
         "sparse"  attention to the chosen tokens, the loss over these: train all, LM loss + aux["indexer_kl"]
     Published: sel_topk 2048, index_n_head 64 (None: n_head / 2), index_head_dim 128 (None: v_head_dim). The
     rotated channels come first and are half-split here, while MLA's are interleaved. Only decoding is faster
-    than MLA: no two queries pick the same tokens, so training masks, as DeepSeek's own short prefill does.
+    than MLA: no two queries pick the same tokens, so there is no tile of keys to skip, and training computes
+    every score and masks it, as DeepSeek's own short prefill does, and those of the index besides.
     """
     family = "sparse"
     settings = MLA.settings + ("sel_topk", "index_n_head", "index_head_dim")
