@@ -338,17 +338,17 @@ def put_window(cache, k, v, step, window):
     if cache is not None:
         W = cache.k.size(2)
         T = k.size(2)
-        old_k = torch.cat([cache.k.to(k.dtype), k], dim=2)
-        old_v = torch.cat([cache.v.to(v.dtype), v], dim=2)
-        if step.commit:
-            cache.k.copy_(last_tokens(old_k, W, step.valid))
-            cache.v.copy_(last_tokens(old_v, W, step.valid))
+        read = []
+        for buffer, a in (cache.k, k), (cache.v, v):
+            read.append(torch.cat([buffer.to(a.dtype), a], dim=2))
+            if step.commit:
+                buffer.copy_(last_tokens(read[-1], W, step.valid))
         if step.length > T:
             k_pos = step.slots[:, :1] - W + count_to(W + T, k)
             there = k_pos >= 0
             if step.valid is not None:
                 there = there & F.pad(step.valid, (W, 0), value=True)
-            return old_k, old_v, visible(step.slots, k_pos, step.causal, window, there).unsqueeze(1)
+            return *read, visible(step.slots, k_pos, step.causal, window, there).unsqueeze(1)
     if step.plain and step.pos is step.slots:
         return k, v, None
     return k, v, step.below() & visible(step.pos, step.pos, False, window).unsqueeze(1)
