@@ -1372,9 +1372,9 @@ def top_k(scores, k):
     float32 score is mapped to an integer of the same order, with the index in the low bits: no two are equal.
     """
     S = scores.size(-1)
-    bits = (scores.detach().float() + 0.0).view(torch.int32).long()  # + 0.0: -0.0 and 0.0 are a tie
+    bits = (scores.detach().float() + 0.0).view(torch.int32)        # + 0.0: -0.0 and 0.0 are a tie
     order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    key = (order << 32) + (S - 1 - count_to(S, scores))
+    key = order.long().mul_(2 ** 32).add_(S - 1 - count_to(S, scores))
     index = key.topk(min(k, S), dim=-1).indices
     return index, scores.gather(-1, index) > -math.inf
 
@@ -1410,8 +1410,9 @@ def select_blocks(score, slots, limit, n_blocks, key_block, topk, init=0, local=
         ranked = s.masked_fill(forced, math.inf).masked_fill(~visible, -math.inf)
         index, picked = top_k(ranked, topk)
         best = torch.zeros_like(s, dtype=torch.bool).scatter(-1, index, picked)
-        sel.append(F.pad((best | forced) & visible, (0, n_blocks - len(j))))
-    return torch.cat(sel, dim=2).repeat_interleave(tile, dim=2)[:, :, :T]
+        picked = F.pad((best | forced) & visible, (0, n_blocks - len(j)))
+        sel.append(picked.repeat_interleave(tile, dim=2))
+    return torch.cat(sel, dim=2)[:, :, :T]
 
 
 class BlockSparse(Full):
