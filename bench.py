@@ -11,10 +11,10 @@
     switch      a dense checkpoint run sparse, before and after some steps of adaptation (InfLLM-V2)
     recall      associative recall and needles in text: every layer, against pairs and length
     track       what a state can keep count of: parity and products of permutations, every update rule
+    optical     a page of text as a picture, read back, against compression
   speed and memory
     train       training speed and memory, also beside a nanoGPT checkout
     attention   every layer: time and memory against length, keys read, cache
-    functions   the mixers as pure functions, against SDPA and transformers
     context     time of one decoded token against the tokens in the cache
     moe         mixture of experts: speed against dense, load with and without balancing
     presets     sizes and caches of the published models
@@ -66,7 +66,7 @@ import diffusion
 import prepare
 import sample
 import train
-from attention import ATTENTION, delta_rule, linear_attention
+from attention import ATTENTION
 from model import LM, MLP, PRESETS, ModelConfig, MoE, from_preset, nearest, override, parse_layers
 from prepare import need
 
@@ -92,7 +92,6 @@ class Experiment:
     show: collections.abc.Callable = lambda result: result["rows"]      # -> the rows of the table, or a text
     picture: collections.abc.Callable | None = None  # (matplotlib.pyplot, result) -> figure
     gpu: dict = dataclasses.field(default_factory=dict)                 # defaults of --scale gpu
-    partial: bool = False       # a table of what is there when its runs are interrupted
 
 
 EXPERIMENTS = {}
@@ -269,7 +268,7 @@ def perform(command, typed):
     path = Path(flags["results"]) / f"{file_name(command, about, flags)}.json"
     points = Journal(path.with_suffix(".points.jsonl"))
     seeds = [flags.get("seed", 1337) + i for i in range(flags.get("seeds", 1))]
-    rows, more, cut = walk(about, given, points, seeds[0])
+    rows, more = walk(about, given, points, seeds[0])
     result = dict(
         experiment=command,
         command=shlex.join(["python", "bench.py", *sys.argv[1:]]),
@@ -278,7 +277,6 @@ def perform(command, typed):
         versions={"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         seed=seeds[0],
         seeds=seeds,
-        cut=cut,
         flags=given
     )
     failed = [r for r in rows if "error" in r]
@@ -288,31 +286,22 @@ def perform(command, typed):
     print(f"\n{page(about, result)}\nwrote {path}")
     draw(about, result, path)
     points.path.unlink(missing_ok=True)         # the next call measures anew
-    if cut:
-        raise KeyboardInterrupt
 
 
 def walk(about, given, points, seed):
-    """Trains and measures what is missing: (rows, what the experiment returned, was a run interrupted?)."""
+    """Trains and measures what is missing: (rows, what the experiment returned)."""
     settings = {k: v for k, v in given.items() if not isinstance(v, tuple | list)
                 and k not in ("out", "workers")}
-    total = 0                                   # points, where counting them is cheap
-    if not {"workers", "runs"} & set(given):
-        total = sum(1 for _ in about.run(**given))
     rows = []
-    cut = False
-    fresh = 0
-    tic = time.time()
     generator = about.run(**given)
     answer = None
     while True:
         try:
             item = generator.send(answer)
         except StopIteration as end:
-            return rows, end.value or {}, cut
+            return rows, end.value or {}
         if isinstance(item, dict):
-            cut |= not run_arms(item, given["workers"])
-            if cut and not about.partial:
+            if not run_arms(item, given["workers"]):
                 raise KeyboardInterrupt
             answer = {name: evaluations(f["out"]) for name, f in item.items()}
             continue
@@ -323,11 +312,8 @@ def walk(about, given, points, seed):
             torch.manual_seed(seed)
             row = key | attempt(measure, label)
             points.add([key, settings], row)
-            fresh += 1
             numbers = {k: v for k, v in row.items() if k not in key and isinstance(v, int | float)}
-            line = f"{label}: " + ", ".join(f"{k} {show(v)}" for k, v in numbers.items())
-            left = (time.time() - tic) / fresh * (total - len(rows) - 1)
-            print(line + f" | {train.clock(left)} left" * (left > 0), flush=True)
+            print(f"{label}: " + ", ".join(f"{k} {show(v)}" for k, v in numbers.items()), flush=True)
         rows.append(row)
 
 
@@ -335,9 +321,6 @@ def page(about, result):
     """The table of an experiment as Markdown."""
     shown = about.show(result)
     return shown if isinstance(shown, str) else markdown(shown)
-
-
-PASSES = ("forward_ms", "both_ms")
 
 
 def compared(name, reference, columns):
@@ -439,18 +422,6 @@ def plain_log(axis):
     axis.set_minor_formatter(lambda v, _: "")
 
 
-def label_ends(ax, labels):
-    """Names lines where they end, moved apart where they would overlap. labels: [(x, y, text, colour)], y
-    logarithmic."""
-    low, high = ax.get_ylim()
-    step = math.log(high / low) / 22
-    at = -math.inf
-    for x, y, text, colour in sorted(labels, key=lambda label: label[1]):
-        at = max(math.log(y), at + step)
-        ax.annotate(text, (x * 1.06, math.exp(at)), color=colour, fontsize=9, va="center")
-    ax.set_ylim(low, max(high, math.exp(at + step)))
-
-
 def dress(ax, title, **labels):
     """Title, labels of the axes, grid, and a legend where lines have names."""
     ax.set(**labels)
@@ -469,19 +440,12 @@ def lines(x, y, line, xlabel, ylabel, title):
     """A picture: a labelled line for each value of `line`, both axes logarithmic."""
     def picture(plt, result):
         figure, ax = plt.subplots(figsize=(8, 5.5))
-        colours = itertools.cycle((*plt.get_cmap("tab10").colors, *plt.get_cmap("Dark2").colors))
         rows = [r for r in result["rows"] if r.get("batch") == result["rows"][0].get("batch")]
-        labels = []
-        for name in dict.fromkeys(r[line] for r in rows):
-            mine = points(rows, x, y, **{line: name})
-            style = dict(color="black", lw=2.5) if name == "full" else dict(color=next(colours), lw=1.3)
-            ax.loglog(*zip(*mine), marker="o", ms=3, **style)
-            labels.append((*mine[-1], name, style["color"]))
-        xs = sorted({r[x] for r in rows})
-        log_ticks(ax.xaxis, xs)
+        for i, name in enumerate(dict.fromkeys(r[line] for r in rows)):
+            style = dict(color="black", lw=2.5) if name == "full" else dict(ls="-" if i < 11 else "--")
+            ax.loglog(*zip(*points(rows, x, y, **{line: name})), marker="o", ms=3, label=name, **style)
+        log_ticks(ax.xaxis, [r[x] for r in rows])
         plain_log(ax.yaxis)
-        label_ends(ax, labels)
-        ax.set_xlim(right=xs[-1] * (xs[-1] / xs[0]) ** 0.25)
         dress(ax, title.format(**result["flags"]) + f"\n{result['device']}", xlabel=xlabel, ylabel=ylabel)
         return figure
     return picture
@@ -506,17 +470,23 @@ def validation(name, T, count):
     return train.fixed_windows(prepare.load_dataset(data_folder(name))[1], T, count).long()
 
 
+def random_windows(ids, T, count, generator):
+    """(count, T) ids from anywhere in a text."""
+    at = torch.randint(len(ids) - T, (count, 1), generator=generator).numpy()
+    return torch.from_numpy(ids[at + np.arange(T)].astype(np.int64))
+
+
 def mean_se(values):
     """(mean, its standard error) of a list of numbers."""
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
     return statistics.mean(values), error
 
 
-def learn(config, loss_of, steps, path, device="cpu", **flags):
+def learn(config, loss_of, steps, path, device="cpu", model=LM, **flags):
     """A model after `steps` optimizer steps on loss_of(lm, step, generator); or the one in `path`, if it is
-    there. flags: of train.py."""
+    there. model: what makes it of the config. flags: of train.py."""
     torch.manual_seed(1337)
-    lm = LM(config).to(device)
+    lm = model(config).to(device)
     if path.exists():
         lm.load_state_dict(train.load_checkpoint(path)["model"])
         return lm.eval()
@@ -621,30 +591,29 @@ def seconds_of(step, device, repeat):
     return best
 
 
-def time_passes(f, inputs, device, repeat, parameters=(), compiled=True):
-    """Milliseconds of f(*inputs), forward alone and forward + backward: the smallest of `repeat` calls behind
-    one that warms up, and on a GPU compiles; and there the largest memory."""
+def time_passes(f, x, device, repeat, parameters):
+    """Milliseconds of f(x), forward alone and forward + backward: the smallest of `repeat` calls behind one
+    that warms up, and on a GPU compiles; and there the largest memory."""
     cuda = device.startswith("cuda")
-    if cuda and compiled:
+    if cuda:
         f = torch.compile(f, dynamic=False)
-    inputs = [a.detach().requires_grad_() for a in inputs]
+    x = x.detach().requires_grad_()
 
     def forward():
         with torch.no_grad():
-            f(*inputs)
+            f(x)
 
     def both():
-        for a in (*inputs, *parameters):
+        for a in (x, *parameters):
             a.grad = None
-        (f(*inputs) * 1.1).sum().backward()     # 1.1: else the gradient is an expanded 1
+        (f(x) * 1.1).sum().backward()           # 1.1: else the gradient is an expanded 1
     both()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    row = {f"{name}_ms": 1e3 * seconds_of(step, device, repeat)
-           for name, step in (("forward", forward), ("both", both))}
+    row = {f"{step.__name__}_ms": 1e3 * seconds_of(step, device, repeat) for step in (forward, both)}
     if cuda:
         return row | dict(peak_mib=torch.cuda.max_memory_allocated() / 2 ** 20)
-    return row | dict(kept_mib=kept_bytes(lambda: f(*inputs)) / 2 ** 20)
+    return row | dict(kept_mib=kept_bytes(lambda: f(x)) / 2 ** 20)
 
 
 def kept_bytes(run):
@@ -733,7 +702,7 @@ SHARED["few"] = dict(
     batch_tokens=2048,
     rates=(2e-3,),
     workers=2,
-    out=None,
+    out=None
 )
 FEW_GPU = dict(
     dataset="docs",
@@ -745,7 +714,7 @@ FEW_GPU = dict(
     block_size=512,
     batch_tokens=32_768,
     rates=(1e-3,),
-    workers=1,
+    workers=1
 )
 
 
@@ -765,19 +734,19 @@ REGULARISED = arms_of(
     random=((0.15,), lambda v: dict(recipe=[f"random={v}"])),
     reverse=((0.5,), lambda v: dict(recipe=[f"reverse={v}"])),
     offset=((5,), lambda v: dict(recipe=[f"offset={v}"])),
-    mir=((0.4,), lambda v: dict(recipe=[f"mir={v}"])),
+    mir=((0.4,), lambda v: dict(recipe=[f"mir={v}"]))
 ) | {"mixed": dict(objective="mixed")}
 DIFFUSION = arms_of("mdm", **{
     "rate": ((0.3, 0.7), lambda v: dict(recipe=[f"rate={v}"])),
     "rate 0.5 dropout": ((0.1, 0.2), lambda v: dict(recipe=["rate=0.5"], dropout=v)),
     "dropout": ((0.1, 0.2), lambda v: dict(dropout=v)),
-    "wd": ((0.0, 0.4), lambda v: dict(weight_decay=v)),
+    "wd": ((0.0, 0.4), lambda v: dict(weight_decay=v))
 }) | arms_of("block", of=((2, 4, 8, 16), lambda v: dict(diffusion_block=v)))
 CAUSES = {
     **{f"ar in {name} orders": dict(objective="block", diffusion_block=1, recipe=[f"orders={n}"])
        for name, n in {"1": 1, "4": 4, "16": 16, "all": 2 ** 31}.items()},
     "mdm causal": dict(objective="mdm", set=["causal=true"]),
-    "mdm rate 0.5": dict(objective="mdm", recipe=["rate=0.5"]),
+    "mdm rate 0.5": dict(objective="mdm", recipe=["rate=0.5"])
 }
 ARMS = OBJECTIVES | REGULARISED | DIFFUSION | CAUSES
 MEASURED = {"ar": "exact", "mdm": "bound", "block": "bound", "mixed": "smaller of exact and bound"}
@@ -786,7 +755,7 @@ AXES = {
     "step": "steps",
     "tokens": "tokens trained on",
     "flops": "FLOPs",
-    "seconds": "seconds of training",
+    "seconds": "seconds of training"
 }
 SURE = 3.18     # standard errors of a 95% interval whose error comes from 4 replicates (Student, 3 df)
 
@@ -958,8 +927,7 @@ def lowest(evals):
 
 def outcome(evals):
     """Columns of a run."""
-    if not evals:
-        raise ValueError("an arm ended before its first evaluation: give it more time with --minutes")
+    need(evals, "an arm ended before its first evaluation: give it more time with --minutes")
     best, last = lowest(evals), evals[-1]
     return dict(best=best["loss"], best_epoch=best["epoch"], best_flops=best["flops"], se=best["se"],
                 bpb=best["bpb"], last=last["loss"], train=last["train_loss"], epochs=last["epoch"],
@@ -991,10 +959,8 @@ def own_arms(texts):
     arms = {}
     for text in texts:
         name, colon, flags = text.partition(":")
-        if not colon or not name.strip():
-            raise ValueError(
-                f"--arm '{text}': expected 'name: flags of train.py', such as 'dropout: --dropout 0.3'"
-            )
+        need(colon and name.strip(),
+             f"--arm '{text}': expected 'name: flags of train.py', such as 'dropout: --dropout 0.3'")
         arms[name.strip()] = {"objective": "ar"} | train.parse_flags(shlex.split(flags))
     return arms
 
@@ -1021,6 +987,18 @@ def draw_curves(ax, runs, x, y, **style):
     ax.grid(alpha=0.25)
 
 
+def curve_picture(plt, runs, x="epoch", y="loss", title="", level=None):
+    """`draw_curves` as a picture; level: of a model that is not trained here."""
+    figure, ax = plt.subplots(figsize=(8, 5.5))
+    draw_curves(ax, runs, x, y)
+    if level:
+        ax.axhline(level, color="0.45", lw=1, ls="--", label=f"the AR model itself, {level:.3f}")
+    what = "nats per token (diffusion: a bound)" if y == "loss" else f"{y}, validation"
+    dress(ax, title, xlabel=AXES[x], ylabel=what, xscale="log")
+    plain_log(ax.xaxis)
+    return figure
+
+
 def crossover_picture(plt, result):
     """Losses of all arms and, below, whether they tell true ends of passages from others; x is the axis of
     --x. A star is an annealed run."""
@@ -1028,42 +1006,26 @@ def crossover_picture(plt, result):
     found = [r for r in rows if r["arm"] == "crossing"]
     arms = dict.fromkeys(r["arm"] for r in rows if r["arm"] != "crossing")
     runs = {a: [r["evals"] for r in rows if r["arm"] == a] for a in arms}
-    probes = {k: v for k, v in dict(probe_accuracy="true end found", probe_gap="gap, nats").items()
-              if all(any(k in e for e in seed) for seeds in runs.values() for seed in seeds)}
-    heights = [5] + [2] * len(probes)
-    figure, axes = plt.subplots(len(heights), 1, figsize=(8, sum(heights)), sharex=True, squeeze=False,
-                                height_ratios=heights)
-    top, *below = axes[:, 0]
+    figure, (top, below) = plt.subplots(2, 1, figsize=(8, 7), sharex=True, height_ratios=(5, 2))
     draw_curves(top, runs, x, "loss")
-    plain = {a: runs[a] for a in OBJECTIVES}
-    draw_curves(top, plain, x, "train_loss", marker="", lw=0.8, alpha=0.7, label=None)
+    thin = dict(marker="", lw=0.8, alpha=0.7, label=None)
+    draw_curves(top, {a: runs[a] for a in OBJECTIVES}, x, "train_loss", **thin)
     stars = [r for r in rows if r.get("annealed") and f"annealed_{x}" in r]
     top.plot([r[f"annealed_{x}"] for r in stars], [r["annealed"] for r in stars], "k*", ms=9, zorder=5,
              label="annealed, a run of its own")
     best = min(floor(r) for r in rows if r["arm"] == "ar")
     top.axhline(best, color="0.45", lw=1, ls="--", label=f"AR's best, {best:.3f}")
-    for kind, ls in (("curve", ":"), ("honest", "-.")):
-        where = [r[kind]["first"][x] for r in found if r[kind]["first"] and x in r[kind]["first"]]
-        for i, value in enumerate(where):
-            label = f"{kind} crossing, {x} {value:,.4g}"
-            top.axvline(value, color="0.45", lw=1, ls=ls, label=None if i else label)
-    for ax, (key, label) in zip(below, probes.items()):
-        draw_curves(ax, runs, x, key)
-        ax.set_ylabel(label)
-        if key == "probe_accuracy":
-            ax.axhline(0.25, color="0.45", lw=1, ls="--")
-            ax.annotate("chance", (0.01, 0.25), xycoords=("axes fraction", "data"), va="bottom", fontsize=9)
+    for (kind, ls), r in itertools.product((("curve", ":"), ("honest", "-.")), found):
+        if at := (r[kind]["first"] or {}).get(x):
+            top.axvline(at, color="0.45", lw=1, ls=ls, label=f"{kind} crossing, {x} {at:,.4g}")
+    draw_curves(below, runs, x, "probe_accuracy")
+    below.axhline(0.25, color="0.45", lw=1, ls="--")
+    below.set(xlabel=AXES[x], ylabel="true end found (chance: 0.25)")
     first = max(seed[0]["loss"] for a in OBJECTIVES for seed in runs[a])
-    flags = result["flags"]
-    top.set_title(
-        f"{flags['unique_tokens']:,} unique tokens of {flags['dataset']}, {flags['n_layer']} layers of "
-        f"{flags['n_embd']}; thin: on the training text",
-        fontsize=10,
-    )
-    top.set(xscale="log", ylabel="nats per token (mdm: a bound)", ylim=(None, first * 1.05))
-    axes[-1, 0].set_xlabel(AXES[x])
-    plain_log(axes[-1, 0].xaxis)
-    top.legend(fontsize=9)
+    title = "{unique_tokens:,} unique tokens of {dataset}, {n_layer} layers of {n_embd}; thin: training text"
+    dress(top, title.format(**result["flags"]), xscale="log", ylabel="nats per token (mdm: a bound)",
+          ylim=(None, first * 1.05))
+    plain_log(below.xaxis)
     return figure
 
 
@@ -1089,21 +1051,18 @@ def crossings(result):
     text += (f"\nthe law of 2507.15857: {mine['critical_flops']:.2e} FLOPs, epoch "
              f"{mine['critical_epoch']:.0f}; measured over predicted {mine['ratio']}  "
              f"\nQuokka: diffusion overfits from epoch {mine['overfit_epoch']:.0f} on  ")
-    if not 25e6 <= result["flags"]["unique_tokens"] <= 100e6:
-        text += "\nBoth laws were fitted to 25M to 100M unique tokens: here they are stretched."
-    return text
+    return text + "\nBoth laws were fitted to 25M to 100M unique tokens: here they are stretched."
 
 
 @experiment(named=("scale",), show=crossings, picture=crossover_picture, gpu=FEW_GPU)
 def crossover(
     arms: ARMS = ("ar", "mdm"),
     arm: list = (),
-    regularised=False,
     anneal: ("ar", "all", "none") = "ar",
     seeds=1,
     seed=1337,
     x: AXES = "epoch",
-    **few,
+    **few
 ):
     """AR against masked diffusion on the same few unique tokens, for many epochs: where do the validation
     losses cross?
@@ -1113,19 +1072,14 @@ def crossover(
 
     arms: ar,mdm and any other of ARMS in bench.py: 'ar wd 0.8', 'ar dropout 0.1', 'mixed', 'block of 4'
     arm: one of your own, any flags of train.py: "name: --layers 'kda*3 full' --dropout 0.3"; may be repeated
-    regularised: all regularised AR arms
     anneal: which arms get runs whose rate falls to 0: ar, all or none
     minutes: of training for each arm: as many epochs as all reach; 0: about 4.5, but 60 epochs at least
     x: the picture's axis: epoch | step | tokens | flops | seconds
     """
-    names = [*arms, *(REGULARISED if regularised else ())]
-    if not {"ar", "mdm"} <= set(names):
-        raise ValueError(f"--arms {','.join(arms)} must hold ar and mdm")
-    arms = {name: ARMS[name] for name in names} | own_arms(arm)
+    need({"ar", "mdm"} <= set(arms), f"--arms {','.join(arms)} must hold ar and mdm")
+    arms = {name: ARMS[name] for name in arms} | own_arms(arm)
     seeds, pure = range(seed, seed + seeds), [a for a in arms if arms[a]["objective"] == "ar"]
-    root, flags = few_runs("crossover", few, arms, probe=1)
-    print(f"{few['unique_tokens']:,} unique tokens of {few['dataset']}, at most {few['epochs']:g} epochs an "
-          "arm; AR untuned, one seed, unless you ask for more: see results/README.md")
+    _, flags = few_runs("crossover", few, arms, probe=1)
     epochs = yield from planned(few, flags, arms)
     rows = yield from tuned(arms, few["rates"], seeds, flags, dict.fromkeys(arms, epochs),
                             {"ar": pure, "all": list(arms), "none": []}[anneal])
@@ -1149,36 +1103,27 @@ def crossover(
         said["ratio"] = "above " * (not first) + f"{measured / said['critical_epoch']:.2g}"
         yield dict(arm="crossing", seed=s), dict(
             law=said, paired=paired_gap(least, mdm["run"], windows), **found)
-    for a in OBJECTIVES:
-        text = Path(rows[a, seed]["run"]) / "samples.txt"
-        if text.exists():
-            print(f"\n--- a sample of {a}\n{text.read_text(encoding='utf-8').strip()}")
-
 
 # ------------------------------------------------------------------------------------------------------------
 # compare: any training runs
 
 def compare_picture(plt, result):
-    figure, ax = plt.subplots(figsize=(8, 5.5))
     flags = result["flags"]
-    draw_curves(ax, {r["run"]: [r["evals"]] for r in result["rows"]}, flags["x"], flags["y"])
-    ax.set(xlabel=AXES[flags["x"]], ylabel=f"{flags['y']}, validation", xscale="log")
-    ax.legend(fontsize=9)
-    return figure
+    runs = {r["run"]: [r["evals"]] for r in result["rows"]}
+    return curve_picture(plt, runs, flags["x"], flags["y"])
 
 
 @experiment(picture=compare_picture)
-def compare(runs, x="epoch", y="loss"):
+def compare(runs, x: AXES = "epoch", y="loss"):
     """Any training runs in one table and one picture, from their metrics.jsonl.
 
     x: epoch | step | tokens | flops | seconds
     y: any number of an evaluation: loss, train_loss, bpb, probe_accuracy
     """
-    choose("x", [x], AXES)
     for run in runs:
         evals = evaluations(run)
-        if not evals or evals[-1].get(y) is None:
-            raise ValueError(f"{run} holds no evaluation with '{y}': expected the folder of a training run")
+        need(evals and evals[-1].get(y) is not None,
+             f"{run} holds no evaluation with '{y}': expected the folder of a training run")
         yield dict(run=run), outcome(evals)
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1221,16 +1166,9 @@ def fitting(goal, size, step):
 
 
 def sparsity_picture(plt, result):
-    figure, ax = plt.subplots(figsize=(8, 5.5))
-    for r in result["rows"]:
-        label = f"{r['objective']} {r['model']}: {r['total'] / 1e6:.3g}M, {r['active'] / 1e6:.3g}M active"
-        ls = "-" if r["model"] == "dense" else "--"
-        draw_curves(ax, {r["objective"]: [r["evals"]]}, "epoch", "loss", label=label, ls=ls)
-    ax.set_xscale("log")
-    plain_log(ax.xaxis)
     title = "dense against experts, equal {match} parameters, {unique_tokens:,} unique tokens"
-    dress(ax, title.format(**result["flags"]), xlabel=AXES["epoch"], ylabel="nats per token (mdm: a bound)")
-    return figure
+    runs = {f"{r['objective']} {r['model']}": [r["evals"]] for r in result["rows"]}
+    return curve_picture(plt, runs, title=title.format(**result["flags"]))
 
 
 def sparsity_table(result):
@@ -1472,11 +1410,8 @@ PARTS = {
     "map": study_map,
     "curve": study_curve,
     "capacity": study_capacity,
-    "ensembles": study_ensembles,
+    "ensembles": study_ensembles
 }
-
-
-study_table = without("run", "annealed_run", "flops", "minutes", "bpb", "annealed_flops", "annealed_se")
 
 
 def study_picture(plt, result):
@@ -1484,36 +1419,30 @@ def study_picture(plt, result):
     rows, flags = result["rows"], result["flags"]
     if flags["part"] in ("curve", "capacity", "ensembles"):
         return None
-    figure, ax = plt.subplots(figsize=(8, 5.5))
     if flags["part"] == "map":
+        figure, ax = plt.subplots(figsize=(8, 5.5))
         rows = [r for r in rows if r["text"] == rows[0]["text"] and r["seed"] == rows[0]["seed"]]
         tokens, widths = (sorted({r[k] for r in rows}) for k in ("unique_tokens", "width"))
+        size = {r["width"]: f"{r['params'] / 1e6:.2f}M" for r in rows}
         cell = {(r["unique_tokens"], r["width"]): r for r in rows}
-        gap = np.array([[cell.get((U, w), {}).get("gap", math.nan) for w in widths] for U in tokens])
-        ax.imshow(gap, cmap="RdBu", vmin=-0.6, vmax=0.6, origin="lower", aspect="auto")
-        for (i, U), (j, w) in itertools.product(enumerate(tokens), enumerate(widths)):
-            if r := cell.get((U, w)):
-                text = f"{r['gap']:+.3f}\nAR {r['ar']:.3f}\nmdm {r['mdm']:.3f} at {r['mdm_epoch']:.0f}"
-                ax.text(j, i, text, ha="center", va="center", fontsize=9)
-        size = {r["width"]: r["params"] for r in rows}
-        ax.set_xticks(range(len(widths)), [f"{size[w] / 1e6:.2f}M" for w in widths])
+        gap = [[cell.get((U, w), {}).get("gap", math.nan) for w in widths] for U in tokens]
+        ax.imshow(gap, cmap="RdBu", vmin=-0.6, vmax=0.6, aspect="auto")
+        told = "{gap:+.3f}\nAR {ar:.3f}\nmdm {mdm:.3f} at {mdm_epoch:.0f}"
+        for (U, w), r in cell.items():
+            ax.text(widths.index(w), tokens.index(U), told.format(**r), ha="center", va="center", fontsize=9)
+        ax.set_xticks(range(len(widths)), [size[w] for w in widths])
         ax.set_yticks(range(len(tokens)), [f"{U:,}" for U in tokens])
         ax.set(xlabel="parameters without the embedding", ylabel="unique tokens")
         ax.set_title("AR's best minus diffusion's best, nats per token (blue: diffusion below)", fontsize=10)
         return figure
     best = list(dict.fromkeys(r["arm"] for r in rows))[:5]
     runs = {a: [r["evals"] for r in rows if r["arm"] == a] for a in dict.fromkeys([*best, *OBJECTIVES])}
-    draw_curves(ax, runs, "epoch", "loss")
-    ax.set_title(f"the best five arms, AR and diffusion: {flags['unique_tokens']:,} unique tokens of "
-                 f"{flags['dataset']}", fontsize=10)
-    ax.set(xlabel=AXES["epoch"], ylabel="nats per token", xscale="log")
-    plain_log(ax.xaxis)
-    ax.legend(fontsize=8, ncols=2)
-    return figure
+    title = "the best five arms, AR and diffusion: {unique_tokens:,} unique tokens of {dataset}"
+    return curve_picture(plt, runs, title=title.format(**flags))
 
 
-@experiment(named=("part", "dataset", "unique_tokens"), finish=with_fits, show=study_table,
-            picture=study_picture)
+@experiment(named=("part", "dataset", "unique_tokens"), finish=with_fits, picture=study_picture,
+            show=without("run", "annealed_run", "flops", "minutes", "bpb", "annealed_flops", "annealed_se"))
 def study(part: PARTS = "ar", arm: list = (), rates=(1e-3, 2e-3, 4e-3), seeds=1, seed=1337, ar_epochs=64.0,
           texts=(), budgets=(10_000, 30_000, 100_000), widths=(64, 96, 192), **few):
     """The crossover taken apart, for hours: what AR and diffusion are owed, where diffusion wins, and why.
@@ -1539,19 +1468,13 @@ ADAPTED = {
     "mdm from ar, shifted": dict(objective="mdm", set=["shift=true"]),
     "block of 4": dict(objective="block", diffusion_block=4),
     "block of 4 from ar": dict(objective="block", diffusion_block=4),
-    "block of 16 from ar": dict(objective="block", diffusion_block=16),
+    "block of 16 from ar": dict(objective="block", diffusion_block=16)
 }
 
 
 def adapt_picture(plt, result):
-    figure, ax = plt.subplots(figsize=(8, 5.5))
     own, *rows = result["rows"]
-    draw_curves(ax, {r["arm"]: [r["evals"]] for r in rows}, "step", "loss")
-    ax.axhline(own["best"], color="0.3", ls="--", lw=1, label=f"the AR model itself, {own['best']:.3f}")
-    ax.set(xlabel="steps of adaptation", ylabel="nats per token (a bound)", xscale="log")
-    plain_log(ax.xaxis)
-    ax.legend(fontsize=9)
-    return figure
+    return curve_picture(plt, {r["arm"]: [r["evals"]] for r in rows}, "step", level=own["best"])
 
 
 @experiment(picture=adapt_picture, show=without("bpb", "train", "minutes"))
@@ -1629,18 +1552,12 @@ def presets():
     for name, published in PUBLISHED.items():
         with torch.device("meta"):
             lm = LM(from_preset(name))
-        c = lm.config
         cache = lm.cache_bytes(65536, torch.bfloat16) / 65536
-        D = c.head_dim or c.n_embd // c.n_head
-        if c.qk_nope_head_dim:  # MLA: the heads it stands for
-            D = (c.qk_nope_head_dim + c.v_head_dim) // 2
         yield dict(preset=name), {
             "published": published,
             "total": billions(lm.num_params()),
             "active": billions(lm.active_params()),
-            "mixers": " ".join(dict.fromkeys(type(b.mixer).__name__ for b in lm.blocks)),
-            "cache bytes per token": round(cache),
-            "against multi-head": f"{cache / (4 * c.n_layer * c.n_head * D) - 1:+.0%}"
+            "cache bytes per token": round(cache)
         }
     return dict(published_costs=published_costs())
 
@@ -1657,7 +1574,7 @@ def longest(result):
 
 @experiment(
     named=("device", "bidirectional"),
-    finish=compared("layer", "full", PASSES),
+    finish=compared("layer", "full", ("forward_ms", "both_ms")),
     show=longest,
     picture=lines(
         "T", "both_ms", "layer", "tokens", "ms, forward + backward", "one layer, {n_head} heads of {head_dim}"
@@ -1685,9 +1602,8 @@ def attention(
         def measure():
             layer = make_layer(name, T, n_head, head_dim, device)
             x = torch.randn(1, T, width, device=device, dtype=dtype_on(device))
-            row = time_passes(
-                lambda x: layer(x, causal=not bidirectional), [x], device, repeat, layer.parameters()
-            )
+            f = lambda x: layer(x, causal=not bidirectional)
+            row = time_passes(f, x, device, repeat, layer.parameters())
             cache = layer.cache_bytes(T, torch.bfloat16)
             return row | dict(
                 reads=layer.reads(T, not bidirectional),
@@ -1761,82 +1677,6 @@ def context(
             )
 
         yield dict(layer=name, T=T, batch=B), measure
-
-# ------------------------------------------------------------------------------------------------------------
-# functions: the mixers as pure functions
-
-
-def peers():
-    """Plain-torch rules of transformers, where it is installed. Theirs are (B, T, H, D)."""
-    try:
-        from transformers.models.kimi_linear.modeling_kimi_linear import chunk_kimi_delta_attention as kda
-        from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule as gdn
-    except ImportError:
-        return {}
-
-    def turned(*inputs, rule):
-        q, k, v, beta, g = (a.transpose(1, 2).contiguous() for a in inputs)
-        return rule(q, k, v, beta=beta, g=g)[0].transpose(1, 2), None
-
-    return {
-        "gated_deltanet, transformers": (functools.partial(turned, rule=gdn), "qkvbg"),
-        "kda, transformers": (functools.partial(turned, rule=kda), "qkvbc"),
-    }
-
-
-def sdpa(q, k, v):
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True), None
-
-
-# name: (rule, what it takes): q, k, v, b (beta), g (log decay of a head), c (of a channel).
-FUNCTIONS = {
-    "sdpa": (sdpa, "qkv"),
-    "linear": (linear_attention, "qkv"),
-    "linear, decay a head": (linear_attention, "qkvg"),
-    "linear, decay a channel": (linear_attention, "qkvc"),
-    "deltanet": (delta_rule, "qkvb"),
-    "gated_deltanet": (delta_rule, "qkvbg"),
-    "kda": (functools.partial(delta_rule, g_min=-5.0), "qkvbc"),
-    "kda, any decay": (delta_rule, "qkvbc"),
-}
-
-
-@experiment(named=("device",), finish=compared("function", "sdpa", PASSES))
-def functions(
-    lengths=(1024, 4096, 8192),
-    functions=(),
-    n_head=4,
-    head_dim=64,
-    repeat=5,
-    device="auto",
-    threads=1,
-):
-    """Mixers as pure functions, against SDPA and transformers: time and memory against length.
-
-    functions: names, comma-separated (default: all; sdpa, the reference, is always there)
-    """
-    table = FUNCTIONS | peers()
-    names = dict.fromkeys(["sdpa", *choose("functions", functions or table, table)])
-    for T, name in itertools.product(lengths, names):
-
-        def measure():
-            rule, takes = table[name]
-            draw = lambda *more: torch.randn(1, n_head, T, *more, device=device)
-            unit = lambda: F.normalize(draw(head_dim), dim=-1).to(dtype_on(device))
-            given = dict(
-                q=unit(),
-                k=unit(),
-                v=unit(),
-                b=draw().sigmoid(),
-                g=-draw().sigmoid(),
-                c=-draw(head_dim).sigmoid(),
-            )
-            torch._dynamo.reset()
-            f = lambda *inputs: rule(*inputs)[0]
-            inputs = [given[key] for key in takes]
-            return time_passes(f, inputs, device, repeat, compiled=name in FUNCTIONS)
-
-        yield dict(function=name, T=T), measure
 
 # ------------------------------------------------------------------------------------------------------------
 # train: speed and memory of training
@@ -1979,19 +1819,6 @@ SHARED["small"] = dict(
 )
 
 
-def fork(base, job, weights=None, **fields):
-    """The last checkpoint of the run folder `base` as that of a job, with other fields of its config or other
-    weights: train.py goes on from it. Nothing where the job has one."""
-    path = Path(job["out"]) / "ckpt_last.pt"
-    if not path.exists():
-        state = train.load_checkpoint(base)
-        state["config"] |= fields
-        state["flags"] |= job
-        state["model"] = weights or state["model"]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        train.save_atomic(state, path)
-
-
 def same_size(pattern, base):
     """n_inner with which a model of this layer pattern has as many parameters as one of `full`, to steps of
     8."""
@@ -2010,7 +1837,7 @@ def joined(result):
     return sorted(merged(result["rows"], ["mixer"], cells), key=lambda row: row.get("AR", "9"))
 
 
-@experiment(named=("device", "dtype"), show=joined, partial=True)
+@experiment(named=("device", "dtype"), show=joined)
 def quality(
     mixers=(*ATTENTION, "full window", "gated_deltanet alternate", "gated_deltanet forward", *MIXTURES),
     objectives: OBJECTIVES = ("ar", "mdm"),
@@ -2053,8 +1880,8 @@ def quality(
             )
     evals = yield jobs
     for o, name in itertools.product(objectives, patterns):
-        runs = [evals.get(f"{name} {o} {s}") for s in range(seed, seed + seeds)]
-        losses = [e[-1]["loss"] for e in runs if e and e[-1]["step"] == steps_of[o]]
+        runs = [f"{name} {o} {s}" for s in range(seed, seed + seeds)]
+        losses = [evals[run][-1]["loss"] for run in runs if run in evals]
         if losses:
             lm, _ = train.load_model(jobs[f"{name} {o} {seed}"]["out"], "last")
             yield dict(mixer=name, objective=o), dict(
@@ -2071,78 +1898,6 @@ def quality(
     np.add.at(pairs, (ids[:-1], ids[1:]), 1)
     bigram = -np.log(pairs / pairs.sum(1, keepdims=True))[x[:, :-1], x[:, 1:]].mean()
     return dict(bigram=bigram)
-
-# ------------------------------------------------------------------------------------------------------------
-# switch: a dense checkpoint run sparse
-
-
-def switch_arms(T):
-    """{arm: layer pattern}: the same parameters as `full`, a query reads the share of T that is named, or
-    less."""
-    sparse = "infllm(sel_block=16, sel_topk={}, sel_local=2, cmp_block=16, cmp_stride=8, dense_len=0)"
-    return {
-        "dense": "full",
-        **{f"infllm, 1/{n}": sparse.format(max(3, T // n // 16)) for n in (4, 16)},
-        **{f"window, 1/{n}": f"full(window={T // n})" for n in (4, 16)}
-    }
-
-
-@experiment(named=("device",))
-def switch(
-    steps=1200,
-    adapt=150,
-    windows=64,
-    n_layer=2,
-    block_size=1024,
-    batch_tokens=1024,
-    workers=1,
-    out="out/switch",
-    **small
-):
-    """InfLLM-V2's claim (2509.24663) in small: a dense AR checkpoint run sparse, before and after N steps of
-    adaptation.
-
-    Nothing is added to the parameters: the checkpoint is copied with another layer name, and train.py goes on
-    from it. All arms take the same N batches at the same rates; `dense` goes on dense. `window` reads as many
-    keys, without a choice. gap: to dense at the same step, on the same windows.
-
-    steps: of dense training
-    adapt: steps of adaptation, N
-    windows: validation windows
-    """
-    root = Path(out) / f"{n_layer}x{small['n_embd']}-T{block_size}-{steps}"
-    T = block_size
-    base = QUICK | small | dict(
-        dataset=str(data_folder(small["dataset"])),
-        n_layer=n_layer,
-        block_size=T,
-        batch_tokens=batch_tokens,
-        layers="full",
-        eval_windows=windows,
-        max_steps=steps,
-        out=str(root / "base")
-    )
-    yield {"base": base}
-    jobs = {}
-    for arm, pattern in switch_arms(T).items():
-        folder = str(root / f"{file_part(arm)}-{adapt}")
-        jobs[arm] = base | dict(layers=pattern, max_steps=steps + adapt, out=folder)
-        fork(base["out"], jobs[arm], layers=pattern)
-    yield jobs
-    x = validation(small["dataset"], T, windows)
-    dense = {}
-    start = train.load_checkpoint(base["out"])
-    for arm, job in jobs.items():
-        lm, state = train.load_model(job["out"], "last")
-        row = dict(reads=lm.blocks[0].mixer.reads(T), params=lm.num_params())
-        for when, weights in (("before", start), ("after", state)):
-            lm.load_state_dict(weights["model"])
-            with torch.no_grad():  # (windows,): exact
-                nats = torch.cat([diffusion.ar_loss(lm, b, lm.mask_id, reduction="none") for b in x.split(8)])
-            nats = nats.double().mean(1)
-            gap, se = mean_se((nats - dense.setdefault(when, nats)).tolist())
-            row |= {when: nats.mean().item(), f"gap_{when}": gap, f"se_{when}": se}
-        yield dict(arm=arm), row
 
 # ------------------------------------------------------------------------------------------------------------
 # recall: keys and values seen once, asked for later
@@ -2185,8 +1940,18 @@ def recall_logits(f, x, answer, mask_id, causal, aux=None):
     return (z[:, :-1][answer[:, 1:]] if causal else z[answer]), x[answer]
 
 
+def recall_loss(lm, x, answer, causal, stage):
+    """Nats per answer; in the stage "warmup" the indexer of a sparse layer learns beside dense attention."""
+    for block in lm.blocks:
+        block.mixer.stage = stage
+    aux = {}
+    z, y = recall_logits(lm, x, answer, lm.mask_id, causal, aux)
+    return F.cross_entropy(z, y) + sum(aux.values())
+
+
 @torch.no_grad()
-def recall_accuracy(f, T, n, mask_id, causal, text=None, device="cpu"):
+def recall_accuracy(f, T, n, mask_id, causal, text=None, device="cpu",
+                    score=lambda z, y: z.argmax(-1) == y):
     """(share of right answers, its standard error over sequences). Guessing gives 1 / VALUES, among values
     seen 1 / n."""
     right = []
@@ -2195,7 +1960,7 @@ def recall_accuracy(f, T, n, mask_id, causal, text=None, device="cpu"):
         x, answer = (a.to(device) for a in draw_recall(max(1, 4096 // T), T, n, gen, text))
         z, y = recall_logits(f, x, answer, mask_id, causal)
         # Each sequence asks equally often.
-        right += (z.argmax(-1) == y).double().view(len(x), -1).mean(1).tolist()
+        right += score(z, y).double().view(len(x), -1).mean(1).tolist()
     return mean_se(right)
 
 
@@ -2211,36 +1976,10 @@ def learn_recall(config, causal, steps, tokens, lengths, path, device):
         n = pairs[torch.randint(len(pairs), (), generator=gen)]
         text = Bigram(TEXT) if step % 2 and done > 0.5 else None
         x, answer = draw_recall(max(1, tokens // T), T, n, gen, text)
-        for block in lm.blocks:  # the indexer of a sparse layer learns beside dense attention
-            block.mixer.stage = "warmup" if done < 0.6 else "sparse"
-        aux = {}
-        z, y = recall_logits(lm, x.to(device), answer.to(device), lm.mask_id, causal, aux)
-        return F.cross_entropy(z, y) + sum(aux.values())
+        stage = "warmup" if done < 0.6 else "sparse"
+        return recall_loss(lm, x.to(device), answer.to(device), causal, stage)
 
     return learn(config, loss_of, steps, path, device, lr=4e-3, optimizer="muon")
-
-
-def recall_picture(plt, result):
-    """A map for each objective, a row for each layer, a column for each number of pairs and each length."""
-    titles = {"ar": "causal (AR)", "mdm": "bidirectional (masked diffusion)"}
-    table = recall_table(result)
-    shown = result["flags"]["objectives"]
-    columns = list(dict.fromkeys(c for r in table for c in r))[2:]
-    figure, axes = plt.subplots(
-        len(shown), 1, figsize=(8, 1.3 * len(shown) + 0.3 * len(table)), squeeze=False
-    )
-    for ax, objective in zip(axes[:, 0], shown):
-        rows = [r for r in table if r["objective"] == objective]
-        share = np.array([[float(r.get(c, "nan")) for c in columns] for r in rows])
-        ax.imshow(share, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
-        for (i, j), v in np.ndenumerate(share):
-            colour = "black" if 15 < v < 85 else "white"
-            ax.text(j, i, rows[i].get(columns[j], ""), color=colour, fontsize=9, ha="center", va="center")
-        ax.set_xticks(range(len(columns)), [c.replace(" ", "\n") for c in columns], fontsize=9)
-        ax.set_yticks(range(len(rows)), [r["layers"] for r in rows])
-        ax.set_title(f"{titles[objective]}: right answers, %", fontsize=10)
-    ax.set_xlabel(f"pairs to recall in 512 tokens, and length of a text with {NEEDLES} needles")
-    return figure
 
 
 def recall_table(result):
@@ -2250,7 +1989,7 @@ def recall_table(result):
     return merged(result["rows"], ("objective", "layers"), cells)
 
 
-@experiment(show=recall_table, picture=recall_picture)
+@experiment(show=recall_table)
 def recall(
     layers=(*ATTENTION, *MIXTURES),
     objectives: OBJECTIVES = ("ar", "mdm"),
@@ -2259,7 +1998,7 @@ def recall(
     batch_tokens=2048,
     device="auto",
     threads=1,
-    out="out/recall",
+    out="out/recall"
 ):
     """Associative recall and a needle in generated text: accuracy of every layer against pairs and length, in
     %.
@@ -2279,13 +2018,12 @@ def recall(
             **RECALL,
             block_size=max(512, *lengths),
             n_layer=5 if "*3" in name else 2,
-            layers=f"full(window=2, position=rotary) {pattern}",
+            layers=f"full(window=2, position=rotary) {pattern}"
         )
         ar = objective == "ar"
         path = folder / f"{objective}-{file_part(name)}.pt"
         model = functools.cache(lambda: learn_recall(config, ar, steps, batch_tokens, lengths, path, device))
-        with torch.device("meta"):
-            sparse = [b.mixer for b in LM(config).blocks if hasattr(b.mixer, "topk")]
+        sparse = any(ATTENTION[layer].family == "sparse" for layer, _ in parse_layers(pattern, 4))
         for task, T, n in grid:
 
             def measure():
@@ -2294,8 +2032,80 @@ def recall(
                 accuracy, se = recall_accuracy(lm, T, n, lm.mask_id, ar, text, device)
                 return dict(accuracy=accuracy, se=se)
 
-            if all(mixer.reads(T, ar) <= T // 4 for mixer in sparse):
+            if T >= 512 or not sparse:
                 yield dict(layers=name, objective=objective, task=task, T=T, pairs=n), measure
+
+# ------------------------------------------------------------------------------------------------------------
+# switch: a dense checkpoint run sparse
+
+def switch_arms(keys):
+    """{arm: its layer}: dense ones, and those that read about `keys` keys. Only dsa goes on from mla."""
+    return {
+        "dense": "full(n_kv_head=1)",
+        "window": f"full(n_kv_head=1, window={keys})",
+        "infllm": pattern_of("infllm", keys),
+        "infllm, blocks of 4": pattern_of("infllm", keys, 4),
+        "msa": pattern_of("msa", keys),
+        "nsa": pattern_of("nsa", keys),
+        "dense mla": "mla",
+        "dsa": pattern_of("dsa", keys)
+    }
+
+
+@experiment(named=("device",))
+def switch(length=1024, keys=128, steps=600, adapt=100, batch_tokens=2048, device="auto", threads=1,
+           out="out/switch"):
+    """InfLLM-V2's claim (2509.24663) in small: a dense AR checkpoint run sparse at once, and after N steps of
+    adaptation, where reach counts: needles in generated text.
+
+    The checkpoint is loaded into another layer; what that has in addition begins anew. All arms take the same
+    N batches; an indexer learns beside dense attention in the first half of them, as DSA's. gap: of the nats
+    per answer, to the dense arm of the same checkpoint at the same step.
+
+    length: of the texts
+    keys: that a query reads, about
+    steps: of dense training
+    adapt: steps of adaptation, N
+    """
+    folder = Path(out) / f"{length}-steps{steps}-tokens{batch_tokens}"
+    text = Bigram(TEXT)
+    ask = functools.partial(recall_accuracy, T=length, n=NEEDLES, mask_id=RECALL["vocab_size"],
+                            causal=True, text=text, device=device)
+    nats = functools.partial(F.cross_entropy, reduction="none")
+    how = dict(lr=1e-3, warmup=adapt // 10, optimizer="muon")
+    config_of = lambda layer: ModelConfig(
+        **RECALL, block_size=length, n_layer=2, layers=f"full(window=2, position=rotary) {layer}")
+
+    def loss_of(lm, step, gen):
+        x, answer = draw_recall(max(1, batch_tokens // length), length, NEEDLES, gen, text)
+        stage = "warmup" if 2 * step < adapt else "sparse"
+        return recall_loss(lm, x.to(device), answer.to(device), True, stage)
+
+    for arm, layer in switch_arms(keys).items():
+        dense = "mla" if arm in ("dense mla", "dsa") else "full(n_kv_head=1)"
+
+        def begun(config):
+            path, lengths = folder / f"{file_part(dense)}.pt", (length // 4, length)
+            trained = learn_recall(config_of(dense), True, steps, batch_tokens, lengths, path, device)
+            lm = LM(config)
+            lm.load_state_dict(trained.state_dict(), strict=False)
+            return lm
+
+        def adapted(layer, N):
+            path = folder / f"{file_part(layer)}-{N}.pt"
+            return learn(config_of(layer), loss_of, N, path, device, begun, **how)
+
+        def measure():
+            row = {}
+            for when, N in dict(before=0, after=adapt).items():
+                lm, base = adapted(layer, N), adapted(dense, N)
+                row |= dict(reads=lm.blocks[1].mixer.reads(length), params=lm.num_params())
+                row[f"recall_{when}"], row[f"se_{when}"] = ask(lm)
+                row[f"nats_{when}"], _ = ask(lm, score=nats)
+                row[f"gap_{when}"] = row[f"nats_{when}"] - ask(base, score=nats)[0]
+            return row
+
+        yield dict(arm=arm), measure
 
 # ------------------------------------------------------------------------------------------------------------
 # track: what a state can keep count of (arXiv 2411.12537, 2502.10297)
@@ -2362,6 +2172,158 @@ def track(layers=RULES, groups: GROUPS = tuple(GROUPS), steps=1000, length=32, t
                 return dict(accuracy=accuracy, se=se)
 
             yield dict(layer=name, group=group, T=T), measure
+
+# ------------------------------------------------------------------------------------------------------------
+# optical: a page of text as a picture (DeepSeek-OCR, 2510.18234), and without one (2512.03643)
+
+# Dot matrix, five columns a character, from blank to _ in ASCII's order: small letters become capitals.
+FONT = """
+    0000000000 00005f0000 0007000700 147f147f14 242a7f2a12 2313086462 3649552250 0005030000
+    001c224100 0041221c00 082a1c2a08 08083e0808 0050300000 0808080808 0060600000 2010080402
+    3e5149453e 00427f4000 4261514946 2141454b31 1814127f10 2745454539 3c4a494930 0171090503
+    3649494936 064949291e 0036360000 0056360000 0008142241 1414141414 4122140800 0201510906
+    324979413e 7e1111117e 7f49494936 3e41414122 7f4141221c 7f49494941 7f09090101 3e41415132
+    7f0808087f 00417f4100 2040413f01 7f08142241 7f40404040 7f0204027f 7f0408107f 3e4141413e
+    7f09090906 3e4151215e 7f09192946 4649494931 01017f0101 3f4040403f 1f2040201f 7f2018207f
+    6314081463 0304780403 6151494543 00007f4141 0204081020 41417f0000 0402010204 4040404040"""
+GLYPHS = torch.zeros(64, 8, 8)          # (character, row, column)
+GLYPHS[:, :, 1:6] = torch.from_numpy(np.unpackbits(
+    np.frombuffer(bytes.fromhex(FONT), np.uint8).reshape(64, 5, 1), axis=2, bitorder="little")).mT.float()
+SEEN = len(GLYPHS) + 1  # the id where a token of the page stands: beyond the mask, so never predicted
+READERS = {"picture ar": (None,), "picture mdm": (1, 16), "convolution ar": (None,), "mean ar": (None,)}
+
+
+def glyph_ids(ids):
+    """Byte tokens -> characters: small letters as capitals, blank what has no glyph."""
+    ids = torch.where((ids > 95) & (ids < 127), ids - 32, ids)
+    return torch.where((ids > 31) & (ids < 96), ids - 32, 0)
+
+
+def drawn(x):
+    """Characters (B, T) -> pictures (B, 1, 8, 8 T), dark and bright about 0. A page is one long line: patches
+    do not reach over lines."""
+    return GLYPHS[x].transpose(1, 2).reshape(len(x), 1, 8, -1) * 2 - 0.6
+
+
+class Reader(LM):
+    """An LM before whose text stand the tokens of a page, one for `per` characters: from the picture, by a
+    convolution over a character's pixels and one over the patch; from the embedded characters by the latter
+    alone; or their mean. Behind all of them are two blocks of attention."""
+    def __init__(self, config, kind, per, page):
+        super().__init__(config)
+        C = config.n_embd
+        self.per, self.n, self.picture = per, -(-page // per), kind == "picture"
+        self.look = torch.nn.Conv2d(1, C, 8, 8) if self.picture else torch.nn.Embedding(64, C)
+        self.pool = torch.nn.AvgPool1d(per) if kind == "mean" else torch.nn.Conv1d(C, C, per, per)
+        layer = torch.nn.TransformerEncoderLayer(C, config.n_head, 2 * C, 0.0, "gelu", batch_first=True,
+                                                 norm_first=True)
+        self.think = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.embed.register_forward_hook(self.show)
+        # Tokens of the page and letters begin with the sines of their places on it: what has to be learned is
+        # to read, not where.
+        at = torch.cat([per * (torch.arange(self.n) + 0.5), torch.arange(page)])
+        angle = at[:, None] / 1000 ** torch.linspace(0, 1, C // 2)
+        self.embed_pos.weight.data.copy_(torch.cat([angle.sin(), angle.cos()], dim=1) / 2)
+
+    def see(self, x):
+        """Looks at pages x (B, T): ids (B, n) that stand for what was seen."""
+        x = F.pad(x, (0, -x.size(1) % self.per))
+        z = F.gelu(self.look(drawn(x))).squeeze(2) if self.picture else self.look(x).mT     # (B, C, T)
+        z = self.pool(z).mT                                             # (B, n, C)
+        self.seen = self.think(F.rms_norm(z, z.shape[-1:]) + self.embed_pos.weight[:z.size(1)])
+        return torch.full(z.shape[:2], SEEN)
+
+    def show(self, embed, args, out):
+        here = (args[0] == SEEN).unsqueeze(-1)
+        return out.masked_scatter(here, self.seen) if here.any() else out
+
+
+def learn_reading(config, kind, per, page, ids, objective, steps, tokens, path):
+    """A Reader of pages of text and of random characters in equal parts. Short ones first, as for recall."""
+    def loss_of(lm, step, gen):
+        T = min(page, 8 << max(0, int(10 * step / steps) - 2))
+        B = tokens // T // 2
+        text = glyph_ids(random_windows(ids, T, B, gen))
+        x = torch.cat([text, torch.randint(64, (B, T), generator=gen)])
+        seen = lm.see(x)
+        n = seen.size(1)
+        pos = torch.cat([torch.arange(n), lm.n + torch.arange(T)])
+        if objective == "ar":
+            z = lm(diffusion.shift_right(torch.cat([seen, x], dim=1), lm.mask_id), pos=pos)
+            return diffusion.token_nll(z[:, n:], x).mean()
+        f = lambda y, causal: lm(torch.cat([seen, y], dim=1), causal=causal, pos=pos)[:, n:]
+        return diffusion.mdm_loss(f, x, lm.mask_id, generator=gen)
+
+    make = functools.partial(Reader, kind=kind, per=per, page=page)
+    return learn(config, loss_of, steps, path, model=make, lr=4e-3, optimizer="muon")
+
+
+def optical_table(result):
+    def cells(r):
+        return {f"{r['per']}": f"{100 * r['text']:.0f} / {100 * r['random']:.0f}"}
+    return merged(result["rows"], ("reader", "passes"), cells)
+
+
+def optical_picture(plt, result):
+    """A page, its reading where a token stands for 20 characters, and right characters against compression,
+    dotted those of random pages."""
+    rows = result["rows"]
+    sample_of = next((r for r in rows if r["per"] == 20), rows[0])
+    figure, axes = plt.subplots(3, 1, figsize=(8, 7), height_ratios=(1, 1, 9))
+    for ax, what in zip(axes, ("page", "reading")):
+        ax.imshow(drawn(torch.tensor(sample_of[what]).view(2, -1)).flatten(0, 2).numpy(), cmap="binary")
+        ax.set(xticks=[], yticks=[])
+        ax.set_title(f"{what}, {sample_of['reader']}, {sample_of['per']} characters a token", fontsize=10)
+    for i, (reader, passes) in enumerate(dict.fromkeys((r["reader"], r["passes"]) for r in rows)):
+        label = reader + f", {passes} passes" * bool(passes)
+        for what, style in dict(text=dict(label=label), random=dict(ls=":")).items():
+            mine = points(rows, "per", what, reader=reader, passes=passes)
+            axes[2].plot(*zip(*mine), marker="o", color=f"C{i}", **style)
+    axes[2].plot([10, 20], [0.97, 0.6], "k*", ms=10, label="DeepSeek-OCR")
+    dress(axes[2], "", xlabel="characters per token of the page", ylabel="right characters")
+    log_ticks(axes[2].xaxis, [r["per"] for r in rows])
+    return figure
+
+
+@experiment(show=optical_table, picture=optical_picture)
+def optical(per=(4, 10, 16, 20, 64), readers: READERS = tuple(READERS), page=128, steps=500, pages=64,
+            n_layer=2, n_embd=96, batch_tokens=1280, dataset="docs-byte", threads=1, out="out/optical"):
+    """A page of text as a picture, read back by AR and by masked diffusion: right characters, in %, of text /
+    of random characters, against characters per token of the page; and without a picture.
+
+    per: characters that a token of the page stands for
+    readers: what is read, and how: names, comma-separated
+    page: characters of a page
+    steps: of training, for each reader
+    pages: to read, of held-out text and of random characters each
+    """
+    ids, val, _ = prepare.load_dataset(data_folder(dataset))
+    random = torch.randint(64, (pages, page), generator=torch.Generator().manual_seed(0))
+    held = dict(text=glyph_ids(train.fixed_windows(val, page, pages).long()), random=random)
+    for n, reader in itertools.product(per, readers):
+        kind, objective = reader.split()
+        config = ModelConfig(vocab_size=len(GLYPHS), n_layer=n_layer, n_head=4, n_embd=n_embd, qk_norm=True,
+                             position="learned", block_size=page - (-page // n))
+        path = Path(out) / f"{kind}-{objective}-{n}-{page}-{n_layer}x{n_embd}-{steps}.pt"
+        given = config, kind, n, page, ids, objective, steps, batch_tokens, path
+        model = functools.cache(functools.partial(learn_reading, *given))
+        for passes in READERS[reader]:
+
+            def measure():
+                lm, row = model(), {}
+                for name, x in held.items():
+                    with torch.no_grad():
+                        canvas = torch.cat([lm.see(x), torch.full_like(x, lm.mask_id)], dim=1)
+                        if objective == "ar":
+                            y = diffusion.sample_ar(lm, canvas, lm.mask_id, temperature=0)
+                        else:
+                            y = diffusion.sample_mdm(lm, canvas, lm.mask_id, passes, temperature=0)
+                    y = y[:, lm.n:]
+                    row[name], row[f"{name}_se"] = mean_se((y == x).double().mean(1).tolist())
+                    row |= dict(page=x[0].tolist(), reading=y[0].tolist()) if name == "text" else {}
+                return row
+
+            yield dict(per=n, reader=reader, passes=passes), measure
 
 # ------------------------------------------------------------------------------------------------------------
 # theory: token error and sequence error (Feng et al. 2502.09622)
@@ -2534,26 +2496,18 @@ def theory(lengths=(24, 96), steps=1000, sequences=128, threads=1, out="out/theo
         def measure(L, N):
             gen = torch.Generator().manual_seed(L)
             V = language.V
-            count = sequences
-            if kind == "oracle":
-                count *= 8
-            x = language.draw(count, L, gen)
+            x = language.draw(8 * sequences if kind == "oracle" else sequences, L, gen)
             if kind == "ar":
                 y = diffusion.sample_ar(model(), torch.full_like(x, V), V, generator=gen, cache=False)
                 nats = diffusion.ar_loss(model(), x, V, reduction="none").detach()
             else:
                 y, nats = in_steps(model(), x, N, V, gen)
             nats = nats.double().mean(1)
-            right = language.valid(y).double().mean().item()
             ter = nats.mean().exp().item()
-            return dict(
-                ter=ter,
-                ser=1 - right,
-                sequences=count,
-                ter_se=ter * nats.std().item() / count ** 0.5,
-                ser_se=(right * (1 - right) / count) ** 0.5,
-                **(language.theory(N, L) if N else {})
-            )
+            ser, error = mean_se((~language.valid(y)).double().tolist())
+            closed = language.theory(N, L) if N else {}
+            return closed | dict(ter=ter, ser=ser, sequences=len(x), ser_se=error,
+                                 ter_se=ter * mean_se(nats.tolist())[1])
 
         for L, N in itertools.product(lengths, kinds[kind]):
             point = dict(language=language.name, model=kind, L=L, N=N or L)
@@ -2587,7 +2541,7 @@ def tools(steps=1000, problems=500, workers=1, device="auto", threads=1, out="ou
     for (objective, order), tool in itertools.product(cases, ("none", "calculator")):
 
         def measure():
-            lm, state = train.load_model(jobs[objective]["out"], "last", device)
+            lm, _ = train.load_model(jobs[objective]["out"], "last", device)
             canvas = diffusion.canvas([tokenizer.encode(p) for p in prompts], 60, lm.mask_id)
             x, valid = (a.to(device) for a in canvas)
             call = sample.calculator if tool == "calculator" else lambda text: ""
@@ -2601,14 +2555,8 @@ def tools(steps=1000, problems=500, workers=1, device="auto", threads=1, out="ou
             answer = lambda text: text.rpartition(" ")[2]
             accuracy, se = mean_se([float(answer(t) == answer(w)) for t, w in zip(texts, written)])
             made = {(i, call + "?") for i, call, *_ in hook.calls}
-            return dict(
-                problems=len(texts),
-                accuracy=accuracy,
-                se=se,
-                right_calls=len(made.intersection(enumerate(prompts))),
-                failed_calls=sum(why is not None for *_, why in hook.calls),
-                minutes=state["seconds"] / 60,
-            )
+            right = len(made.intersection(enumerate(prompts)))
+            return dict(problems=len(texts), accuracy=accuracy, se=se, right_calls=right)
 
         yield dict(model=objective, order=order, tool=tool), measure
 
@@ -2624,10 +2572,8 @@ def moe_speed(E, k, device, repeat):
     parameters = [torch.nn.init.normal_(p, std=0.02) for p in (*dense.parameters(), *moe.parameters())]
     x = torch.randn(1, tokens, C, device=device, dtype=dtype_on(device))
     calls = (dense, moe, lambda x: moe.route(x.view(-1, C))[0])
-    plain, sparse, route = (time_passes(f, [x], device, repeat, parameters)["both_ms"] for f in calls)
+    plain, sparse, route = (time_passes(f, x, device, repeat, parameters)["both_ms"] for f in calls)
     return dict(
-        width=C,
-        tokens=tokens,
         dense_tok_per_s=1e3 * tokens / plain,
         moe_tok_per_s=1e3 * tokens / sparse,
         ratio=plain / sparse,
@@ -2635,81 +2581,55 @@ def moe_speed(E, k, device, repeat):
     )
 
 
-def skewed(out, windows):
-    """The weights of a run, but the first k experts of every layer are everyone's first choice."""
-    def skew(moe, args):
-        mean = args[0].mean(dim=(0, 1))
-        moe.router.weight[: moe.k] += 2.0 * mean / mean.square().sum()
-
-    lm, _ = train.load_model(out, "last")
-    for moe in lm.modules():
-        if isinstance(moe, MoE):
-            moe.register_forward_pre_hook(skew)
-    with torch.no_grad():
-        lm(windows)
-    return lm.state_dict()
-
-
-def load_picture(plt, result):
-    figure, ax = plt.subplots(figsize=(8, 4.5))
-    for r in result["rows"]:
-        if "loads" in r:
-            ax.semilogy(*zip(*r["loads"]), label=r["router"])
-    log_ticks(ax.yaxis, [1, 2, 3, 4, 6, 8])
-    title = "32 experts, top 4, from a skewed router"
-    dress(ax, title, xlabel="step", ylabel="largest / mean load, worst layer")
-    return figure
+@torch.no_grad()
+def load_of(lm, x):
+    """(largest load of an expert to the mean one, share of experts with less than a tenth of that) on windows
+    x, all layers."""
+    lm.train()(x)
+    loads = torch.stack([moe.balance(move=False) for moe in lm.moes()])
+    loads /= loads.mean(1, keepdim=True)
+    return loads.max().item(), (loads < 0.1).double().mean().item()
 
 
 def moe_tables(result):
-    rows = result["rows"]
-    return "\n\n".join(markdown([r for r in rows if key in r]) for key in ("experts", "router"))
+    return "\n\n".join(markdown([r for r in result["rows"] if key in r]) for key in ("experts", "router"))
 
 
-@experiment(named=("device",), show=moe_tables, picture=load_picture)
-def moe(dataset="docs-byte", steps=2000, repeat=12, workers=1, device="auto", threads=1, out="out/moe"):
-    """Mixture of experts: speed against a dense MLP of the same active parameters; load with and without the
-    bias rule.
+@experiment(named=("device",), show=moe_tables)
+def moe(scenes=("docs-byte", "pysrc-byte"), steps=600, repeat=12, device="auto", threads=1, out="out/moe"):
+    """Mixture of experts: speed against a dense MLP of the same active parameters; with and without the bias
+    rule, how even the load is, and how many experts a scene alone leaves unused.
 
-    steps: of the balance runs, behind the one after which their routers are skewed
+    scenes: data sets, read in equal parts in training, then each alone and all together
+    steps: of training
     """
     for E, k in ((64, 8), (128, 8)) if device.startswith("cuda") else ((8, 2), (32, 4), (128, 8)):
         yield dict(experts=E, active=k), lambda: moe_speed(E, k, device, repeat)
-    start = dict(
-        dataset=str(data_folder(dataset)),
-        n_layer=2,
-        n_head=4,
-        n_embd=64,
-        block_size=64,
-        batch_tokens=1024,
-        log_every=max(1, steps // 20),
-        eval_every=0,
-        max_steps=1,
-        schedule="constant",
-        device=device,
-        set=["n_expert=32", "n_expert_active=4", "expert_inner=64", "router_bias_step=0"],
-        out=f"{out}/start"
-    )
-    yield {"start": start}
-    jobs = {}
-    weights = skewed(start["out"], validation(dataset, 64, 16))
-    for router, bias_step in {"bias rule": 1e-3, "no balancing": 0}.items():
-        fields = [*start["set"][:-1], f"router_bias_step={bias_step}"]
-        jobs[router] = start | dict(set=fields, max_steps=1 + steps, out=f"{out}/{file_part(router)}-{steps}")
-        fork(start["out"], jobs[router], weights, router_bias_step=bias_step)
-    evals = yield jobs
-    for router, job in jobs.items():
-        log = [r for r in train.read_log(job["out"]) if r["kind"] == "train" and r["step"] > 1]
-        loads = [[r["step"], max(r["load_ratio"])] for r in log]
-        yield dict(router=router), dict(
-            steps=steps,
-            first_load_ratio=loads[0][1],
-            last_load_ratio=loads[-1][1],
-            dead_experts=max(log[-1]["dead_experts"]),
-            bias_range=max(log[-1]["bias_range"]),
-            val_loss=evals[router][-1]["loss"],
-            loads=loads
-        )
+    folders = [data_folder(name) for name in scenes]
+    texts = [prepare.load_dataset(folder)[0] for folder in folders]
+    held = {folder.name: validation(str(folder), 64, 128).to(device) for folder in folders}
+    held["all"] = torch.cat(list(held.values()))
+    size = dict(vocab_size=prepare.load_tokenizer(folders[0]).n_vocab, n_layer=2, n_embd=64, block_size=64,
+                n_expert=32, n_expert_active=4, expert_inner=64)
+
+    def loss_of(lm, step, gen):
+        for layer in lm.moes():
+            layer.balance()
+        x = torch.cat([random_windows(ids, 64, 16 // len(texts), gen) for ids in texts]).to(device)
+        return diffusion.ar_loss(lm, x, lm.mask_id)
+
+    for router, bias_step in {"bias rule": 1e-3, "no balancing": 0.0}.items():
+
+        def measure():
+            config = ModelConfig(**size, router_bias_step=bias_step)
+            path = Path(out) / f"{file_part(router)}-{'-'.join(held)}-{steps}.pt"
+            lm = learn(config, loss_of, steps, path, device, lr=2e-3)
+            row = dict(loss=diffusion.ar_loss(lm, held["all"], lm.mask_id).item())
+            for name, x in held.items():
+                row[f"load {name}"], row[f"unused {name}"] = load_of(lm, x)
+            return row
+
+        yield dict(router=router), measure
 
 # ------------------------------------------------------------------------------------------------------------
 # decode, panel: what sampling costs and what it gives; the likelihoods of the same models
@@ -2744,6 +2664,7 @@ ROLES = {
     "mtp": dict(objective="ar", set=["mtp=0.3"]),
     "block": dict(objective="block", diffusion_block=16)
 }
+SAMPLERS = {"ar": diffusion.sample_ar, "mdm": diffusion.sample_mdm, "block": diffusion.sample_block}
 LONGER = {"mdm": 3, "mixed": 3, "block": 1.5}  # times max_steps: diffusion learns slowly
 
 
@@ -2844,11 +2765,11 @@ def decode(batches=(1, 8, 64), run_judge=None, **models):
     folders = yield from decode_runs(roles, models | dict(run_judge=run_judge))
     device = models["device"]
     most = max(batches)
-    clock = clock_of(models["device"])
+    clock = clock_of(device)
     trained = {role: train.load_model(folder, "last", device) for role, folder in folders.items()}
     judge, state = trained["judge"]
     T = judge.config.block_size
-    P = judge.config.block_size // 8  # the first P tokens are the prompt
+    P = T // 8                              # the first P tokens are the prompt
     for role, (lm, _) in trained.items():
         need(
             lm.V == judge.V and lm.config.block_size >= T,
@@ -2859,7 +2780,6 @@ def decode(batches=(1, 8, 64), run_judge=None, **models):
     data = validation(state["flags"]["dataset"], T, most).to(device)
     canvas = data.clone()
     canvas[:, P:] = judge.mask_id
-    samplers = {"ar": diffusion.sample_ar, "mdm": diffusion.sample_mdm, "block": diffusion.sample_block}
 
     def measure(role, setting):
         lm, state = trained[role]
@@ -2873,7 +2793,7 @@ def decode(batches=(1, 8, 64), run_judge=None, **models):
             for x in canvas[: max(B, min(4, most))].split(B):
                 draws = torch.Generator("cpu" if device.startswith("mps") else device).manual_seed(0)
                 tic = clock()
-                texts.append(samplers[role](lm, x, lm.mask_id, generator=draws, **setting))
+                texts.append(SAMPLERS[role](lm, x, lm.mask_id, generator=draws, **setting))
                 seconds += clock() - tic
             texts = torch.cat(texts)
             row = row or judged(judge, texts, P)
@@ -2917,8 +2837,7 @@ def drafts(batches=(1, 8), lengths=(1, 2, 4, 8), run_mixed=None, run_mtp=None, *
                 return {
                     "tokens/pass": new / passes,
                     "tokens/s": round(new / seconds[1]),
-                    "without": round(new / seconds[0]),
-                    "ratio": seconds[0] / seconds[1],
+                    "ratio": seconds[0] / seconds[1]
                 }
 
             yield dict(run=role, draft=draft, batch=B), measure
@@ -2993,7 +2912,7 @@ def told(result):
     """How a file was made, in a line."""
     seeds = ", ".join(map(str, result["seeds"]))
     return (f"`{result['command']}`: {result['device']}, torch {result['versions']['torch']}, "
-            f"{result['date']}, seed{'s' * (',' in seeds)} {seeds}" + ", **cut off by time**" * result["cut"])
+            f"{result['date']}, seed{'s' * (',' in seeds)} {seeds}")
 
 
 @experiment()
@@ -3135,19 +3054,10 @@ def diffusion_nats(lm, context, ends, measure, n_mc=32, seed=0, block=None):
         scored = F.pad(scored, (0, more))
         how = {}
     if measure == "bound":
+        rows = max(1, (65536 if x.is_cuda else 4096) // x.size(1))
         nats, _ = diffusion.mdm_nll(
-            lm,
-            x,
-            mask,
-            n_mc,
-            torch.Generator().manual_seed(seed),
-            batch_size=max(1, (65536 if x.is_cuda else 4096) // x.size(1)),
-            noise_block=block,
-            scored=scored,
-            per_row=True,
-            group=torch.zeros(len(x), dtype=torch.int64),
-            **how
-        )
+            lm, x, mask, n_mc, torch.Generator().manual_seed(seed), batch_size=rows, noise_block=block,
+            scored=scored, per_row=True, group=torch.zeros(len(x), dtype=torch.int64), **how)
     else:
         nats = diffusion.chain_nll(lm, x, mask, "left", scored, block, **how)
     return (nats.cpu() * scored.sum(1).cpu()).tolist()
@@ -3156,9 +3066,9 @@ def diffusion_nats(lm, context, ends, measure, n_mc=32, seed=0, block=None):
 def greedy_end(lm, context, end, block=None):
     """Does a diffusion model write just these tokens, left to right, always the most probable one?"""
     x = torch.tensor([context + [lm.mask_id] * len(end)], device=lm.embed.weight.device)
-    how = dict(order="left", temperature=0, fill_block=block)
-    y = (diffusion.sample_block if block else diffusion.sample_mdm)(lm, x, lm.mask_id, **how)
-    return y[0, len(context) :].tolist() == end
+    draw = SAMPLERS["block" if block else "mdm"]
+    y = draw(lm, x, lm.mask_id, order="left", temperature=0, fill_block=block)
+    return y[0, len(context):].tolist() == end
 
 
 def judge_item(lm, flags, item, measure, n_mc, seed):
@@ -3185,27 +3095,19 @@ def summary(items, results):
     accuracy: the right answer has the smallest -log p; accuracy_norm: the smallest per byte. gap: the mean
     -log p of the wrong answers minus that of the right one, nats. loss: the right answer's, per token."""
     judged = [(item, r) for item, r in zip(items, results) if "failed" not in r]
-    hits = []
-    norm = []
-    gaps = []
-    right = 0.0
-    tokens = 0
+    hits, norm, gaps, right = [], [], [], []
     for item, r in judged:
-        g = item["gold"]
-        nats = np.array(r["nats"])
-        right += nats[g]
-        tokens += len(item["ends"][g])
-        if len(nats) == 1:
-            hits.append(float(r["greedy"]))
-            continue
-        density = nats / item["bytes"]
-        hits.append(float(nats[g] < np.delete(nats, g).min()))
-        norm.append(float(density[g] < np.delete(density, g).min()))
-        gaps.append(np.delete(nats, g).mean() - nats[g])
+        g, nats = item["gold"], np.array(r["nats"])
+        others, density = np.delete(nats, g), nats / item["bytes"]
+        right.append(nats[g])
+        hits.append(float(nats[g] < others.min() if len(others) else r["greedy"]))
+        if len(others):
+            norm.append(float(density[g] < np.delete(density, g).min()))
+            gaps.append(others.mean() - nats[g])
     out = dict(items=len(hits), failed=len(items) - len(hits))
     if hits:
         out["accuracy"], out["se"] = mean_se(hits)
-        out["loss"] = right / tokens
+        out["loss"] = sum(right) / sum(len(item["ends"][item["gold"]]) for item, _ in judged)
     if gaps:
         out["accuracy_norm"] = statistics.mean(norm)
         out["gap"], out["gap_se"] = mean_se(gaps)
