@@ -97,13 +97,18 @@ CHOICES = dict(
     decay_gate=("auto", "softplus", "lower"),
     out_gate=("auto", None, "silu", "sigmoid"),
     bidir=("sum", "forward", "backward"))
-RANGES = dict(
+RANGES = dict(                      # ends included; any other number lies between 1 and 65,536
+    norm_eps=(1e-12, 0.1),
+    rope_base=(1, 10 ** 12),
+    rope_factor=(1, 10 ** 6),
     rotary_fraction=(0, 1),
-    g_min=(-5, 0),
-    norm_eps=(0, 1),
-    rope_base=(1, math.inf),
-    rope_factor=(1, math.inf))
-MAY_BE_0 = ("out_gate_rank", "qk_rope_head_dim", "sel_init", "dense_len")
+    window=(1, 2 ** 31),
+    g_min=(-5, -1e-3),
+    out_gate_rank=(0, 2 ** 16),
+    qk_rope_head_dim=(0, 2 ** 16),
+    sel_topk=(1, 2 ** 24),
+    sel_init=(0, 2 ** 16),
+    dense_len=(0, 2 ** 31))
 
 
 def need(ok, message):
@@ -112,19 +117,16 @@ def need(ok, message):
 
 
 def check_values(values):
-    """Refuse settings {field: value} whose value is no choice, out of range or a size below 1."""
+    """Refuse settings {field: value} whose value is no choice or out of range."""
     for field, value in values.items():
         if field in CHOICES:
             choices = CHOICES[field]
             # a pattern's position=none is None here
             need(value in choices or value is None and "none" in choices,
                  f"{field}={value} is no choice: one of {', '.join(map(str, choices)).lower()}")
-        elif field in RANGES:
-            low, high = RANGES[field]
+        elif type(value) in (int, float):
+            low, high = RANGES.get(field, (1, 2 ** 16))
             need(low <= value <= high, f"{field} {value} must lie in [{low}, {high}]")
-        elif type(value) is int:
-            low = 0 if field in MAY_BE_0 else 1
-            need(value >= low, f"{field} {value} must be at least {low}")
 
 
 def check_settings(name, values):
@@ -336,17 +338,17 @@ def put_window(cache, k, v, step, window):
     if cache is not None:
         W = cache.k.size(2)
         T = k.size(2)
-        old_k = torch.cat([cache.k.to(k.dtype), k], dim=2)
-        old_v = torch.cat([cache.v.to(v.dtype), v], dim=2)
-        if step.commit:
-            cache.k.copy_(last_tokens(old_k, W, step.valid))
-            cache.v.copy_(last_tokens(old_v, W, step.valid))
+        read = []
+        for buffer, a in (cache.k, k), (cache.v, v):
+            read.append(torch.cat([buffer.to(a.dtype), a], dim=2))
+            if step.commit:
+                buffer.copy_(last_tokens(read[-1], W, step.valid))
         if step.length > T:
             k_pos = step.slots[:, :1] - W + count_to(W + T, k)
             there = k_pos >= 0
             if step.valid is not None:
                 there = there & F.pad(step.valid, (W, 0), value=True)
-            return old_k, old_v, visible(step.slots, k_pos, step.causal, window, there).unsqueeze(1)
+            return *read, visible(step.slots, k_pos, step.causal, window, there).unsqueeze(1)
     if step.plain and step.pos is step.slots:
         return k, v, None
     return k, v, step.below() & visible(step.pos, step.pos, False, window).unsqueeze(1)
@@ -376,14 +378,20 @@ class Mixer(nn.Module):
     pass of one sequence, without projections.
     """
     family = "softmax"              # or "linear", "sparse"
-    settings = ()                   # fields of the config that the layer reads
+    settings = ()                   # fields of the config that the layer reads, and has under their names
+    published = {}                  # of those that the config leaves open
     takes_mask = False
     rewrites = False                # can it compute slots in use anew?
     wide = ()                       # buffers that are float32 at least
 
     def __init__(self, config):
         super().__init__()
-        check_values({field: getattr(config, field) for field in self.settings})
+        values = {field: getattr(config, field) for field in self.settings}
+        check_values(values)
+        for field, value in values.items():
+            if value == LayerConfig.__dataclass_fields__[field].default:
+                value = self.published.get(field, value)
+            setattr(self, field, value)
 
     def forward(self, x, causal=True, cache=None, step=None, **keywords):
         """(B, T, C) -> (B, T, C). The keywords are those of `step_of`; a model passes its own step."""
@@ -422,6 +430,11 @@ class Mixer(nn.Module):
 
 def compiling():
     return torch.compiler.is_compiling()
+
+
+def on_host(x):
+    """May a number be asked for? On another device that is to wait for it, and a graph cannot."""
+    return x.device.type == "cpu" and not compiling()
 
 
 def count_to(n, x):
@@ -555,15 +568,12 @@ def softmax_attention(q, k, v, causal=True, window=None, sink=None, scale=None, 
             mask = visible(t[S - T:], t, causal, window)
     if sink is None:
         return sdpa(q, k, v, causal, scale, mask)
-    # SDPA has no sink and does not return its normaliser, so this is the definition, with its (T, S) scores
-    # in memory.
-    k, v = (a.repeat_interleave(q.size(1) // a.size(1), dim=1) for a in (k, v))
-    scores = widen(q @ k.mT) * (scale or q.size(-1) ** -0.5)     # (B, H, T, S)
-    scores = scores.masked_fill(~mask, -math.inf)
-    null = sink.to(scores.dtype).view(1, -1, 1, 1)
-    null = null.expand(q.size(0), -1, T, 1)
-    weights = torch.cat([scores, null], dim=-1).softmax(dim=-1)
-    return weights[..., :-1].to(v.dtype) @ v
+    # A sink is the logit of one key more, whose value is 0.
+    logits = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -math.inf)
+    logits = logits.expand(q.size(0), q.size(1), T, S)
+    null = sink.to(q.dtype).view(1, -1, 1, 1).expand_as(logits[..., :1])
+    k, v = (F.pad(a, (0, 0, 0, 1)) for a in (k, v))
+    return sdpa(q, k, v, False, scale, torch.cat([logits, null], dim=-1))
 
 
 def read_all(q, k, v, step, scale=None):
@@ -596,14 +606,14 @@ class Full(Mixer):
         need(self.rope_dim % 2 == 0,
              f"head width {self.D} x rotary_fraction {config.rotary_fraction} rotates "
              f"{self.rope_dim} channels: it must be an even number")
-        self.window = config.window if "window" in self.settings else None
         self.rewrites = self.window is None
         self.qkv_proj = nn.Linear(C, (H + 2 * self.Hkv) * self.D, bias=config.bias)
         self.o_proj = nn.Linear(H * self.D, C, bias=config.bias)
         self.gate_proj = linear_map(C, H * self.D) if config.attn_gate else None
-        self.q_norm = nn.RMSNorm(self.D, eps=config.norm_eps) if config.qk_norm else None
-        self.k_norm = nn.RMSNorm(self.D, eps=config.norm_eps) if config.qk_norm else None
-        self.sink = nn.Parameter(torch.zeros(H)) if "sink" in self.settings and config.sink else None
+        norm = lambda: nn.RMSNorm(self.D, eps=config.norm_eps) if config.qk_norm else None
+        self.q_norm = norm()
+        self.k_norm = norm()
+        self.sink = nn.Parameter(torch.zeros(H)) if self.sink else None
 
     def mix(self, x, step, cache):
         q, k, v = self.project(x, step)
@@ -860,8 +870,9 @@ class FixedState(Mixer):
                 "linear_value_dim", "conv_size", "out_gate", "out_gate_rank", "bidir")
     wide = ("state",)
     delta = True                    # the delta rule, or linear attention
-    decay = gate = out_gate = None  # each layer's own, where the config does not say
-    low_rank_gate = False
+    linear_decay = decay_gate = None
+    neg_eigval = low_rank_gate = False
+    writes = 1
 
     def __init__(self, config):
         super().__init__(config)
@@ -874,26 +885,15 @@ class FixedState(Mixer):
              f"n_embd {C} must be a multiple of {self.H} heads, or give linear_key_dim")
         self.K = config.linear_key_dim or C // self.H
         self.V = config.linear_value_dim or self.K
-        self.bidir = config.bidir
-        if config.out_gate != "auto":
-            self.out_gate = config.out_gate
-        if "linear_decay" in self.settings:
-            self.decay = config.linear_decay
-        if "decay_gate" in self.settings:
-            self.g_min = config.g_min
-            if config.decay_gate != "auto":
-                self.gate = config.decay_gate
-        self.beta_max = 2.0 if self.delta and config.neg_eigval else 1.0
-        self.writes = config.writes if self.delta else 1
         self.sizes = [self.H * self.K, self.writes * self.H * self.K, self.writes * self.Hv * self.V]
         self.qkv_proj = linear_map(C, sum(self.sizes))
-        bound = config.conv_size ** -0.5                                        # nn.Conv1d's own
-        taps = torch.empty(sum(self.sizes), config.conv_size)
+        bound = self.conv_size ** -0.5                                          # nn.Conv1d's own
+        taps = torch.empty(sum(self.sizes), self.conv_size)
         self.conv_weight = nn.Parameter(taps.uniform_(-bound, bound))
         if self.delta:
             self.beta_proj = linear_map(C, self.Hv * self.writes)
-        if self.decay in ("head", "channel"):
-            per_head, rank = (1, 0) if self.decay == "head" else (self.K, self.K)
+        if self.linear_decay in ("head", "channel"):
+            per_head, rank = (1, 0) if self.linear_decay == "head" else (self.K, self.K)
             self.decay_proj = linear_map(C, self.Hv * per_head, rank)
             # Mamba's start: dt log-uniform in [0.001, 0.1], A in [1, 16], a memory of 1 to 1000 tokens. With
             # dt_bias = 1 (transformers' Qwen3-Next) it would be a tenth of a token.
@@ -901,11 +901,11 @@ class FixedState(Mixer):
             dt = dt.uniform_(math.log(1e-3), math.log(0.1)).exp()
             self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))      # softplus(dt_bias) = dt
             A = torch.ones(self.Hv)
-            if self.gate != "lower":
+            if self.decay_gate != "lower":
                 A.uniform_(1, 16)
             self.A_log = nn.Parameter(A.log())
         if self.out_gate:
-            rank = config.out_gate_rank
+            rank = self.out_gate_rank
             if rank is None:
                 rank = self.low_rank_gate * self.V
             self.gate_proj = linear_map(C, self.Hv * self.V, rank)
@@ -928,9 +928,9 @@ class FixedState(Mixer):
         if valid is not None:
             x = x.masked_fill(~valid[:, :, None], 0)
         qkv = self.qkv_proj(x)
-        W = self.conv_weight.size(1)
+        before = self.conv_size - 1
         if cache is None:
-            qkv = F.pad(qkv, (0, 0, W - 1, 0))
+            qkv = F.pad(qkv, (0, 0, before, 0))
         else:
             qkv = torch.cat([cache.conv.to(qkv.dtype), qkv], dim=1)
         mixed = F.silu(short_conv(qkv, self.conv_weight, both))
@@ -945,7 +945,7 @@ class FixedState(Mixer):
         state = None if cache is None else cache.state
         o, S = self.rule(x, q, k, v, self.log_decay(x, valid), state, not both)
         if cache is not None and commit:
-            cache.conv.copy_(last_tokens(qkv.unsqueeze(1), W - 1, valid).squeeze(1))
+            cache.conv.copy_(last_tokens(qkv.unsqueeze(1), before, valid).squeeze(1))
             cache.state.copy_(S)
         y = self.o_norm(o.transpose(1, 2).to(self.o_norm.weight.dtype))         # (B, T, Hv, V)
         if self.out_gate:
@@ -956,19 +956,19 @@ class FixedState(Mixer):
 
     def log_decay(self, x, valid):
         """(B, T, C) -> None, (B, Hv, T) or (B, Hv, T, K), at least float32."""
-        if self.decay is None:
+        if self.linear_decay is None:
             return None
-        if self.decay == "fixed":                                               # RetNet: 1 - 2^(-5 - head)
+        if self.linear_decay == "fixed":                                        # RetNet: 1 - 2^(-5 - head)
             g = torch.log1p(-2.0 ** (-5 - count_to(self.Hv, x).float()))
             g = g.view(-1, 1, 1)
             g = g.expand(x.size(0), -1, x.size(1), 1)
         else:
             f = heads(self.decay_proj(x) + widen(self.dt_bias), self.Hv)
             A = widen(self.A_log).exp().view(-1, 1, 1)
-            g = self.g_min * torch.sigmoid(A * f) if self.gate == "lower" else -A * F.softplus(f)
+            g = self.g_min * torch.sigmoid(A * f) if self.decay_gate == "lower" else -A * F.softplus(f)
         if valid is not None:
             g = g.masked_fill(~valid[:, None, :, None], 0)
-        return g if self.decay == "channel" else g.squeeze(-1)
+        return g if self.linear_decay == "channel" else g.squeeze(-1)
 
     def in_turn(self, a):
         """(B, H writes, T, D) -> (B, H, T writes, D): the writes of a token behind each other."""
@@ -977,16 +977,16 @@ class FixedState(Mixer):
     def rule(self, x, q, k, v, g, state, causal):
         one, n = q.size(2) == 1, self.writes
         if self.delta:
-            beta = self.beta_max * torch.sigmoid(widen(self.beta_proj(x)))
+            beta = (1 + self.neg_eigval) * torch.sigmoid(widen(self.beta_proj(x)))
             beta = self.in_turn(beta.mT.unsqueeze(-1)).squeeze(-1)              # (B, Hv, T writes)
             if n > 1:
                 q = q.repeat_interleave(n, dim=2)                               # the last one is read
                 g = g if g is None else torch.stack([g] + [0 * g] * (n - 1), dim=3).flatten(2, 3)
             rule = delta_rule_recurrent if one else delta_rule
-            g_min = self.g_min if self.gate == "lower" else None
+            g_min = self.g_min if self.decay_gate == "lower" else None
             o, S = rule(q, k, v, beta, g, state, causal, g_min)
             return o[:, :, n - 1::n], S
-        if self.decay == "head" and self.gate == "softplus":
+        if self.linear_decay == "head" and self.decay_gate == "softplus":
             # Mamba-2 writes dt v, g = -A dt
             dt = -g / self.A_log.exp()[:, None]
             v = v * dt.unsqueeze(-1).to(v.dtype)
@@ -995,8 +995,7 @@ class FixedState(Mixer):
         return rule(q, k, v, g, state, causal, scale=1.0)
 
     def state(self, T):
-        before = self.conv_weight.size(1) - 1
-        return dict(conv=(before, sum(self.sizes)), state=(self.Hv, self.K, self.V))
+        return dict(conv=(self.conv_size - 1, sum(self.sizes)), state=(self.Hv, self.K, self.V))
 
     def reads(self, T, causal=True):
         """Rows of the state, each as large as one key and value: K, whatever T; both scans have one."""
@@ -1012,10 +1011,10 @@ class FixedState(Mixer):
         if self.delta:
             head += 2 * C * (2 * K + V) + 2 * C * C // 3 + 2 * K * V            # system, inverse, U, W; W S
             head *= self.writes
-        elif self.decay is None and scans == 2:
+        elif self.linear_decay is None and scans == 2:
             head = 4 * K * V
             scans = 1                                                           # one matrix for all tokens
-        conv = 2 * self.conv_weight.size(1) * sum(self.sizes)
+        conv = 2 * self.conv_size * sum(self.sizes)
         return T * scans * (self.Hv * head + conv)
 
 
@@ -1026,22 +1025,21 @@ class Linear(FixedState):
     g = logsigmoid(-f) / 16 is the softplus form with A = 1/16).
     """
     settings = FixedState.settings + ("linear_decay", "decay_gate", "g_min")
+    published = dict(decay_gate="softplus", out_gate="silu")
     delta = False
-    gate = "softplus"
-    out_gate = "silu"
 
 
 class DeltaNet(FixedState):
     """DeltaNet (arXiv 2406.06484): a write replaces what the state held for its key. No decay, no gate."""
     settings = FixedState.settings + ("neg_eigval", "writes")
+    published = dict(out_gate=None)
 
 
 class GatedDeltaNet(FixedState):
     """Gated DeltaNet (arXiv 2412.06464): one decay per head. Qwen3-Next, Qwen3.5, OLMo-Hybrid."""
     settings = FixedState.settings + ("decay_gate", "g_min", "neg_eigval", "writes")
-    decay = "head"
-    gate = "softplus"
-    out_gate = "silu"
+    published = dict(decay_gate="softplus", out_gate="silu")
+    linear_decay = "head"
 
 
 class KDA(FixedState):
@@ -1050,9 +1048,8 @@ class KDA(FixedState):
     Kimi Linear has decay_gate=softplus, without a bound on the decay.
     """
     settings = FixedState.settings + ("decay_gate", "g_min", "neg_eigval", "writes")
-    decay = "channel"
-    gate = "lower"
-    out_gate = "sigmoid"
+    published = dict(decay_gate="lower", out_gate="sigmoid")
+    linear_decay = "channel"
     low_rank_gate = True
 
 
@@ -1137,7 +1134,7 @@ def chunked(q, k, v, beta, g, S, twice, scale, g_min, chunk_size):
     low = q.dtype
     f = S.dtype
     if chunk_size is None:              # the CPU's caches are small: 32 is 10 to 30% faster there
-        chunk_size = 32 if q.device.type == "cpu" and not compiling() else 64
+        chunk_size = 32 if on_host(q) else 64
     C = min(chunk_size, max(16, 1 << (T - 1).bit_length()))
     N = -(-T // C)
     size = 1 << N.bit_length() // 2 if compiling() else 1     # chunks in a group, ~ sqrt(N)
@@ -1267,26 +1264,15 @@ def stack_lower(A, B, low):
 
 
 def inverse_of_one_minus(N):
-    """(I - N)^-1 for strictly lower triangular N (P, C, C), C a power of two, by block doubling.
+    """(I - N)^-1 for strictly lower triangular N (P, C, C), by substitution.
 
-    The inverse of [[A, 0], [-L, B]] is [[A', 0], [B' L A', B']], from 1 x 1 tiles upwards: only true inverses
-    are ever multiplied, so it is as accurate as substitution. The power series I + N + N^2 + ... is not: with
-    correlated keys its terms reach 1e7 before they cancel, even when it is summed by doubling.
+    The power series I + N + N^2 + ... is not as accurate: with correlated keys its terms reach 1e7 before
+    they cancel, even when it is summed by doubling.
     """
-    n = N.detach()
-    s = 1
-    X = torch.ones_like(n[:, :, :1]).unsqueeze(-1)                              # (P, C, 1, 1): the tiles
-    while X.size(1) > 1:
-        pairs = X.size(1) // 2
-        tiles = n.view(-1, pairs, 2, s, pairs, 2, s)
-        low = tiles[:, :, 1, :, :, 0]                                           # below the diagonal of a pair
-        low = low.diagonal(dim1=1, dim2=3).movedim(-1, 1)                       # (P, pairs, s, s)
-        A, B = X.unflatten(1, (pairs, 2)).unbind(2)
-        X = stack_lower(A, B, B @ low @ A)
-        s = 2 * s
-    X = X.squeeze(1)
-    # dX = X dN X needs nothing but the inverse: a term of value 0 carries it, and autograd skips the levels.
-    return torch.baddbmm(X, X, (N - n) @ X) if N.requires_grad else X
+    eye = torch.eye(N.size(-1), dtype=N.dtype, device=N.device).expand_as(N)
+    X = torch.linalg.solve_triangular(-N.detach(), eye, upper=False, unitriangular=True)
+    # dX = X dN X needs nothing but the inverse: a term of value 0 carries it.
+    return torch.baddbmm(X, X, (N - N.detach()) @ X) if N.requires_grad else X
 
 # ------------------------------------------------------------------------------------------------------------
 # Sparse softmax attention: a cheap score chooses the blocks of keys that a query reads
@@ -1357,11 +1343,10 @@ def keys_read(sel, rows, limit, S, key_block):
 def row_slices(limit, S, step=1024):
     """(slice of the queries, how many of S slots they read at most): what takes (T, S) memory runs in these.
 
-    On a GPU four times as many queries, because a compiled graph holds every slice; and the host does not
-    wait there for a number, but takes S.
+    On a GPU four times as many queries, because a compiled graph holds every slice; see on_host.
     """
     T = limit.size(1)
-    host = limit.device.type == "cpu" and not compiling()
+    host = on_host(limit)
     step = 4 * step if limit.is_cuda else step
     for i in range(0, max(T, 1), step):
         rows = slice(i, min(i + step, T))
@@ -1387,9 +1372,9 @@ def top_k(scores, k):
     float32 score is mapped to an integer of the same order, with the index in the low bits: no two are equal.
     """
     S = scores.size(-1)
-    bits = (scores.detach().float() + 0.0).view(torch.int32).long()  # + 0.0: -0.0 and 0.0 are a tie
+    bits = (scores.detach().float() + 0.0).view(torch.int32)        # + 0.0: -0.0 and 0.0 are a tie
     order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    key = (order << 32) + (S - 1 - count_to(S, scores))
+    key = order.long().mul_(2 ** 32).add_(S - 1 - count_to(S, scores))
     index = key.topk(min(k, S), dim=-1).indices
     return index, scores.gather(-1, index) > -math.inf
 
@@ -1407,9 +1392,9 @@ def select_blocks(score, slots, limit, n_blocks, key_block, topk, init=0, local=
     T = slots.size(1)
     sel = []
     own = torch.minimum(slots, limit - 1) // key_block
-    fill = count_to(-(-T // tile) * tile, slots).clamp(max=T - 1)
-    own, ends = (a[:, None, fill].unflatten(2, (-1, tile)) for a in (own, limit))       # (b, 1, nt, tile)
-    bounds = own.amin(3, True), own.amax(3, True), ends.amax(3, True)
+    at = count_to(T, slots)[::tile]                         # slots rise, and limits do not fall
+    to = (at + tile - 1).clamp(max=T - 1)
+    bounds = [a[:, None, :, None] for a in (own[:, at], own[:, to], limit[:, to])]      # (b, 1, nt, 1)
     for rows, stop in row_slices(limit, n_blocks * key_block, max(1024 // tile, 1) * tile):
         first, last, end = (a[:, :, rows.start // tile:-(-rows.stop // tile)] for a in bounds)
         s = score(rows, stop)
@@ -1425,8 +1410,9 @@ def select_blocks(score, slots, limit, n_blocks, key_block, topk, init=0, local=
         ranked = s.masked_fill(forced, math.inf).masked_fill(~visible, -math.inf)
         index, picked = top_k(ranked, topk)
         best = torch.zeros_like(s, dtype=torch.bool).scatter(-1, index, picked)
-        sel.append(F.pad((best | forced) & visible, (0, n_blocks - len(j))))
-    return torch.cat(sel, dim=2).repeat_interleave(tile, dim=2)[:, :, :T]
+        picked = F.pad((best | forced) & visible, (0, n_blocks - len(j)))
+        sel.append(picked.repeat_interleave(tile, dim=2))
+    return torch.cat(sel, dim=2)[:, :, :T]
 
 
 class BlockSparse(Full):
@@ -1435,28 +1421,24 @@ class BlockSparse(Full):
     settings = tuple(f for f in Full.settings if f not in ("window", "sink")) + (
         "sel_block", "sel_topk", "sel_init", "sel_local", "sel_tile")
     takes_mask = False
-    published = {}                  # of the sel_ fields that are None
+    window = sink = None
     pooled = ()                     # buffers of compressed keys and values
     dense_len = 0
-    size = stride = 1
+    cmp_block = cmp_stride = 1
 
     def __init__(self, config):
         super().__init__(config)
         self.rewrites = False
-        for key, value in self.published.items():
-            given = getattr(config, f"sel_{key}")
-            setattr(self, key, value if given is None else given)
-        self.tile = config.sel_tile or self.block
-        if "cmp_block" in self.settings:
-            self.size = config.cmp_block
-            self.stride = config.cmp_stride
-        forced = self.init + self.local
-        need(self.topk >= forced,
-             f"sel_topk {self.topk} must be at least sel_init + sel_local = {self.init} + {self.local}: "
+        self.sel_tile = self.sel_tile or self.sel_block
+        forced = self.sel_init + self.sel_local
+        need(self.sel_topk >= forced,
+             f"sel_topk {self.sel_topk} must be at least sel_init + sel_local = {forced}: "
              "the first and the local blocks are always read and count among the sel_topk")
-        self.most = max(self.topk, forced + self.local + self.tile // self.block)       # picks of a query
-        need(self.size % self.stride == self.block % self.stride == 0,
-             f"cmp_stride {self.stride} must divide both cmp_block {self.size} and sel_block {self.block}")
+        most = self.sel_topk, forced + self.sel_local + self.sel_tile // self.sel_block
+        self.most = max(*most, -(-self.dense_len // self.sel_block))            # picks of a query
+        need(self.cmp_block % self.cmp_stride == self.sel_block % self.cmp_stride == 0,
+             f"cmp_stride {self.cmp_stride} must divide both cmp_block {self.cmp_block} "
+             f"and sel_block {self.sel_block}")
 
     def read(self, x, step, cache, **more):
         """Project x and put it into the cache with `more` buffers -> q (B, H, T, D), all that can be read."""
@@ -1464,17 +1446,20 @@ class BlockSparse(Full):
         return q, *put(cache, {"k": k, "v": v, **more}, step)
 
     def selected(self, score, q, k, v, step):
-        """Attention of q to the blocks with the best score(rows) -> (B, H, T, D), sel."""
-        tile = 1 if step.causal else self.tile
-        n = -(-k.size(2) // self.block)
-        sel = select_blocks(score, step.slots, step.limit, n, self.block, self.topk,
-                            self.init, self.local, tile, self.dense_len)
-        y = block_sparse_attention(q, k, v, sel, self.block, step.causal, step.limit, self.most)
+        """Attention of q to the blocks with the best score(rows, end) -> (B, H, T, D), sel or None: all."""
+        block = self.sel_block
+        S = k.size(2)
+        if S <= max(self.dense_len, self.sel_topk * block):
+            return read_all(q, k, v, step), None
+        tile = 1 if step.causal else self.sel_tile
+        sel = select_blocks(score, step.slots, step.limit, -(-S // block), block, self.sel_topk,
+                            self.sel_init, self.sel_local, tile, self.dense_len)
+        y = block_sparse_attention(q, k, v, sel, block, step.causal, step.limit, self.most)
         return y, sel
 
     def compressed(self, q, ck, step, pool):
         """The score function of compressed keys, for `selected`."""
-        sizes = self.block, self.size, self.stride
+        sizes = self.sel_block, self.cmp_block, self.cmp_stride
 
         def score(rows, end):
             known = self.complete(ck, end)
@@ -1487,10 +1472,10 @@ class BlockSparse(Full):
         Computed are the windows that the new tokens complete, from k, which is its own running tail; the
         cache has the others. Windows that are not complete are garbage, computed again later.
         """
-        first = (step.slots[:, :1] - self.size) // self.stride + 1
-        i = first.clamp(min=0) + count_to(-(-step.slots.size(1) // self.stride), k)
+        first = (step.slots[:, :1] - self.cmp_block) // self.cmp_stride + 1
+        i = first.clamp(min=0) + count_to(-(-step.slots.size(1) // self.cmp_stride), k)
         i = i.expand(k.size(0), -1)
-        ck = f(key_windows(k, i, self.size, self.stride))
+        ck = f(key_windows(k, i, self.cmp_block, self.cmp_stride))
         if cache is not None:
             buffer = getattr(cache, name)
             at = i.clamp(max=buffer.size(2) - 1)            # the last window is never complete
@@ -1500,7 +1485,7 @@ class BlockSparse(Full):
 
     def state(self, T):
         """One window more than can be complete: it takes what is left over."""
-        pooled = self.Hkv, T // self.stride + 1, self.D
+        pooled = self.Hkv, T // self.cmp_stride + 1, self.D
         return super().state(T) | dict.fromkeys(self.pooled, pooled)
 
     def complete(self, ck, S):
@@ -1509,7 +1494,7 @@ class BlockSparse(Full):
 
     def windows_at(self, T):
         """Complete compression windows in T tokens."""
-        return max((T - self.size) // self.stride + 1, 0)
+        return max((T - self.cmp_block) // self.cmp_stride + 1, 0)
 
     def block_reads(self, T, causal):
         """Keys in the chosen blocks of the last of T queries, its own, perhaps partial, block among them.
@@ -1517,11 +1502,13 @@ class BlockSparse(Full):
         Bidirectional: of the query that reads most, in a long text. The blocks that a tile touches are
         forced: a wide tile exceeds the topk.
         """
-        own = (T - 1) // self.block
+        block = self.sel_block
+        own = (T - 1) // block
         if causal:
-            return min(own, self.topk - 1) * self.block + T - own * self.block
-        touched = (self.block - math.gcd(self.block, self.tile) + self.tile - 1) // self.block + 1
-        return min(T, max(self.topk, self.init + 2 * (self.local - 1) + touched) * self.block)
+            return min(own, self.sel_topk - 1) * block + T - own * block
+        across = self.sel_tile - math.gcd(block, self.sel_tile)
+        touched = (across + block - 1) // block + 1
+        return min(T, max(self.sel_topk, self.sel_init + 2 * (self.sel_local - 1) + touched) * block)
 
 
 class NSA(BlockSparse):
@@ -1535,33 +1522,33 @@ class NSA(BlockSparse):
     (as fla does).
     """
     settings = BlockSparse.settings + ("window", "cmp_block", "cmp_stride")
-    published = dict(block=64, topk=16, init=1, local=2)
+    published = dict(sel_block=64, sel_topk=16, sel_init=1, sel_local=2, window=512)
     pooled = "ck", "cv"
 
     def __init__(self, config):
         super().__init__(config)
-        self.near = config.window or 512
+        self.near = self.window
         self.window = None                                                      # the cache keeps all tokens
         # One vector for each place in the window, for keys and for values.
-        self.window_pos = nn.Parameter(torch.zeros(2, self.size, self.D))
+        self.window_pos = nn.Parameter(torch.zeros(2, self.cmp_block, self.D))
         self.k_compress = self.compressor()
         self.v_compress = self.compressor()
         self.branch_proj = nn.Linear(config.n_embd, 3 * self.H, bias=config.bias)
 
     def compressor(self):
         return nn.Sequential(
-            linear_map(self.size * self.D, self.D),
+            linear_map(self.cmp_block * self.D, self.D),
             nn.GELU(),
             linear_map(self.D, self.D))
 
     def mix(self, x, step, cache):
         q, k, v = self.read(x, step, cache)
-        place = self.window_pos.to(k.dtype)
-        compress_k = lambda w: self.k_compress((w + place[0]).flatten(-2))
-        compress_v = lambda w: self.v_compress((w + place[1]).flatten(-2))
+        place_k, place_v = self.window_pos.to(k.dtype)
+        compress_k = lambda w: self.k_compress((w + place_k).flatten(-2))
+        compress_v = lambda w: self.v_compress((w + place_v).flatten(-2))
         ck = self.compress(compress_k, "ck", k, step, cache)
         cv = self.compress(compress_v, "cv", v, step, cache)
-        ends = count_to(ck.size(2), x) * self.stride + self.size
+        ends = count_to(ck.size(2), x) * self.cmp_stride + self.cmp_block
 
         def compressed(rows, end):                          # 0 before the first window
             read = [self.complete(a, end) for a in (ck, cv)]
@@ -1598,22 +1585,14 @@ class InfLLM(BlockSparse):
     sel_topk=3).
     """
     settings = BlockSparse.settings + ("cmp_block", "cmp_stride", "dense_len", "sel_per_head")
-    published = dict(block=64, topk=64, init=1, local=33)
+    published = dict(sel_block=64, sel_topk=64, sel_init=1, sel_local=33)
     pooled = "ck",
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.dense_len = config.dense_len
-        self.per_head = config.sel_per_head
-        self.most = max(self.most, -(-self.dense_len // self.block))
 
     def mix(self, x, step, cache):
         q, k, v = self.read(x, step, cache)
         with torch.no_grad():
             ck = self.compress(lambda w: w.mean(dim=3), "ck", k, step, cache)
-        if k.size(2) <= max(self.dense_len, self.topk * self.block):            # all would be chosen
-            return self.output(read_all(q, k, v, step), x)
-        if self.per_head:
+        if self.sel_per_head:
             G = self.H // self.Hkv
             k, v, ck = (a.repeat_interleave(G, dim=1) for a in (k, v, ck))
         score = self.compressed(q, ck, step, "max")
@@ -1624,7 +1603,7 @@ class InfLLM(BlockSparse):
         return T if T <= self.dense_len else self.block_reads(T, causal)
 
     def flops(self, T, causal=True):
-        if T <= max(self.dense_len, self.topk * self.block):
+        if T <= max(self.dense_len, self.sel_topk * self.sel_block):
             return super().flops(T, causal)
         # Half, as compressed keys have scores but no values.
         pairs = total(lambda t, causal: self.reads(t, causal) + self.windows_at(t) / 2, T, causal)
@@ -1640,7 +1619,7 @@ class MSA(BlockSparse):
     head width), qk_norm=True.
     """
     settings = BlockSparse.settings + ("index_head_dim",)
-    published = dict(block=128, topk=16, init=0, local=1)
+    published = dict(sel_block=128, sel_topk=16, sel_init=0, sel_local=1)
 
     def __init__(self, config):
         super().__init__(config)
@@ -1660,16 +1639,16 @@ class MSA(BlockSparse):
         ki = self.index_k_norm(ki).to(ki.dtype)
         qi, ki = (step.rotate(a, self.rope_dim, self.angles) for a in (qi, ki))
         q, k, v, ki = self.read(x, step, cache, ki=ki)
+        def best(rows, end):
+            return index_block_scores(qi[:, :, rows], ki[:, :, :end], step.limit[:, rows], self.sel_block)
         sel = None
-        if self.stage != "sparse" or k.size(2) <= self.topk * self.block:
-            y = read_all(q, k, v, step)
+        if self.stage == "sparse":
+            y, sel = self.selected(best, q, k, v, step)
         else:
-            def score(rows, end):
-                return index_block_scores(qi[:, :, rows], ki[:, :, :end], step.limit[:, rows], self.block)
-            y, sel = self.selected(score, q, k, v, step)
+            y = read_all(q, k, v, step)
         if step.aux is not None and self.stage != "dense":
             scores = lambda rows, end: qi[:, :, rows] @ ki[:, :, :end].mT
-            learn_index(step, scores, q, k, sel, self.block)
+            learn_index(step, scores, q, k, sel, self.sel_block)
         return self.output(y, x)
 
     def state(self, T):
@@ -1693,15 +1672,16 @@ class DSA(MLA):
         "sparse"  attention to the chosen tokens, the loss over these: train all, LM loss + aux["indexer_kl"]
     Published: sel_topk 2048, index_n_head 64 (None: n_head / 2), index_head_dim 128 (None: v_head_dim). The
     rotated channels come first and are half-split here, while MLA's are interleaved. Only decoding is faster
-    than MLA: no two queries pick the same tokens, so training masks, as DeepSeek's own short prefill does.
+    than MLA: no two queries pick the same tokens, so there is no tile of keys to skip, and training computes
+    every score and masks it, as DeepSeek's own short prefill does, and those of the index besides.
     """
     family = "sparse"
     settings = MLA.settings + ("sel_topk", "index_n_head", "index_head_dim")
+    published = dict(sel_topk=2048)
     takes_mask = rewrites = False
 
     def __init__(self, config):
         super().__init__(config)
-        self.topk = config.sel_topk or 2048
         self.Hi = config.index_n_head or max(1, self.H // 2)
         self.Di = config.index_head_dim or max(self.Dv, self.rope)
         need(self.Di >= self.rope,
@@ -1723,9 +1703,9 @@ class DSA(MLA):
         S = latent.size(2)
         score = lambda rows, end: lightning_scores(qi[:, :, rows], ki[:, :, :end], w[:, rows])
         sel = None
-        if self.stage == "sparse" and S > self.topk:
+        if self.stage == "sparse" and S > self.sel_topk:
             own = 0 if step.causal else 1                   # bidirectional: the own token is always read
-            sel = select_blocks(score, step.slots, step.limit, S, 1, self.topk, local=own)
+            sel = select_blocks(score, step.slots, step.limit, S, 1, self.sel_topk, local=own)
 
         def attention(q, k, v, scale):  # naive: k has all heads; absorbed: one, the latent
             if step.aux is not None and self.stage != "dense":
@@ -1733,7 +1713,8 @@ class DSA(MLA):
             if sel is None:
                 return read_all(q, k, v, step, scale)
             path = None if k.size(1) == 1 else "dense"
-            return block_sparse_attention(q, k, v, sel, 1, step.causal, step.limit, self.topk, scale, path)
+            causal = step.causal
+            return block_sparse_attention(q, k, v, sel, 1, causal, step.limit, self.sel_topk, scale, path)
 
         y = self.attend(q, latent, attention, absorbed=False if cache is None else None)
         return self.o_proj(y.transpose(1, 2).flatten(2))
@@ -1742,7 +1723,7 @@ class DSA(MLA):
         return dict(super().state(T), ki=(1, T, self.Di))
 
     def reads(self, T, causal=True):                        # of latents; all index keys are scanned besides
-        return min(T, self.topk)
+        return min(T, self.sel_topk)
 
     def flops(self, T, causal=True):
         main = 2 * self.H * (self.nope + self.rope + self.Dv) * total(self.reads, T, causal)
@@ -1776,12 +1757,21 @@ def compressed_scores(q, ck, limit, S, key_block, size, stride, pool):
 
 
 def index_block_scores(q, k, limit, key_block):
-    """MSA's best raw score per block: q (B, h, T, D), k (B, 1, S, D) -> (B, h, T, ceil(S / key_block))."""
-    s = (q @ k.mT).float()
-    hidden = count_to(k.size(2), q) >= limit[:, None, :, None]
-    s = s.masked_fill(hidden, -math.inf)
-    s = F.pad(s, (0, -s.size(-1) % key_block), value=-math.inf)
-    return s.unflatten(-1, (-1, key_block)).amax(dim=-1)
+    """MSA's best raw score per block: q (B, h, T, D), k (B, 1, S, D) -> (B, h, T, ceil(S / key_block)).
+
+    On a CPU a few blocks at a time: their scores stay in its cache, and few of them need a mask.
+    """
+    S = k.size(2)
+    size = -(-256 // key_block) * key_block if on_host(q) else S
+    best = []
+    for slots, part in zip(count_to(S, q).split(size), k.split(size, dim=2)):
+        s = q @ part.mT
+        hidden = slots >= limit[:, None, :, None]
+        if not on_host(q) or bool(hidden.any()):
+            s = s.masked_fill(hidden, -math.inf)
+        s = F.pad(s, (0, -len(slots) % key_block), value=-math.inf)
+        best.append(s.unflatten(-1, (-1, key_block)).amax(dim=-1))
+    return torch.cat(best, dim=-1)
 
 
 def lightning_scores(q, k, w):
@@ -1965,7 +1955,7 @@ def pick_path(path, q, k, v, sel, key_block, limit, most):
          "or be a multiple of it: use dense or gather")
     if path is None and flex_pays(q, v) and whole and q.size(-1) <= 256:
         path = "flex"                                       # wider heads (absorbed MLA) do not fit
-    host = q.device.type == "cpu" and not compiling()       # to count on another device is to wait for it
+    host = on_host(q)
     if host and sel.numel():
         most = max(int(sel.sum(-1).amax()), 1)
     most = most or sel.size(-1)
@@ -2093,71 +2083,56 @@ def add_product(out, r, a, b, fade=1):
     out.index_copy_(0, r, rows)
 
 
-class Taps(torch.autograd.Function):
-    """Depthwise convolution for CPUs: 256 tokens at a time, which stay in the cache, tokens outermost.
+def depthwise(x, weight):
+    """short_conv as a picture of one row, channels last: conv1d would turn x around, and y back."""
+    y = F.conv2d(x.mT.unsqueeze(2), weight[:, None, None], groups=len(weight))
+    return y.squeeze(2).mT
 
-    conv1d turns x around; with it a layer takes 1.1 to 1.6 times as long.
-    """
+
+class Taps(torch.autograd.Function):
+    """depthwise for CPUs, where the library's gradient of the weights is slow for few long texts."""
     @staticmethod
     def forward(ctx, x, weight):
         ctx.save_for_backward(x, weight)
-        T = x.size(1) - weight.size(1) + 1
-        taps = weight.mT.contiguous()                       # (W, D)
-        y = x.new_zeros(x.size(0), T, x.size(2))
-        for t in range(0, T, 256):
-            out = y[:, t:t + 256]
-            for i, tap in enumerate(taps):
-                out.addcmul_(x[:, t + i:t + i + out.size(1)], tap)
-        return y
+        return depthwise(x, weight)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        T = grad.size(1)
-        taps = weight.mT.contiguous()
-        dx = torch.zeros_like(x)
-        dtaps = torch.zeros_like(taps)
-        for t in range(0, T, 256):
-            out = grad[:, t:t + 256]
-            for i, tap in enumerate(taps):
-                at = slice(t + i, t + i + out.size(1))
-                dx[:, at].addcmul_(out, tap)
-                dtaps[i] += (x[:, at] * out).sum((0, 1))
-        return dx, dtaps.mT
+        W = weight.size(1)
+        dx = depthwise(F.pad(grad, (0, 0, W - 1, W - 1)), weight.flip(1))
+        dweight = torch.zeros_like(weight)
+        for t, part in enumerate(grad.split(256, dim=1)):   # what stays in the cache
+            for i in range(W):
+                read = x[:, 256 * t + i:][:, :part.size(1)]
+                dweight[:, i] += (read * part).sum((0, 1))
+        return dx, dweight
 
 
 def scan_groups(through, k_out, U, W, S, size):
     """scan_chunks in about 2 sqrt(N) steps instead of N, for torch.compile, whose graph holds every step.
 
-    A chunk is the affine map S -> M S + A. Compose the maps along each group of `size` chunks, all groups at
-    once; walk over the groups; apply the partial compositions to the state at the start of each group.
+    A chunk is an affine map of S. Scan each group of `size` chunks, all groups at once, from the identity and
+    nothing beside it: what each state would be is then a map, side by side with what it adds. Walk over the
+    groups; apply the maps to the state at the start of each.
     """
-    P, K, V = S.shape
-    n = U.size(1) // size
-    A = k_out.mT @ U.to(S.dtype)
-    if W is None:
-        M = through.expand(-1, -1, K, 1)
-        step = lambda m, s, a: a + m * s
+    K = S.size(1)
+    if W is None:                                           # the map of a decay is diagonal
+        one = S.new_ones(K, 1)
+        apply = lambda m, s: m[..., :1] * s + m[..., 1:]
     else:
-        eye = torch.eye(K, dtype=S.dtype, device=S.device)
-        M = k_out.mT @ W.to(S.dtype) + through * eye
-        step = lambda m, s, a: torch.baddbmm(a, m, s)       # one kernel, a + m @ s is two
-
-    def split(a):                                           # -> size x (P n, K, .)
-        return a.unflatten(1, (n, size)).movedim(2, 0).flatten(1, 2).unbind(0)
-    w = M.size(-1)
-    M = split(M)
-    A = split(F.pad(A, (w, 0)))
-    maps = [torch.cat([M[0], A[0][..., w:]], dim=-1)]       # M and A side by side, composed
-    for m, a in zip(M[1:], A[1:]):
-        maps.append(step(m, maps[-1], a))
-    apply = lambda x, s: step(x[..., :w], s, x[..., w:])
+        one = torch.eye(K, dtype=S.dtype, device=S.device)
+        apply = lambda m, s: m[..., :K] @ s + m[..., K:]
+    w = one.size(1)
+    args = [a if a is None else a.unflatten(1, (-1, size)).flatten(0, 1) for a in (through, k_out, U, W)]
+    args[2] = F.pad(args[2], (w, 0))
+    start = F.pad(one, (0, S.size(2))).expand(len(args[2]), -1, -1)
+    maps, _, last = scan_chunks(*args, start)               # (P n, size, K, w + V), (P n, K, w + V)
     starts = []
-    for x in maps[-1].view(P, n, K, -1).unbind(1):
+    for m in last.unflatten(0, (len(S), -1)).unbind(1):
         starts.append(S)
-        S = apply(x, S)
-    starts = torch.stack(starts, 1).flatten(0, 1)           # (P n, K, V)
-    states = [starts] + [apply(x, starts) for x in maps[:-1]]
-    states = torch.stack(states, 1).view(P, -1, K, V)
+        S = apply(m, S)
+    starts = torch.stack(starts, 1).flatten(0, 1)
+    states = apply(maps, starts.unsqueeze(1)).view(len(S), -1, K, S.size(2))
     u = U if W is None else U + W @ states.to(U.dtype)
     return states, u, S

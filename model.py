@@ -35,8 +35,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from attention import (ATTENTION, CHOICES, Cache, LayerConfig, check_settings, need, no_autocast, step_of,
-                       top_k, widen)
+from attention import (ATTENTION, CHOICES, RANGES, Cache, LayerConfig, at_least_float32, check_settings,
+                       compiling, need, no_autocast, on_host, step_of, top_k, widen)
 
 
 @dataclass
@@ -104,10 +104,10 @@ class LM(nn.Module):
     def forward(self, idx, causal=True, cache=None, commit=True, pos=None, valid=None, mask=None, aux=None):
         T = idx.size(1)
         step = step_of(idx, cache, causal or self.config.causal, commit, pos, valid, mask, aux)
-        start = 0 if cache is None or torch.compiler.is_compiling() else cache.used     # a graph cannot count
+        start = 0 if cache is None or compiling() else cache.used     # a graph cannot count
         if pos is None and start + T > self.config.block_size:
             self.beyond_block_size(start + T)
-        if self.embed_pos is not None and pos is not None and not torch.compiler.is_compiling():
+        if self.embed_pos is not None and pos is not None and not compiling():
             need(pos.min() >= 0 and pos.max() < self.config.block_size,
                  f"pos must lie between 0 and {self.config.block_size - 1}, where learned positions end")
         x = self.embed(idx)                         # (B, T, C)
@@ -158,7 +158,7 @@ class LM(nn.Module):
         if self.embed_pos is not None:
             raise ValueError(f"{T} tokens are more than block_size {size}, and learned positions end there: "
                              "use a shorter text or a model with position=rotary")
-        if not self.warned and not torch.compiler.is_compiling():
+        if not self.warned and not compiling():
             self.warned = True
             warnings.warn(f"{T} tokens: beyond the block_size {size} of its training a model is worse")
 
@@ -334,7 +334,7 @@ class MoE(nn.Module):
     def route(self, x):
         """x (N, C) -> weights (N, k), experts (N, k) int64, probabilities (N, E): float32, or float64 where x
         is."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
+        dtype = at_least_float32(x.dtype)
         bias = None if self.router.bias is None else self.router.bias.to(dtype)
         with no_autocast(x):
             logits = F.linear(x.to(dtype), self.router.weight.to(dtype), bias)
@@ -372,10 +372,9 @@ class MoE(nn.Module):
         up, down = self.expert_up.to(dtype), self.expert_down.to(dtype)
         path = self.grouped if self.groupable(up, down) else self.every
         y = path(x.to(dtype), up, down, weights, experts, count)
-        if self.shared_gate is not None:
-            y = y + torch.sigmoid(self.shared_gate(x)) * self.shared(x)
-        elif self.shared is not None:
-            y = y + self.shared(x)
+        if self.shared is not None:
+            gate = 1 if self.shared_gate is None else torch.sigmoid(self.shared_gate(x))
+            y = y + gate * self.shared(x)
         return y.view(shape)
 
     def choices(self, experts, real=None):
@@ -429,16 +428,17 @@ class MoE(nn.Module):
     def groupable(self, up, down):
         """grouped_mm takes bf16 on CUDA; on a CPU float32 too, but not compiled (torch 2.13); rows of 16
         bytes."""
-        dtype, device = up.dtype, up.device.type
-        eager = device == "cpu" and dtype == torch.float32 and not torch.compiler.is_compiling()
+        dtype = up.dtype
         aligned = all(w.size(i) * dtype.itemsize % 16 == 0 for w in (up, down) for i in (1, 2))
-        return aligned and (eager or dtype == torch.bfloat16 and device in ("cpu", "cuda"))
+        if dtype == torch.bfloat16:
+            return aligned and up.device.type in ("cpu", "cuda")
+        return aligned and dtype == torch.float32 and on_host(up)
 
 
 def sum_rows(y, rows, weights=None):
     """sum_j weights[n, j] y[rows[n, j]]: y (M, C), rows (N, k) -> (N, C). In a fixed order, and on a CPU
     without a copy of the rows."""
-    if y.device.type == "cpu" and not torch.compiler.is_compiling():
+    if on_host(y):
         return F.embedding_bag(rows, y, mode="sum", per_sample_weights=weights)
     y = y[rows]
     return (y if weights is None else y * weights[..., None]).sum(1)
@@ -519,17 +519,13 @@ def init_weights(lm):
 
 # What a field may hold, ends included: numbers from the first to the second, or one of these words. A whole
 # number that is not named here lies between 1 and 65,536.
-RANGES = {
+LIMITS = {
     "vocab_size": (1, 2 ** 24), "block_size": (1, 2 ** 24), "n_layer": (1, 10_000), "n_inner": (1, 2 ** 18),
-    "n_expert": (0, 2 ** 16), "shared_inner": (0, 2 ** 18), "window": (1, 2 ** 31), "dense_len": (0, 2 ** 31),
-    "sel_topk": (1, 2 ** 24), "sel_init": (0, 2 ** 16), "sel_local": (0, 2 ** 16),
-    "out_gate_rank": (0, 2 ** 16), "qk_rope_head_dim": (0, 2 ** 16),
-    "norm_eps": (1e-12, 0.1), "dropout": (0, 0.99), "mlp_dropout": (0, 0.99),
-    "logit_softcap": (1e-3, 10 ** 6), "g_min": (-5, -1e-3),
-    "router_scale": (1e-3, 1000), "router_bias_step": (0, 1), "router_aux": (0, 1000), "mtp": (0, 10),
-    "rope_base": (1, 10 ** 12), "rope_factor": (1, 10 ** 6), "rotary_fraction": (0, 1),
+    "n_expert": (0, 2 ** 16), "shared_inner": (0, 2 ** 18), "dropout": (0, 0.99), "mlp_dropout": (0, 0.99),
+    "logit_softcap": (1e-3, 10 ** 6), "mtp": (0, 10),
+    "router_scale": (1e-3, 1000), "router_bias_step": (0, 1), "router_aux": (0, 1000),
     "mlp": (*GATED, "relu2", "gelu", "gelu_new"), "norm": ("rms", "layer"),
-    "router": ("sigmoid", "softmax"), **CHOICES,
+    "router": ("sigmoid", "softmax"), **RANGES, **CHOICES,
 }
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", type(None): "none"}
 
@@ -538,8 +534,8 @@ def check_setting(field, value):
     """ValueError where a field of ModelConfig holds another type than its own, or a value outside of its
     range."""
     kinds = typing.get_args(field.type) or (field.type,)
-    limits = RANGES.get(field.name, (1, 2 ** 16))
-    if str in kinds and field.name in RANGES:
+    limits = LIMITS.get(field.name, (1, 2 ** 16))
+    if str in kinds and field.name in LIMITS:
         words = [str(word).lower() for word in limits]
         right, expected = value in limits, ", ".join(words) + nearest(str(value), words)
     else:
@@ -557,14 +553,11 @@ def need_memory(config, layers):
     memory."""
     if torch.get_default_device().type != "cpu" or not hasattr(os, "sysconf"):      # meta, or Windows
         return
-    count = 2 * config.vocab_size * config.n_embd
-    sizes = {}                                                       # of each kind of block
+    kinds = {repr(layer): layer for layer in layers}
     with torch.device("meta"):
-        for name, values in layers:
-            kind = repr((name, values))
-            if kind not in sizes:
-                sizes[kind] = sum(p.numel() for p in Block(name, override(config, values)).parameters())
-            count += sizes[kind]
+        blocks = {kind: Block(name, override(config, values)) for kind, (name, values) in kinds.items()}
+    count = 2 * config.vocab_size * config.n_embd
+    count += sum(p.numel() for layer in layers for p in blocks[repr(layer)].parameters())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     sizes = (f"{field} {getattr(config, field)}" for field in ("n_embd", "n_layer", "vocab_size", "n_expert"))
     need(4 * count < memory, f"the model has {count:,} parameters, {count / 2 ** 28:,.0f} GiB, the machine "
@@ -602,7 +595,7 @@ def settings(text):
 # Fields of the model, not of a layer.
 WHOLE = ("vocab_size", "block_size", "layers", "n_layer", "n_embd", "tied", "logit_softcap", "mtp")
 AROUND = ("bias", "norm_eps")                                        # the norms and the MLP read them too
-LONGEST = RANGES["n_layer"][1]
+LONGEST = LIMITS["n_layer"][1]
 
 
 def parse_layers(pattern, n_layer):

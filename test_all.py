@@ -120,8 +120,8 @@ def refused(words):
 # Size
 
 BUDGET = {
-    "attention.py": 19_680,
-    "model.py": 8_540,
+    "attention.py": 19_307,
+    "model.py": 8_392,
     "diffusion.py": 5_870,
     "train.py": 11_125,
     "sample.py": 4_830,
@@ -885,7 +885,7 @@ def test_sparse_layers_are_their_definition(case, causal, tile, T):
         windows = [a.unfold(2, 8, 4).mT + place for a, place in zip((k, v), layer.window_pos)]
         ck, cv = layer.k_compress(windows[0].flatten(-2)), layer.v_compress(windows[1].flatten(-2))
     else:
-        ck = k.unfold(2, 8, layer.stride).mean(-1)
+        ck = k.unfold(2, 8, layer.cmp_stride).mean(-1)
 
     topk, init, local = BUDGETS[case]
     local += case == "dsa" and not causal           # the own token is forced
@@ -1115,13 +1115,13 @@ def linear_formula(case, layer, x, causal):
     q, k = (a / (a.square().sum(-1, keepdim=True) + 1e-6).sqrt() for a in (q, k))
     q, k = (a.unflatten(1, (H, -1)).repeat_interleave(Hv // H, dim=1).flatten(1, 2) for a in (q, k))
     g = None
-    if layer.decay == "fixed":
+    if layer.linear_decay == "fixed":
         g = torch.log(1 - 2.0 ** (-5 - torch.arange(Hv))).view(1, -1, 1).expand(2, -1, 20)
-    elif layer.decay:
+    elif layer.linear_decay:
         f = attention.heads(layer.decay_proj(x) + layer.dt_bias, Hv)
         A = layer.A_log.exp().view(-1, 1, 1)
-        g = -5 * torch.sigmoid(A * f) if layer.gate == "lower" else -A * F.softplus(f)
-        if layer.decay == "head":
+        g = -5 * torch.sigmoid(A * f) if layer.decay_gate == "lower" else -A * F.softplus(f)
+        if layer.linear_decay == "head":
             g = g.squeeze(-1)
         if case == "linear head":
             v = v * F.softplus(f)                   # Mamba-2 writes dt v
