@@ -1956,7 +1956,7 @@ def pick_path(path, q, k, v, sel, key_block, limit, most):
     if path is None and flex_pays(q, v) and whole and q.size(-1) <= 256:
         path = "flex"                                       # wider heads (absorbed MLA) do not fit
     host = on_host(q)
-    if host and sel.numel():
+    if path is None and host and sel.numel():               # not for dense: sum makes 8 bytes of each pair
         most = max(int(sel.sum(-1).amax()), 1)
     most = most or sel.size(-1)
     if path is None and 2 * q.size(2) * most * key_block <= S:
