@@ -2664,7 +2664,6 @@ ROLES = {
     "mtp": dict(objective="ar", set=["mtp=0.3"]),
     "block": dict(objective="block", diffusion_block=16)
 }
-SAMPLERS = {"ar": diffusion.sample_ar, "mdm": diffusion.sample_mdm, "block": diffusion.sample_block}
 LONGER = {"mdm": 3, "mixed": 3, "block": 1.5}  # times max_steps: diffusion learns slowly
 
 
@@ -2793,7 +2792,8 @@ def decode(batches=(1, 8, 64), run_judge=None, **models):
             for x in canvas[: max(B, min(4, most))].split(B):
                 draws = torch.Generator("cpu" if device.startswith("mps") else device).manual_seed(0)
                 tic = clock()
-                texts.append(SAMPLERS[role](lm, x, lm.mask_id, generator=draws, **setting))
+                draw = getattr(diffusion, f"sample_{role}")
+                texts.append(draw(lm, x, lm.mask_id, generator=draws, **setting))
                 seconds += clock() - tic
             texts = torch.cat(texts)
             row = row or judged(judge, texts, P)
@@ -3066,7 +3066,7 @@ def diffusion_nats(lm, context, ends, measure, n_mc=32, seed=0, block=None):
 def greedy_end(lm, context, end, block=None):
     """Does a diffusion model write just these tokens, left to right, always the most probable one?"""
     x = torch.tensor([context + [lm.mask_id] * len(end)], device=lm.embed.weight.device)
-    draw = SAMPLERS["block" if block else "mdm"]
+    draw = diffusion.sample_block if block else diffusion.sample_mdm
     y = draw(lm, x, lm.mask_id, order="left", temperature=0, fill_block=block)
     return y[0, len(context):].tolist() == end
 
