@@ -433,7 +433,7 @@ def dress(ax, title, **labels):
 
 def points(rows, x, y, **where):
     """[(x, y), ...] of those rows whose columns are `where`, if they have a y."""
-    return [(r[x], r[y]) for r in rows if r.get(y) is not None and where.items() <= r.items()]
+    return [(r[x], r[y]) for r in rows if None not in (r.get(x), r.get(y)) and where.items() <= r.items()]
 
 
 def lines(x, y, line, xlabel, ylabel, title):
@@ -987,10 +987,17 @@ def draw_curves(ax, runs, x, y, **style):
     ax.grid(alpha=0.25)
 
 
-def curve_picture(plt, runs, x="epoch", y="loss", title="", level=None):
-    """`draw_curves` as a picture; level: of a model that is not trained here."""
+def draw_stars(ax, rows, x):
+    """The annealed runs, each a run of its own."""
+    if stars := points(rows, f"annealed_{x}", "annealed"):
+        ax.plot(*zip(*stars), "k*", ms=9, zorder=5, label="annealed")
+
+
+def curve_picture(plt, runs, x="epoch", y="loss", title="", level=None, rows=()):
+    """`draw_curves` as a picture; level: of a model that is not trained here; rows: with annealed runs."""
     figure, ax = plt.subplots(figsize=(8, 5.5))
     draw_curves(ax, runs, x, y)
+    draw_stars(ax, rows, x)
     if level:
         ax.axhline(level, color="0.45", lw=1, ls="--", label=f"the AR model itself, {level:.3f}")
     what = "nats per token (diffusion: a bound)" if y == "loss" else f"{y}, validation"
@@ -1010,14 +1017,14 @@ def crossover_picture(plt, result):
     draw_curves(top, runs, x, "loss")
     thin = dict(marker="", lw=0.8, alpha=0.7, label=None)
     draw_curves(top, {a: runs[a] for a in OBJECTIVES}, x, "train_loss", **thin)
-    stars = [r for r in rows if r.get("annealed") and f"annealed_{x}" in r]
-    top.plot([r[f"annealed_{x}"] for r in stars], [r["annealed"] for r in stars], "k*", ms=9, zorder=5,
-             label="annealed, a run of its own")
+    draw_stars(top, rows, x)
     best = min(floor(r) for r in rows if r["arm"] == "ar")
     top.axhline(best, color="0.45", lw=1, ls="--", label=f"AR's best, {best:.3f}")
-    for (kind, ls), r in itertools.product((("curve", ":"), ("honest", "-.")), found):
-        if at := (r[kind]["first"] or {}).get(x):
-            top.axvline(at, color="0.45", lw=1, ls=ls, label=f"{kind} crossing, {x} {at:,.4g}")
+    for kind, ls in (("curve", ":"), ("honest", "-.")):
+        if at := [r[kind]["first"][x] for r in found if (r[kind]["first"] or {}).get(x)]:
+            told = ", ".join(f"{value:,.4g}" for value in at)
+            top.vlines(at, 0, 1, "0.45", ls, f"{kind} crossing, {x} {told}", lw=1,
+                       transform=top.get_xaxis_transform())
     draw_curves(below, runs, x, "probe_accuracy")
     below.axhline(0.25, color="0.45", lw=1, ls="--")
     below.set(xlabel=AXES[x], ylabel="true end found (chance: 0.25)")
@@ -1438,7 +1445,7 @@ def study_picture(plt, result):
     best = list(dict.fromkeys(r["arm"] for r in rows))[:5]
     runs = {a: [r["evals"] for r in rows if r["arm"] == a] for a in dict.fromkeys([*best, *OBJECTIVES])}
     title = "the best five arms, AR and diffusion: {unique_tokens:,} unique tokens of {dataset}"
-    return curve_picture(plt, runs, title=title.format(**flags))
+    return curve_picture(plt, runs, title=title.format(**flags), rows=rows)
 
 
 @experiment(named=("part", "dataset", "unique_tokens"), finish=with_fits, picture=study_picture,
