@@ -2276,9 +2276,9 @@ def optical_picture(plt, result):
     dotted those of random pages."""
     rows = result["rows"]
     sample_of = next((r for r in rows if r["per"] == 20), rows[0])
-    figure, axes = plt.subplots(3, 1, figsize=(8, 7), height_ratios=(1, 1, 9))
+    figure, axes = plt.subplots(3, 1, figsize=(8, 8), height_ratios=(2, 2, 9))
     for ax, what in zip(axes, ("page", "reading")):
-        ax.imshow(drawn(torch.tensor(sample_of[what]).view(2, -1)).flatten(0, 2).numpy(), cmap="binary")
+        ax.imshow(drawn(torch.tensor(sample_of[what]).view(4, -1)).flatten(0, 2).numpy(), cmap="binary")
         ax.set(xticks=[], yticks=[])
         ax.set_title(f"{what}, {sample_of['reader']}, {sample_of['per']} characters a token", fontsize=10)
     for i, (reader, passes) in enumerate(dict.fromkeys((r["reader"], r["passes"]) for r in rows)):
