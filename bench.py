@@ -292,7 +292,12 @@ def walk(about, given, points, seed):
     """Trains and measures what is missing: (rows, what the experiment returned)."""
     settings = {k: v for k, v in given.items() if not isinstance(v, tuple | list)
                 and k not in ("out", "workers")}
+    total = 0                                   # points, where counting them is cheap
+    if not {"workers", "runs"} & set(given):
+        total = sum(1 for _ in about.run(**given))
     rows = []
+    fresh = 0
+    tic = time.time()
     generator = about.run(**given)
     answer = None
     while True:
@@ -312,8 +317,11 @@ def walk(about, given, points, seed):
             torch.manual_seed(seed)
             row = key | attempt(measure, label)
             points.add([key, settings], row)
+            fresh += 1
             numbers = {k: v for k, v in row.items() if k not in key and isinstance(v, int | float)}
-            print(f"{label}: " + ", ".join(f"{k} {show(v)}" for k, v in numbers.items()), flush=True)
+            line = f"{label}: " + ", ".join(f"{k} {show(v)}" for k, v in numbers.items())
+            left = (time.time() - tic) / fresh * (total - len(rows) - 1)
+            print(line + f" | {train.clock(left)} left" * (left > 0), flush=True)
         rows.append(row)
 
 
@@ -422,6 +430,18 @@ def plain_log(axis):
     axis.set_minor_formatter(lambda v, _: "")
 
 
+def label_ends(ax, labels):
+    """Names lines where they end, moved apart where they would overlap. labels: [(x, y, text, colour)], y
+    logarithmic."""
+    low, high = ax.get_ylim()
+    step = math.log(high / low) / 22
+    at = -math.inf
+    for x, y, text, colour in sorted(labels, key=lambda label: label[1]):
+        at = max(math.log(y), at + step)
+        ax.annotate(text, (x * 1.06, math.exp(at)), color=colour, fontsize=9, va="center")
+    ax.set_ylim(low, max(high, math.exp(at + step)))
+
+
 def dress(ax, title, **labels):
     """Title, labels of the axes, grid, and a legend where lines have names."""
     ax.set(**labels)
@@ -440,12 +460,19 @@ def lines(x, y, line, xlabel, ylabel, title):
     """A picture: a labelled line for each value of `line`, both axes logarithmic."""
     def picture(plt, result):
         figure, ax = plt.subplots(figsize=(8, 5.5))
+        colours = itertools.cycle((*plt.get_cmap("tab10").colors, *plt.get_cmap("Dark2").colors))
         rows = [r for r in result["rows"] if r.get("batch") == result["rows"][0].get("batch")]
-        for i, name in enumerate(dict.fromkeys(r[line] for r in rows)):
-            style = dict(color="black", lw=2.5) if name == "full" else dict(ls="-" if i < 11 else "--")
-            ax.loglog(*zip(*points(rows, x, y, **{line: name})), marker="o", ms=3, label=name, **style)
-        log_ticks(ax.xaxis, [r[x] for r in rows])
+        labels = []
+        for name in dict.fromkeys(r[line] for r in rows):
+            mine = points(rows, x, y, **{line: name})
+            style = dict(color="black", lw=2.5) if name == "full" else dict(color=next(colours), lw=1.3)
+            ax.loglog(*zip(*mine), marker="o", ms=3, **style)
+            labels.append((*mine[-1], name, style["color"]))
+        xs = sorted({r[x] for r in rows})
+        log_ticks(ax.xaxis, xs)
         plain_log(ax.yaxis)
+        label_ends(ax, labels)
+        ax.set_xlim(right=xs[-1] * (xs[-1] / xs[0]) ** 0.25)
         dress(ax, title.format(**result["flags"]) + f"\n{result['device']}", xlabel=xlabel, ylabel=ylabel)
         return figure
     return picture
@@ -1058,7 +1085,9 @@ def crossings(result):
     text += (f"\nthe law of 2507.15857: {mine['critical_flops']:.2e} FLOPs, epoch "
              f"{mine['critical_epoch']:.0f}; measured over predicted {mine['ratio']}  "
              f"\nQuokka: diffusion overfits from epoch {mine['overfit_epoch']:.0f} on  ")
-    return text + "\nBoth laws were fitted to 25M to 100M unique tokens: here they are stretched."
+    if not 25e6 <= result["flags"]["unique_tokens"] <= 100e6:
+        text += "\nBoth laws were fitted to 25M to 100M unique tokens: here they are stretched."
+    return text
 
 
 @experiment(named=("scale",), show=crossings, picture=crossover_picture, gpu=FEW_GPU)
@@ -1087,6 +1116,7 @@ def crossover(
     arms = {name: ARMS[name] for name in arms} | own_arms(arm)
     seeds, pure = range(seed, seed + seeds), [a for a in arms if arms[a]["objective"] == "ar"]
     _, flags = few_runs("crossover", few, arms, probe=1)
+    print("AR untuned, one seed, unless you ask for more: see results/README.md")
     epochs = yield from planned(few, flags, arms)
     rows = yield from tuned(arms, few["rates"], seeds, flags, dict.fromkeys(arms, epochs),
                             {"ar": pure, "all": list(arms), "none": []}[anneal])
@@ -1110,6 +1140,10 @@ def crossover(
         said["ratio"] = "above " * (not first) + f"{measured / said['critical_epoch']:.2g}"
         yield dict(arm="crossing", seed=s), dict(
             law=said, paired=paired_gap(least, mdm["run"], windows), **found)
+    for a in OBJECTIVES:
+        text = Path(rows[a, seed]["run"]) / "samples.txt"
+        if text.exists():
+            print(f"\n--- a sample of {a}\n{text.read_text('utf-8')}")
 
 # ------------------------------------------------------------------------------------------------------------
 # compare: any training runs
