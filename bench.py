@@ -1991,18 +1991,18 @@ def recall_loss(lm, x, answer, causal, stage):
 
 
 @torch.no_grad()
-def recall_accuracy(f, T, n, mask_id, causal, text=None, device="cpu",
-                    score=lambda z, y: z.argmax(-1) == y):
-    """(share of right answers, its standard error over sequences). Guessing gives 1 / VALUES, among values
-    seen 1 / n."""
-    right = []
+def recall_accuracy(f, T, n, mask_id, causal, text=None, device="cpu"):
+    """(share of right answers, its standard error over sequences, nats per answer). Guessing gives
+    1 / VALUES, among values seen 1 / n."""
+    right, nats = [], []
     gen = torch.Generator().manual_seed(T * KEYS + n)
     for _ in range(4):
         x, answer = (a.to(device) for a in draw_recall(max(1, 4096 // T), T, n, gen, text))
         z, y = recall_logits(f, x, answer, mask_id, causal)
         # Each sequence asks equally often.
-        right += score(z, y).double().view(len(x), -1).mean(1).tolist()
-    return mean_se(right)
+        right += (z.argmax(-1) == y).double().view(len(x), -1).mean(1).tolist()
+        nats.append(F.cross_entropy(z, y).item())
+    return *mean_se(right), statistics.mean(nats)
 
 
 def learn_recall(config, causal, steps, tokens, lengths, path, device):
@@ -2070,7 +2070,7 @@ def recall(
             def measure():
                 lm = model()
                 text = Bigram(TEXT) if task == "needle" else None
-                accuracy, se = recall_accuracy(lm, T, n, lm.mask_id, ar, text, device)
+                accuracy, se, _ = recall_accuracy(lm, T, n, lm.mask_id, ar, text, device)
                 return dict(accuracy=accuracy, se=se)
 
             if T >= 512 or not sparse:
@@ -2110,9 +2110,6 @@ def switch(length=1024, keys=128, steps=600, adapt=100, batch_tokens=2048, devic
     """
     folder = Path(out) / f"{length}-steps{steps}-tokens{batch_tokens}"
     text = Bigram(TEXT)
-    ask = functools.partial(recall_accuracy, T=length, n=NEEDLES, mask_id=RECALL["vocab_size"],
-                            causal=True, text=text, device=device)
-    nats = functools.partial(F.cross_entropy, reduction="none")
     how = dict(lr=1e-3, warmup=adapt // 10, optimizer="muon")
     config_of = lambda layer: ModelConfig(
         **RECALL, block_size=length, n_layer=2, layers=f"full(window=2, position=rotary) {layer}")
@@ -2122,9 +2119,9 @@ def switch(length=1024, keys=128, steps=600, adapt=100, batch_tokens=2048, devic
         stage = "warmup" if 2 * step < adapt else "sparse"
         return recall_loss(lm, x.to(device), answer.to(device), True, stage)
 
-    for arm, layer in switch_arms(keys).items():
-        dense = "mla" if arm in ("dense mla", "dsa") else "full(n_kv_head=1)"
-
+    @functools.cache
+    def asked(dense, layer, N):
+        """The dense checkpoint with this layer after N steps: (model, right answers, their error, nats)."""
         def begun(config):
             path, lengths = folder / f"{file_part(dense)}.pt", (length // 4, length)
             trained = learn_recall(config_of(dense), True, steps, batch_tokens, lengths, path, device)
@@ -2132,18 +2129,20 @@ def switch(length=1024, keys=128, steps=600, adapt=100, batch_tokens=2048, devic
             lm.load_state_dict(trained.state_dict(), strict=False)
             return lm
 
-        def adapted(layer, N):
-            path = folder / f"{file_part(layer)}-{N}.pt"
-            return learn(config_of(layer), loss_of, N, path, device, begun, **how)
+        path = folder / f"{file_part(layer)}-{N}.pt"
+        lm = learn(config_of(layer), loss_of, N, path, device, begun, **how)
+        return lm, *recall_accuracy(lm, length, NEEDLES, lm.mask_id, True, text, device)
+
+    for arm, layer in switch_arms(keys).items():
+        dense = "mla" if arm in ("dense mla", "dsa") else "full(n_kv_head=1)"
 
         def measure():
             row = {}
             for when, N in dict(before=0, after=adapt).items():
-                lm, base = adapted(layer, N), adapted(dense, N)
+                lm, right, se, nats = asked(dense, layer, N)
                 row |= dict(reads=lm.blocks[1].mixer.reads(length), params=lm.num_params())
-                row[f"recall_{when}"], row[f"se_{when}"] = ask(lm)
-                row[f"nats_{when}"], _ = ask(lm, score=nats)
-                row[f"gap_{when}"] = row[f"nats_{when}"] - ask(base, score=nats)[0]
+                row |= {f"recall_{when}": right, f"se_{when}": se, f"nats_{when}": nats,
+                        f"gap_{when}": nats - asked(dense, dense, N)[3]}
             return row
 
         yield dict(arm=arm), measure
