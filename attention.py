@@ -507,8 +507,8 @@ def rotation(pos, dim, rope=(), interleaved=False, dtype=torch.float32):
 
 
 def rotary(x, cos, sin, interleaved=False):
-    """Rotary position embedding of the first channels of x (B, H, T, D), as many as cos has (RoFormer, arXiv
-    2104.09864).
+    """Rotary position embedding of the first channels of x (B, H, T, D), as many as cos has
+    (RoFormer, arXiv 2104.09864).
 
     Pairs are channels (i, i + dim/2), the layout of Llama and transformers, or (2i, 2i + 1) when interleaved
     (DeepSeek). A pair (a, b) becomes (a cos - b sin, b cos + a sin).

@@ -246,8 +246,8 @@ def write(path, content):
 
 
 def attempt(measure, label):
-    """measure(), or what went wrong: on a GPU one kernel that refuses a shape must not cost the rows behind
-    it."""
+    """measure(), or what went wrong:
+    on a GPU one kernel that refuses a shape must not cost the rows behind it."""
     try:
         return measure()
     except RuntimeError as e:                   # out of memory is one
@@ -431,8 +431,8 @@ def plain_log(axis):
 
 
 def label_ends(ax, labels):
-    """Names lines where they end, moved apart where they would overlap. labels: [(x, y, text, colour)], y
-    logarithmic."""
+    """Names lines where they end, moved apart where they would overlap.
+    labels: [(x, y, text, colour)], y logarithmic."""
     low, high = ax.get_ylim()
     step = math.log(high / low) / 22
     at = -math.inf
@@ -481,8 +481,8 @@ def lines(x, y, line, xlabel, ylabel, title):
 # Data and training runs
 
 def data_folder(name):
-    """The folder of a data set, from its name or path as in train.py. The texts that every machine has are
-    made where missing."""
+    """The folder of a data set, from its name or path as in train.py.
+    The texts that every machine has are made where missing."""
     folder = prepare.dataset_folder(name)
     known = re.fullmatch(r"(docs|pysrc)(-byte|-bpe\d+|)(?:-corrupt([\d.]+))?", name)
     if known and not (folder / "meta.json").exists():
@@ -600,8 +600,8 @@ def run_arms(jobs, workers):
 
 
 def clock_of(device):
-    """Seconds: of this process on a CPU (robust on a busy machine), of the wall behind a GPU that has
-    finished."""
+    """Seconds: of this process on a CPU (robust on a busy machine),
+    of the wall behind a GPU that has finished."""
     if torch.device(device).type == "cuda":
         return lambda: (torch.cuda.synchronize(), time.perf_counter())[1]
     return time.process_time
@@ -665,8 +665,8 @@ OPTIONS = {"full gqa": "full(n_kv_head=1)", "full window": "full(window=HALF)",
 
 
 def few_keys(name, keys, block):
-    """{field: value}: with these settings a query of the layer reads at most `keys` keys; {} for a layer that
-    is not sparse."""
+    """{field: value}: with these settings a query of the layer reads at most `keys` keys;
+    {} for a layer that is not sparse."""
     layer = ATTENTION[name]
     picks = keys // block - 1
     if name == "linear":
@@ -691,8 +691,8 @@ def few_keys(name, keys, block):
 
 
 def pattern_of(name, keys=128, block=16):
-    """'gated_deltanet*3 msa' -> a layer pattern whose sparse layers read few keys. OPTIONS have names of
-    their own."""
+    """'gated_deltanet*3 msa' -> a layer pattern whose sparse layers read few keys.
+    OPTIONS have names of their own."""
     def with_settings(match):
         values = ", ".join(f"{k}={v}" for k, v in few_keys(match[0], keys, block).items())
         return match[0] + f"({values})" * bool(values)
@@ -1002,8 +1002,8 @@ def mean_curve(runs, x, y):
 
 
 def draw_curves(ax, runs, x, y, **style):
-    """A line for each name, a band from the lowest to the highest seed. runs: {name: [evaluations of each
-    seed]}."""
+    """A line for each name, a band from the lowest to the highest seed.
+    runs: {name: [evaluations of each seed]}."""
     for i, (name, seeds) in enumerate(runs.items()):
         xs, mean, low, high = mean_curve(seeds, x, y)
         colour = {"ar": "tab:red", "mdm": "tab:blue"}.get(name, f"C{(i + 4) % 10}")
@@ -1034,8 +1034,8 @@ def curve_picture(plt, runs, x="epoch", y="loss", title="", level=None, rows=())
 
 
 def crossover_picture(plt, result):
-    """Losses of all arms and, below, whether they tell true ends of passages from others; x is the axis of
-    --x. A star is an annealed run."""
+    """Losses of all arms and, below, whether they tell true ends of passages from others;
+    x is the axis of --x. A star is an annealed run."""
     rows, x = result["rows"], result["flags"].get("x", "epoch")
     found = [r for r in rows if r["arm"] == "crossing"]
     arms = dict.fromkeys(r["arm"] for r in rows if r["arm"] != "crossing")
@@ -1100,8 +1100,8 @@ def crossover(
     x: AXES = "epoch",
     **few
 ):
-    """AR against masked diffusion on the same few unique tokens, for many epochs: where do the validation
-    losses cross?
+    """AR against masked diffusion on the same few unique tokens, for many epochs:
+    where do the validation losses cross?
 
     The curve crossing is where diffusion passes below AR at the same epoch, the honest one where it passes
     below the best loss that AR ever reached.
@@ -1171,8 +1171,8 @@ def compare(runs, x: AXES = "epoch", y="loss"):
 # sparsity: total against active parameters as an axis of the crossover
 
 def match_experts(base, match, ratio=8, k=2):
-    """(dense, mixture): ModelConfigs on one trunk with the same active, or the same total, parameters (within
-    3%).
+    """(dense, mixture): ModelConfigs on one trunk with the same active,
+    or the same total, parameters (within 3%).
 
     The mixture is the same for both: as many active parameters as the dense model of `base` and `ratio` times
     as many in all, by the width and the number of its experts, k active (1B dense, 8B with 1B active). match
@@ -1224,8 +1224,8 @@ def sparsity_table(result):
 
 @experiment(named=("scale", "match"), show=sparsity_table, picture=sparsity_picture, gpu=FEW_GPU)
 def sparsity(match: ("active", "total") = "active", ratio=8.0, **few):
-    """Dense against mixture of experts with the same active or total parameters, AR and diffusion, few unique
-    tokens.
+    """Dense against mixture of experts with the same active or total parameters,
+    AR and diffusion, few unique tokens.
 
     match: what the dense model has as many of as the mixture: active | total parameters
     ratio: total to active parameters of the mixture
@@ -1726,8 +1726,8 @@ SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 
 
 def to_train(kind, config, device, folder):
-    """(model, its optimizers, its loss of tokens (B, T + 1) and noise) of "ar", "mdm" or, of the same shape,
-    a nanoGPT checkout."""
+    """(model, its optimizers, its loss of tokens (B, T + 1) and noise) of "ar", "mdm" or,
+    of the same shape, a nanoGPT checkout."""
     if kind == "nanoGPT":
         sys.path.insert(0, folder)
         sys.modules.pop("model")
@@ -1861,8 +1861,8 @@ SHARED["small"] = dict(
 
 
 def same_size(pattern, base):
-    """n_inner with which a model of this layer pattern has as many parameters as one of `full`, to steps of
-    8."""
+    """n_inner with which a model of this layer pattern has as many parameters as one
+    of `full`, to steps of 8."""
     size = lambda **given: LM(override(ModelConfig(**base), given)).num_params()
     with torch.device("meta"):
         return fitting(size(layers="full"), lambda n: size(layers=pattern, n_inner=n), 8)
@@ -1953,8 +1953,8 @@ RECALL = dict(n_head=2, n_embd=64, tied=False, position="none", vocab_size=KEYS 
 
 
 def draw_recall(B, T, n, generator, text=None):
-    """x (B, T) and which of its tokens are answers (B, T) bool: n pairs (key, value), keys distinct, then
-    queries.
+    """x (B, T) and which of its tokens are answers (B, T) bool:
+    n pairs (key, value), keys distinct, then queries.
 
     text None: multi-query associative recall (Zoology, arXiv 2312.04927), pairs in front and queries (key,
     answer) to the end. Else a needle in generated text: pairs at random even places of T letters of this
@@ -1975,8 +1975,8 @@ def draw_recall(B, T, n, generator, text=None):
 
 
 def recall_logits(f, x, answer, mask_id, causal, aux=None):
-    """(N, V) logits and (N,) ids of the answers, all hidden: AR says them at their query, diffusion at their
-    own place."""
+    """(N, V) logits and (N,) ids of the answers, all hidden:
+    AR says them at their query, diffusion at their own place."""
     z = f(torch.where(answer, mask_id, x), causal=causal, aux=aux)
     return (z[:, :-1][answer[:, 1:]] if causal else z[answer]), x[answer]
 
@@ -2041,8 +2041,8 @@ def recall(
     threads=1,
     out="out/recall"
 ):
-    """Associative recall and a needle in generated text: accuracy of every layer against pairs and length, in
-    %.
+    """Associative recall and a needle in generated text:
+    accuracy of every layer against pairs and length, in %.
 
     layers: names or any layer patterns, comma-separated
     lengths: of the text with needles; also trained on
@@ -2240,8 +2240,8 @@ def glyph_ids(ids):
 
 
 def drawn(x):
-    """Characters (B, T) -> pictures (B, 1, 8, 8 T), dark and bright about 0. A page is one long line: patches
-    do not reach over lines."""
+    """Characters (B, T) -> pictures (B, 1, 8, 8 T), dark and bright about 0. A page is one long line:
+    patches do not reach over lines."""
     return GLYPHS[x].transpose(1, 2).reshape(len(x), 1, 8, -1) * 2 - 0.6
 
 
@@ -2305,8 +2305,8 @@ def optical_table(result):
 
 
 def optical_picture(plt, result):
-    """A page, its reading where a token stands for 20 characters, and right characters against compression,
-    dotted those of random pages."""
+    """A page, its reading where a token stands for 20 characters,
+    and right characters against compression, dotted those of random pages."""
     rows = result["rows"]
     sample_of = next((r for r in rows if r["per"] == 20), rows[0])
     figure, axes = plt.subplots(3, 1, figsize=(8, 8), height_ratios=(2, 2, 9))
@@ -2477,8 +2477,8 @@ def learn_language(language, objective, lengths, steps, path):
 
 
 def theory_picture(plt, result):
-    """Above token errors, which do not grow with length, below wrong sequences, which do; a column for each
-    language."""
+    """Above token errors, which do not grow with length, below wrong sequences, which do;
+    a column for each language."""
     rows, lengths = result["rows"], result["flags"]["lengths"]
     languages = dict.fromkeys(r["language"] for r in rows)
     figure, axes = plt.subplots(2, len(languages), figsize=(8, 7), sharex=True, squeeze=False)
@@ -2564,8 +2564,8 @@ CALCULATOR = QUICK | dict(
 
 @experiment()
 def tools(steps=1000, problems=500, workers=1, device="auto", threads=1, out="out/tools"):
-    """Held-out arithmetic with and without a calculator, as AR and as block diffusion: share of right
-    answers.
+    """Held-out arithmetic with and without a calculator,
+    as AR and as block diffusion: share of right answers.
 
     steps: of training for AR, three times as many for block diffusion
     problems: held-out ones to solve
@@ -2771,8 +2771,8 @@ def judged(judge, x, start):
 
 
 def decode_picture(plt, result):
-    """Quality against speed. Along a line the steps change: the further right, the fewer, or the lower the
-    threshold."""
+    """Quality against speed. Along a line the steps change:
+    the further right, the fewer, or the lower the threshold."""
     figure, ax = plt.subplots(figsize=(8, 6))
     real, *rows = result["rows"]
     few = min(result["flags"]["batches"])
@@ -2885,8 +2885,8 @@ def drafts(batches=(1, 8), lengths=(1, 2, 4, 8), run_mixed=None, run_mtp=None, *
 
 @experiment(named=("scale",), gpu=MODELS_GPU)
 def panel(windows=16, n_mc=64, **models):
-    """All likelihoods of the decode runs on the same validation windows: exact, bounds, chains; bits per
-    byte.
+    """All likelihoods of the decode runs on the same validation windows:
+    exact, bounds, chains; bits per byte.
 
     windows: validation windows
     n_mc: masks per window of a bound, a multiple of 4
@@ -2905,8 +2905,8 @@ def panel(windows=16, n_mc=64, **models):
 # tables: results/README.md from the JSON files
 
 def mixtures(folder):
-    """Rows of full, linear and sparse layers and their mixtures, from the files of quality, recall,
-    attention, context.
+    """Rows of full, linear and sparse layers and their mixtures, from the files of quality,
+    recall, attention, context.
 
     Losses in nats per token and right answers in %, AR / diffusion; decoding of one token with the longest
     cache and training at the longest length, how many times faster than full. A mixture's are the mean over
@@ -3003,8 +3003,8 @@ FORMS = ("ctx", "endings", "label"), ("query", "choices", "gold"), ("context", "
 
 
 def parse_item(r):
-    """An object of one of the FORMS -> (context, its possible continuations, index of the right one).
-    ValueError: what is wrong.
+    """An object of one of the FORMS ->
+    (context, its possible continuations, index of the right one). ValueError: what is wrong.
 
     Continuations begin with a space and are tokenized on their own, as GPT-2's tokenizer would cut there.
     "Question: ..." is followed by "Answer:", as in MosaicML's evaluation, where the files of that form come
@@ -3056,8 +3056,8 @@ def read_items(path, tokenizer, limit=None):
 
 
 def probe_as_items(flags, tokenizer, T, limit):
-    """train.py's probe as items: true ends of passages of the run's own validation text among three
-    others."""
+    """train.py's probe as items: true ends of passages
+    of the run's own validation text among three others."""
     val = prepare.load_dataset(data_folder(flags["dataset"]))[1]
     passages = train.probe_items(val, T, min(limit or 512, len(val) // T))
     K = max(1, min(16, T // 4))  # tokens of an end
@@ -3129,8 +3129,8 @@ def judge_item(lm, flags, item, measure, n_mc, seed):
 
 
 def summary(items, results):
-    """Rates over the items that did not fail. With one answer (LAMBADA) accuracy is: does the model write it,
-    greedily?
+    """Rates over the items that did not fail. With one answer (LAMBADA) accuracy is:
+    does the model write it, greedily?
 
     accuracy: the right answer has the smallest -log p; accuracy_norm: the smallest per byte. gap: the mean
     -log p of the wrong answers minus that of the right one, nats. loss: the right answer's, per token."""
@@ -3261,8 +3261,8 @@ WORDS = {
 
 @experiment()
 def gpu(minutes=9.0, results="results"):
-    """A queue of GPU measurements in order of value: skips what results/ holds, stops in time, goes on at the
-    next call.
+    """A queue of GPU measurements in order of value:
+    skips what results/ holds, stops in time, goes on at the next call.
 
     First of all: python -m pytest test_all.py -m gpu. With a checkout of nanoGPT in data/nanoGPT training is
     timed beside it.

@@ -41,8 +41,8 @@ from attention import (ATTENTION, CHOICES, RANGES, Cache, LayerConfig, at_least_
 
 @dataclass
 class ModelConfig(LayerConfig):
-    """Settings of the whole model, and those of its layers, which attention.LayerConfig lists: n_head,
-    window, sel_topk ..."""
+    """Settings of the whole model, and those of its layers, which attention.LayerConfig lists:
+    n_head, window, sel_topk ..."""
     # shape
     vocab_size: int = 257           # V, with <|endoftext|> as its last id
     block_size: int = 128           # window of training, T
@@ -197,8 +197,8 @@ class LM(nn.Module):
         return [m for m in self.modules() if isinstance(m, MoE)]
 
     def flops_per_token(self, T=None, causal=True):
-        """Training FLOPs per token, forward and backward: 6 (active non-embedding + head parameters) + 3 x
-        the mixers'.
+        """Training FLOPs per token, forward and backward:
+        6 (active non-embedding + head parameters) + 3 x the mixers'.
 
         Causal attention counts its visible half only, so diffusion costs more per token than AR.
         """
@@ -286,8 +286,8 @@ def activate(h, kind):
 
 
 class MoE(nn.Module):
-    """Mixture of experts: each token passes k of E small MLPs, chosen by a router, and a shared one. (B, T,
-    C) -> same.
+    """Mixture of experts: each token passes k of E small MLPs, chosen by a router,
+    and a shared one. (B, T, C) -> same.
 
     Two routers, in float32. sigmoid (DeepSeek-V3, arXiv 2412.19437 section 2.1.2): scores s = sigmoid(router
     x); the k largest of s + bias are chosen, weighted by s without the bias, renormalised and scaled. The
@@ -332,8 +332,8 @@ class MoE(nn.Module):
         self.register_buffer("share", share)
 
     def route(self, x):
-        """x (N, C) -> weights (N, k), experts (N, k) int64, probabilities (N, E): float32, or float64 where x
-        is."""
+        """x (N, C) -> weights (N, k), experts (N, k) int64, probabilities (N, E):
+        float32, or float64 where x is."""
         dtype = at_least_float32(x.dtype)
         bias = None if self.router.bias is None else self.router.bias.to(dtype)
         with no_autocast(x):
@@ -378,8 +378,8 @@ class MoE(nn.Module):
         return y.view(shape)
 
     def choices(self, experts, real=None):
-        """How often each expert was chosen, (E,) int32: experts (N, k), real (N,): 1 for a token that counts,
-        or 0."""
+        """How often each expert was chosen, (E,) int32: experts (N, k), real (N,):
+        1 for a token that counts, or 0."""
         one = torch.ones_like(experts, dtype=torch.int32)
         if real is not None:
             one = one * real[:, None].int()
@@ -387,8 +387,8 @@ class MoE(nn.Module):
 
     @torch.no_grad()
     def balance(self, move=True):
-        """Once per optimizer step: one step of the bias towards equal load, or the share that the balance
-        loss reads.
+        """Once per optimizer step: one step of the bias towards equal load,
+        or the share that the balance loss reads.
 
         Returns the counts (E,) of this step and clears them. With several processes sum `count` over them
         first.
@@ -426,8 +426,8 @@ class MoE(nn.Module):
         return Combine.apply(y, weights.to(y.dtype), order, back)
 
     def groupable(self, up, down):
-        """grouped_mm takes bf16 on CUDA; on a CPU float32 too, but not compiled (torch 2.13); rows of 16
-        bytes."""
+        """grouped_mm takes bf16 on CUDA; on a CPU float32 too, but not compiled
+        (torch 2.13); rows of 16 bytes."""
         dtype = up.dtype
         aligned = all(w.size(i) * dtype.itemsize % 16 == 0 for w in (up, down) for i in (1, 2))
         if dtype == torch.bfloat16:
@@ -436,8 +436,8 @@ class MoE(nn.Module):
 
 
 def sum_rows(y, rows, weights=None):
-    """sum_j weights[n, j] y[rows[n, j]]: y (M, C), rows (N, k) -> (N, C). In a fixed order, and on a CPU
-    without a copy of the rows."""
+    """sum_j weights[n, j] y[rows[n, j]]: y (M, C), rows (N, k) -> (N, C).
+    In a fixed order, and on a CPU without a copy of the rows."""
     if on_host(y):
         return F.embedding_bag(rows, y, mode="sum", per_sample_weights=weights)
     y = y[rows]
@@ -445,8 +445,8 @@ def sum_rows(y, rows, weights=None):
 
 
 class Spread(torch.autograd.Function):
-    """x (N, C) -> (N k, C), each row k times, in the order of the experts; `back` (N, k) says where they
-    went.
+    """x (N, C) -> (N k, C), each row k times, in the order of the experts;
+    `back` (N, k) says where they went.
 
     The gradient is a sum of gathered rows. That of index_select adds row after row into zeros: on a CPU by a
     kernel call a row, on a GPU by atomics, in an order that changes from run to run.
@@ -487,8 +487,8 @@ OWN_INIT = ("sink", "window_pos", "A_log", "dt_bias", "conv_weight")
 
 
 def init_weights(lm):
-    """Every parameter by one rule; one that no rule knows is an error (a forgotten one would keep random
-    memory).
+    """Every parameter by one rule;
+    one that no rule knows is an error (a forgotten one would keep random memory).
 
     embed.weight, head.weight   N(0, 0.02)
     linear weights              N(0, 0.02); o_proj and down_proj, which write to the residual stream,
@@ -531,8 +531,8 @@ KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 
 
 def check_setting(field, value):
-    """ValueError where a field of ModelConfig holds another type than its own, or a value outside of its
-    range."""
+    """ValueError where a field of ModelConfig holds another type than its own,
+    or a value outside of its range."""
     kinds = typing.get_args(field.type) or (field.type,)
     limits = LIMITS.get(field.name, (1, 2 ** 16))
     if str in kinds and field.name in LIMITS:
@@ -549,8 +549,8 @@ def check_setting(field, value):
 
 
 def need_memory(config, layers):
-    """ValueError before memory is allocated: where the parameters, in float32, are more than the machine's
-    memory."""
+    """ValueError before memory is allocated:
+    where the parameters, in float32, are more than the machine's memory."""
     if torch.get_default_device().type != "cpu" or not hasattr(os, "sysconf"):      # meta, or Windows
         return
     kinds = {repr(layer): layer for layer in layers}
@@ -574,8 +574,8 @@ NUMBER = re.compile(r"[+-]?(\d[\d_]*\.?\d*|\.\d+)(e[+-]?\d+)?([kmb]?)", re.ASCII
 
 
 def parse_value(text):
-    """'8' -> 8, '1e-3' -> 0.001, '1e6', '1M' and '1_000_000' -> 1000000, 'true' -> True, 'none' -> None; all
-    else stays text."""
+    """'8' -> 8, '1e-3' -> 0.001, '1e6', '1M' and '1_000_000' -> 1000000, 'true' -> True,
+    'none' -> None; all else stays text."""
     text = text.strip()
     low = text.lower()
     if low in ("none", "true", "false"):
@@ -655,8 +655,8 @@ def parse_layer(text, about):
 
 
 def override(config, values):
-    """A copy of config with some fields set from values. ValueError: an unknown name, and what
-    `check_setting` says."""
+    """A copy of config with some fields set from values.
+    ValueError: an unknown name, and what `check_setting` says."""
     known = [field.name for field in dataclasses.fields(config)]
     for key in values:
         need(key in known, f"unknown model setting '{key:.40}'{nearest(key, known)}")
@@ -713,8 +713,8 @@ HEADS = ("n_kv_head", "linear_n_head", "linear_n_v_head")            # scale wit
 
 
 def from_preset(name, **given):
-    """A preset as ModelConfig, with some fields given. Another n_embd makes a small twin, what is not given
-    scaled:
+    """A preset as ModelConfig, with some fields given.
+    Another n_embd makes a small twin, what is not given scaled:
 
     heads, head widths and inner widths keep the preset's ratios (widths in steps of 8). Experts become fewer
     by r^1.5, where r is the ratio of the widths, and the active ones in proportion, at least 2: kept,
@@ -750,8 +750,8 @@ def from_preset(name, **given):
 
 
 def tell_unread(config, given):
-    """Warn of settings {field: value} that no layer of the pattern reads. No error: one may try several
-    patterns."""
+    """Warn of settings {field: value} that no layer of the pattern reads.
+    No error: one may try several patterns."""
     used = [ATTENTION[name] for name, _ in parse_layers(config.layers, config.n_layer)]
     fields = LayerConfig.__dataclass_fields__.keys() - {"n_head", "n_embd", "position", *AROUND}
     for field in given.keys() & fields:
@@ -1145,8 +1145,8 @@ UNUSED = r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$|^lm_head|^mtp\."
 
 @torch.no_grad()
 def from_pretrained(folder, dtype=torch.float32, device="cpu"):
-    """(LM, its objective, ar or mdm) from a published folder: config.json, and model*.safetensors in pieces
-    or not.
+    """(LM, its objective, ar or mdm) from a published folder:
+    config.json, and model*.safetensors in pieces or not.
 
     Weights go from the mapped file into their place one by one: there is no second copy. Row V of the
     embedding, which stands before a text and hides a token, is that of the mask token, or else of
