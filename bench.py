@@ -1050,7 +1050,7 @@ def crossover_picture(plt, result):
     for kind, ls in (("curve", ":"), ("honest", "-.")):
         if at := [r[kind]["first"][x] for r in found if (r[kind]["first"] or {}).get(x)]:
             told = ", ".join(f"{value:,.4g}" for value in at)
-            top.vlines(at, 0, 1, "0.45", ls, f"{kind} crossing, {x} {told}", lw=1,
+            top.vlines(at, 0, 1, "0.45", ls, lw=1, label=f"{kind} crossing, {x} {told}",
                        transform=top.get_xaxis_transform())
     draw_curves(below, runs, x, "probe_accuracy")
     below.axhline(0.25, color="0.45", lw=1, ls="--")
@@ -1479,7 +1479,8 @@ def study_picture(plt, result):
     best = list(dict.fromkeys(r["arm"] for r in rows))[:5]
     runs = {a: [r["evals"] for r in rows if r["arm"] == a] for a in dict.fromkeys([*best, *OBJECTIVES])}
     title = "the best five arms, AR and diffusion: {unique_tokens:,} unique tokens of {dataset}"
-    return curve_picture(plt, runs, title=title.format(**flags), rows=rows)
+    shown = [r for r in rows if r["arm"] in runs]
+    return curve_picture(plt, runs, title=title.format(**flags), rows=shown)
 
 
 @experiment(named=("part", "dataset", "unique_tokens"), finish=with_fits, picture=study_picture,
