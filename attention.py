@@ -515,9 +515,14 @@ def rotary(x, cos, sin, interleaved=False):
     """
     dim = cos.size(-1)
     r = x[..., :dim]
-    other = r.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) if interleaved else r.roll(dim // 2, -1)
+    if interleaved:
+        other = r.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    else:
+        other = r.roll(dim // 2, -1)
     turned = r * cos + other * sin
-    return turned if dim == x.size(-1) else torch.cat([turned, x[..., dim:]], dim=-1)
+    if dim == x.size(-1):
+        return turned
+    return torch.cat([turned, x[..., dim:]], dim=-1)
 
 
 def rope_of(config):
@@ -571,7 +576,8 @@ def softmax_attention(q, k, v, causal=True, window=None, sink=None, scale=None, 
     # A sink is the logit of one key more, whose value is 0.
     logits = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -math.inf)
     logits = logits.expand(q.size(0), q.size(1), T, S)
-    null = sink.to(q.dtype).view(1, -1, 1, 1).expand_as(logits[..., :1])
+    null = sink.to(q.dtype).view(1, -1, 1, 1)
+    null = null.expand_as(logits[..., :1])
     k, v = (F.pad(a, (0, 0, 0, 1)) for a in (k, v))
     return sdpa(q, k, v, False, scale, torch.cat([logits, null], dim=-1))
 
@@ -786,7 +792,9 @@ def token_by_token(q, k, v, beta, g, S, twice, scale):
             u = beta[:, :, t, None, None].to(S.dtype) * (u - kt.mT @ S)
         before = S
         S = S + kt * u
-        read = torch.cat([S.chunk(2)[0], before.chunk(2)[1]]) if twice else S
+        read = S
+        if twice:
+            read = torch.cat([S.chunk(2)[0], before.chunk(2)[1]])
         out.append(scale * qt @ read)
     return torch.cat(out, dim=2), S
 
@@ -965,7 +973,10 @@ class FixedState(Mixer):
         else:
             f = heads(self.decay_proj(x) + widen(self.dt_bias), self.Hv)
             A = widen(self.A_log).exp().view(-1, 1, 1)
-            g = self.g_min * torch.sigmoid(A * f) if self.decay_gate == "lower" else -A * F.softplus(f)
+            if self.decay_gate == "lower":
+                g = self.g_min * torch.sigmoid(A * f)
+            else:
+                g = -A * F.softplus(f)
         if valid is not None:
             g = g.masked_fill(~valid[:, None, :, None], 0)
         return g if self.linear_decay == "channel" else g.squeeze(-1)
@@ -981,7 +992,9 @@ class FixedState(Mixer):
             beta = self.in_turn(beta.mT.unsqueeze(-1)).squeeze(-1)              # (B, Hv, T writes)
             if n > 1:
                 q = q.repeat_interleave(n, dim=2)                               # the last one is read
-                g = g if g is None else torch.stack([g] + [0 * g] * (n - 1), dim=3).flatten(2, 3)
+            if n > 1 and g is not None:
+                still = [0 * g] * (n - 1)
+                g = torch.stack([g, *still], dim=3).flatten(2, 3)
             rule = delta_rule_recurrent if one else delta_rule
             g_min = self.g_min if self.decay_gate == "lower" else None
             o, S = rule(q, k, v, beta, g, state, causal, g_min)
@@ -995,7 +1008,8 @@ class FixedState(Mixer):
         return rule(q, k, v, g, state, causal, scale=1.0)
 
     def state(self, T):
-        return dict(conv=(self.conv_size - 1, sum(self.sizes)), state=(self.Hv, self.K, self.V))
+        conv = self.conv_size - 1, sum(self.sizes)
+        return dict(conv=conv, state=(self.Hv, self.K, self.V))
 
     def reads(self, T, causal=True):
         """Rows of the state, each as large as one key and value: K, whatever T; both scans have one."""
@@ -1327,7 +1341,8 @@ def block_sparse_attention(q, k, v, sel, key_block, causal=True, limit=None, mos
     def masked(rows, end):
         mask = keys_read(sel, rows, limit, end, key_block)
         mask = mask.flatten(0, 1).unsqueeze(1)
-        return softmax_attention(q[:, :, rows], k[:, :, :end], v[:, :, :end], mask=mask, scale=scale)
+        known = k[:, :, :end], v[:, :, :end]
+        return softmax_attention(q[:, :, rows], *known, mask=mask, scale=scale)
     return in_slices(masked, limit, S).unflatten(0, (B, h)).flatten(1, 2)
 
 
@@ -1479,7 +1494,8 @@ class BlockSparse(Full):
         if cache is not None:
             buffer = getattr(cache, name)
             at = i.clamp(max=buffer.size(2) - 1)            # the last window is never complete
-            buffer.scatter_(2, at[:, None, :, None].expand_as(ck), ck.to(buffer.dtype))
+            at = at[:, None, :, None].expand_as(ck)
+            buffer.scatter_(2, at, ck.to(buffer.dtype))
             ck = buffer
         return self.complete(ck, k.size(2)).to(k.dtype)
 
@@ -1782,7 +1798,8 @@ def lightning_scores(q, k, w):
     """
     s = 0
     for head, weight in zip(q.unbind(1), w.unbind(2)):      # one at a time: (B, T, S) is large
-        s = s + F.relu(head * q.size(-1) ** -0.5 @ k[:, 0].mT) * weight.unsqueeze(-1)
+        hit = F.relu(head * q.size(-1) ** -0.5 @ k[:, 0].mT)
+        s = s + hit * weight.unsqueeze(-1)
     return s.unsqueeze(1)
 
 
@@ -2000,10 +2017,13 @@ def gather_attention(q, k, v, sel, key_block, limit, scale, n):
     index, picked = top_k(sel.float().log(), n)                                 # of 0 and -inf: ascending
     slots = index[..., None] * key_block + count_to(key_block, q)
     slots = slots.masked_fill(~picked[..., None], S).flatten(3)                 # (B, Hkv, T, keys)
-    at = count_to(B, q)[:, None, None, None], count_to(Hkv, q)[:, None, None], slots.clamp(max=S - 1)
+    row = count_to(B, q)[:, None, None, None]
+    head = count_to(Hkv, q)[:, None, None]
+    at = row, head, slots.clamp(max=S - 1)
     k, v = (a[at].flatten(0, 2).unsqueeze(1) for a in (k, v))                   # (B Hkv T, 1, keys, D)
     mask = (slots < limit[:, None, :, None]).flatten(0, 2)
-    y = softmax_attention(q.flatten(0, 2).unsqueeze(2), k, v, mask=mask[:, None, None], scale=scale)
+    rows = q.flatten(0, 2).unsqueeze(2)
+    y = softmax_attention(rows, k, v, mask=mask[:, None, None], scale=scale)
     return y.squeeze(2).unflatten(0, slots.shape[:3])
 
 
@@ -2124,7 +2144,8 @@ def scan_groups(through, k_out, U, W, S, size):
         one = torch.eye(K, dtype=S.dtype, device=S.device)
         apply = lambda m, s: m[..., :K] @ s + m[..., K:]
     w = one.size(1)
-    args = [a if a is None else a.unflatten(1, (-1, size)).flatten(0, 1) for a in (through, k_out, U, W)]
+    grouped = lambda a: a if a is None else a.unflatten(1, (-1, size)).flatten(0, 1)
+    args = [grouped(a) for a in (through, k_out, U, W)]
     args[2] = F.pad(args[2], (w, 0))
     start = F.pad(one, (0, S.size(2))).expand(len(args[2]), -1, -1)
     maps, _, last = scan_chunks(*args, start)               # (P n, size, K, w + V), (P n, K, w + V)

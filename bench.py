@@ -2624,8 +2624,8 @@ def moe_speed(E, k, device, repeat):
 
 @torch.no_grad()
 def load_of(lm, x):
-    """(largest load of an expert to the mean one, share of experts with less than a tenth of that) on windows
-    x, all layers."""
+    """(largest load of an expert to the mean one, share of experts with less than a tenth of that):
+    of all layers, on windows x."""
     lm.train()(x)
     loads = torch.stack([moe.balance(move=False) for moe in lm.moes()])
     loads /= loads.mean(1, keepdim=True)

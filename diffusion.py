@@ -95,11 +95,15 @@ def mixed_loss(f, x, bos_id, mask_id, ar_frac, noise=None, generator=None, input
     n = round(ar_frac * B)
     need(0 < n < B, f"ar_frac {ar_frac} of {B} rows gives {n} AR rows: each objective needs one; use "
          "a larger batch, or objective ar or mdm")
-    ar = ar_loss(f, x[:n], bos_id, None if inputs is None else inputs[:n], "sum")
-    mdm = mdm_loss(f, x[n:], mask_id, noise and [a[n:] for a in noise], generator, reduction="sum")
+    read = x if inputs is None else inputs
+    ar = ar_loss(f, x[:n], bos_id, read[:n], "sum")
+    noise = noise and [a[n:] for a in noise]
+    mdm = mdm_loss(f, x[n:], mask_id, noise, generator, reduction="sum")
     if reduction == "sum":
         return ar + mdm, ar.detach(), mdm.detach()
-    return (ar + mdm) / (B * T), ar.detach() / (n * T), mdm.detach() / ((B - n) * T)
+    ar_mean = ar.detach() / (n * T)
+    mdm_mean = mdm.detach() / ((B - n) * T)
+    return (ar + mdm) / (B * T), ar_mean, mdm_mean
 
 
 def token_nll(logits, targets):
@@ -118,7 +122,8 @@ def reduce_loss(nats, reduction):
 def shift_right(x, bos_id):
     """The input of an AR model: position i holds x[i-1], position 0 holds BOS,
     so that all T tokens are predicted."""
-    return torch.cat([torch.full_like(x[:, :1], bos_id), x[:, :-1]], dim=1)
+    bos = torch.full_like(x[:, :1], bos_id)
+    return torch.cat([bos, x[:, :-1]], dim=1)
 
 
 def predict(f, idx, mask_id, **keywords):
@@ -161,7 +166,8 @@ def reading_order(number, T):
     AR in an order is block diffusion with blocks of 1 on x.gather(1, order) with pos=order: each place is
     predicted from those before it in the order, and knows where it stands (XLNet's two streams, 1906.08237).
     """
-    order = {n: torch.randperm(T, generator=torch.Generator().manual_seed(n)) for n in set(number.tolist())}
+    seeded = lambda n: torch.Generator().manual_seed(n)
+    order = {n: torch.randperm(T, generator=seeded(n)) for n in set(number.tolist())}
     order[0] = torch.arange(T)
     return torch.stack([order[n] for n in number.tolist()])
 
@@ -270,9 +276,12 @@ def mdm_nll(f, x, mask_id, n_mc, generator=None, replicates=4, batch_size=32, no
         shift = torch.rand(1, generator=generator, dtype=torch.float64)
         lattice = torch.randperm(G, generator=generator) + G * torch.arange(m)[:, None]          # (m, G)
         for start in range(0, N, step := max(1, DRAWN // (m * T))):
-            lo, hi = torch.searchsorted(group, torch.tensor([start, start + step])).tolist()     # windows
+            ends = torch.tensor([start, start + step])
+            lo, hi = torch.searchsorted(group, ends).tolist()   # windows
             blocks = (group[lo:hi, None] * per_window + torch.arange(per_window)).flatten()      # whose masks
-            can = torch.ones(hi - lo, T, dtype=torch.bool) if scored is None else scored[lo:hi].cpu()
+            can = torch.ones(hi - lo, T, dtype=torch.bool)
+            if scored is not None:
+                can = scored[lo:hi].cpu()
             tokens[lo:hi] = can.sum(1).double()
             can = can.reshape(-1, S)
             size = can.sum(1)                                   # of each block
@@ -289,7 +298,8 @@ def mdm_nll(f, x, mask_id, n_mc, generator=None, replicates=4, batch_size=32, no
                 idx = token_ids(x, window[now]).to(device or x.device)
                 hidden = masked[now].to(idx.device)
                 loss = masked_nll(f, idx, mask_id, hidden, noise_block, **part).double().cpu()
-                nats[r].index_add_(0, window[now], (loss * masked[now] * weight[now]).sum(1))
+                loss = loss * masked[now] * weight[now]
+                nats[r].index_add_(0, window[now], loss.sum(1))
     values = nats / tokens if per_row else nats.sum(1) / tokens.sum()
     mean = values.mean(0)
     error = values.std(0) / math.sqrt(replicates)
@@ -335,8 +345,8 @@ def chain_nll(f, x, mask_id, order="left", scored=None, noise_block=None, **keyw
             score = confidence(logits, "max_prob") - 2 * block
         i = score.masked_fill(~live, -torch.inf).argmax(1)      # ties to the left
         target = x[row, i].clamp(max=mask_id - 1)               # of a row that is done: any, mask_id too
-        nll = token_nll(logits[row, i][:, None], target[:, None])[:, 0].double()
-        nats += torch.where(live.any(1), nll, 0)
+        nll = token_nll(logits[row, i][:, None], target[:, None])[:, 0]
+        nats += torch.where(live.any(1), nll.double(), 0)
         live[row, i] = False
     return nats / tokens
 
@@ -359,7 +369,9 @@ def canvas(prompts, max_new_tokens, mask_id):
 
 
 @torch.no_grad()
-def sample_ar(f, x, bos_id, temperature=1.0, top_k=None, top_p=None, eot_id=None, valid=None, generator=None,
+def sample_ar(f, x, bos_id,
+              temperature=1.0, top_k=None, top_p=None,
+              eot_id=None, valid=None, generator=None,
               callback=None, on_token=None, cache=None, draft=0):
     """Fill a canvas x (B, T) left to right;
     places to fill hold bos_id (= the mask token). Returns a new (B, T).
@@ -401,9 +413,11 @@ def sample_ar(f, x, bos_id, temperature=1.0, top_k=None, top_p=None, eot_id=None
         pos = start[:, None] + place[:P]
         how = {} if kv is None else {"cache": kv}
         if kv is not None and not even:
-            how |= {"pos": pos, "valid": (pos <= at[:, None] + k) & (at < end)[:, None]}
+            known = (pos <= at[:, None] + k) & (at < end)[:, None]
+            how |= {"pos": pos, "valid": known}
         logits = predict(f, shift_right(x, bos_id).gather(1, pos), bos_id, causal=causal, **how)
-        return logits[row, ((at - start)[:, None] + place[:k + 1]).clamp(max=P - 1)]
+        slots = (at - start)[:, None] + place[:k + 1]
+        return logits[row, slots.clamp(max=P - 1)]
 
     def pick(logits):
         """(tokens, the probabilities that they were drawn from)"""
@@ -415,7 +429,8 @@ def sample_ar(f, x, bos_id, temperature=1.0, top_k=None, top_p=None, eot_id=None
         write = (ahead >= 0) & (place < end[:, None]) & ~given  # a given token is read, not written
         put = lambda y, n: torch.where(write & (ahead <= n), y.gather(1, ahead.clamp(0, y.size(1) - 1)), x)
         if not draft or step == 1:                              # the first pass reads the prompts
-            y, n = draw(look(x, 0)[:, 0], **law, generator=generator)[:, None], torch.zeros_like(x[:, :1])
+            y = draw(look(x, 0)[:, 0], **law, generator=generator)[:, None]
+            n = torch.zeros_like(y)
         else:
             if hasattr(kv, "last"):
                 drafts, q = f.draft(x, at, kv, pick)
@@ -441,9 +456,11 @@ def sample_ar(f, x, bos_id, temperature=1.0, top_k=None, top_p=None, eot_id=None
 
 
 @torch.no_grad()
-def sample_mdm(f, x, mask_id, steps=None, threshold=None, order="max_prob", fill_block=None, temperature=1.0,
-               top_k=None, top_p=None, eot_id=None, valid=None, generator=None, callback=None, cache=False,
-               refresh=None):
+def sample_mdm(f, x, mask_id,
+               steps=None, threshold=None, order="max_prob", fill_block=None,
+               temperature=1.0, top_k=None, top_p=None,
+               eot_id=None, valid=None, generator=None,
+               callback=None, cache=False, refresh=None):
     """Fill the places of a canvas x (B, T) that hold mask_id
     with a masked-diffusion model. Returns a new (B, T).
 
@@ -511,9 +528,11 @@ def sample_mdm(f, x, mask_id, steps=None, threshold=None, order="max_prob", fill
 
 
 @torch.no_grad()
-def sample_block(f, x, mask_id, fill_block, steps=None, threshold=None, order="max_prob", temperature=1.0,
-                 top_k=None, top_p=None, eot_id=None, valid=None, generator=None, callback=None,
-                 on_block=None, cache=True):
+def sample_block(f, x, mask_id, fill_block,
+                 steps=None, threshold=None, order="max_prob",
+                 temperature=1.0, top_k=None, top_p=None,
+                 eot_id=None, valid=None, generator=None,
+                 callback=None, on_block=None, cache=True):
     """Fill a canvas x (B, T) block by block with a block-diffusion model. Returns a new (B, T).
 
     Blocks are [0, fill_block), [fill_block, 2 fill_block), ... as in training, for all rows alike: a row
@@ -535,7 +554,9 @@ def sample_block(f, x, mask_id, fill_block, steps=None, threshold=None, order="m
         return x.clone()
     B, T = x.shape
     S = fill_block
-    end = torch.full((B, 1), T, device=x.device) if valid is None else valid.sum(1, keepdim=True)
+    end = torch.full((B, 1), T, device=x.device)
+    if valid is not None:
+        end = valid.sum(1, keepdim=True)
     x = F.pad(x, (0, -T % S))                                   # (B, T') whole blocks
     place = torch.arange(x.size(1), device=x.device)
     behind = (place >= end) & (place < end + -end % S)          # the block a row ends in is filled whole
@@ -637,7 +658,8 @@ def accept(p, drafts, q, generator=None):
     kept = u * of(q) < of(p[:, :-1])
     n = kept.long().cumprod(1).sum(1, keepdim=True)
     more = (p - F.pad(q, (0, 0, 0, 1))).clamp(min=0)
-    return F.pad(drafts, (0, 1)).scatter(1, n, choose(more, generator).gather(1, n)), n
+    last = choose(more, generator).gather(1, n)
+    return F.pad(drafts, (0, 1)).scatter(1, n, last), n
 
 
 def draw(logits, temperature=1.0, top_k=None, top_p=None, generator=None):

@@ -72,8 +72,8 @@ def encode(text, tokenizer):
 
 
 def sampler(args, lm, flags, infill):
-    """(its kind, the run's sampler with the flags that fit it, a function of (x, **keywords)), or a
-    ValueError."""
+    """(its kind, the run's sampler with the flags that fit it, a function of (x, **keywords)).
+    ValueError for a flag that does not fit."""
     objective, size = flags["objective"], flags["diffusion_block"]
     asked = [k for k in DIFFUSION if getattr(args, k) is not None]
     if objective == "ar" or objective == "mixed" and not (infill or asked):  # a mixed model does both
