@@ -2878,6 +2878,7 @@ def drafts(batches=(1, 8), lengths=(1, 2, 4, 8), run_mixed=None, run_mtp=None, *
                 return {
                     "tokens/pass": new / passes,
                     "tokens/s": round(new / seconds[1]),
+                    "without": round(new / seconds[0]),
                     "ratio": seconds[0] / seconds[1]
                 }
 

@@ -764,8 +764,8 @@ def pick_device(name):
 
 
 def set_threads(asked, lm):
-    """Sets and returns the number of CPU threads; asked 0:
-    1 below 5M parameters, where more slow a step down, else all."""
+    """Sets and returns the number of CPU threads.
+    asked 0: 1 below 5M parameters, where more slow a step down, else all."""
     most = 4 * os.cpu_count()                               # torch starts as many as it is told
     need(0 <= asked <= most, f"--threads {asked}: expected 0 to {most}, four per core")
     threads = asked or (1 if lm.num_params() < 5_000_000 else os.cpu_count())
@@ -1063,7 +1063,8 @@ def build(flags, config, process, state, trained):
         load_weights(lm, state, flags["out"])
     elif trained:                                           # the module of --set mtp may come or go
         mtp = {name: w for name, w in lm.state_dict().items() if name.startswith("mtp.")}
-        weights = {name: w for name, w in trained["model"].items() if name in mtp or name[:4] != "mtp."}
+        weights = {name: w for name, w in trained["model"].items()
+                   if name in mtp or not name.startswith("mtp.")}
         load_weights(lm, {"model": mtp | weights}, flags["init_from"])
     lm.to(process.device).train()
     if flags["fsdp"] == "on":
