@@ -67,6 +67,7 @@ class LayerConfig:
     g_min: float = -5.0
     neg_eigval: bool = False            # beta in (0, 2): a write may flip what the state held (OLMo-Hybrid)
     writes: int = 1                     # delta rule: writes per token, one after another (DeltaProduct)
+    channel_beta: bool = False          # kda: a beta per channel to erase and one to write (Gated DeltaNet-2)
     conv_size: int = 4                  # short convolution before q, k and v
     out_gate: str | None = "auto"       # None | silu | sigmoid
     out_gate_rank: int | None = None    # 0: full rank; None: the published one
@@ -757,7 +758,7 @@ class MLA(Mixer):
 # Linear attention and the delta rule: the definition
 
 def delta_rule_recurrent(q, k, v, beta, g=None, state=None, causal=True, g_min=None, reset=None,
-                         chunk_size=None, scale=None):
+                         chunk_size=None, scale=None, write=None):
     """The delta rule token by token: the definition, and the decode step.
 
         S = exp(g_t) S                          decay; g None: DeltaNet, no decay
@@ -766,13 +767,14 @@ def delta_rule_recurrent(q, k, v, beta, g=None, state=None, causal=True, g_min=N
         o_t = scale S^T q_t                     read
 
     q, k (B, H, T, K), v (B, H, T, V), beta (B, H, T) in [0, 2]; k is used as given: the layers L2-normalise
-    it. g: log decay <= 0, (B, H, T) for Gated DeltaNet, (B, H, T, K) for Kimi Delta Attention. state (B, H,
-    K, V): float32, where to start. reset (B, T) bool: a document starts here and nothing crosses its border.
-    scale: K ** -0.5. causal=False adds a second scan from the right that reads before it writes, so that the
-    own token counts once; state seeds and returns the scan from the left. Returns (o (B, H, T, V), state
-    after the last token).
+    it. g: log decay <= 0, (B, H, T) for Gated DeltaNet, (B, H, T, K) for Kimi Delta Attention. beta (B, H, T,
+    K) and write (B, H, T, V): Gated DeltaNet-2 (arXiv 2605.22791) erases and writes each channel by another
+    share, u = write_t v_t - S^T (beta_t k_t). state (B, H, K, V): float32, where to start. reset (B, T) bool:
+    a document starts here and nothing crosses its border. scale: K ** -0.5. causal=False adds a second scan
+    from the right that reads before it writes, so that the own token counts once; state seeds and returns the
+    scan from the left. Returns (o (B, H, T, V), state after the last token).
     """
-    return two_way(token_by_token, q, k, v, beta, g, state, causal, scale, reset)
+    return two_way(token_by_token, q, k, v, beta, g, state, causal, scale, reset, write)
 
 
 def linear_attention_recurrent(q, k, v, g=None, state=None, causal=True, chunk_size=None, scale=None):
@@ -789,7 +791,7 @@ def token_by_token(q, k, v, beta, g, S, twice, scale):
         u = v[:, :, t, None]                                                    # (B, H, 1, V)
         S = S * g[:, :, t].exp().unsqueeze(-1)                                  # g (B, H, T, 1 or K)
         if beta is not None:
-            u = beta[:, :, t, None, None].to(S.dtype) * (u - kt.mT @ S)
+            u = u - (beta[:, :, t, :, None] * kt).mT @ S                        # beta v - S^T (beta k)
         before = S
         S = S + kt * u
         read = S
@@ -799,13 +801,14 @@ def token_by_token(q, k, v, beta, g, S, twice, scale):
     return torch.cat(out, dim=2), S
 
 
-def check_shapes(q, k, v, beta, g, state, reset):
+def check_shapes(q, k, v, beta, g, state, reset, write):
     B, H, T, K = q.shape
     V = v.size(-1)
     legal = dict(
         k=(k, (B, H, T, K)),
         v=(v, (B, H, T, V)),
-        beta=(beta, (B, H, T)),
+        beta=(beta, (B, H, T), (B, H, T, K)),
+        write=(write, (B, H, T, V)),
         g=(g, (B, H, T), (B, H, T, K)),
         state=(state, (B, H, K, V)),
         reset=(reset, (B, T)))
@@ -816,13 +819,13 @@ def check_shapes(q, k, v, beta, g, state, reset):
              "transpose(1, 2)")
 
 
-def two_way(core, q, k, v, beta, g, state, causal, scale, reset=None, **settings):
+def two_way(core, q, k, v, beta, g, state, causal, scale, reset=None, write=None, **settings):
     """Run core(q, k, v, beta, g, S, twice, scale) after checks and defaults.
 
-    beta None is linear attention. When not causal it runs on [x ; flip(x)] along the batch: twice, and the
-    second half reads before it writes.
+    beta None is linear attention, else v comes to the core as beta v. When not causal it runs on [x ;
+    flip(x)] along the batch: twice, and the second half reads before it writes.
     """
-    check_shapes(q, k, v, beta, g, state, reset)
+    check_shapes(q, k, v, beta, g, state, reset, write)
     B, H, T, K = q.shape
     f = at_least_float32(q.dtype)
     S = q.new_zeros(B, H, K, v.size(-1), dtype=f) if state is None else state.to(f)
@@ -831,6 +834,9 @@ def two_way(core, q, k, v, beta, g, state, causal, scale, reset=None, **settings
         return v.to(q.dtype), S
     g = q.new_zeros(B, H, T, dtype=f) if g is None else g.to(f)
     g = g.unsqueeze(-1) if g.dim() == 3 else g
+    if beta is not None:
+        beta = (beta.unsqueeze(-1) if beta.dim() == 3 else beta).to(f)          # (B, H, T, 1 or K)
+        v = (beta if write is None else write.to(f)) * v
     if not causal:
         both = lambda a: None if a is None else torch.cat([a, a.flip(2)])
         q, k, v, beta, g = (both(a) for a in (q, k, v, beta, g))
@@ -879,7 +885,7 @@ class FixedState(Mixer):
     wide = ("state",)
     delta = True                    # the delta rule, or linear attention
     linear_decay = decay_gate = None
-    neg_eigval = low_rank_gate = False
+    neg_eigval = channel_beta = low_rank_gate = False
     writes = 1
 
     def __init__(self, config):
@@ -899,7 +905,10 @@ class FixedState(Mixer):
         taps = torch.empty(sum(self.sizes), self.conv_size)
         self.conv_weight = nn.Parameter(taps.uniform_(-bound, bound))
         if self.delta:
-            self.beta_proj = linear_map(C, self.Hv * self.writes)
+            n = self.Hv * self.writes
+            self.beta_proj = linear_map(C, n * self.K if self.channel_beta else n)
+        if self.channel_beta:
+            self.write_proj = linear_map(C, n * self.V)
         if self.linear_decay in ("head", "channel"):
             per_head, rank = (1, 0) if self.linear_decay == "head" else (self.K, self.K)
             self.decay_proj = linear_map(C, self.Hv * per_head, rank)
@@ -988,8 +997,10 @@ class FixedState(Mixer):
     def rule(self, x, q, k, v, g, state, causal):
         one, n = q.size(2) == 1, self.writes
         if self.delta:
-            beta = (1 + self.neg_eigval) * torch.sigmoid(widen(self.beta_proj(x)))
-            beta = self.in_turn(beta.mT.unsqueeze(-1)).squeeze(-1)              # (B, Hv, T writes)
+            gate = lambda a: self.in_turn(heads(torch.sigmoid(widen(a)), self.Hv * n))
+            beta = (1 + self.neg_eigval) * gate(self.beta_proj(x))              # (B, Hv, T writes, 1 or K)
+            beta = beta if self.channel_beta else beta.squeeze(-1)
+            write = gate(self.write_proj(x)) if self.channel_beta else None     # (B, Hv, T writes, V)
             if n > 1:
                 q = q.repeat_interleave(n, dim=2)                               # the last one is read
             if n > 1 and g is not None:
@@ -997,7 +1008,7 @@ class FixedState(Mixer):
                 g = torch.stack([g, *still], dim=3).flatten(2, 3)
             rule = delta_rule_recurrent if one else delta_rule
             g_min = self.g_min if self.decay_gate == "lower" else None
-            o, S = rule(q, k, v, beta, g, state, causal, g_min)
+            o, S = rule(q, k, v, beta, g, state, causal, g_min, write=write)
             return o[:, :, n - 1::n], S
         if self.linear_decay == "head" and self.decay_gate == "softplus":
             # Mamba-2 writes dt v, g = -A dt
@@ -1059,9 +1070,10 @@ class GatedDeltaNet(FixedState):
 class KDA(FixedState):
     """Kimi Delta Attention (arXiv 2510.26692): a decay per channel, low-rank gates. GLM-5.3-Flash.
 
-    Kimi Linear has decay_gate=softplus, without a bound on the decay.
+    Kimi Linear has decay_gate=softplus, without a bound on the decay; with channel_beta as well it is Gated
+    DeltaNet-2 (2605.22791).
     """
-    settings = FixedState.settings + ("decay_gate", "g_min", "neg_eigval", "writes")
+    settings = FixedState.settings + ("decay_gate", "g_min", "neg_eigval", "writes", "channel_beta")
     published = dict(decay_gate="lower", out_gate="sigmoid")
     linear_decay = "channel"
     low_rank_gate = True
@@ -1096,7 +1108,7 @@ def short_conv(x, weight, symmetric=False):
 # Linear attention and the delta rule: how they are made fast
 
 def delta_rule(q, k, v, beta, g=None, state=None, causal=True, g_min=None, reset=None, chunk_size=None,
-               scale=None):
+               scale=None, write=None):
     """delta_rule_recurrent, whose arguments it has, in chunks of tokens side by side.
 
     g_min: a bound g >= g_min >= -5 that the caller guarantees for per-channel g: about twice as fast. Only
@@ -1105,7 +1117,8 @@ def delta_rule(q, k, v, beta, g=None, state=None, causal=True, g_min=None, reset
     check_chunk(chunk_size, g_min)
     if reset is not None:
         g_min = None                                                    # a reset is a decay without bound
-    return two_way(chunked, q, k, v, beta, g, state, causal, scale, reset, g_min=g_min, chunk_size=chunk_size)
+    return two_way(chunked, q, k, v, beta, g, state, causal, scale, reset, write, g_min=g_min,
+                   chunk_size=chunk_size)
 
 
 def linear_attention(q, k, v, g=None, state=None, causal=True, chunk_size=None, scale=None):
@@ -1138,7 +1151,7 @@ def chunked(q, k, v, beta, g, S, twice, scale, g_min, chunk_size):
     """The chunk-parallel core; beta None is linear attention, u = v. For the arguments see two_way.
 
     Inside a chunk of C tokens with G = cumsum(g) and D_ij = exp(G_i - G_j), u solves a triangular system:
-        u_i = beta_i (v_i - e^G_i S^T k_i - sum_{j<i} D_ij (k_i . k_j) u_j)
+        u_i = beta_i v_i - e^G_i S^T (beta_i k_i) - sum_{j<i} D_ij (beta_i k_i . k_j) u_j
         o_i = e^G_i S^T q_i + sum_{j<=i} D_ij (q_i . k_j) u_j
         S'  = e^G_C S + sum_j e^(G_C - G_j) k_j u_j^T
     (DeltaNet arXiv 2406.06484, Gated DeltaNet 2412.06464, Kimi Delta Attention 2510.26692). Decays, scores,
@@ -1158,7 +1171,7 @@ def chunked(q, k, v, beta, g, S, twice, scale, g_min, chunk_size):
         a = F.pad(a, (0, 0, 0, pad)) if pad else a
         return a.reshape(B * H, -1, C, a.size(-1))
     if beta is not None:
-        beta = chunks(beta.unsqueeze(-1)).to(f)
+        beta = chunks(beta)
     q = chunks(q).to(f)
     k = chunks(k).to(f)
     through, scores, ins, k_out = decayed(q, k, beta, chunks(g), scale, g_min)
@@ -1170,7 +1183,7 @@ def chunked(q, k, v, beta, g, S, twice, scale, g_min, chunk_size):
     if beta is not None:
         X = inverse_of_one_minus(scores[1].flatten(0, 1))
         X = X.view_as(scores[1]).to(low)
-        U = X @ (beta * U).to(low)
+        U = X @ U.to(low)
         W = X @ ins[1].to(low)
     scan = scan_chunks if size == 1 else functools.partial(scan_groups, size=size)
     states, u, S = scan(through, k_out, U, W, S.flatten(0, 1))

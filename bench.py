@@ -2154,7 +2154,8 @@ def switch(length=1024, keys=128, steps=600, adapt=100, batch_tokens=2048, devic
 GROUPS = {"parity": 2, "s3": 3, "s5": 5}    # all permutations of so many things: 2, 6 and 120 tokens
 DELTA = ("", "(neg_eigval=true)", "(neg_eigval=true,writes=2)", "(neg_eigval=true,writes=4)")
 RULES = ("full", "linear", "linear(linear_decay=channel)", *("deltanet" + settings for settings in DELTA),
-         *("gated_deltanet" + settings for settings in DELTA), "kda(neg_eigval=true)")
+         *("gated_deltanet" + settings for settings in DELTA), "kda(neg_eigval=true)",
+         "kda(neg_eigval=true,channel_beta=true)")
 
 
 def draw_words(B, T, things, generator):

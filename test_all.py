@@ -121,14 +121,14 @@ def refused(words):
 # Size
 
 BUDGET = {
-    "attention.py": 19_365,
+    "attention.py": 19_515,
     "model.py": 8_392,
     "diffusion.py": 5_905,
     "train.py": 11_125,
     "sample.py": 4_830,
     "prepare.py": 6_820,
-    "bench.py": 30_070,
-    "test_all.py": 50_130,
+    "bench.py": 30_072,
+    "test_all.py": 50_305,
 }
 
 
@@ -197,6 +197,8 @@ gated_deltanet: linear_n_head=2 linear_n_v_head=4 linear_key_dim=8 linear_value_
 kda softplus: decay_gate=softplus neg_eigval=true out_gate_rank=0 linear_n_v_head=8
 kda:
 kda product: writes=3 neg_eigval=true
+kda channel_beta: channel_beta=true decay_gate=softplus neg_eigval=true linear_value_dim=12
+kda channel_beta product: channel_beta=true writes=2
 deltanet product: writes=2 linear_n_head=2 linear_n_v_head=4
 """)
 
@@ -449,9 +451,9 @@ OTHERS = model.settings("""
     n_embd=64 n_head=2 bias=true norm_eps=0.1 position=learned rope_base=10.0 rope_factor=3.0 rope_original=9
     rotary_fraction=0.5 n_kv_head=1 head_dim=12 qk_norm=true attn_gate=true window=2 sink=true linear_n_head=1
     linear_n_v_head=8 linear_key_dim=4 linear_value_dim=4 linear_decay=channel decay_gate=softplus g_min=-1.0
-    neg_eigval=true writes=2 conv_size=2 out_gate=none out_gate_rank=3 bidir=forward q_lora_rank=8
-    kv_lora_rank=12 qk_nope_head_dim=4 qk_rope_head_dim=6 v_head_dim=4 sel_block=16 sel_topk=6 sel_init=2
-    sel_local=3 sel_tile=2 cmp_block=16 cmp_stride=2 dense_len=30 sel_per_head=true index_n_head=1
+    neg_eigval=true channel_beta=true writes=2 conv_size=2 out_gate=none out_gate_rank=3 bidir=forward
+    q_lora_rank=8 kv_lora_rank=12 qk_nope_head_dim=4 qk_rope_head_dim=6 v_head_dim=4 sel_block=16 sel_topk=6
+    sel_init=2 sel_local=3 sel_tile=2 cmp_block=16 cmp_stride=2 dense_len=30 sel_per_head=true index_n_head=1
     index_head_dim=12""")
 ON = model.settings("""
     rope_factor=4.0 qk_norm=true cmp_stride=8 cmp_block=8 linear_decay=head decay_gate=lower out_gate=silu
@@ -968,6 +970,12 @@ def without_beta(f):
     return lambda q, k, v, beta, *rest, **how: f(q, k, v, *rest, **how)
 
 
+def channel_beta(f):
+    """Erasing and writing by channel (Gated DeltaNet-2), the shares made of k and v."""
+    return lambda q, k, v, beta, *rest, **how: f(q, k, v, beta[..., None] * k.sigmoid(), *rest, **how,
+                                                 write=v.sigmoid())
+
+
 DELTA = delta_rule, delta_rule_recurrent
 LINEAR = without_beta(linear_attention), without_beta(linear_attention_recurrent)
 # rule: its fast form, its definition, and the decay that it takes
@@ -975,6 +983,7 @@ RULES = {
     "delta": (*DELTA, None),
     "delta head": (*DELTA, "head"),
     "delta channel": (*DELTA, "channel"),
+    "delta channel beta": (*map(channel_beta, DELTA), "channel"),
     "delta bounded": (partial(delta_rule, g_min=-5.0), delta_rule_recurrent, "channel"),
     "linear": (*LINEAR, None),
     "linear head": (*LINEAR, "head"),
@@ -1128,19 +1137,22 @@ def linear_formula(case, layer, x, causal):
             g = g.squeeze(-1)
         if case == "linear head":
             v = v * F.softplus(f)                   # Mamba-2 writes dt v
+    gate = lambda proj: attention.heads(torch.sigmoid(proj(x)), n * Hv)        # (B, n Hv, T, 1, K or V)
     if layer.delta:
-        beta = (1 + ("neg_eigval" in CASES[case])) * torch.sigmoid(layer.beta_proj(x)).mT
+        beta = write = (1 + ("neg_eigval" in CASES[case])) * gate(layer.beta_proj)
+        if layer.channel_beta:
+            write = gate(layer.write_proj)
     if layer.delta and causal:
         o, S = [], torch.zeros(2, Hv, layer.K, layer.V)
         for t in range(20):
             S = S if g is None else S * g[:, :, t].exp().view(2, Hv, -1, 1)
             for j in range(n):                      # head h writes its keys h n to h n + n - 1 in turn
-                kt, vt, bt = k[:, j::n, t, :, None], v[:, j::n, t, None], beta[:, j::n, t, None, None]
-                S = S - bt * kt @ (kt.mT @ S) + bt * kt @ vt
+                kt, vt, bt, wt = (a[:, j::n, t] for a in (k, v, beta, write))
+                S = S - kt[..., None] @ (bt * kt)[:, :, None] @ S + kt[..., None] @ (wt * vt)[:, :, None]
             o.append(q[:, :, t, None] @ S * layer.K ** -0.5)
         o = torch.cat(o, dim=2)
     elif layer.delta:
-        o, _ = delta_rule_recurrent(q, k, v, beta, g, causal=False)
+        o, _ = delta_rule_recurrent(q, k, write * v, beta.expand_as(k), g, causal=False, write=0 * v + 1)
     else:
         o, _ = linear_attention_recurrent(q, k, v, g, causal=causal, scale=1.0)
     y = layer.o_norm(o.transpose(1, 2)).flatten(2)
@@ -4695,6 +4707,7 @@ def test_rules_equal_fla():
     q, k, v, beta, g, _ = rule_inputs(128, "head", beta=1.0, H=3)
     channel = rule_inputs(128, "channel", H=3)[4]
     fixed = torch.log1p(-2.0 ** (-5 - torch.arange(3.0))).view(1, 3, 1).expand(2, 3, 128)
+    erase, write = torch.rand_like(k), torch.rand_like(v)
 
     def fla(name, *x):
         f = getattr(fla_naive(name), f"naive_recurrent_{name}")
@@ -4704,6 +4717,7 @@ def test_rules_equal_fla():
             (delta_rule(q, k, v, beta), fla_naive("delta_rule").delta_rule_recurrence(q, k, v, beta)),
             (delta_rule(q, k, v, beta, g), fla("gated_delta_rule", q, k, v, beta, g)),
             (delta_rule(q, k, v, beta, channel, g_min=-5.0), fla("kda", q, k, v, channel, beta)),
+            (delta_rule(q, k, v, erase, channel, write=write), fla("gdn2", q, k, v, channel, erase, write)),
             (linear_attention(q, k, v), fla("linear_attn", q, k, v)),
             (linear_attention(q, k, v, g), fla("simple_gla", q, k, v, g)),
             (linear_attention(q, k, v, channel), fla("gla", q, k, v, channel))):
