@@ -26,7 +26,7 @@
     drafts      what AR saves where the run itself proposes tokens: a pass judges several
     panel       all likelihoods of the same models: exact, bounds, chains, bits per byte
     choices     multiple choice by likelihood: HellaSwag, ARC, PIQA, LAMBADA files, and a probe without one
-    tools       a calculator inside an answer, AR and block diffusion
+    tools       a calculator and a look-up inside an answer, AR and block diffusion
 
 Numbers go to out/NAME.json with command, versions, device, seeds and date, pictures to out/NAME.png; with
 --results results to the files that results/README.md shows. A command that was interrupted goes on where it
@@ -2556,37 +2556,50 @@ def theory(lengths=(24, 96), steps=1000, sequences=128, threads=1, out="out/theo
             yield point, functools.partial(measure, L, N)
 
 # ------------------------------------------------------------------------------------------------------------
-# tools: a calculator inside an answer
+# tools: a calculator and a look-up inside an answer
 
 # With AdamW the step from guessing to copying, which all this needs, comes several times later.
-CALCULATOR = QUICK | dict(
+ARITHMETIC = QUICK | dict(
     dataset="arithmetic", n_layer=2, n_embd=96, block_size=128, batch_tokens=2048, eval_every=400
 )
 
 
+def solve(prompt, call):
+    """Both tools: the number of a name in the prompt's table, or what an expression makes."""
+    table = dict(re.findall(r"(\w)=(\d+)", prompt))
+    return table.get(call) or sample.calculator(call)
+
+
 @experiment()
-def tools(steps=1000, problems=500, workers=1, device="auto", threads=1, out="out/tools"):
-    """Held-out arithmetic with and without a calculator,
-    as AR and as block diffusion: share of right answers.
+def tools(steps=1000, problems=200, seeds=3, seed=1337, workers=1, device="auto", threads=1, out="out/tools"):
+    """Held-out arithmetic with and without tools, as AR and as block diffusion: share of right answers where
+    the problem says all its numbers, and where one has to be looked up first.
 
     steps: of training for AR, three times as many for block diffusion
-    problems: held-out ones to solve
+    problems: held-out ones of each kind to solve
     """
     _, val, _ = prepare.load_dataset(prepare.prepare("arithmetic"))
     tokenizer = prepare.load_tokenizer("data/arithmetic")
-    texts = [t for t in tokenizer.decode(val.tolist()).split(prepare.EOT) if t][:problems]
-    prompts = [t[: t.index("?") + 1] for t in texts]
-    job = lambda o, n: CALCULATOR | dict(objective=o, max_steps=n, diffusion_block=4, out=f"{out}/{o}-{n}")
-    jobs = {"ar": job("ar", steps), "block": job("block", 3 * steps)}
+    texts = [t for t in tokenizer.decode(val.tolist()).split(prepare.EOT) if t]
+    kinds = {"plain": [t for t in texts if "=" not in t], "look-up": [t for t in texts if "=" in t]}
+    job = lambda o, n, s: ARITHMETIC | dict(
+        objective=o, max_steps=n, diffusion_block=4, seed=s, out=f"{out}/{o}-{n}-s{s}")
+    runs = range(seed, seed + seeds)
+    jobs = {f"{o} s{s}": job(o, n, s) for o, n in dict(ar=steps, block=3 * steps).items() for s in runs}
     yield jobs
     cases = [("ar", "left"), ("block", "left"), ("block", "max_prob")]
-    for (objective, order), tool in itertools.product(cases, ("none", "calculator")):
 
-        def measure():
-            lm, _ = train.load_model(jobs[objective]["out"], "last", device)
-            canvas = diffusion.canvas([tokenizer.encode(p) for p in prompts], 60, lm.mask_id)
+    def measure(objective, order, kind, tool):
+        texts = kinds[kind][:problems]
+        prompts = [t[:t.index("?") + 1] for t in texts]
+        wanted = [re.findall("<tool>(.*?)</tool>", t) for t in texts]
+        answer = lambda text: text.rpartition(" ")[2]
+        right, calls = [], []
+        for s in runs:
+            lm, _ = train.load_model(jobs[f"{objective} s{s}"]["out"], "last", device)
+            canvas = diffusion.canvas([tokenizer.encode(p) for p in prompts], 80, lm.mask_id)
             x, valid = (a.to(device) for a in canvas)
-            call = sample.calculator if tool == "calculator" else lambda text: ""
+            call = [functools.partial(solve, p) for p in prompts] if tool == "tools" else lambda call: ""
             hook = sample.ToolCalls(call, tokenizer, lm.mask_id, valid.sum(1))
             how = dict(temperature=0, eot_id=tokenizer.eot, valid=valid)
             if objective == "ar":
@@ -2594,13 +2607,15 @@ def tools(steps=1000, problems=500, workers=1, device="auto", threads=1, out="ou
             else:
                 y = diffusion.sample_block(lm, x, lm.mask_id, 4, order=order, on_block=hook, **how)
             written = [tokenizer.decode(row).split(prepare.EOT)[0] for row in y.tolist()]
-            answer = lambda text: text.rpartition(" ")[2]
-            accuracy, se = mean_se([float(answer(t) == answer(w)) for t, w in zip(texts, written)])
-            made = {(i, call + "?") for i, call, *_ in hook.calls}
-            right = len(made.intersection(enumerate(prompts)))
-            return dict(problems=len(texts), accuracy=accuracy, se=se, right_calls=right)
+            right.append(statistics.mean(answer(t) == answer(w) for t, w in zip(texts, written)))
+            made = [[call for row, call, *_ in hook.calls if row == i] for i in range(len(texts))]
+            calls.append(statistics.mean(a == b for a, b in zip(made, wanted)))
+        accuracy, se = mean_se(right)
+        return dict(accuracy=accuracy, se=se, right_calls=statistics.mean(calls), seeds=seeds)
 
-        yield dict(model=objective, order=order, tool=tool), measure
+    for (objective, order), kind, tool in itertools.product(cases, kinds, ("none", "tools")):
+        point = dict(model=objective, order=order, problem=kind, tool=tool)
+        yield point, functools.partial(measure, objective, order, kind, tool)
 
 # ------------------------------------------------------------------------------------------------------------
 # moe: speed against dense, load with and without the bias rule

@@ -467,17 +467,26 @@ def drop_overlap(train, val, n=13):
 
 
 def arithmetic(n, seed=0):
-    """n different texts "(17+4)*25? <tool>(17+4)*25</tool>525, so 525":
-    problem, call of a calculator, result, answer."""
+    """n different texts: a problem, the calls of tools with their results, the answer. In about every other
+    one a number has a name, which a table in front of the problem explains and a second tool looks up.
+
+        (17+4)*25? <tool>(17+4)*25</tool>525, so 525
+        k=17 a=31 q=58; (k+4)*25? <tool>k</tool>17 <tool>(17+4)*25</tool>525, so 525
+    """
     rng, known = np.random.default_rng(seed), {}
-    operation = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
+    letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
     while len(known) < n:
-        (a, b, c), (f, g) = rng.integers(1, 100, 3).tolist(), rng.choice(list(operation), 2).tolist()
-        if rng.random() < 0.5:
-            text, value = f"({a}{f}{b}){g}{c}", operation[g](operation[f](a, b), c)
-        else:
-            text, value = f"{a}{f}({b}{g}{c})", operation[f](a, operation[g](b, c))
+        numbers, (f, g) = rng.integers(1, 100, 5).tolist(), rng.choice(list("+-*"), 2)
+        form = "({}{f}{}){g}{}" if rng.random() < 0.5 else "{}{f}({}{g}{})"
+        text = form.format(*numbers[:3], f=f, g=g)
+        value = eval(text)                                  # it is made of numbers and + - * right above
         known[text] = f"{text}? <tool>{text}</tool>{value}, so {value}"
+        if rng.random() < 0.5:
+            names, named = rng.choice(letters, 3, replace=False), rng.integers(3)
+            table = [f"{name}={number}" for name, number in zip(names, [numbers[named], *numbers[3:]])]
+            asked = form.format(*numbers[:named], names[0], *numbers[named + 1:3], f=f, g=g)
+            look = f"{' '.join(rng.permutation(table))}; {asked}? <tool>{names[0]}</tool>{numbers[named]} "
+            known[text] = look + known[text].partition("? ")[2]
     return list(known.values())
 
 

@@ -364,15 +364,15 @@ class ToolCalls:
 
     Where the clean text of a row ends a call <tool>...</tool>, tool(the text between) -> str is run, its
     result is put behind the call as given tokens, and what was generated behind it is masked again; an empty
-    result (or None) changes nothing. tool is any callable of the user's. If it raises, needs more than
+    result (or None) changes nothing. tool is any callable of the user's, or one for each row. If it raises, needs more than
     `seconds` (it is then left behind in its thread), or its result does not fit behind the call, the result
     is the text of `failed` where that fits.
     end (B,): length of each row. calls: [(row, call, result, None or why it failed)].
     """
     def __init__(self, tool, tokenizer, mask_id, end, seconds=5.0, failed="error"):
-        self.tool, self.tokenizer, self.mask_id = tool, tokenizer, mask_id
-        self.seconds, self.failed = seconds, failed
+        self.tokenizer, self.mask_id, self.seconds, self.failed = tokenizer, mask_id, seconds, failed
         self.end, self.calls = [int(e) for e in end], []
+        self.tools = tool if isinstance(tool, list) else [tool] * len(self.end)
         self.done = [0] * len(self.end)         # tokens of each row that need no look
 
     def __call__(self, x, given, *_):
@@ -385,7 +385,7 @@ class ToolCalls:
                 if given[b, stop - 1] or not opened or "</tool>" in call:  # of the prompt, or never opened
                     continue
                 room = int((given[b, stop:self.end[b]].cumsum(0) == 0).sum())
-                result, why = self.run(call)
+                result, why = self.run(self.tools[b], call)
                 ids = self.tokenizer.encode(result)
                 if len(ids) > room:
                     why = why or f"its result has {len(ids)} tokens, and there is room for {room}"
@@ -405,13 +405,13 @@ class ToolCalls:
         if "</tool>" in text(None):
             return next(i for i in range(self.done[b] + 1, len(ids) + 1) if "</tool>" in text(i))
 
-    def run(self, call):
+    def run(self, tool, call):
         """(result as text, None or why it failed)"""
         out = []
 
         def work():
             try:
-                result = self.tool(call)
+                result = tool(call)
                 out.append(("" if result is None else str(result).encode("utf-8", "replace").decode(), None))
             except BaseException as e:  # whatever a user's tool does
                 out.append((self.failed, f"it raised {type(e).__name__}: {e}"))

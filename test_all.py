@@ -125,10 +125,10 @@ BUDGET = {
     "model.py": 8_392,
     "diffusion.py": 5_905,
     "train.py": 11_125,
-    "sample.py": 4_830,
-    "prepare.py": 6_820,
-    "bench.py": 30_072,
-    "test_all.py": 50_305,
+    "sample.py": 4_852,
+    "prepare.py": 6_890,
+    "bench.py": 30_290,
+    "test_all.py": 50_460,
 }
 
 
@@ -3229,7 +3229,7 @@ panel TRIO --windows 2 --n_mc 4                                                 
 choices RUNS/ar RUNS/mdm --files probe --limit 4 --n_mc 4                                => 3 rows
 compare RUNS/ar RUNS/mdm                                                                 => 2 rows, picture
 theory --steps 4 --sequences 2 --lengths 3,6                                             => 48 rows, picture
-tools --steps 2 --problems 3                                                             => 6 rows
+tools --steps 2 --problems 3 --seeds 1                                                   => 12 rows
 context SIZES --lengths 64,300 --batches 1,2 --layers full,infllm,kda                    => 12 rows, picture
 attention SIZES --lengths 64,96 --layers full,msa,linear                                 => 6 rows, picture
 quality SMALL --mixers full,msa --steps 2 --seeds 2                                      => 4 rows
@@ -3254,8 +3254,8 @@ def lab(dataset, runs, tmp_path, monkeypatch):
     problems = prepare.arithmetic
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("prepare.arithmetic", lambda n, seed=0: problems(300, seed))
-    monkeypatch.setattr("bench.CALCULATOR",
-                        {**bench.CALCULATOR, "n_layer": 1, "n_embd": 16, "eval_windows": 8})
+    monkeypatch.setattr("bench.ARITHMETIC",
+                        {**bench.ARITHMETIC, "n_layer": 1, "n_embd": 16, "eval_windows": 8})
 
     def run_arms(jobs, workers):
         for job in jobs.values():
@@ -3797,9 +3797,18 @@ class Letters:
 
 
 def test_calculator():
+    kinds = set()
     for problem in prepare.arithmetic(500, 3):
-        text, call, result = re.fullmatch(r"(.*)\? <tool>(.*)</tool>(.*)", problem).groups()
-        assert text == call and result == f"{sample.calculator(call)}, so {sample.calculator(call)}"
+        text, answer = problem.split("? ", 1)
+        table, _, asked = text.rpartition("; ")
+        names = dict(pair.split("=") for pair in table.split())
+        call = "".join(names.get(c, c) for c in asked)
+        looked = "".join(f"<tool>{c}</tool>{names[c]} " for c in asked if c in names)
+        value = sample.calculator(call)
+        assert answer == f"{looked}<tool>{call}</tool>{value}, so {value}"
+        assert [bench.solve(text, c) for c in re.findall("<tool>(.*?)<", answer)][-1] == value
+        kinds.add((len(names), looked.count("<tool>")))
+    assert kinds == {(0, 0), (3, 1)}
     for text, result in (("3/2", "1.5"), ("6/3", "2"), (" -(2-5)*4 ", "12"), ("1/3", "0.3333333333"),
                          ("2*(3+4)*5", "70")):
         assert sample.calculator(text) == result
@@ -3896,16 +3905,17 @@ def test_tool_calls_that_fail():
 
 
 def test_arithmetic_and_tools_end_to_end(lab):
-    assert lab("tools --steps 2 --problems 3")[0] == 0
-    rows = [(r["model"], r["tool"]) for r in found("tools")]
-    assert rows == [(m, t) for m in ("ar", "block", "block") for t in ("none", "calculator")]
+    assert lab("tools --steps 2 --problems 3 --seeds 2")[0] == 0
+    rows = [(r["model"], r["problem"], r["tool"]) for r in found("tools")]
+    points = product(("plain", "look-up"), ("none", "tools"))
+    assert rows == [(m, *point) for m, point in product(("ar", "block", "block"), points)]
     folder = prepare.prepare("arithmetic")
     *parts, meta = prepare.load_dataset(folder)
     texts = [prepare.load_tokenizer(folder).decode(ids).split(prepare.EOT)[:-1] for ids in parts]
     train, val = ({text.split("?")[0] for text in part} for part in texts)
     assert folder.name == "arithmetic" and meta["tokenizer"] == "byte"
     assert (len(train), len(val)) == (270, 30) and not train & val
-    for run in ("ar-2", "block-6"):
+    for run in ("ar-2-s1338", "block-6-s1337"):
         line = f"out/tools/{run} --prompt '2+(3*4)? <tool>2+' --tool calculator --max_new_tokens 20"
         status, _, error = typed(sample, line)
         assert status == 0 and "never closed" in error
