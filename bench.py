@@ -61,6 +61,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import diffusion
 import prepare
@@ -2812,7 +2814,7 @@ def decode_picture(plt, result):
 
 @experiment(named=("scale",), show=without("cache"), picture=decode_picture, gpu=MODELS_GPU)
 def decode(batches=(1, 8, 64), run_judge=None, **models):
-    """Tokens/s against quality of every sampler on trained models, by batch size.
+    """Tokens/s and FLOPs per token against quality of every sampler on trained models, by batch size.
 
     batches: sizes; quality is that of the largest
     run_judge: run folder of the AR judge (default: trained)
@@ -2841,21 +2843,24 @@ def decode(batches=(1, 8, 64), run_judge=None, **models):
         lm, state = trained[role]
         if role == "block":
             setting = setting | dict(fill_block=state["flags"]["diffusion_block"])
+        generator = lambda: torch.Generator("cpu" if device.startswith("mps") else device).manual_seed(0)
+        sampler = getattr(diffusion, f"sample_{role}")
+        draw = lambda x: sampler(lm, x, lm.mask_id, generator=generator(), **setting)
         row = {}
         for B in sorted(batches, reverse=True):
             texts = []
             seconds = 0.0
             # Fewer than 4 rows say little about a threshold: then other prompts follow.
             for x in canvas[: max(B, min(4, most))].split(B):
-                draws = torch.Generator("cpu" if device.startswith("mps") else device).manual_seed(0)
                 tic = clock()
-                draw = getattr(diffusion, f"sample_{role}")
-                texts.append(draw(lm, x, lm.mask_id, generator=draws, **setting))
+                texts.append(draw(x))
                 seconds += clock() - tic
             texts = torch.cat(texts)
             row = row or judged(judge, texts, P)
             row[f"tokens/s, batch {B}"] = round(len(texts) * (T - P) / seconds)
-        return row
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as count:     # no fused one counts
+            draw(canvas[:1])
+        return row | {"MFLOP/token": count.get_total_flops() / (T - P) / 1e6}
 
     yield dict(sampler="real text"), lambda: judged(judge, data, P)
     for family, (role, settings) in decoders(T - P).items():

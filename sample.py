@@ -364,9 +364,9 @@ class ToolCalls:
 
     Where the clean text of a row ends a call <tool>...</tool>, tool(the text between) -> str is run, its
     result is put behind the call as given tokens, and what was generated behind it is masked again; an empty
-    result (or None) changes nothing. tool is any callable of the user's, or one for each row. If it raises, needs more than
-    `seconds` (it is then left behind in its thread), or its result does not fit behind the call, the result
-    is the text of `failed` where that fits.
+    result (or None) changes nothing. tool is any callable of the user's, or a list of one for each row. If it
+    raises, needs more than `seconds` (it is then left behind in its thread), or its result does not fit
+    behind the call, the result is the text of `failed` where that fits.
     end (B,): length of each row. calls: [(row, call, result, None or why it failed)].
     """
     def __init__(self, tool, tokenizer, mask_id, end, seconds=5.0, failed="error"):

@@ -127,8 +127,8 @@ BUDGET = {
     "train.py": 11_125,
     "sample.py": 4_852,
     "prepare.py": 6_890,
-    "bench.py": 30_290,
-    "test_all.py": 50_460,
+    "bench.py": 30_360,
+    "test_all.py": 50_525,
 }
 
 
@@ -3340,19 +3340,24 @@ def test_crossover_is_what_its_runs_say(lab, tmp_path, monkeypatch):
     assert lab(f"compare {run} --x seconds")[0] == 0 and found("compare")[0]["evals"] == rows["own"]["evals"]
 
 
-def test_decode_is_what_was_timed(lab, monkeypatch):
+def test_decode_is_what_was_timed(lab, runs, monkeypatch):
     """Every sampler with each of its settings, at every batch size; the judge reads the largest batch. A run
-    that other settings have left is not taken: train.py --resume auto compares them."""
+    that other settings have left is not taken: train.py --resume auto compares them. FLOPs are those of the passes,
+    here one."""
     called, read, judged, jobs = [], [], bench.judged, {}
     for name in ("ar", "mdm", "block"):
         def sampler(f, x, mask_id, name=name, **how):
             called.append((name, len(x), how))
+            f(x, causal=False)
             return x.masked_fill(x == mask_id, 0)
         monkeypatch.setattr(diffusion, f"sample_{name}", sampler)
     monkeypatch.setattr("bench.judged", lambda *given: read.append(called[-1:]) or judged(*given))
     assert lab(toy("decode"))[0] == 0
     timed = [r for r in found("decode_cpu") if "tokens/s, batch 2" in r]
     assert all(r["tokens/s, batch 1"] > 0 and r["loss"] > 0 for r in timed)
+    lm, _ = train.load_model(runs / "mdm")
+    one_pass = lm.flops_per_token(16, causal=False) / 3 * 16 / 14 / 1e6
+    assert all(r["MFLOP/token"] == pytest.approx(one_pass, rel=0.02) for r in timed)
     kinds = [(family, *kind) for family, (role, settings) in bench.decoders(14).items()
              for kind in product([role], settings)]
     assert [r["sampler"] for r in timed] == [family for family, *_ in kinds]
