@@ -1881,7 +1881,35 @@ def joined(result):
     return sorted(merged(result["rows"], ["mixer"], cells), key=lambda row: row.get("AR", "9"))
 
 
-@experiment(named=("device", "dtype"), show=joined)
+def ratio_picture(plt, result):
+    """Loss against the share of `full` layers beside one other kind, a column for AR and one for diffusion;
+    hollow where a full layer comes first. None without such mixtures."""
+    lines = collections.defaultdict(list)
+    for r in result["rows"]:
+        layers = parse_layers(pattern_of(r["mixer"]), result["flags"]["n_layer"])
+        names = [name for name, _ in layers]
+        ways = "/".join(sorted({values.get("bidir", "") for name, values in layers if name != "full"}))
+        for kind in {*names} - {"full"} or ATTENTION:
+            first = names[0] == "full" != names[-1]
+            point = names.count("full") / len(names), r["loss"], r["std"], first
+            lines[r["objective"], f"{kind} {ways}"].append(point)
+    lines = {key: sorted(line) for key, line in lines.items() if len(line) > 2}
+    objectives = [o for o in OBJECTIVES if any(key[0] == o for key in lines)]
+    if not objectives:
+        return None
+    figure, axes = plt.subplots(1, len(objectives), figsize=(8, 4.5), squeeze=False)
+    for i, ((o, kind), line) in enumerate(lines.items()):
+        ax = axes[0, objectives.index(o)]
+        for hollow in (False, True):
+            x, y, std, _ = zip(*(p for p in line if p[3] == hollow or p[0] in (0, 1)))
+            style = dict(ls=":", mfc="white") if hollow else dict(label=kind)
+            ax.errorbar(x, y, [s or 0 for s in std], marker="o", lw=1, color=f"C{i}", **style)
+    for o, ax in zip(objectives, axes[0]):
+        dress(ax, MEASURED[o], xlabel="share of full layers", ylabel=f"nats per token, {o}")
+    return figure
+
+
+@experiment(named=("device", "dtype"), show=joined, picture=ratio_picture)
 def quality(
     mixers=(*ATTENTION, "full window", "gated_deltanet alternate", "gated_deltanet forward", *MIXTURES),
     objectives: OBJECTIVES = ("ar", "mdm"),

@@ -127,7 +127,7 @@ BUDGET = {
     "train.py": 11_125,
     "sample.py": 4_852,
     "prepare.py": 6_890,
-    "bench.py": 30_360,
+    "bench.py": 30_690,
     "test_all.py": 50_525,
 }
 
@@ -3232,7 +3232,7 @@ theory --steps 4 --sequences 2 --lengths 3,6                                    
 tools --steps 2 --problems 3 --seeds 1                                                   => 12 rows
 context SIZES --lengths 64,300 --batches 1,2 --layers full,infllm,kda                    => 12 rows, picture
 attention SIZES --lengths 64,96 --layers full,msa,linear                                 => 6 rows, picture
-quality SMALL --mixers full,msa --steps 2 --seeds 2                                      => 4 rows
+quality SMALL --mixers 'full,msa full,msa' --n_layer 2 --steps 2 --seeds 2               => 6 rows, picture
 """
 
 
@@ -3342,7 +3342,7 @@ def test_crossover_is_what_its_runs_say(lab, tmp_path, monkeypatch):
 
 def test_decode_is_what_was_timed(lab, runs, monkeypatch):
     """Every sampler with each of its settings, at every batch size; the judge reads the largest batch. A run
-    that other settings have left is not taken: train.py --resume auto compares them. FLOPs are those of the passes,
+    that other settings have left is not taken: train.py --resume auto compares them. FLOPs are of the passes,
     here one."""
     called, read, judged, jobs = [], [], bench.judged, {}
     for name in ("ar", "mdm", "block"):
