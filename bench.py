@@ -1882,31 +1882,28 @@ def joined(result):
 
 
 def ratio_picture(plt, result):
-    """Loss against the share of `full` layers beside one other kind, a column for AR and one for diffusion;
-    hollow where a full layer comes first. None without such mixtures."""
+    """Loss against the share of `full` layers beside one other kind, AR and diffusion; dotted where the full
+    layer is the first of its period. None without such mixtures."""
     lines = collections.defaultdict(list)
     for r in result["rows"]:
-        layers = parse_layers(pattern_of(r["mixer"]), result["flags"]["n_layer"])
-        names = [name for name, _ in layers]
-        ways = "/".join(sorted({values.get("bidir", "") for name, values in layers if name != "full"}))
-        for kind in {*names} - {"full"} or ATTENTION:
-            first = names[0] == "full" != names[-1]
-            point = names.count("full") / len(names), r["loss"], r["std"], first
-            lines[r["objective"], f"{kind} {ways}"].append(point)
-    lines = {key: sorted(line) for key, line in lines.items() if len(line) > 2}
-    objectives = [o for o in OBJECTIVES if any(key[0] == o for key in lines)]
-    if not objectives:
-        return None
-    figure, axes = plt.subplots(1, len(objectives), figsize=(8, 4.5), squeeze=False)
-    for i, ((o, kind), line) in enumerate(lines.items()):
-        ax = axes[0, objectives.index(o)]
-        for hollow in (False, True):
-            x, y, std, _ = zip(*(p for p in line if p[3] == hollow or p[0] in (0, 1)))
-            style = dict(ls=":", mfc="white") if hollow else dict(label=kind)
-            ax.errorbar(x, y, [s or 0 for s in std], marker="o", lw=1, color=f"C{i}", **style)
-    for o, ax in zip(objectives, axes[0]):
-        dress(ax, MEASURED[o], xlabel="share of full layers", ylabel=f"nats per token, {o}")
-    return figure
+        names = [name for name, _ in parse_layers(pattern_of(r["mixer"]), result["flags"]["n_layer"])]
+        share = names.count("full") / len(names)
+        places = ["first" if names[0] == "full" else "last"] if 0 < share < 1 else ["first", "last"]
+        others = {*names} - {"full"} or ATTENTION           # full alone is an end of every line
+        if len({*names, "full"}) < 3 and r["mixer"] not in OPTIONS and "bidir" not in r["mixer"]:
+            for kind, place in itertools.product(others, places):
+                lines[r["objective"], kind, place].append((share, r["loss"], r["std"] or 0))
+    lines = {key: sorted(line) for key, line in lines.items() if len({share for share, *_ in line}) > 2}
+    found = list(dict.fromkeys(objective for objective, *_ in lines))
+    if found:
+        figure, axes = plt.subplots(1, len(found), figsize=(8, 4.5), squeeze=False)
+        for (objective, kind, place), line in lines.items():
+            style = dict(ls="-" if place == "last" else ":", label=f"{kind}, full {place}")
+            axes[0, found.index(objective)].errorbar(*zip(*line), marker="o", **style)
+        for objective, ax in zip(found, axes[0]):
+            unit = f"nats per token ({MEASURED[objective]})"
+            dress(ax, objective, xlabel="share of full layers", ylabel=unit)
+        return figure
 
 
 @experiment(named=("device", "dtype"), show=joined, picture=ratio_picture)

@@ -127,7 +127,7 @@ BUDGET = {
     "train.py": 11_125,
     "sample.py": 4_852,
     "prepare.py": 6_890,
-    "bench.py": 30_690,
+    "bench.py": 30_725,
     "test_all.py": 50_525,
 }
 
