@@ -1526,7 +1526,8 @@ def adapt(ar="", dataset="docs-byte", ar_steps=2000, steps=2000, n_layer=3, n_he
           block_size=64, batch_tokens=2048, lr=2e-3, windows=256, workers=2, out="out/adapt"):
     """A diffusion model from the weights of an AR one, and from scratch: the bound against steps.
 
-    Shifted: as in AR the state that has read token i predicts token i + 1 (Dream, 2508.15487).
+    Shifted: as in AR the state that has read token i predicts token i + 1 (Dream, 2508.15487). And of one
+    budget the first 30% as AR, the rest as block diffusion (Chang-Han-Chen/sample-efficient-dlm).
 
     ar: run of train.py or folder of published weights; none: one is trained for --ar_steps
     windows: validation windows
@@ -1534,17 +1535,24 @@ def adapt(ar="", dataset="docs-byte", ar_steps=2000, steps=2000, n_layer=3, n_he
     size = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size)
     common = dict(dataset=str(data_folder(dataset)), batch_tokens=batch_tokens, lr=lr, eval_windows=windows,
                   warmup=min(100, steps // 10), log_every=100)
+    begun = 0 if ar else 3 * steps // 10
     if not ar:
         ar = f"{out}/ar"
-        yield {"ar": common | size | dict(max_steps=ar_steps, eval_every=0, out=ar)}
+        plain = lambda n, out: common | size | dict(max_steps=n, eval_every=0, out=out)
+        yield {"ar": plain(ar_steps, ar), "ar, 30%": plain(begun, f"{out}/ar_30")}
     own = train.evaluate(train.load_model(ar)[0], validation(dataset, block_size, windows), "ar")
     yield dict(arm="ar"), dict(best=own["loss"], measure="exact")
     common |= dict(max_steps=steps, eval_every=max(1, steps // 16))
     jobs = {a: common | flags | dict(out=f"{out}/{file_part(a)}")
             | (dict(init_from=ar, block_size=block_size) if "from" in a else size)
             for a, flags in ADAPTED.items()}
+    if begun:
+        jobs["block of 4 after 30% ar"] = jobs["block of 4 from ar"] | dict(
+            init_from=f"{out}/ar_30", max_steps=steps - begun, out=f"{out}/block_of_4_after_30")
     evals = yield jobs
     for a in jobs:
+        if "after" in a:
+            evals[a] = [e | dict(step=e["step"] + begun) for e in evals[a]]
         yield dict(arm=a), outcome(evals[a]) | dict(measure="bound")
 
 # ------------------------------------------------------------------------------------------------------------

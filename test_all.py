@@ -127,7 +127,7 @@ BUDGET = {
     "train.py": 11_125,
     "sample.py": 4_852,
     "prepare.py": 6_890,
-    "bench.py": 30_725,
+    "bench.py": 30_816,
     "test_all.py": 50_525,
 }
 
@@ -3215,7 +3215,7 @@ study --part causes PART                                                        
 study --part curve PART                                                                  => 6 rows
 study --part capacity PART                                                               => 4 rows
 study --part ensembles PART                                                              => 6 rows
-adapt --dataset DATASET --ar_steps 2 --steps 2 --n_layer 1 --n_embd 16 --batch_tokens 128  => 7 rows, picture
+adapt --dataset DATASET --ar_steps 2 --steps 4 --n_layer 1 --n_embd 16 --batch_tokens 128  => 8 rows, picture
 sparsity FEW --match total                                                               => 4 rows, picture
 presets                                                                                  => 7 rows
 switch --steps 2 --adapt 2 --length 256 --batch_tokens 512 --device cpu                   => 8 rows
