@@ -670,9 +670,13 @@ class MLA(Mixer):
     behind the softmax and attends to c itself, one K/V head (decoding). Widths left None take DeepSeek-V3's
     ratios to the head width D: kv_lora_rank 4 D, qk_nope_head_dim D, qk_rope_head_dim D / 2, v_head_dim D.
     q_lora_rank None: full-rank queries (V2-Lite; V3 has 12 D).
+
+    qk_norm (not DeepSeek's): RMSNorm of each head's query and of the rotated key, which both forms allow. A
+    small bidirectional model needs it, and more pairs that turn fast, such as rope_base=100, to find its
+    neighbours: as masked diffusion it stays at the frequencies of single tokens without.
     """
     settings = ("n_embd", "n_head", "head_dim", "bias", "norm_eps", "position", "rope_base", "rope_factor",
-                "rope_original", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
+                "rope_original", "qk_norm", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
                 "v_head_dim")
     takes_mask = rewrites = True
 
@@ -696,6 +700,9 @@ class MLA(Mixer):
         self.q_b_proj = linear_map(rank or C, self.H * (self.nope + self.rope))
         self.kv_a_proj = nn.Linear(C, self.R + self.rope, bias=config.bias)
         self.kv_a_norm = nn.RMSNorm(self.R, eps=config.norm_eps)
+        norm = lambda width: nn.RMSNorm(width, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = norm(self.nope + self.rope)
+        self.k_norm = norm(self.rope)
         self.kv_b_proj = linear_map(self.R, self.H * (self.nope + self.Dv))
         self.o_proj = nn.Linear(self.H * self.Dv, C, bias=config.bias)
 
@@ -713,9 +720,10 @@ class MLA(Mixer):
             source = self.q_a_proj(x)
             source = self.q_a_norm(source).to(source.dtype)
         q = heads(self.q_b_proj(source), self.H)
-        q, q_rope = q.split([self.nope, self.rope], dim=-1)
+        q, q_rope = self.q_norm(q).to(q.dtype).split([self.nope, self.rope], dim=-1)
         latent = self.kv_a_proj(x).unsqueeze(1)
         c, k_rope = latent.split([self.R, self.rope], dim=-1)
+        k_rope = self.k_norm(k_rope).to(c.dtype)
         q_rope, k_rope = (step.rotate(a, self.rotated, self.angles, True) for a in (q_rope, k_rope))
         latent = torch.cat([self.kv_a_norm(c).to(c.dtype), k_rope], dim=-1)
         return torch.cat([q, q_rope], dim=-1), latent, source

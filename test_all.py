@@ -121,14 +121,14 @@ def refused(words):
 # Size
 
 BUDGET = {
-    "attention.py": 19_515,
+    "attention.py": 19_594,
     "model.py": 8_392,
     "diffusion.py": 5_905,
     "train.py": 11_125,
     "sample.py": 4_852,
     "prepare.py": 6_890,
     "bench.py": 30_816,
-    "test_all.py": 50_525,
+    "test_all.py": 50_625,
 }
 
 
@@ -176,6 +176,7 @@ full partial rotary: rotary_fraction=0.25 head_dim=16
 full all: n_kv_head=1 window=7 sink=true attn_gate=true qk_norm=true rotary_fraction=0.5
 mla:
 mla unrotated: qk_rope_head_dim=0
+mla normed: qk_norm=true
 mla low-rank q: q_lora_rank=12 kv_lora_rank=4 qk_rope_head_dim=2 v_head_dim=6
 nsa: n_kv_head=2 window=6 {BLOCKS}
 nsa 6/2/4: sel_block=4 sel_topk=5 sel_local=1 sel_tile=1 cmp_block=6 cmp_stride=2 window=3 attn_gate=true
@@ -589,6 +590,17 @@ def test_softmax_layers_are_their_definition(case):
             want = layer.output(softmax_attention(q, *kv, sink=layer.sink, mask=seen), x)
         y = layer(x, causal=causal, mask=mask, valid=valid, pos=pos)
         close(y[valid], want[valid])
+
+
+@no_grad
+def test_mla_normed_knows_no_size():
+    layer, x = make_layer("mla normed"), torch.randn(2, 9, 32)
+    y = layer(x)
+    layer.q_b_proj.weight *= 3
+    layer.kv_a_proj.weight[layer.R:] *= 3
+    assert off(layer(x), y.double()) < 1e-4
+    layer.kv_a_proj.weight[layer.R:] += 1
+    assert off(layer(x), y.double()) > 1e-2
 
 
 # slots taken (None: no cache), new tokens, keywords of a call that hides nothing but what is causal
