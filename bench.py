@@ -1008,7 +1008,7 @@ def draw_curves(ax, runs, x, y, **style):
     runs: {name: [evaluations of each seed]}."""
     for i, (name, seeds) in enumerate(runs.items()):
         xs, mean, low, high = mean_curve(seeds, x, y)
-        colour = {"ar": "tab:red", "mdm": "tab:blue"}.get(name, f"C{(i + 4) % 10}")
+        colour = {"ar": "tab:red", "mdm": "tab:blue"}.get(name, f"C{'45678912'[i % 8]}")
         label = name + (f", mean of {len(seeds)} seeds" if len(seeds) > 1 else "")
         ax.plot(xs, mean, **dict(dict(marker="o", ms=2, color=colour, label=label), **style))
         if len(seeds) > 1 and "label" not in style:
