@@ -1526,8 +1526,8 @@ def adapt(ar="", dataset="docs-byte", ar_steps=2000, steps=2000, n_layer=3, n_he
           block_size=64, batch_tokens=2048, lr=2e-3, windows=256, workers=2, out="out/adapt"):
     """A diffusion model from the weights of an AR one, and from scratch: the bound against steps.
 
-    Shifted: as in AR the state that has read token i predicts token i + 1 (Dream, 2508.15487). And of one
-    budget the first 30% as AR, the rest as block diffusion (Chang-Han-Chen/sample-efficient-dlm).
+    Shifted: as in AR the state that has read token i predicts token i + 1 (Dream, 2508.15487). After 30%: of
+    one budget the first part as AR, the rest as block diffusion (Chang-Han-Chen/sample-efficient-dlm).
 
     ar: run of train.py or folder of published weights; none: one is trained for --ar_steps
     windows: validation windows
@@ -2617,6 +2617,7 @@ def tools(steps=1000, problems=200, seeds=3, seed=1337, workers=1, device="auto"
     tokenizer = prepare.load_tokenizer("data/arithmetic")
     texts = [t for t in tokenizer.decode(val.tolist()).split(prepare.EOT) if t]
     kinds = {"plain": [t for t in texts if "=" not in t], "look-up": [t for t in texts if "=" in t]}
+    need(all(kinds.values()), "data/arithmetic holds one kind of problem: delete it, it is made anew")
     job = lambda o, n, s: ARITHMETIC | dict(
         objective=o, max_steps=n, diffusion_block=4, seed=s, out=f"{out}/{o}-{n}-s{s}")
     runs = range(seed, seed + seeds)

@@ -127,7 +127,7 @@ BUDGET = {
     "train.py": 11_125,
     "sample.py": 4_852,
     "prepare.py": 6_890,
-    "bench.py": 30_816,
+    "bench.py": 30_829,
     "test_all.py": 50_625,
 }
 
