@@ -676,8 +676,8 @@ class MLA(Mixer):
     neighbours: as masked diffusion it stays at the frequencies of single tokens without.
     """
     settings = ("n_embd", "n_head", "head_dim", "bias", "norm_eps", "position", "rope_base", "rope_factor",
-                "rope_original", "qk_norm", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
-                "v_head_dim")
+                "rope_original", "qk_norm", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim",
+                "qk_rope_head_dim", "v_head_dim")
     takes_mask = rewrites = True
 
     def __init__(self, config):

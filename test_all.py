@@ -3440,7 +3440,7 @@ def test_quality_shows_means_over_seeds(lab):
     assert lab(line)[0] == 0
     rows = {(r["mixer"], r["objective"]): r for r in found("quality_cpu")}
     assert [rows[m, o]["seeds"] for o in ("ar", "mdm") for m in ("full", "msa")] == [2] * 4
-    losses = [bench.evaluations(out)[-1]["loss"] for out in lab.trained if "full-ar" in out]
+    losses = [bench.evaluations(out)[-1]["loss"] for out in lab.trained if "/full-ar" in out]
     assert rows["full", "ar"]["losses"] == losses
     assert rows["full", "ar"]["loss"] == approx(sum(losses) / 2)
     assert lab(f"{line} --objectives ar --dtype bfloat16")[0] == 0, "runs and a table of their own"
