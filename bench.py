@@ -923,11 +923,10 @@ def tuned(arms, rates, seeds, flags, epochs, anneal=()):
         tries = list(itertools.product(arms, rates))
         evals = yield {f"{a} lr {r:g}": flags(a, seeds[0], r, epochs[a]) for a, r in tries}
         best = {a: min(rates, key=lambda r: lowest(evals[f"{a} lr {r:g}"])["loss"]) for a in arms}
-    runs = list(itertools.product(arms, seeds))
-    evals = yield {f"{a} s{s}": flags(a, s, best[a], epochs[a]) for a, s in runs}
-    rows = {(a, s): outcome(evals[f"{a} s{s}"]) | dict(lr=best[a]) for a, s in runs}
-    for run in rows:
-        rows[run]["run"] = flags(*run, best[run[0]], epochs[run[0]])["out"]
+    runs = {(a, s): flags(a, s, best[a], epochs[a]) for a, s in itertools.product(arms, seeds)}
+    evals = yield {f"{a} s{s}": run for (a, s), run in runs.items()}
+    rows = {(a, s): outcome(evals[f"{a} s{s}"]) | dict(lr=run["lr"], run=run["out"])   # an arm may set lr
+            for (a, s), run in runs.items()}
     jobs, job_of = {}, {}
     for a, s in (run for run in runs if run[0] in anneal):
         row = rows[a, s]

@@ -127,8 +127,8 @@ BUDGET = {
     "train.py": 11_125,
     "sample.py": 4_852,
     "prepare.py": 6_890,
-    "bench.py": 30_829,
-    "test_all.py": 50_625,
+    "bench.py": 30_826,
+    "test_all.py": 50_631,
 }
 
 
@@ -1164,7 +1164,8 @@ def linear_formula(case, layer, x, causal):
             o.append(q[:, :, t, None] @ S * layer.K ** -0.5)
         o = torch.cat(o, dim=2)
     elif layer.delta:
-        o, _ = delta_rule_recurrent(q, k, write * v, beta.expand_as(k), g, causal=False, write=0 * v + 1)
+        o, _ = delta_rule_recurrent(q, k, write * v, beta.expand_as(k), g, causal=False,
+                                   write=torch.ones_like(v))
     else:
         o, _ = linear_attention_recurrent(q, k, v, g, causal=causal, scale=1.0)
     y = layer.o_norm(o.transpose(1, 2)).flatten(2)
@@ -2088,6 +2089,7 @@ delta(g_min=-8.0)                                           => g_min -8.0 must l
 delta(k=torch.zeros(2, 3, 9, 6))                            => k has shape
 delta(v=torch.zeros(2, 3, 9, 6))                            => v has shape
 delta(beta=torch.zeros(2, 3, 9, 6))                         => beta has shape
+delta(write=torch.zeros(2, 3, 20))                          => write has shape
 delta(g=torch.zeros(2, 3, 9, 6))                            => g has shape
 delta(state=torch.zeros(2, 3, 9, 6))                        => state has shape
 delta(reset=torch.zeros(2, 3, 9, 6))                        => reset has shape
@@ -3333,11 +3335,12 @@ def test_crossover_is_what_its_runs_say(lab, tmp_path, monkeypatch):
     evals = bench.evaluations
     better = lambda out: [e | {"loss": e["loss"] - ("annealed" in str(out))} for e in evals(out)]
     monkeypatch.setattr("bench.evaluations", better)
-    line = "crossover FEW --rates 1e-3,2e-3,4e-3 --x tokens --arm 'own: --layers linear --dropout 0.1'"
+    line = "crossover FEW --rates 1e-3,2e-3,4e-3 --x tokens --arm 'own: --layers linear --lr 0.01'"
     status, out, _ = lab(line)
     assert status == 0 and "curve crossing" in out and "honest crossing" in out
     rows = {r["arm"]: r for r in found("crossover_cpu")}
     assert list(rows) == ["ar", "mdm", "own", "crossing"] and "honest_tuned" in rows["crossing"]
+    assert rows["own"]["lr"] == 0.01
     for last in (rows[arm]["evals"][-1] for arm in ("ar", "mdm", "own")):
         assert 0 <= last["probe_accuracy"] <= 1 and "probe_gap" in last
     losses = lambda pattern: [e["loss"] for out in tmp_path.rglob(pattern) for e in bench.evaluations(out)]
