@@ -128,7 +128,7 @@ BUDGET = {
     "sample.py": 4_852,
     "prepare.py": 6_890,
     "bench.py": 30_826,
-    "test_all.py": 50_631,
+    "test_all.py": 50_635,
 }
 
 
@@ -3335,12 +3335,12 @@ def test_crossover_is_what_its_runs_say(lab, tmp_path, monkeypatch):
     evals = bench.evaluations
     better = lambda out: [e | {"loss": e["loss"] - ("annealed" in str(out))} for e in evals(out)]
     monkeypatch.setattr("bench.evaluations", better)
-    line = "crossover FEW --rates 1e-3,2e-3,4e-3 --x tokens --arm 'own: --layers linear --lr 0.01'"
-    status, out, _ = lab(line)
+    line = "crossover FEW --rates 1e-3,2e-3,4e-3 --x tokens --arm 'own: --layers linear --dropout 0.1'"
+    status, out, _ = lab(line + " 'fast: --lr 0.01'")
     assert status == 0 and "curve crossing" in out and "honest crossing" in out
     rows = {r["arm"]: r for r in found("crossover_cpu")}
-    assert list(rows) == ["ar", "mdm", "own", "crossing"] and "honest_tuned" in rows["crossing"]
-    assert rows["own"]["lr"] == 0.01
+    assert list(rows) == ["ar", "mdm", "own", "fast", "crossing"] and "honest_tuned" in rows["crossing"]
+    assert rows["fast"]["lr"] == 0.01, "its own"
     for last in (rows[arm]["evals"][-1] for arm in ("ar", "mdm", "own")):
         assert 0 <= last["probe_accuracy"] <= 1 and "probe_gap" in last
     losses = lambda pattern: [e["loss"] for out in tmp_path.rglob(pattern) for e in bench.evaluations(out)]
