@@ -2090,16 +2090,17 @@ def recall(
     grid = [("pairs", 512, n) for n in PAIRS] + [("needle", T, NEEDLES) for T in lengths]
     for name, objective in itertools.product(layers, objectives):
         pattern = "linear(linear_decay=none)" if name == "linear" else pattern_of(name, 128)
+        period = parse_layers(pattern)
         config = ModelConfig(
             **RECALL,
             block_size=max(512, *lengths),
-            n_layer=5 if "*3" in name else 2,
+            n_layer=1 + len(period),
             layers=f"full(window=2, position=rotary) {pattern}"
         )
         ar = objective == "ar"
         path = folder / f"{objective}-{file_part(name)}.pt"
         model = functools.cache(lambda: learn_recall(config, ar, steps, batch_tokens, lengths, path, device))
-        sparse = any(ATTENTION[layer].family == "sparse" for layer, _ in parse_layers(pattern, 4))
+        sparse = any(ATTENTION[layer].family == "sparse" for layer, _ in period)
         for task, T, n in grid:
 
             def measure():
@@ -2982,7 +2983,7 @@ def mixtures(folder):
     for name in dict.fromkeys(["full", *(mixer for mixer, _ in quality)]):
         if name not in ATTENTION and "*" not in name:       # a setting of another row's layer
             continue
-        layers = [n for n, _ in parse_layers(name, 4 if "*" in name else 1)]
+        layers = [n for n, _ in parse_layers(name)]
         if not all((n, length) in training and (n, 1, cached) in decoding for n in layers):
             continue
 

@@ -598,8 +598,8 @@ AROUND = ("bias", "norm_eps")                                        # the norms
 LONGEST = LIMITS["n_layer"][1]
 
 
-def parse_layers(pattern, n_layer):
-    """Expand a layer pattern to n_layer entries (name, {field: value}).
+def parse_layers(pattern, n_layer=None):
+    """Expand a layer pattern to n_layer entries (name, {field: value}), by default those of one period.
 
     Grammar: item ::= name | name(key=value, ...) | (items), each with an optional *count; items are separated
     by blanks. A pattern shorter than the model is repeated: "gated_deltanet*3 full" at depth 48 is
@@ -631,6 +631,7 @@ def parse_layers(pattern, n_layer):
             groups[-1] += last
     out = groups[0]
     need(out, f"{about} names no layer: one of {', '.join(ATTENTION)}")
+    n_layer = n_layer or len(out)
     if len(out) > n_layer:
         lost = ", ".join(dict.fromkeys(name for name, _ in out[n_layer:]))
         n = len(out)
