@@ -11,6 +11,7 @@ f, and this file can be copied alone.
     mixed_loss              one network, both objectives (2512.14549)
     mdm_noise, masked_nll   what the losses are made of: which places are hidden, and how they are predicted
     mdm_nll, chain_nll      likelihoods: the bound with its standard error; the exact chain in T passes
+    any_order_nll           the exact likelihood of a sampler that fills in random order
     sample_ar, sample_mdm, sample_block     each fills the places of a canvas that hold the mask token
 
 All losses are natural logs per token over the same T tokens of the same windows, so AR and diffusion can be
@@ -336,7 +337,7 @@ def chain_nll(f, x, mask_id, order="left", scored=None, noise_block=None, **keyw
     nats = torch.zeros(B, dtype=torch.float64, device=x.device)
     block = torch.arange(T, device=x.device).div(noise_block or T, rounding_mode="floor")
     if noise_block:
-        keywords["mask"] = block[:, None] >= block
+        keywords["mask"] = block[:, None] >= block              # what sees what: (T, T)
     for _ in range(int(tokens.max())):
         logits = predict(f, torch.where(live, mask_id, x), mask_id, causal=False, **keywords)
         if order == "left":
@@ -349,6 +350,47 @@ def chain_nll(f, x, mask_id, order="left", scored=None, noise_block=None, **keyw
         nats += torch.where(live.any(1), nll.double(), 0)
         live[row, i] = False
     return nats / tokens
+
+
+@torch.no_grad()
+def any_order_nll(f, x, mask_id, fill_block=8, noise_block=None):
+    """Exact -log p(x) of `sample_mdm(..., order="random", fill_block=S)`: blocks of S tokens from left to right,
+    inside a block one token a pass, in an order drawn at random. Returns (B,) float64 nats per token.
+
+    p of a block is the mean over all S! orders. They share their steps, so a sum over the 2 ** S sets of known
+    places does: with p(set) the probability that exactly these have been filled so far, with these tokens,
+        p(set) = sum over i in set of p(set - i) * p(x_i | set - i) / (places open before)
+    2 ** S - 1 passes per block. The bound of `mdm_nll` is the mean of log p over orders, this the log of the
+    mean, never above it on average (Jensen); mixing orders is EoNADE's idea (1310.1757). S = 1 is `chain_nll`.
+    noise_block: of a block-diffusion model, a multiple of S.
+    """
+    need(1 <= fill_block <= 12, f"fill_block is {fill_block}: 2 ** fill_block passes allow 1 to 12")
+    need(x.numel() > 0, f"{tuple(x.shape)} tokens: of no token there is no likelihood")
+    B, T = x.shape
+    keywords = {}
+    if noise_block:
+        need(noise_block % fill_block == 0, f"fill_block {fill_block} must divide the blocks of {noise_block}")
+        block = torch.arange(T, device=x.device).div(noise_block, rounding_mode="floor")
+        keywords["mask"] = block[:, None] >= block              # what sees what: (T, T)
+    nats = torch.zeros(B, dtype=torch.float64, device=x.device)
+    for start in range(0, T, fill_block):
+        here = x[:, start:start + fill_block]                   # (B, S)
+        S = here.size(1)
+        places = torch.arange(S, device=x.device)
+        reached = nats.new_full((2 ** S, B), -torch.inf)        # log p(set); bit i: place start + i is known
+        reached[0] = 0
+        for known in range(2 ** S - 1):
+            hidden = (known >> places) % 2 == 0
+            z = x.clone()
+            z[:, start:] = mask_id
+            z[:, start:start + S] = torch.where(hidden, mask_id, here)
+            logits = predict(f, z, mask_id, causal=False, **keywords)[:, start:start + S]
+            step = reached[known, :, None] - token_nll(logits, here) - math.log(hidden.sum())     # (B, S)
+            for i in hidden.nonzero()[:, 0].tolist():
+                bigger = known | 1 << i
+                reached[bigger] = torch.logaddexp(reached[bigger], step[:, i])
+        nats -= reached[-1]
+    return nats / T
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ import shutil
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -189,31 +190,41 @@ def score(args, lm, tokenizer, flags):
     scored = int(tokenizer.token_bytes[x.numpy()].sum())
     print(f"{len(x):,} windows of {T} tokens, {scored / size:.1%} of the "
           f"{size:,} bytes of text; {scored / x.numel():.3f} bytes per token")
-    for name, nats, error in panel(lm, flags, x.to(lm.embed.weight.device), args.n_mc):
-        spread = f" +- {error:.4f}" if error else ""
+    for name, likelihood in panel(lm, flags, x.to(lm.embed.weight.device), args.n_mc):
+        nats, error = likelihood()
+        nats, spread = nats.mean().item(), f" +- {error:.4f}" if error else ""
         bits = nats * x.numel() / max(1, scored) / math.log(2)
         print(f"{name:<45} {nats:.4f}{spread} nats/token, {bits:.4f} bits/byte")
 
 
-@torch.no_grad()
-def panel(lm, flags, x, n_mc=64):
-    """All likelihoods of the windows x (N, T) that the run's objective defines:
-    [(name, nats per token, s.e. over masks)].
+def panel(lm, flags, x, n_mc=64, fill_block=4):
+    """All likelihoods of the windows x (N, T) that the run's objective defines: [(name, function)], which
+    gives nats per token of each window (N,) and the standard error of their mean over masks.
 
-    A block run needs T to be a multiple of its blocks. Chains take T passes each."""
-    objective, mask, rows = flags["objective"], lm.mask_id, []
+    A block run needs T to be a multiple of its blocks. Chains take T passes each, any order in blocks of S
+    (2 ** S - 1) / S times as many."""
+    objective, mask = flags["objective"], lm.mask_id
     block = flags["diffusion_block"] if objective == "block" else None
-    mean = lambda f, **how: torch.cat([f(lm, w, **how) for w in x.split(32)]).double().mean().item()
-    if objective in ("ar", "mixed"):
-        rows.append(("AR, exact", mean(diffusion.ar_loss, bos_id=mask, reduction="none"), 0.0))
-    if objective != "ar":
-        name = f"block diffusion ({block})" if block else "diffusion"
-        bound = diffusion.mdm_nll(lm, x, mask, n_mc, noise_block=block)
-        rows.append((f"{name}, bound", *bound))
-        for order in ("left", "confidence"):
-            chain = mean(diffusion.chain_nll, mask_id=mask, order=order, noise_block=block)
-            rows.append((f"{name}, exact chain ({order})", chain, 0.0))
-    return rows
+    name = f"block diffusion ({block})" if block else "diffusion"
+    S = math.gcd(fill_block, block or fill_block)
+
+    @torch.no_grad()
+    def exact(f, **how):
+        return torch.cat([f(lm, w, **how).double().view(len(w), -1).mean(1) for w in x.split(32)]), 0.0
+
+    def bound():
+        nats, error = diffusion.mdm_nll(lm, x, mask, n_mc, noise_block=block, per_row=True)
+        return nats, error.norm().item() / len(x)
+    ar = partial(exact, diffusion.ar_loss, bos_id=mask, reduction="none")
+    chain = partial(exact, diffusion.chain_nll, mask_id=mask, noise_block=block)
+    any_order = partial(exact, diffusion.any_order_nll, mask_id=mask, noise_block=block, fill_block=S)
+    rows = [
+        (f"{name}, bound", bound),
+        (f"{name}, exact chain (left)", partial(chain, order="left")),
+        (f"{name}, exact chain (confidence)", partial(chain, order="confidence")),
+        (f"{name}, exact, any order in blocks of {S}", any_order)
+    ]
+    return [("AR, exact", ar)] * (objective in ("ar", "mixed")) + rows * (objective != "ar")
 
 
 # ------------------------------------------------------------------------------------------------------------

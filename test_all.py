@@ -56,9 +56,9 @@ from attention import (ATTENTION, LayerConfig, block_sparse_attention, compresse
                        delta_rule_recurrent, flex_window_attention, linear_attention,
                        linear_attention_recurrent, select_blocks, softmax_attention, visible,
                        window_attention)
-from diffusion import (ar_loss, block_diffusion_loss, canvas, chain_nll, confidence, corrupt, mdm_loss,
-                       mdm_mask, mdm_nll, mdm_noise, mixed_loss, sample_ar, sample_block, sample_mdm,
-                       smallest, token_nll)
+from diffusion import (any_order_nll, ar_loss, block_diffusion_loss, canvas, chain_nll, confidence, corrupt,
+                       mdm_loss, mdm_mask, mdm_nll, mdm_noise, mixed_loss, sample_ar, sample_block,
+                       sample_mdm, smallest, token_nll)
 from model import LM, PRESETS, ModelConfig, MoE, activate, from_preset, override, parse_layers, parse_value
 
 torch.set_num_threads(1)
@@ -123,12 +123,12 @@ def refused(words):
 BUDGET = {
     "attention.py": 19_594,
     "model.py": 8_392,
-    "diffusion.py": 5_905,
+    "diffusion.py": 6_400,
     "train.py": 11_125,
-    "sample.py": 4_852,
+    "sample.py": 5_100,
     "prepare.py": 6_890,
-    "bench.py": 30_826,
-    "test_all.py": 50_635,
+    "bench.py": 31_100,
+    "test_all.py": 51_200,
 }
 
 
@@ -1702,6 +1702,23 @@ def test_chain_nll_is_a_distribution(order):
         close(chain_nll(f, every, 3), chains(f, every, range(4))[0] / 4)
 
 
+def test_any_order_nll_is_the_mean_over_orders():
+    """Of probabilities, not of their logs, block after block; so it sums to 1 and is below the bound."""
+    f, every = DiffTable(3, 4), all_texts(3, 4)
+    mean = -chains(f, every, range(4)).neg().exp().mean(0).log() / 4
+    close(any_order_nll(f, every, 3, 4), mean)
+    assert (mean <= bound(f, every, range(4))).all()
+    close(any_order_nll(f, every, 3, 1), chain_nll(f, every, 3))
+    blocks = any_order_nll(f, every, 3, 3)                # of 3 and of 1
+    close(blocks.mul(-4).exp().sum(), torch.ones(()).double())
+    lm, x = LM(tiny(vocab_size=2)).double().eval(), all_texts(2, 6)
+    for S, noise_block in ((1, 3), (3, 3), (2, 6)):
+        nll = any_order_nll(lm, x, 2, S, noise_block)
+        close(nll.mul(-6).exp().sum(), torch.ones(()).double())
+        if S == 1:
+            close(nll, chain_nll(lm, x, 2, noise_block=3))
+
+
 @each("drawn", (diffusion.DRAWN, 30))
 def test_mdm_nll_estimates_the_bound(drawn, monkeypatch):
     """Whatever the batch size; with an honest error; with context, the bound of the smaller problem.
@@ -1780,6 +1797,8 @@ LAWS = {    # sampler, and -log p of each text
     "max_prob": (sample_mdm, lambda f, x: 4 * chain_nll(f, x, 3, "confidence")),
     "random": (partial(sample_mdm, order="random"),
                lambda f, x: -chains(f, x, range(4)).neg().exp().mean(0).log()),
+    "random in blocks": (partial(sample_mdm, order="random", fill_block=2),
+                         lambda f, x: 4 * any_order_nll(f, x, 3, fill_block=2)),
 }
 
 
@@ -3041,7 +3060,7 @@ def test_sample_fills_in_and_scores(runs, tmp_path):
     (tmp_path / "run/ckpt_best.pt").write_bytes(b"")
     assert drawn("--temperature 0 --which last", tmp_path / "run")[0] == greedy, "the best is the last"
     (tmp_path / "text").write_text("the cat sat on a mat. " * 10)
-    for objective, measures in (("ar", 1), ("mdm", 3), ("mixed", 4), ("block", 3)):
+    for objective, measures in (("ar", 1), ("mdm", 4), ("mixed", 5), ("block", 4)):
         out = say(f"score {runs}/{objective} --text {tmp_path}/text --n_mc 8 --windows 2")
         assert out.count("nats/token") == measures
         nats, bits = re.search(r" ([\d.]+)(?: \+- [\d.]+)? nats/token, ([\d.]+) bits/byte", out).groups()
@@ -3239,7 +3258,8 @@ track --layers full,deltanet --groups parity,s3 --steps 2 --length 8 --times 1,2
 moe --scenes DATASET,DATASET --steps 2 --repeat 1                                        => 5 rows
 decode TRIO --run_judge RUNS/ar --batches 1,2                                            => 25 rows, picture
 drafts SMALL --block_size 64 --lengths 2 --max_steps 2                                   => 4 rows
-panel TRIO --windows 2 --n_mc 4                                                          => 7 rows
+panel TRIO --windows 2 --n_mc 4                                                          => 9 rows
+panel --runs RUNS/ar RUNS/mdm --windows 2 --n_mc 4 --fill_block 2                         => 5 rows
 choices RUNS/ar RUNS/mdm --files probe --limit 4 --n_mc 4                                => 3 rows
 compare RUNS/ar RUNS/mdm                                                                 => 2 rows, picture
 theory --steps 4 --sequences 2 --lengths 3,6                                             => 48 rows, picture
