@@ -2941,36 +2941,36 @@ def drafts(batches=(1, 8), lengths=(1, 2, 4, 8), run_mixed=None, run_mtp=None, *
 
 
 @experiment(named=("scale",), gpu=MODELS_GPU)
-def panel(runs: list = (), windows=16, n_mc=64, fill_block=4, **models):
+def panel(runs: list = (), windows=16, n_mc=64, fill_blocks=(4,), **models):
     """All likelihoods of the decode runs, or of others, on the same validation windows:
     exact, bounds, chains; bits per byte.
 
-    over_first: nats above the first row, over_se: the standard error of that over windows.
+    over_ar: nats above the last AR row before, over_se: the standard error of that over windows.
 
     runs: run folders in place of the decode runs
     windows: validation windows
     n_mc: masks per window of a bound, a multiple of 4
-    fill_block: tokens in a block that is filled in any order
+    fill_blocks: tokens in a block that is filled in any order
     """
     need(n_mc % 4 == 0, f"--n_mc {n_mc} must be a multiple of 4")
-    need(1 <= fill_block <= 12, f"--fill_block {fill_block} must be 1 to 12")
+    need(all(1 <= S <= 12 for S in fill_blocks), f"--fill_blocks {fill_blocks}: from 1 to 12")
     folders = {run: run for run in runs} or (yield from decode_runs(("ar", "mdm", "block"), models))
-    first = None
+    ar = None
     for role, folder in folders.items():
-        lm, state = train.load_model(folder, device=models["device"], which="best" if runs else "last")
+        lm, state = train.load_model(folder, "best" if runs else "last", models["device"])
         x = validation(state["flags"]["dataset"], lm.config.block_size, windows)
         size = prepare.load_tokenizer(folder).token_bytes[x.numpy()].mean()  # bytes per token
-        for name, likelihood in sample.panel(lm, state["flags"], x.to(models["device"]), n_mc, fill_block):
+        for name, likelihood in sample.panel(lm, state["flags"], x.to(models["device"]), n_mc, fill_blocks):
             likelihood = functools.cache(likelihood)
-            first = first or likelihood
+            ar = likelihood if name.startswith("AR") else ar
 
             def measure():
                 nats, se = likelihood()
-                over, over_se = mean_se((nats - first()[0]).tolist())
-                bits = nats.mean().item() / math.log(2) / size
-                return dict(nats=nats.mean().item(), bits_per_byte=bits, se=se or None, over_first=over,
-                            over_se=over_se)
-            yield dict(run=role, measure=name), measure
+                out = dict(nats=nats.mean().item(), bits_per_byte=nats.mean().item() / math.log(2) / size)
+                if ar and ar is not likelihood:
+                    out["over_ar"], out["over_se"] = mean_se((nats - ar()[0]).tolist())
+                return out | dict(se=se or None)
+            yield dict(run="/".join(Path(role).parts[-2:]), measure=name), measure
 
 # ------------------------------------------------------------------------------------------------------------
 # tables: results/README.md from the JSON files

@@ -197,7 +197,7 @@ def score(args, lm, tokenizer, flags):
         print(f"{name:<45} {nats:.4f}{spread} nats/token, {bits:.4f} bits/byte")
 
 
-def panel(lm, flags, x, n_mc=64, fill_block=4):
+def panel(lm, flags, x, n_mc=64, fill_blocks=(4,)):
     """All likelihoods of the windows x (N, T) that the run's objective defines: [(name, function)], which
     gives nats per token of each window (N,) and the standard error of their mean over masks.
 
@@ -206,7 +206,7 @@ def panel(lm, flags, x, n_mc=64, fill_block=4):
     objective, mask = flags["objective"], lm.mask_id
     block = flags["diffusion_block"] if objective == "block" else None
     name = f"block diffusion ({block})" if block else "diffusion"
-    S = math.gcd(fill_block, block or fill_block)
+    sizes = dict.fromkeys(math.gcd(S, block or S) for S in fill_blocks)
 
     @torch.no_grad()
     def exact(f, **how):
@@ -217,12 +217,12 @@ def panel(lm, flags, x, n_mc=64, fill_block=4):
         return nats, error.norm().item() / len(x)
     ar = partial(exact, diffusion.ar_loss, bos_id=mask, reduction="none")
     chain = partial(exact, diffusion.chain_nll, mask_id=mask, noise_block=block)
-    any_order = partial(exact, diffusion.any_order_nll, mask_id=mask, noise_block=block, fill_block=S)
+    any_order = partial(exact, diffusion.any_order_nll, mask_id=mask, noise_block=block)
     rows = [
         (f"{name}, bound", bound),
         (f"{name}, exact chain (left)", partial(chain, order="left")),
         (f"{name}, exact chain (confidence)", partial(chain, order="confidence")),
-        (f"{name}, exact, any order in blocks of {S}", any_order)
+        *((f"{name}, exact, any order in blocks of {S}", partial(any_order, fill_block=S)) for S in sizes)
     ]
     return [("AR, exact", ar)] * (objective in ("ar", "mixed")) + rows * (objective != "ar")
 

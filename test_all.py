@@ -3259,7 +3259,7 @@ moe --scenes DATASET,DATASET --steps 2 --repeat 1                               
 decode TRIO --run_judge RUNS/ar --batches 1,2                                            => 25 rows, picture
 drafts SMALL --block_size 64 --lengths 2 --max_steps 2                                   => 4 rows
 panel TRIO --windows 2 --n_mc 4                                                          => 9 rows
-panel --runs RUNS/ar RUNS/mdm --windows 2 --n_mc 4 --fill_block 2                         => 5 rows
+panel --runs RUNS/ar RUNS/mdm --windows 2 --n_mc 4 --fill_blocks 2,4                      => 6 rows
 choices RUNS/ar RUNS/mdm --files probe --limit 4 --n_mc 4                                => 3 rows
 compare RUNS/ar RUNS/mdm                                                                 => 2 rows, picture
 theory --steps 4 --sequences 2 --lengths 3,6                                             => 48 rows, picture
