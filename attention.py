@@ -250,7 +250,7 @@ class Cache:
         need(B == len(self.pos), f"the cache has {len(self.pos)} rows, and the batch {B}")
         if pos is None:
             if eager and self.used + T > self.max_len:
-                self.used = int(self.pos.max()) if B else 0         # the bound had padding in it
+                self.used = max(self.pos.tolist(), default=0)       # the bound had padding in it
                 taken = self.used
                 if valid is not None and T == 1:
                     taken = int(self.pos.masked_fill(~valid[:, 0], 0).max())
@@ -829,11 +829,11 @@ def two_way(core, q, k, v, beta, g, state, causal, scale, reset=None, write=None
     scale = K ** -0.5 if scale is None else scale
     if v.numel() == 0:
         return v.to(q.dtype), S
-    g = q.new_zeros(B, H, T, dtype=f) if g is None else g.to(f)
-    g = g.unsqueeze(-1) if g.dim() == 3 else g
+    wide = lambda a: (a.unsqueeze(-1) if a.dim() == 3 else a).to(f)             # (B, H, T, 1, K or V)
+    g = wide(q.new_zeros(B, H, T) if g is None else g)
     if beta is not None:
-        beta = (beta.unsqueeze(-1) if beta.dim() == 3 else beta).to(f)          # (B, H, T, 1 or K)
-        v = (beta if write is None else write.to(f)) * v
+        beta = wide(beta)
+        v = (beta if write is None else wide(write)) * v
     if not causal:
         both = lambda a: None if a is None else torch.cat([a, a.flip(2)])
         q, k, v, beta, g = (both(a) for a in (q, k, v, beta, g))
@@ -1445,8 +1445,8 @@ class BlockSparse(Full):
         need(self.sel_topk >= forced,
              f"sel_topk {self.sel_topk} must be at least sel_init + sel_local = {forced}: "
              "the first and the local blocks are always read and count among the sel_topk")
-        most = self.sel_topk, forced + self.sel_local + self.sel_tile // self.sel_block
-        self.most = max(*most, -(-self.dense_len // self.sel_block))            # picks of a query
+        near = forced + self.sel_local + self.sel_tile // self.sel_block
+        self.most = max(self.sel_topk, near, -(-self.dense_len // self.sel_block))      # picks of a query
         need(self.cmp_block % self.cmp_stride == self.sel_block % self.cmp_stride == 0,
              f"cmp_stride {self.cmp_stride} must divide both cmp_block {self.cmp_block} "
              f"and sel_block {self.sel_block}")
@@ -1559,10 +1559,8 @@ class NSA(BlockSparse):
     def mix(self, x, step, cache):
         q, k, v = self.read(x, step, cache)
         places = self.window_pos.to(k.dtype)
-        compress_k = lambda w: self.k_compress((w + places[0]).flatten(-2))
-        compress_v = lambda w: self.v_compress((w + places[1]).flatten(-2))
-        ck = self.compress(compress_k, "ck", k, step, cache)
-        cv = self.compress(compress_v, "cv", v, step, cache)
+        ck = self.compress(lambda w: self.k_compress((w + places[0]).flatten(-2)), "ck", k, step, cache)
+        cv = self.compress(lambda w: self.v_compress((w + places[1]).flatten(-2)), "cv", v, step, cache)
         ends = count_to(ck.size(2), x) * self.cmp_stride + self.cmp_block
 
         def compressed(rows, end):                          # 0 before the first window
@@ -1576,9 +1574,9 @@ class NSA(BlockSparse):
             near = softmax_attention(q, k, v, step.causal, self.near)
         else:
             near = window_attention(q, k, v, step.slots, step.limit, self.near, step.causal)
-        gate = torch.sigmoid(self.branch_proj(x)).unflatten(-1, (3, self.H, 1))
-        gate = gate.permute(2, 0, 3, 1, 4)                                      # (3, B, H, T, 1)
-        return self.output(gate[0] * old + gate[1] * selected + gate[2] * near, x)
+        gates = heads(torch.sigmoid(self.branch_proj(x)), 3 * self.H)           # (B, 3 H, T, 1)
+        a, b, c = gates.chunk(3, dim=1)
+        return self.output(a * old + b * selected + c * near, x)
 
     def reads(self, T, causal=True):
         near = self.near if causal else 2 * self.near - 1
@@ -1725,9 +1723,8 @@ class DSA(Indexed, MLA):
             if sel is None:
                 return read_all(q, k, v, step, scale)
             path = None if k.size(1) == 1 else "dense"
-            causal = step.causal
-            return block_sparse_attention(q, k, v, sel, 1, causal, step.limit, self.sel_topk, scale, path)
-
+            return block_sparse_attention(q, k, v, sel, 1, limit=step.limit, most=self.sel_topk, scale=scale,
+                                          path=path)
         return self.output(q, latent, attention, cache)
 
     def reads(self, T, causal=True):                        # of latents; all index keys are scanned besides
