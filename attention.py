@@ -577,6 +577,10 @@ def softmax_attention(q, k, v, causal=True, window=None, sink=None, scale=None, 
     return sdpa(q, k, v, False, scale, torch.cat([logits, null], dim=-1))
 
 
+ROTATED = ("n_embd", "n_head", "head_dim", "bias", "norm_eps", "qk_norm", "position", "rope_base",
+           "rope_factor", "rope_original")                  # settings that all layers with a softmax read
+
+
 def read_all(q, k, v, step, scale=None):
     """Attention to all that a step may read."""
     return softmax_attention(q, k, v, step.causal, scale=scale, mask=step.hidden())
@@ -590,8 +594,7 @@ class Full(Mixer):
     Qwen3-Next). window: sliding window, with a cache of that size. sink: a learned null logit per head
     (gpt-oss). rotary_fraction: share of the head's channels that are rotated (Qwen3-Next: 0.25).
     """
-    settings = ("n_embd", "n_head", "n_kv_head", "head_dim", "bias", "norm_eps", "position", "rope_base",
-                "rope_factor", "rope_original", "rotary_fraction", "qk_norm", "attn_gate", "window", "sink")
+    settings = ROTATED + ("n_kv_head", "rotary_fraction", "attn_gate", "window", "sink")
     takes_mask = True
 
     def __init__(self, config):
@@ -665,9 +668,8 @@ class MLA(Mixer):
     small bidirectional model needs it, and more pairs that turn fast, such as rope_base=100, to find its
     neighbours: as masked diffusion it stays at the frequencies of single tokens without.
     """
-    settings = ("n_embd", "n_head", "head_dim", "bias", "norm_eps", "position", "rope_base", "rope_factor",
-                "rope_original", "qk_norm", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim",
-                "qk_rope_head_dim", "v_head_dim")
+    settings = ROTATED + (
+        "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
     takes_mask = rewrites = True
 
     def __init__(self, config):
@@ -974,8 +976,7 @@ class FixedState(Mixer):
             return None
         if self.linear_decay == "fixed":                                        # RetNet: 1 - 2^(-5 - head)
             g = torch.log1p(-2.0 ** (-5 - count_to(self.Hv, x).float()))
-            g = g.view(-1, 1, 1)
-            g = g.expand(x.size(0), -1, x.size(1), 1)
+            g = g.view(-1, 1, 1).expand(x.size(0), -1, x.size(1), 1)
         else:
             f = heads(self.decay_proj(x) + widen(self.dt_bias), self.Hv)
             A = widen(self.A_log).exp().view(-1, 1, 1)
@@ -1401,12 +1402,11 @@ def select_blocks(score, slots, limit, n_blocks, key_block, topk, init=0, local=
     """
     T = slots.size(1)
     own = torch.minimum(slots, limit - 1) // key_block
-    at = count_to(T, slots)[::tile]                         # slots rise, and limits do not fall
-    to = (at + tile - 1).clamp(max=T - 1)
-    bounds = [a[:, None, :, None] for a in (own[:, at], own[:, to], limit[:, to])]      # (b, 1, nt, 1)
 
     def choose(rows, stop):
-        first, last, end = (a[:, :, rows.start // tile:-(-rows.stop // tile)] for a in bounds)
+        at = count_to(T, slots)[rows][::tile]               # slots rise, and limits do not fall
+        to = (at + tile - 1).clamp(max=T - 1)
+        first, last, end = (a[:, None, :, None] for a in (own[:, at], own[:, to], limit[:, to]))
         s = score(rows, stop)
         j = count_to(s.size(-1), s)
         visible = j * key_block < end
@@ -1429,8 +1429,8 @@ def select_blocks(score, slots, limit, n_blocks, key_block, topk, init=0, local=
 class BlockSparse(Full):
     """What nsa, infllm and msa share: the projections of `full`, the choice of blocks, the caches."""
     family = "sparse"
-    settings = tuple(f for f in Full.settings if f not in ("window", "sink")) + (
-        "sel_block", "sel_topk", "sel_init", "sel_local", "sel_tile")
+    settings = ROTATED + ("n_kv_head", "rotary_fraction", "attn_gate", "sel_block", "sel_topk", "sel_init",
+                          "sel_local", "sel_tile")
     takes_mask = False
     window = sink = None
     pooled = ()                     # buffers of compressed keys and values
@@ -1634,6 +1634,20 @@ class Indexed:
     def state(self, T):
         return dict(super().state(T), ki=(1, T, self.Di))
 
+    def learn(self, step, score, q, k, sel, key_block=1, scale=None):
+        """Add the mean KL of valid queries, over the keys that they read, to step.aux["indexer_kl"]."""
+        if step.aux is None or self.stage == "dense":
+            return
+
+        def divergence(rows, end):
+            mask = keys_read(sel, rows, step.limit, end, key_block)
+            return indexer_kl(score(rows, end), q[:, :, rows], k[:, :, :end], mask, scale)
+        kl = in_slices(divergence, step.limit, k.size(2))                       # (B, h, T)
+        if step.valid is not None:
+            share = step.valid.numel() / step.valid.sum().clamp(min=1)
+            kl = kl.masked_fill(~step.valid[:, None], 0) * share
+        step.aux["indexer_kl"] = step.aux.get("indexer_kl", 0) + kl.mean()
+
 
 class MSA(Indexed, BlockSparse):
     """MiniMax sparse attention (MiniMax-M3, arXiv 2606.13392): an index head per group picks blocks.
@@ -1668,9 +1682,8 @@ class MSA(Indexed, BlockSparse):
             y, sel = self.selected(best, q, k, v, step)
         else:
             y = read_all(q, k, v, step)
-        if step.aux is not None and self.stage != "dense":
-            scores = lambda rows, end: qi[:, :, rows] @ ki[:, :, :end].mT
-            learn_index(step, scores, q, k, sel, self.sel_block)
+        score = lambda rows, end: qi[:, :, rows] @ ki[:, :, :end].mT
+        self.learn(step, score, q, k, sel, self.sel_block)
         return self.output(y, x)
 
     def flops(self, T, causal=True):
@@ -1718,8 +1731,7 @@ class DSA(Indexed, MLA):
             sel = select_blocks(score, step.slots, step.limit, S, 1, self.sel_topk, local=own)
 
         def attention(q, k, v, scale):  # naive: k has all heads; absorbed: one, the latent
-            if step.aux is not None and self.stage != "dense":
-                learn_index(step, score, q, k, sel, scale=scale)
+            self.learn(step, score, q, k, sel, scale=scale)
             if sel is None:
                 return read_all(q, k, v, step, scale)
             path = None if k.size(1) == 1 else "dense"
@@ -1809,17 +1821,6 @@ def indexer_kl(scores, q, k, mask, scale=None):
     log_q = log_q.masked_fill(~mask, 0)                                         # never 0 times -inf
     return F.kl_div(log_q, p, reduction="none").sum(dim=-1)
 
-
-def learn_index(step, score, q, k, sel, key_block=1, scale=None):
-    """Add the mean KL of valid queries, over the keys that they read, to step.aux["indexer_kl"]."""
-    def divergence(rows, end):
-        mask = keys_read(sel, rows, step.limit, end, key_block)
-        return indexer_kl(score(rows, end), q[:, :, rows], k[:, :, :end], mask, scale)
-    kl = in_slices(divergence, step.limit, k.size(2))                           # (B, h, T)
-    if step.valid is not None:
-        share = step.valid.numel() / step.valid.sum().clamp(min=1)
-        kl = kl.masked_fill(~step.valid[:, None], 0) * share
-    step.aux["indexer_kl"] = step.aux.get("indexer_kl", 0) + kl.mean()
 
 
 def window_attention(q, k, v, slots, limit, window, causal):
@@ -2132,9 +2133,8 @@ def scan_groups(through, k_out, U, W, S, size):
         apply = lambda m, s: m[..., :K] @ s + m[..., K:]
     w = one.size(1)
     grouped = lambda a: a if a is None else a.unflatten(1, (-1, size)).flatten(0, 1)
-    args = [grouped(a) for a in (through, k_out, U, W)]
-    args[2] = F.pad(args[2], (w, 0))
-    start = F.pad(one, (0, S.size(2))).expand(len(args[2]), -1, -1)
+    args = [grouped(a) for a in (through, k_out, F.pad(U, (w, 0)), W)]
+    start = F.pad(one, (0, S.size(2))).expand(len(args[0]), -1, -1)
     maps, _, last = scan_chunks(*args, start)               # (P n, size, K, w + V), (P n, K, w + V)
     starts = []
     for m in last.unflatten(0, (len(S), -1)).unbind(1):

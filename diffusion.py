@@ -111,6 +111,11 @@ def widen(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def count_to(n, x):
+    """0, 1, ..., n - 1 on the device of x."""
+    return torch.arange(n, device=x.device)
+
+
 def reduce_loss(nats, reduction):
     return {"mean": torch.mean, "sum": torch.sum, "none": lambda a: a}[reduction](nats)
 
@@ -202,7 +207,7 @@ def masked_nll(f, x, mask_id, masked, noise_block=None, **keywords):
     read = torch.where(masked, mask_id, x)
     if noise_block is not None:                                 # a second half, which only serves as keys
         keywords["mask"] = two_stream_mask(T, noise_block, x.device)
-        pos = keywords.get("pos", torch.arange(T, device=x.device))
+        pos = keywords.get("pos", count_to(T, x))
         keywords["pos"] = torch.cat([pos, pos], dim=-1)
         read = torch.cat([read, x], dim=1)
     logits = predict(f, read, mask_id, causal=False, **keywords)
@@ -323,9 +328,9 @@ def chain_nll(f, x, mask_id, order="left", scored=None, noise_block=None, **keyw
     B, T = x.shape
     live = torch.ones_like(x, dtype=torch.bool) if scored is None else scored.clone()
     tokens = live.sum(1)
-    row = torch.arange(B, device=x.device)[:, None]
+    row = count_to(B, x)[:, None]
     nats = torch.zeros(B, 1, dtype=torch.float64, device=x.device)
-    block = torch.arange(T, device=x.device) // (noise_block or T)
+    block = count_to(T, x) // (noise_block or T)
     if noise_block:
         keywords["mask"] = block[:, None] >= block
     for _ in range(int(tokens.max())):
@@ -385,8 +390,8 @@ def sample_ar(f, x, bos_id,
         return x
     B, T = x.shape
     given = x != bos_id
-    row = torch.arange(B, device=x.device)[:, None]
-    place = torch.arange(T, device=x.device)
+    row = count_to(B, x)[:, None]
+    place = count_to(T, x)
     end = torch.full_like(x[:, 0], T) if valid is None else valid.sum(1)
     at = torch.where(given, T, place).amin(1)                   # (B,) the place that each row fills next
     longest = int(at.max())                                     # prompt
@@ -479,7 +484,7 @@ def sample_mdm(f, x, mask_id,
     valid = torch.ones_like(x, dtype=torch.bool) if valid is None else valid
     hole = (x == mask_id) & valid
     padded = not bool(valid.all())
-    place = torch.arange(T, device=x.device)
+    place = count_to(T, x)
     first = torch.where(hole, place, T).amin(1)                 # (B,) hole
     block = torch.where(hole, (place - first[:, None]) // S, -1)        # (B, T)
     blocks = block.amax(1) + 1                                  # (B,)
@@ -540,7 +545,7 @@ def sample_block(f, x, mask_id, fill_block,
     S = fill_block
     end = x.new_full((B, 1), T) if valid is None else valid.sum(1, keepdim=True)
     x = F.pad(x, (0, -T % S))                                   # (B, T') whole blocks
-    place = torch.arange(x.size(1), device=x.device)
+    place = count_to(x.size(1), x)
     behind = (place >= end) & (place < end + -end % S)          # the block a row ends in is filled whole
     x = torch.where(behind, mask_id, torch.where(place < end, x, 0))
     given = x != mask_id

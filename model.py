@@ -35,8 +35,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from attention import (ATTENTION, CHOICES, RANGES, Cache, LayerConfig, at_least_float32, check_values,
-                       compiling, need, no_autocast, on_host, step_of, top_k, widen)
+from attention import (ATTENTION, CHOICES, RANGES, Cache, LayerConfig, check_values, compiling, count_to,
+                       need, no_autocast, on_host, step_of, top_k, widen)
 
 
 @dataclass
@@ -148,7 +148,7 @@ class LM(nn.Module):
         valid = step.valid & (step.pos < at[:, None])
         own = step_of(x, cache, pos=step.pos, valid=valid)
         x = self.mtp[0](x, self.embed(canvas.gather(1, step.pos)), own, cache.layers[-1])
-        x = x[torch.arange(len(x), device=x.device), valid.sum(1).clamp(min=1) - 1]
+        x = x[count_to(len(x), x), valid.sum(1).clamp(min=1) - 1]
         return pick(self.logits(self.norm(x)).unsqueeze(1))
 
     def check_length(self, T):
@@ -339,8 +339,8 @@ class MoE(nn.Module):
             groups = choice.view(-1, self.G, self.E // self.G)
             best_two = groups.topk(min(2, groups.size(-1)), dim=-1).values.sum(dim=-1)
             best = top_k(best_two, self.groups)[0]
-            allowed = torch.zeros_like(best_two, dtype=torch.bool).scatter_(1, best, True)
-            choice = groups.masked_fill(~allowed[..., None], -torch.inf).flatten(1)
+            barred = torch.ones_like(best_two, dtype=torch.bool).scatter_(1, best, False)
+            choice = groups.masked_fill(barred[..., None], -torch.inf).flatten(1)
         experts = top_k(choice, self.k)[0]
         weights = p.gather(1, experts)
         weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
@@ -392,20 +392,17 @@ class MoE(nn.Module):
 
     def every(self, x, up, down, weights, experts):
         """The definition: sum over all experts of weight x expert(x), weight 0 where not chosen."""
-        w = torch.zeros(len(x), self.E, dtype=weights.dtype, device=x.device).scatter(1, experts, weights)
-        h = torch.einsum("nc,ecf->enf", x, up)
-        if self.expert_up_bias is not None:
-            h = h + self.expert_up_bias[:, None].to(h.dtype)
-        y = torch.einsum("enf,efc->enc", activate(h, self.kind), down)
-        if self.expert_down_bias is not None:
-            y = y + self.expert_down_bias[:, None].to(y.dtype)
+        w = weights.new_zeros(len(x), self.E).scatter(1, experts, weights)
+        bias = lambda b, y: y if b is None else y + b[:, None].to(y.dtype)
+        h = bias(self.expert_up_bias, torch.einsum("nc,ecf->enf", x, up))
+        y = bias(self.expert_down_bias, torch.einsum("enf,efc->enc", activate(h, self.kind), down))
         return torch.einsum("enc,ne->nc", y, w.to(x.dtype))
 
     def grouped(self, x, up, down, weights, experts):
         """The same on tokens sorted by expert: one matrix product a group, however long the groups are."""
         order = experts.flatten().argsort(stable=True)              # (N k,)
         back = torch.empty_like(order)
-        back = back.scatter_(0, order, torch.arange(len(order), device=x.device)).view_as(experts)
+        back = back.scatter_(0, order, count_to(len(order), x)).view_as(experts)
         ends = self.choices(experts, torch.ones_like(x[:, 0])).cumsum(0).int()     # cumsum makes int64 of it
         bias = lambda b, y: y if b is None else y + b.to(y.dtype)[experts.flatten()[order]]
         x = Spread.apply(x, order, back)                            # (N k, C)
@@ -1025,8 +1022,8 @@ def read_layers(c, kind, n):
              "linear_attention": "kda" if kind == "kimi_linear" else "gated_deltanet",
              "sliding_attention": f"full(window={c.get('sliding_window')})"}
     every, kda = c.get("full_attention_interval", 1), c.get("linear_attn_config", {}).get("kda_layers", [])
-    linear = [i % every > 0 or i in kda for i in range(1, n + 1)]
-    types = c.get("layer_types") or ["linear_attention" if yes else "full_attention" for yes in linear]
+    types = c.get("layer_types") or ["linear_attention" if i % every or i in kda else "full_attention"
+                                     for i in range(1, n + 1)]
     need(len(types) == n and {*types} <= {*names}, f"layer_types {types!s:.60}: expected {n} of {[*names]}")
     dense = c.get("first_k_dense_replace") or (c.get("mlp_layer_types") or []).count("dense")
     layers = [names[name] + "(n_expert=0)" * (i < dense) for i, name in enumerate(types)]
