@@ -455,7 +455,7 @@ def visible(q_pos, k_pos, causal=True, window=None, k_valid=None):
 
 
 def visible_slots(slots, s, limit, window, causal):
-    """The same for keys in slots s (B, S) that are no longer all there, or not yet -> bool (B, 1, T, S)."""
+    """The same for keys in slots s (B, S), some of them before the first or behind the last: (B, 1, T, S)."""
     used = (s >= 0) & (s < limit.amax(dim=1, keepdim=True))
     return visible(slots, s, causal, window, used).unsqueeze(1)
 

@@ -498,16 +498,17 @@ def sample_mdm(f, x, mask_id,
         while bool((live := (block == k) & (x == mask_id)).any()):
             left = (share - age).clamp(min=1)
             whole = not cache or age % (refresh or T) == 0
-            seen = place.expand(B, T) if whole else window      # the places that are computed
-            how = {"valid": valid.gather(1, seen)} if padded else {}
+            take = (lambda a: a) if whole else (lambda a: a.gather(1, window))      # what is computed
+            how = {"valid": take(valid)} if padded else {}
             if not whole:
-                how |= dict(cache=kv, commit=False, pos=seen)
+                how |= dict(cache=kv, commit=False, pos=window)
             elif cache:
                 how["cache"] = kv = new_cache(f, x)
-            part = x.gather(1, seen)
+            part = take(x)
             logits = predict(f, part, mask_id, causal=False, **how)
-            reveal(part, live.gather(1, seen), logits, left, order, threshold, law, generator)
-            x.scatter_(1, seen, part)
+            reveal(part, take(live), logits, left, order, threshold, law, generator)
+            if not whole:
+                x.scatter_(1, window, part)
             stop_at_eot(x, ~hole, eot_id)
             age += 1
             step += 1
