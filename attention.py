@@ -26,7 +26,6 @@ import contextlib
 import functools
 import math
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 import torch.nn as nn
@@ -130,19 +129,6 @@ def check_values(values):
             need(low <= value <= high, f"{field} {value} must lie in [{low}, {high}]")
 
 
-def check_settings(name, values):
-    """Refuse settings {field: value} that layer `name` does not read, and values that cannot be.
-
-    Fields of no layer are not looked at, and a layer class without `settings` may read all.
-    """
-    own = {field: value for field, value in values.items() if field in LayerConfig.__dataclass_fields__}
-    read = getattr(ATTENTION[name], "settings", None) or own
-    for field, value in own.items():
-        need(field in read,
-             f"layer '{name}' does not read {field}: {field}={value} would change nothing. "
-             f"It reads {', '.join(read)}")
-    check_values(own)
-
 
 # ------------------------------------------------------------------------------------------------------------
 # What all layers share: a call (Step), a cache, the base class
@@ -162,20 +148,20 @@ class Step:
     plain: bool                     # no key below `length` is hidden from a query but by `causal`
     dense: bool                     # the host knows that all rows of the cache then hold as many tokens
     rewrites: bool                  # pos names slots that are in use
-    valid: Optional[torch.Tensor]   # (B, T) bool, False = padding on the right
-    mask: Optional[torch.Tensor]    # (T, T) bool, or (B, 1, T, T): given by the caller instead of causal
-    aux: Optional[dict]             # where a layer adds named scalars, such as a loss of its own
+    valid: torch.Tensor | None      # (B, T) bool, False = padding on the right
+    mask: torch.Tensor | None       # (T, T) bool, or (B, 1, T, T): given by the caller instead of causal
+    aux: dict | None                # where a layer adds named scalars, such as a loss of its own
     turns: dict                     # cos and sin of each kind of rotation
-    seen: Optional[torch.Tensor] = None
+    seen: torch.Tensor | None = None
 
-    def rotate(self, x, dim, rope, interleaved=False):
+    def rotate(self, q, k, dim, rope, interleaved=False):
         """`rotary` at the positions of this call: layers of one kind and dtype share the angles."""
         if dim == 0:
-            return x
-        kind = dim, rope, interleaved, x.dtype
+            return q, k
+        kind = dim, rope, interleaved, q.dtype
         if kind not in self.turns:
             self.turns[kind] = rotation(self.pos, *kind)
-        return rotary(x, *self.turns[kind], interleaved)
+        return [rotary(a, *self.turns[kind], interleaved) for a in (q, k)]
 
     def below(self):
         """(1 or B, 1, T, length) bool: which slots a query may read."""
@@ -221,15 +207,15 @@ def step_of(x, cache=None, causal=True, commit=True, pos=None, valid=None, mask=
         slots = count_to(T, x)[None]
         end = slots.new_full((1, 1), T) if valid is None else valid.sum(1, keepdim=True)
         length = T
-        plain = mask is None and (causal or valid is None)
         dense = rewrites = False
     else:
         slots, length, rewrites = cache.place(B, T, pos, valid)
         end = cache.end(slots, valid)[:, None]
         dense = eager and cache.dense and valid is None and (pos is None or cache.used == cache.max_len)
+    if length == T:                                                 # the new tokens are all there is
+        plain = mask is None and (causal or valid is None)
+    else:
         plain = dense and (not causal or T == 1 and pos is None)
-        if length == T:                                             # the new tokens are all there is
-            plain = causal or valid is None
     if pos is None or cache is not None:
         pos = slots
     limit = slots + 1 if causal and mask is None else end.expand(-1, T)
@@ -264,7 +250,7 @@ class Cache:
         need(B == len(self.pos), f"the cache has {len(self.pos)} rows, and the batch {B}")
         if pos is None:
             if eager and self.used + T > self.max_len:
-                self.used = int(self.pos.max()) if B else 0         # the bound had padding in it
+                self.used = max(self.pos.tolist(), default=0)       # the bound had padding in it
                 taken = self.used
                 if valid is not None and T == 1:
                     taken = int(self.pos.masked_fill(~valid[:, 0], 0).max())
@@ -282,15 +268,12 @@ class Cache:
         need(low >= 0 and high < self.max_len,
              f"pos {low if low < 0 else high} lies outside the cache of max_len {self.max_len}: "
              f"the last position is {self.max_len - 1}")
-        new = pos >= self.pos[:, None]
-        old = ~new
-        if valid is not None:
-            new = new & valid
-            old = old & valid
+        real = pos >= 0 if valid is None else valid
+        new = real & (pos >= self.pos[:, None])
         gap = self.pos + new.sum(1) != self.end(pos, valid)
         falls = (pos.diff(dim=1) <= 0).any(1)
         need(not bool((gap | falls).any()), "pos must rise without a gap behind what the cache holds")
-        return pos, max(self.used, high + 1), bool(old.any())
+        return pos, max(self.used, high + 1), not torch.equal(new, real)
 
     def end(self, slots, valid=None):
         """(B,) tokens of each row once those in slots (B, T) are there; the invalid ones do not count."""
@@ -345,11 +328,8 @@ def put_window(cache, k, v, step, window):
             if step.commit:
                 buffer.copy_(last_tokens(read[-1], W, step.valid))
         if step.length > T:
-            k_pos = step.slots[:, :1] - W + count_to(W + T, k)
-            there = k_pos >= 0
-            if step.valid is not None:
-                there = there & F.pad(step.valid, (W, 0), value=True)
-            return *read, visible(step.slots, k_pos, step.causal, window, there).unsqueeze(1)
+            slots = step.slots[:, :1] - W + count_to(W + T, k)
+            return *read, visible_slots(step.slots, slots, step.limit, window, step.causal)
     if step.plain and step.pos is step.slots:
         return k, v, None
     return k, v, step.below() & visible(step.pos, step.pos, False, window).unsqueeze(1)
@@ -474,6 +454,12 @@ def visible(q_pos, k_pos, causal=True, window=None, k_valid=None):
     return ok
 
 
+def visible_slots(slots, s, limit, window, causal):
+    """The same for keys in slots s (B, S), some of them before the first or behind the last: (B, 1, T, S)."""
+    used = (s >= 0) & (s < limit.amax(dim=1, keepdim=True))
+    return visible(slots, s, causal, window, used).unsqueeze(1)
+
+
 def count_visible(T, causal=True, window=None):
     """Number of visible (query, key) pairs in a sequence of T tokens."""
     w = T if window is None else min(window, T)
@@ -530,6 +516,17 @@ def rope_of(config):
     return config.rope_base, config.rope_factor, config.rope_original
 
 
+class Norm(nn.RMSNorm):
+    """RMSNorm whose output has the dtype of its input, under autocast too."""
+    def forward(self, x):
+        return super().forward(x).to(x.dtype)
+
+
+def head_norm(config, width):
+    """The norm of a head's queries or keys, where qk_norm asks for it."""
+    return Norm(width, config.norm_eps) if config.qk_norm else nn.Identity()
+
+
 def linear_map(n_in, n_out, rank=0):
     """Without a bias; in two steps through `rank` channels unless rank is 0."""
     if not rank:
@@ -562,8 +559,6 @@ def softmax_attention(q, k, v, causal=True, window=None, sink=None, scale=None, 
     """
     T = q.size(-2)
     S = k.size(-2)
-    if q.numel() == 0:
-        return q.new_zeros(*q.shape[:-1], v.size(-1))
     if mask is None:
         need(T <= S or not causal,
              f"{T} queries are more than {S} keys: causal queries are the last of the positions")
@@ -576,11 +571,14 @@ def softmax_attention(q, k, v, causal=True, window=None, sink=None, scale=None, 
         return sdpa(q, k, v, causal, scale, mask)
     # A sink is the logit of one key more, whose value is 0.
     logits = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -math.inf)
-    logits = logits.expand(q.size(0), q.size(1), T, S)
-    null = sink.to(q.dtype).view(1, -1, 1, 1)
-    null = null.expand_as(logits[..., :1])
+    logits = logits.expand(*q.shape[:3], S)
+    null = sink.to(q.dtype).view(-1, 1, 1).expand_as(logits[..., :1])
     k, v = (F.pad(a, (0, 0, 0, 1)) for a in (k, v))
     return sdpa(q, k, v, False, scale, torch.cat([logits, null], dim=-1))
+
+
+ROTATED = ("n_embd", "n_head", "head_dim", "bias", "norm_eps", "qk_norm", "position", "rope_base",
+           "rope_factor", "rope_original")                  # settings that all layers with a softmax read
 
 
 def read_all(q, k, v, step, scale=None):
@@ -596,8 +594,7 @@ class Full(Mixer):
     Qwen3-Next). window: sliding window, with a cache of that size. sink: a learned null logit per head
     (gpt-oss). rotary_fraction: share of the head's channels that are rotated (Qwen3-Next: 0.25).
     """
-    settings = ("n_embd", "n_head", "n_kv_head", "head_dim", "bias", "norm_eps", "position", "rope_base",
-                "rope_factor", "rope_original", "rotary_fraction", "qk_norm", "attn_gate", "window", "sink")
+    settings = ROTATED + ("n_kv_head", "rotary_fraction", "attn_gate", "window", "sink")
     takes_mask = True
 
     def __init__(self, config):
@@ -617,9 +614,8 @@ class Full(Mixer):
         self.qkv_proj = nn.Linear(C, (H + 2 * self.Hkv) * self.D, bias=config.bias)
         self.o_proj = nn.Linear(H * self.D, C, bias=config.bias)
         self.gate_proj = linear_map(C, H * self.D) if config.attn_gate else None
-        norm = lambda: nn.RMSNorm(self.D, eps=config.norm_eps) if config.qk_norm else None
-        self.q_norm = norm()
-        self.k_norm = norm()
+        self.q_norm = head_norm(config, self.D)
+        self.k_norm = head_norm(config, self.D)
         self.sink = nn.Parameter(torch.zeros(H)) if self.sink else None
 
     def mix(self, x, step, cache):
@@ -636,10 +632,7 @@ class Full(Mixer):
         """(B, T, C) -> q (B, H, T, D), k and v (B, Hkv, T, D), normalised and rotated."""
         qkv = heads(self.qkv_proj(x), self.H + 2 * self.Hkv)
         q, k, v = qkv.split([self.H, self.Hkv, self.Hkv], dim=1)
-        if self.q_norm is not None:
-            q = self.q_norm(q).to(v.dtype)
-            k = self.k_norm(k).to(v.dtype)
-        q, k = (step.rotate(a, self.rope_dim, self.angles) for a in (q, k))
+        q, k = step.rotate(self.q_norm(q), self.k_norm(k), self.rope_dim, self.angles)
         return q, k, v
 
     def output(self, y, x):
@@ -675,58 +668,55 @@ class MLA(Mixer):
     small bidirectional model needs it, and more pairs that turn fast, such as rope_base=100, to find its
     neighbours: as masked diffusion it stays at the frequencies of single tokens without.
     """
-    settings = ("n_embd", "n_head", "head_dim", "bias", "norm_eps", "position", "rope_base", "rope_factor",
-                "rope_original", "qk_norm", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim",
-                "qk_rope_head_dim", "v_head_dim")
+    settings = ROTATED + (
+        "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
     takes_mask = rewrites = True
 
     def __init__(self, config):
         super().__init__(config)
         C = config.n_embd
         self.H = config.n_head
-        fields = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-        given = [getattr(config, field) for field in fields]
-        D = head_width(config) if None in given else 0
-        default = 4 * D, D, D // 4 * 2, D
-        widths = (b if a is None else a for a, b in zip(given, default))
-        self.R, self.nope, self.rope, self.Dv = widths
+        self.R = config.kv_lora_rank or 4 * head_width(config)
+        self.nope = config.qk_nope_head_dim or head_width(config)
+        self.Dv = config.v_head_dim or head_width(config)
+        self.rope = config.qk_rope_head_dim
+        if self.rope is None:
+            self.rope = head_width(config) // 4 * 2
         need(self.rope % 2 == 0, f"qk_rope_head_dim {self.rope} must be even: channels are rotated in pairs")
         self.angles = rope_of(config)
         self.rotated = self.rope if config.position == "rotary" else 0
         self.scale = (self.nope + self.rope) ** -0.5
         rank = config.q_lora_rank
-        self.q_a_proj = nn.Linear(C, rank, bias=config.bias) if rank else None
-        self.q_a_norm = nn.RMSNorm(rank, eps=config.norm_eps) if rank else None
+        self.q_a_proj = nn.Linear(C, rank, bias=config.bias) if rank else nn.Identity()
+        self.q_a_norm = Norm(rank, config.norm_eps) if rank else nn.Identity()
         self.q_b_proj = linear_map(rank or C, self.H * (self.nope + self.rope))
         self.kv_a_proj = nn.Linear(C, self.R + self.rope, bias=config.bias)
-        self.kv_a_norm = nn.RMSNorm(self.R, eps=config.norm_eps)
-        norm = lambda width: nn.RMSNorm(width, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.q_norm = norm(self.nope + self.rope)
-        self.k_norm = norm(self.rope)
+        self.kv_a_norm = Norm(self.R, config.norm_eps)
+        self.q_norm = head_norm(config, self.nope + self.rope)
+        self.k_norm = head_norm(config, self.rope)
         self.kv_b_proj = linear_map(self.R, self.H * (self.nope + self.Dv))
         self.o_proj = nn.Linear(self.H * self.Dv, C, bias=config.bias)
 
     def mix(self, x, step, cache):
         q, latent, _ = self.project(x, step)
         latent, = put(cache, {"latent": latent}, step)
-        attention = functools.partial(read_all, step=step)
-        y = self.attend(q, latent, attention, absorbed=False if cache is None else None)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        return self.output(q, latent, functools.partial(read_all, step=step), cache)
 
     def project(self, x, step):
         """(B, T, C) -> q (B, H, T, nope + rope), latent (B, 1, T, R + rope), what q is made of (B, T, .)."""
-        source = x
-        if self.q_a_proj is not None:
-            source = self.q_a_proj(x)
-            source = self.q_a_norm(source).to(source.dtype)
-        q = heads(self.q_b_proj(source), self.H)
-        q, q_rope = self.q_norm(q).to(q.dtype).split([self.nope, self.rope], dim=-1)
+        source = self.q_a_norm(self.q_a_proj(x))
+        q = self.q_norm(heads(self.q_b_proj(source), self.H))
+        q, q_rope = q.split([self.nope, self.rope], dim=-1)
         latent = self.kv_a_proj(x).unsqueeze(1)
         c, k_rope = latent.split([self.R, self.rope], dim=-1)
-        k_rope = self.k_norm(k_rope).to(c.dtype)
-        q_rope, k_rope = (step.rotate(a, self.rotated, self.angles, True) for a in (q_rope, k_rope))
-        latent = torch.cat([self.kv_a_norm(c).to(c.dtype), k_rope], dim=-1)
+        q_rope, k_rope = step.rotate(q_rope, self.k_norm(k_rope), self.rotated, self.angles, True)
+        latent = torch.cat([self.kv_a_norm(c), k_rope], dim=-1)
         return torch.cat([q, q_rope], dim=-1), latent, source
+
+    def output(self, q, latent, attention, cache):
+        """`attend`, with a cache in the cheaper form -> (B, T, C)."""
+        y = self.attend(q, latent, attention, absorbed=False if cache is None else None)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def attend(self, q, latent, attention, absorbed=None):
         """attention(q, k, v, scale=) in either form, over latents (B, 1, S, R + rope) -> (B, H, T, Dv).
@@ -760,7 +750,7 @@ class MLA(Mixer):
         return T
 
     def flops(self, T, causal=True):
-        return 2 * self.H * (self.nope + self.rope + self.Dv) * count_visible(T, causal)        # naive form
+        return 2 * self.H * (self.nope + self.rope + self.Dv) * total(self.reads, T, causal)    # naive form
 
 # ------------------------------------------------------------------------------------------------------------
 # Linear attention and the delta rule: the definition
@@ -812,12 +802,13 @@ def token_by_token(q, k, v, beta, g, S, twice, scale):
 def check_shapes(q, k, v, beta, g, state, reset, write):
     B, H, T, K = q.shape
     V = v.size(-1)
+    per_token, like_k, like_v = (B, H, T), (B, H, T, K), (B, H, T, V)
     legal = dict(
-        k=(k, (B, H, T, K)),
-        v=(v, (B, H, T, V)),
-        beta=(beta, (B, H, T), (B, H, T, K)),
-        write=(write, (B, H, T, V)),
-        g=(g, (B, H, T), (B, H, T, K)),
+        k=(k, like_k),
+        v=(v, like_v),
+        beta=(beta, per_token, like_k),
+        write=(write, like_v),
+        g=(g, per_token, like_k),
         state=(state, (B, H, K, V)),
         reset=(reset, (B, T)))
     for name, (a, *shapes) in legal.items():
@@ -840,11 +831,11 @@ def two_way(core, q, k, v, beta, g, state, causal, scale, reset=None, write=None
     scale = K ** -0.5 if scale is None else scale
     if v.numel() == 0:
         return v.to(q.dtype), S
-    g = q.new_zeros(B, H, T, dtype=f) if g is None else g.to(f)
-    g = g.unsqueeze(-1) if g.dim() == 3 else g
+    wide = lambda a: (a.unsqueeze(-1) if a.dim() == 3 else a).to(f)             # (B, H, T, 1, K or V)
+    g = wide(q.new_zeros(B, H, T) if g is None else g)
     if beta is not None:
-        beta = (beta.unsqueeze(-1) if beta.dim() == 3 else beta).to(f)          # (B, H, T, 1 or K)
-        v = (beta if write is None else write.to(f)) * v
+        beta = wide(beta)
+        v = (beta if write is None else wide(write)) * v
     if not causal:
         both = lambda a: None if a is None else torch.cat([a, a.flip(2)])
         q, k, v, beta, g = (both(a) for a in (q, k, v, beta, g))
@@ -985,8 +976,7 @@ class FixedState(Mixer):
             return None
         if self.linear_decay == "fixed":                                        # RetNet: 1 - 2^(-5 - head)
             g = torch.log1p(-2.0 ** (-5 - count_to(self.Hv, x).float()))
-            g = g.view(-1, 1, 1)
-            g = g.expand(x.size(0), -1, x.size(1), 1)
+            g = g.view(-1, 1, 1).expand(x.size(0), -1, x.size(1), 1)
         else:
             f = heads(self.decay_proj(x) + widen(self.dt_bias), self.Hv)
             A = widen(self.A_log).exp().view(-1, 1, 1)
@@ -1286,16 +1276,11 @@ def channel_scores(rows, k, G, last, g_min):
         k_up = (halves(k)[0] * up).flatten(3, 4)
         for i, (a, A) in enumerate(zip(rows, scores)):
             upper, lower = A.unflatten(2, (n, 2)).unbind(3)
-            row = (halves(a)[1] * down).flatten(3, 4)
-            scores[i] = stack_lower(upper, lower, row @ k_up.mT)
+            across = (halves(a)[1] * down).flatten(3, 4) @ k_up.mT
+            top = F.pad(upper, (0, across.size(-1)))
+            bottom = torch.cat([across, lower], dim=-1)
+            scores[i] = torch.cat([top, bottom], dim=-2)
     return [A.squeeze(2) for A in scores], ins, k_out
-
-
-def stack_lower(A, B, low):
-    """[[A, 0], [low, B]] for square A, B and low of the same size."""
-    top = F.pad(A, (0, A.size(-1)))
-    bottom = torch.cat([low, B], dim=-1)
-    return torch.cat([top, bottom], dim=-2)
 
 
 def inverse_of_one_minus(N):
@@ -1350,12 +1335,9 @@ def block_sparse_attention(q, k, v, sel, key_block, causal=True, limit=None, mos
     limit = limit.expand(B, T)
     path, most = pick_path(path, q, k, v, sel, key_block, limit, most)
     if path != "dense":
+        forms = dict(gather=gather_attention, blocks=block_by_block, flex=flex_block_attention)
         q = q.unflatten(1, (Hkv, -1)).transpose(2, 3)                           # (B, Hkv, T, G, D)
-        args = q, k, v, sel.expand(-1, Hkv, -1, -1), key_block, limit, scale
-        if path == "gather":
-            y = gather_attention(*args, most)
-        else:
-            y = flex_block_attention(*args) if path == "flex" else block_by_block(*args)
+        y = forms[path](q, k, v, sel.expand(-1, Hkv, -1, -1), key_block, limit, scale, most)
         return y.transpose(2, 3).flatten(1, 2)
     q, k, v = (a.unflatten(1, (h, -1)).flatten(0, 1) for a in (q, k, v))  # groups as rows: one mask each
 
@@ -1376,25 +1358,18 @@ def keys_read(sel, rows, limit, S, key_block):
     return mask & picked.repeat_interleave(key_block, dim=3)[..., :S]
 
 
-def row_slices(limit, S, step=1024):
-    """(slice of the queries, how many of S slots they read at most): what takes (T, S) memory runs in these.
+def in_slices(f, limit, S, step=1024):
+    """f(rows, end), (., ., t, ...) each, for all slices of the queries, side by side; they read slots < end.
 
-    On a GPU four times as many queries, because a compiled graph holds every slice; see on_host.
+    What takes (T, S) memory runs in these. What a slice keeps for its backward pass is made again there, if
+    there are several. On a GPU they are longer, because a compiled graph holds every slice.
     """
     T = limit.size(1)
-    host = on_host(limit)
     step = 4 * step if limit.is_cuda else step
+    parts = []
     for i in range(0, max(T, 1), step):
         rows = slice(i, min(i + step, T))
-        yield rows, min(S, int(limit[:, rows].amax())) if host and T else S
-
-
-def in_slices(f, limit, S):
-    """f(rows, end), (., ., t, ...) each, for all slices of the queries, side by side.
-
-    What a slice keeps for its backward pass is made again there, if there are several.
-    """
-    parts = list(row_slices(limit, S))
+        parts.append((rows, min(S, int(limit[:, rows].amax())) if on_host(limit) and T else S))
     if len(parts) > 1 and torch.is_grad_enabled() and not compiling():
         f = functools.partial(checkpoint, f, use_reentrant=False, preserve_rng_state=False)
     return torch.cat([f(*part) for part in parts], dim=2)
@@ -1426,13 +1401,12 @@ def select_blocks(score, slots, limit, n_blocks, key_block, topk, init=0, local=
     the topk. The queries of a tile add up their scores, and force what any of them forces.
     """
     T = slots.size(1)
-    sel = []
     own = torch.minimum(slots, limit - 1) // key_block
-    at = count_to(T, slots)[::tile]                         # slots rise, and limits do not fall
-    to = (at + tile - 1).clamp(max=T - 1)
-    bounds = [a[:, None, :, None] for a in (own[:, at], own[:, to], limit[:, to])]      # (b, 1, nt, 1)
-    for rows, stop in row_slices(limit, n_blocks * key_block, max(1024 // tile, 1) * tile):
-        first, last, end = (a[:, :, rows.start // tile:-(-rows.stop // tile)] for a in bounds)
+
+    def choose(rows, stop):
+        at = count_to(T, slots)[rows][::tile]               # slots rise, and limits do not fall
+        to = (at + tile - 1).clamp(max=T - 1)
+        first, last, end = (a[:, None, :, None] for a in (own[:, at], own[:, to], limit[:, to]))
         s = score(rows, stop)
         j = count_to(s.size(-1), s)
         visible = j * key_block < end
@@ -1447,15 +1421,16 @@ def select_blocks(score, slots, limit, n_blocks, key_block, topk, init=0, local=
         index, picked = top_k(ranked, topk)
         best = torch.zeros_like(s, dtype=torch.bool).scatter(-1, index, picked)
         picked = F.pad((best | forced) & visible, (0, n_blocks - len(j)))
-        sel.append(picked.repeat_interleave(tile, dim=2))
-    return torch.cat(sel, dim=2)[:, :, :T]
+        return picked.repeat_interleave(tile, dim=2)
+    step = max(1024 // tile, 1) * tile
+    return in_slices(choose, limit, n_blocks * key_block, step)[:, :, :T]
 
 
 class BlockSparse(Full):
     """What nsa, infllm and msa share: the projections of `full`, the choice of blocks, the caches."""
     family = "sparse"
-    settings = tuple(f for f in Full.settings if f not in ("window", "sink")) + (
-        "sel_block", "sel_topk", "sel_init", "sel_local", "sel_tile")
+    settings = ROTATED + ("n_kv_head", "rotary_fraction", "attn_gate", "sel_block", "sel_topk", "sel_init",
+                          "sel_local", "sel_tile")
     takes_mask = False
     window = sink = None
     pooled = ()                     # buffers of compressed keys and values
@@ -1470,8 +1445,8 @@ class BlockSparse(Full):
         need(self.sel_topk >= forced,
              f"sel_topk {self.sel_topk} must be at least sel_init + sel_local = {forced}: "
              "the first and the local blocks are always read and count among the sel_topk")
-        most = self.sel_topk, forced + self.sel_local + self.sel_tile // self.sel_block
-        self.most = max(*most, -(-self.dense_len // self.sel_block))            # picks of a query
+        near = forced + self.sel_local + self.sel_tile // self.sel_block
+        self.most = max(self.sel_topk, near, -(-self.dense_len // self.sel_block))      # picks of a query
         need(self.cmp_block % self.cmp_stride == self.sel_block % self.cmp_stride == 0,
              f"cmp_stride {self.cmp_stride} must divide both cmp_block {self.cmp_block} "
              f"and sel_block {self.sel_block}")
@@ -1533,6 +1508,9 @@ class BlockSparse(Full):
         """Complete compression windows in T tokens."""
         return max((T - self.cmp_block) // self.cmp_stride + 1, 0)
 
+    def reads(self, T, causal=True):                        # of k and v; what the choice scans comes on top
+        return T if T <= self.dense_len else self.block_reads(T, causal)
+
     def block_reads(self, T, causal):
         """Keys in the chosen blocks of the last of T queries, its own, perhaps partial, block among them.
 
@@ -1580,11 +1558,9 @@ class NSA(BlockSparse):
 
     def mix(self, x, step, cache):
         q, k, v = self.read(x, step, cache)
-        place_k, place_v = self.window_pos.to(k.dtype)
-        compress_k = lambda w: self.k_compress((w + place_k).flatten(-2))
-        compress_v = lambda w: self.v_compress((w + place_v).flatten(-2))
-        ck = self.compress(compress_k, "ck", k, step, cache)
-        cv = self.compress(compress_v, "cv", v, step, cache)
+        places = self.window_pos.to(k.dtype)
+        ck = self.compress(lambda w: self.k_compress((w + places[0]).flatten(-2)), "ck", k, step, cache)
+        cv = self.compress(lambda w: self.v_compress((w + places[1]).flatten(-2)), "cv", v, step, cache)
         ends = count_to(ck.size(2), x) * self.cmp_stride + self.cmp_block
 
         def compressed(rows, end):                          # 0 before the first window
@@ -1598,9 +1574,9 @@ class NSA(BlockSparse):
             near = softmax_attention(q, k, v, step.causal, self.near)
         else:
             near = window_attention(q, k, v, step.slots, step.limit, self.near, step.causal)
-        gate = torch.sigmoid(self.branch_proj(x)).unflatten(-1, (3, self.H, 1))
-        gate = gate.permute(2, 0, 3, 1, 4)                                      # (3, B, H, T, 1)
-        return self.output(gate[0] * old + gate[1] * selected + gate[2] * near, x)
+        gates = heads(torch.sigmoid(self.branch_proj(x)), 3 * self.H)           # (B, 3 H, T, 1)
+        a, b, c = gates.chunk(3, dim=1)
+        return self.output(a * old + b * selected + c * near, x)
 
     def reads(self, T, causal=True):
         near = self.near if causal else 2 * self.near - 1
@@ -1636,8 +1612,6 @@ class InfLLM(BlockSparse):
         y, _ = self.selected(score, q, k, v, step)
         return self.output(y, x)
 
-    def reads(self, T, causal=True):                        # of k and v; the pooled keys are scanned besides
-        return T if T <= self.dense_len else self.block_reads(T, causal)
 
     def flops(self, T, causal=True):
         if T <= max(self.dense_len, self.sel_topk * self.sel_block):
@@ -1647,13 +1621,40 @@ class InfLLM(BlockSparse):
         return int(4 * self.H * self.D * pairs)
 
 
-class MSA(BlockSparse):
+class Indexed:
+    """What msa and dsa share: an index with queries and one key per token, which picks what is read.
+
+    It reads detached inputs and learns from aux["indexer_kl"] alone. layer.stage:
+        "dense"   attention to all, no loss of the index
+        "warmup"  still dense, its loss over all visible keys: train the index only (V3.2: 1000 steps)
+        "sparse"  attention to what it chose, its loss over that: train all, LM loss + aux["indexer_kl"]
+    """
+    stage = "sparse"
+
+    def state(self, T):
+        return dict(super().state(T), ki=(1, T, self.Di))
+
+    def learn(self, step, score, q, k, sel, key_block=1, scale=None):
+        """Add the mean KL of valid queries, over the keys that they read, to step.aux["indexer_kl"]."""
+        if step.aux is None or self.stage == "dense":
+            return
+
+        def divergence(rows, end):
+            mask = keys_read(sel, rows, step.limit, end, key_block)
+            return indexer_kl(score(rows, end), q[:, :, rows], k[:, :, :end], mask, scale)
+        kl = in_slices(divergence, step.limit, k.size(2))                       # (B, h, T)
+        if step.valid is not None:
+            share = step.valid.numel() / step.valid.sum().clamp(min=1)
+            kl = kl.masked_fill(~step.valid[:, None], 0) * share
+        step.aux["indexer_kl"] = step.aux.get("indexer_kl", 0) + kl.mean()
+
+
+class MSA(Indexed, BlockSparse):
     """MiniMax sparse attention (MiniMax-M3, arXiv 2606.13392): an index head per group picks blocks.
 
     A block's score is the best raw product of the group's index query with its index keys, one key for all
-    groups. The index learns from aux["indexer_kl"] alone, from the group's mean attention to what it chose;
-    layer.stage as in DSA. Published: sel_block 128, sel_topk 16, sel_local 1, index_head_dim 128 (None: the
-    head width), qk_norm=True.
+    groups. The index learns the group's mean attention. Published: sel_block 128, sel_topk 16, sel_local 1,
+    index_head_dim 128 (None: the head width), qk_norm=True.
     """
     settings = BlockSparse.settings + ("index_head_dim",)
     published = dict(sel_block=128, sel_topk=16, sel_init=0, sel_local=1)
@@ -1665,17 +1666,15 @@ class MSA(BlockSparse):
              f"index_head_dim {self.Di} must be at least {self.rope_dim}, the rotated channels")
         self.index_q_proj = linear_map(config.n_embd, self.Hkv * self.Di)
         self.index_k_proj = linear_map(config.n_embd, self.Di)
-        self.index_q_norm = nn.RMSNorm(self.Di, eps=config.norm_eps)
-        self.index_k_norm = nn.RMSNorm(self.Di, eps=config.norm_eps)
-        self.stage = "sparse"
+        self.index_q_norm = Norm(self.Di, config.norm_eps)
+        self.index_k_norm = Norm(self.Di, config.norm_eps)
 
     def mix(self, x, step, cache):
-        qi = heads(self.index_q_proj(x.detach()), self.Hkv)                     # (B, Hkv, T, Di)
-        ki = heads(self.index_k_proj(x.detach()), 1)                            # (B, 1, T, Di)
-        qi = self.index_q_norm(qi).to(qi.dtype)
-        ki = self.index_k_norm(ki).to(ki.dtype)
-        qi, ki = (step.rotate(a, self.rope_dim, self.angles) for a in (qi, ki))
+        qi = self.index_q_norm(heads(self.index_q_proj(x.detach()), self.Hkv))  # (B, Hkv, T, Di)
+        ki = self.index_k_norm(heads(self.index_k_proj(x.detach()), 1))         # (B, 1, T, Di)
+        qi, ki = step.rotate(qi, ki, self.rope_dim, self.angles)
         q, k, v, ki = self.read(x, step, cache, ki=ki)
+
         def best(rows, end):
             return index_block_scores(qi[:, :, rows], ki[:, :, :end], step.limit[:, rows], self.sel_block)
         sel = None
@@ -1683,30 +1682,18 @@ class MSA(BlockSparse):
             y, sel = self.selected(best, q, k, v, step)
         else:
             y = read_all(q, k, v, step)
-        if step.aux is not None and self.stage != "dense":
-            scores = lambda rows, end: qi[:, :, rows] @ ki[:, :, :end].mT
-            learn_index(step, scores, q, k, sel, self.sel_block)
+        score = lambda rows, end: qi[:, :, rows] @ ki[:, :, :end].mT
+        self.learn(step, score, q, k, sel, self.sel_block)
         return self.output(y, x)
-
-    def state(self, T):
-        return dict(super().state(T), ki=(1, T, self.Di))
-
-    def reads(self, T, causal=True):                        # of k and v; all index keys are scanned besides
-        return self.block_reads(T, causal)
 
     def flops(self, T, causal=True):
         main = 4 * self.H * self.D * total(self.reads, T, causal)
         return main + 2 * self.Hkv * self.Di * count_visible(T, causal)
 
 
-class DSA(MLA):
+class DSA(Indexed, MLA):
     """DeepSeek sparse attention (DeepSeek-V3.2): MLA whose indexer picks sel_topk single tokens per query.
 
-    The indexer's heads share one key. It reads detached inputs and learns from aux["indexer_kl"] alone.
-    layer.stage:
-        "dense"   plain MLA, no indexer loss
-        "warmup"  still dense, the loss over all visible keys: train the indexer only (V3.2: 1000 steps)
-        "sparse"  attention to the chosen tokens, the loss over these: train all, LM loss + aux["indexer_kl"]
     Published: sel_topk 2048, index_n_head 64 (None: n_head / 2), index_head_dim 128 (None: v_head_dim). The
     rotated channels come first and are half-split here, while MLA's are interleaved. Only decoding is faster
     than MLA: no two queries pick the same tokens, so there is no tile of keys to skip, and training computes
@@ -1727,14 +1714,13 @@ class DSA(MLA):
         self.index_k_proj = linear_map(config.n_embd, self.Di)
         self.index_k_norm = nn.LayerNorm(self.Di, eps=1e-6)
         self.index_w_proj = linear_map(config.n_embd, self.Hi)
-        self.stage = "sparse"
 
     def mix(self, x, step, cache):
         q, latent, source = self.project(x, step)
         qi = heads(self.index_q_proj(source.detach()), self.Hi)                 # (B, Hi, T, Di)
         ki = self.index_k_norm(self.index_k_proj(x.detach()))
         ki = ki.to(q.dtype).unsqueeze(1)                                        # (B, 1, T, Di)
-        qi, ki = (step.rotate(a, self.rotated, self.angles) for a in (qi, ki))
+        qi, ki = step.rotate(qi, ki, self.rotated, self.angles)
         w = self.index_w_proj(x.detach()).float() * self.Hi ** -0.5             # (B, T, Hi)
         latent, ki = put(cache, {"latent": latent, "ki": ki}, step)
         S = latent.size(2)
@@ -1745,26 +1731,19 @@ class DSA(MLA):
             sel = select_blocks(score, step.slots, step.limit, S, 1, self.sel_topk, local=own)
 
         def attention(q, k, v, scale):  # naive: k has all heads; absorbed: one, the latent
-            if step.aux is not None and self.stage != "dense":
-                learn_index(step, score, q, k, sel, scale=scale)
+            self.learn(step, score, q, k, sel, scale=scale)
             if sel is None:
                 return read_all(q, k, v, step, scale)
             path = None if k.size(1) == 1 else "dense"
-            causal = step.causal
-            return block_sparse_attention(q, k, v, sel, 1, causal, step.limit, self.sel_topk, scale, path)
-
-        y = self.attend(q, latent, attention, absorbed=False if cache is None else None)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
-
-    def state(self, T):
-        return dict(super().state(T), ki=(1, T, self.Di))
+            return block_sparse_attention(q, k, v, sel, 1, limit=step.limit, most=self.sel_topk, scale=scale,
+                                          path=path)
+        return self.output(q, latent, attention, cache)
 
     def reads(self, T, causal=True):                        # of latents; all index keys are scanned besides
         return min(T, self.sel_topk)
 
     def flops(self, T, causal=True):
-        main = 2 * self.H * (self.nope + self.rope + self.Dv) * total(self.reads, T, causal)
-        return main + 2 * self.Hi * (self.Di + 1) * count_visible(T, causal)
+        return super().flops(T, causal) + 2 * self.Hi * (self.Di + 1) * count_visible(T, causal)
 
 
 def compressed_scores(q, ck, limit, S, key_block, size, stride, pool):
@@ -1843,27 +1822,15 @@ def indexer_kl(scores, q, k, mask, scale=None):
     return F.kl_div(log_q, p, reduction="none").sum(dim=-1)
 
 
-def learn_index(step, score, q, k, sel, key_block=1, scale=None):
-    """Add the mean KL of valid queries, over the keys that they read, to step.aux["indexer_kl"]."""
-    def divergence(rows, end):
-        mask = keys_read(sel, rows, step.limit, end, key_block)
-        return indexer_kl(score(rows, end), q[:, :, rows], k[:, :, :end], mask, scale)
-    kl = in_slices(divergence, step.limit, k.size(2))                           # (B, h, T)
-    if step.valid is not None:
-        share = step.valid.numel() / step.valid.sum().clamp(min=1)
-        kl = kl.masked_fill(~step.valid[:, None], 0) * share
-    step.aux["indexer_kl"] = step.aux.get("indexer_kl", 0) + kl.mean()
-
 
 def window_attention(q, k, v, slots, limit, window, causal):
     """A sliding window over slots, of cached keys or with padding: only keys around the queries are read."""
     size = q.size(2) + (window - 1) * (1 if causal else 2)
     slots = slots.expand(q.size(0), -1)
     s = slots[:, :1] - (window - 1) + count_to(size, q)       # (B, size)
-    used = (s >= 0) & (s < limit.amax(dim=1, keepdim=True))
-    mask = visible(slots, s, causal, window, used)
+    mask = visible_slots(slots, s, limit, window, causal)
     k, v = (key_windows(a, s[:, :1], size, 1).squeeze(2) for a in (k, v))
-    return softmax_attention(q, k, v, mask=mask.unsqueeze(1))
+    return softmax_attention(q, k, v, mask=mask)
 
 
 def total(reads, T, causal):
@@ -1897,7 +1864,7 @@ def sdpa(q, k, v, causal, scale, mask):
             mask = mask.unflatten(1, (h, -1)).flatten(2, 3)
         q = q.unflatten(1, (h, -1)).flatten(2, 3)
         y = sdpa(q, k, v, False, scale, mask)
-        return y[..., :Dv].unflatten(2, (-1, T)).flatten(1, 2)              # from (B, h, G T, Dv)
+        return y[..., :Dv].unflatten(2, (H // h, T)).flatten(1, 2)          # from (B, h, G T, Dv)
     # cuDNN's kernel in torch 2.13 can return NaN gradients under a mask (huggingface/trl #7181)
     causal = causal and mask is None and T > 1
     with sdpa_kernel(SAFE_UNDER_MASK) if mask is not None and q.is_cuda else contextlib.nullcontext():
@@ -1981,7 +1948,7 @@ def flex_window_attention(q, k, v, causal, window, scale):
 
 
 def pick_path(path, q, k, v, sel, key_block, limit, most):
-    """The path of block_sparse_attention that pays, and a bound on the picks of a row of sel."""
+    """The path of block_sparse_attention, by default one that pays, and a bound on the picks of a query."""
     need(path in (None, "dense", "gather", "blocks", "flex"),
          f"path '{path}' is unknown: dense, gather, blocks, flex or None")
     S = k.size(2)
@@ -1991,21 +1958,23 @@ def pick_path(path, q, k, v, sel, key_block, limit, most):
     need(path != "flex" or whole,
          f"path 'flex' needs H / H_kv = {G} to divide 128, and key_block {key_block} to divide 128 "
          "or be a multiple of it: use dense or gather")
-    if path is None and flex_pays(q, v) and whole and q.size(-1) <= 256:
-        path = "flex"                                       # wider heads (absorbed MLA) do not fit
-    host = on_host(q)
-    if path is None and host and sel.numel():               # not for dense: sum makes 8 bytes of each pair
-        most = max(int(sel.sum(-1).amax()), 1)
     most = most or sel.size(-1)
-    if path is None and 2 * q.size(2) * most * key_block <= S:
-        path = "gather"
-    if path is None and host and key_block >= 32:           # small blocks: the time goes into their number
+    if path is not None:
+        return path, most
+    if flex_pays(q, v) and whole and q.size(-1) <= 256:     # wider heads (absorbed MLA) do not fit
+        return "flex", most
+    host = on_host(q)
+    if host and sel.numel():
+        most = max(int(sel.sum(-1).amax()), 1)
+    if 2 * q.size(2) * most * key_block <= S:
+        return "gather", most
+    if host and key_block >= 32:                            # small blocks: the time goes into their number
         if 2 * S * sel.mean(dtype=torch.float32) <= limit.mean(dtype=torch.float32):
-            path = "blocks"
-    return path or "dense", most
+            return "blocks", most
+    return "dense", most
 
 
-def flex_block_attention(q, k, v, sel, key_block, limit, scale):
+def flex_block_attention(q, k, v, sel, key_block, limit, scale, most):
     """The flex path. The G heads of a group are folded into the rows, row = t G + g.
 
     A tile of 128 rows is 128 / G tokens, neighbours whose picks overlap, and loads each key once per group,
@@ -2031,24 +2000,22 @@ def flex_block_attention(q, k, v, sel, key_block, limit, scale):
     return y.unflatten(2, (T, G))
 
 
-def gather_attention(q, k, v, sel, key_block, limit, scale, n):
-    """The gather path; no query picks more than n blocks."""
-    B, Hkv = k.shape[:2]
+def gather_attention(q, k, v, sel, key_block, limit, scale, most):
+    """The gather path; no query picks more than `most` blocks."""
     S = k.size(2)
-    index, picked = top_k(sel.float().log(), n)                                 # of 0 and -inf: ascending
+    index, picked = top_k(sel.float().log(), most)                              # of 0 and -inf: ascending
     slots = index[..., None] * key_block + count_to(key_block, q)
     slots = slots.masked_fill(~picked[..., None], S).flatten(3)                 # (B, Hkv, T, keys)
-    row = count_to(B, q)[:, None, None, None]
-    head = count_to(Hkv, q)[:, None, None]
-    at = row, head, slots.clamp(max=S - 1)
-    k, v = (a[at].flatten(0, 2).unsqueeze(1) for a in (k, v))                   # (B Hkv T, 1, keys, D)
+    at = slots.clamp(max=S - 1).flatten(0, 1)
+    group = count_to(len(at), q)[:, None, None]
+    k, v = (a.flatten(0, 1)[group, at].flatten(0, 1) for a in (k, v))           # (B Hkv T, keys, D)
     mask = (slots < limit[:, None, :, None]).flatten(0, 2)
     rows = q.flatten(0, 2).unsqueeze(2)
-    y = softmax_attention(rows, k, v, mask=mask[:, None, None], scale=scale)
+    y = softmax_attention(rows, k.unsqueeze(1), v.unsqueeze(1), mask=mask[:, None, None], scale=scale)
     return y.squeeze(2).unflatten(0, slots.shape[:3])
 
 
-def block_by_block(q, k, v, sel, key_block, limit, scale):
+def block_by_block(q, k, v, sel, key_block, limit, scale, most):
     """The blocks path: every block meets the queries that picked it, whatever their neighbours picked."""
     limit = limit[:, None].expand(sel.shape[:3]).flatten()
     rows = q.flatten(0, 2) * (scale or q.size(-1) ** -0.5)
@@ -2166,9 +2133,8 @@ def scan_groups(through, k_out, U, W, S, size):
         apply = lambda m, s: m[..., :K] @ s + m[..., K:]
     w = one.size(1)
     grouped = lambda a: a if a is None else a.unflatten(1, (-1, size)).flatten(0, 1)
-    args = [grouped(a) for a in (through, k_out, U, W)]
-    args[2] = F.pad(args[2], (w, 0))
-    start = F.pad(one, (0, S.size(2))).expand(len(args[2]), -1, -1)
+    args = [grouped(a) for a in (through, k_out, F.pad(U, (w, 0)), W)]
+    start = F.pad(one, (0, S.size(2))).expand(len(args[0]), -1, -1)
     maps, _, last = scan_chunks(*args, start)               # (P n, size, K, w + V), (P n, K, w + V)
     starts = []
     for m in last.unflatten(0, (len(S), -1)).unbind(1):

@@ -17,8 +17,6 @@ f, and this file can be copied alone.
 All losses are natural logs per token over the same T tokens of the same windows, so AR and diffusion can be
 compared.
 """
-import math
-
 import torch
 import torch.nn.functional as F
 
@@ -96,24 +94,27 @@ def mixed_loss(f, x, bos_id, mask_id, ar_frac, noise=None, generator=None, input
     n = round(ar_frac * B)
     need(0 < n < B, f"ar_frac {ar_frac} of {B} rows gives {n} AR rows: each objective needs one; use "
          "a larger batch, or objective ar or mdm")
-    read = x if inputs is None else inputs
-    ar = ar_loss(f, x[:n], bos_id, read[:n], "sum")
+    ar = ar_loss(f, x[:n], bos_id, (x if inputs is None else inputs)[:n], "sum")
     noise = noise and [a[n:] for a in noise]
     mdm = mdm_loss(f, x[n:], mask_id, noise, generator, reduction="sum")
-    if reduction == "sum":
-        return ar + mdm, ar.detach(), mdm.detach()
-    ar_mean = ar.detach() / (n * T)
-    mdm_mean = mdm.detach() / ((B - n) * T)
-    return (ar + mdm) / (B * T), ar_mean, mdm_mean
+    tokens = (1, 1, 1) if reduction == "sum" else (B * T, n * T, (B - n) * T)
+    return tuple(a / size for a, size in zip((ar + mdm, ar.detach(), mdm.detach()), tokens))
 
 
 def token_nll(logits, targets):
     """-log p(target) for logits (B, T, V) and targets (B, T):
     (B, T) nats, float32 also where the logits are bf16."""
-    if logits.dtype in (torch.bfloat16, torch.float16):
-        logits = logits.float()
-    nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    nats = F.cross_entropy(widen(logits).flatten(0, 1), targets.flatten(), reduction="none")
     return nats.view(targets.shape)
+
+
+def widen(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def count_to(n, x):
+    """0, 1, ..., n - 1 on the device of x."""
+    return torch.arange(n, device=x.device)
 
 
 def reduce_loss(nats, reduction):
@@ -167,8 +168,7 @@ def reading_order(number, T):
     AR in an order is block diffusion with blocks of 1 on x.gather(1, order) with pos=order: each place is
     predicted from those before it in the order, and knows where it stands (XLNet's two streams, 1906.08237).
     """
-    seeded = lambda n: torch.Generator().manual_seed(n)
-    order = {n: torch.randperm(T, generator=seeded(n)) for n in set(number.tolist())}
+    order = {n: torch.randperm(T, generator=torch.Generator().manual_seed(n)) for n in set(number.tolist())}
     order[0] = torch.arange(T)
     return torch.stack([order[n] for n in number.tolist()])
 
@@ -205,22 +205,21 @@ def masked_nll(f, x, mask_id, masked, noise_block=None, **keywords):
     """(B, T) nats of every token of x, predicted from x with `masked` (B, T) hidden; only masked places mean
     something. A place that holds mask_id itself is hidden from all, and its own value means nothing."""
     T = x.size(1)
-    noisy = torch.where(masked, mask_id, x)
-    target = x.clamp(max=mask_id - 1)
-    if noise_block is None:
-        return token_nll(predict(f, noisy, mask_id, causal=False, **keywords), target)
-    keywords["mask"] = two_stream_mask(T, noise_block, x.device)
-    pos = keywords.get("pos", torch.arange(T, device=x.device))
-    keywords["pos"] = torch.cat([pos, pos], dim=-1)
-    logits = predict(f, torch.cat([noisy, x], dim=1), mask_id, causal=False, **keywords)
-    return token_nll(logits[:, :T], target)                     # the second half only serves as keys
+    read = torch.where(masked, mask_id, x)
+    if noise_block is not None:                                 # a second half, which only serves as keys
+        keywords["mask"] = two_stream_mask(T, noise_block, x.device)
+        pos = keywords.get("pos", count_to(T, x))
+        keywords["pos"] = torch.cat([pos, pos], dim=-1)
+        read = torch.cat([read, x], dim=1)
+    logits = predict(f, read, mask_id, causal=False, **keywords)
+    return token_nll(logits[:, :T], x.clamp(max=mask_id - 1))
 
 
 def two_stream_mask(T, noise_block, device=None):
     """(2T, 2T) bool, True = visible, for the input [noisy; clean] of BD3-LM (Arriola et al. 2503.09573,
     section 3.2): a noisy block sees itself and the clean blocks before it; a clean block sees clean blocks up
     to itself."""
-    block = torch.arange(T, device=device).div(noise_block, rounding_mode="floor").repeat(2)
+    block = (torch.arange(T, device=device) // noise_block).repeat(2)
     clean = torch.arange(2 * T, device=device) >= T
     q = block[:, None]
     to_clean = block < q + clean[:, None].long()
@@ -264,8 +263,7 @@ def mdm_nll(f, x, mask_id, n_mc, generator=None, replicates=4, batch_size=32, no
     m = n_mc // replicates
     need(replicates >= 4 and n_mc > 0 and n_mc == m * replicates,
          f"n_mc {n_mc} must be a multiple of the {replicates} replicates, and those at least 4")
-    if generator is None:
-        generator = torch.Generator().manual_seed(0)
+    generator = generator or torch.Generator().manual_seed(0)
     group = torch.arange(W) if group is None else group.cpu()
     need(bool((group.diff() >= 0).all()), "group must ascend: windows of one number are neighbours")
     N = int(group[-1]) + 1
@@ -280,10 +278,8 @@ def mdm_nll(f, x, mask_id, n_mc, generator=None, replicates=4, batch_size=32, no
             ends = torch.tensor([start, start + step])
             lo, hi = torch.searchsorted(group, ends).tolist()   # windows
             blocks = (group[lo:hi, None] * per_window + torch.arange(per_window)).flatten()      # whose masks
-            can = torch.ones(hi - lo, T, dtype=torch.bool)
-            if scored is not None:
-                can = scored[lo:hi].cpu()
-            tokens[lo:hi] = can.sum(1).double()
+            can = torch.ones(hi - lo, T, dtype=torch.bool) if scored is None else scored[lo:hi].cpu()
+            tokens[lo:hi] = can.sum(1)
             can = can.reshape(-1, S)
             size = can.sum(1)                                   # of each block
             share = (lattice[:, blocks].double() / (G * m) + shift) % 1
@@ -303,7 +299,7 @@ def mdm_nll(f, x, mask_id, n_mc, generator=None, replicates=4, batch_size=32, no
                 nats[r].index_add_(0, window[now], loss.sum(1))
     values = nats / tokens if per_row else nats.sum(1) / tokens.sum()
     mean = values.mean(0)
-    error = values.std(0) / math.sqrt(replicates)
+    error = values.std(0) / replicates ** 0.5
     return (mean, error) if per_row else (mean.item(), error.item())
 
 
@@ -333,23 +329,22 @@ def chain_nll(f, x, mask_id, order="left", scored=None, noise_block=None, **keyw
     B, T = x.shape
     live = torch.ones_like(x, dtype=torch.bool) if scored is None else scored.clone()
     tokens = live.sum(1)
-    row = torch.arange(B, device=x.device)
-    nats = torch.zeros(B, dtype=torch.float64, device=x.device)
-    block = torch.arange(T, device=x.device).div(noise_block or T, rounding_mode="floor")
+    row = count_to(B, x)[:, None]
+    nats = torch.zeros(B, 1, dtype=torch.float64, device=x.device)
+    block = count_to(T, x) // (noise_block or T)
     if noise_block:
         keywords["mask"] = block[:, None] >= block              # what sees what: (T, T)
     for _ in range(int(tokens.max())):
         logits = predict(f, torch.where(live, mask_id, x), mask_id, causal=False, **keywords)
-        if order == "left":
-            score = -torch.arange(T, device=x.device).float().expand(B, T)
-        else:
+        score = torch.zeros_like(x, dtype=torch.float)
+        if order == "confidence":
             score = confidence(logits, "max_prob") - 2 * block
-        i = score.masked_fill(~live, -torch.inf).argmax(1)      # ties to the left
+        i = score.masked_fill(~live, -torch.inf).argmax(1, keepdim=True)        # ties to the left
         target = x[row, i].clamp(max=mask_id - 1)               # of a row that is done: any, mask_id too
-        nll = token_nll(logits[row, i][:, None], target[:, None])[:, 0]
-        nats += torch.where(live.any(1), nll.double(), 0)
+        nll = token_nll(logits[row, i], target).double()
+        nats += torch.where(live.any(1, keepdim=True), nll, 0)
         live[row, i] = False
-    return nats / tokens
+    return nats[:, 0] / tokens
 
 
 @torch.no_grad()
@@ -429,7 +424,7 @@ def sample_ar(f, x, bos_id,
     if it was trained as both; from an LM with mtp, one. With a cache f must rewrite the slots named by pos:
     layer `full` without window, `mla`. callback sees the drafts, too.
     """
-    check_sampling(temperature, top_k, top_p)
+    law = sampling_law(temperature, top_k, top_p)
     need(draft == 0 or draft > 0 and on_token is None,
          f"draft is {draft}: it must be a number of tokens, and 0 beside on_token")
     x = x.clone()
@@ -437,15 +432,14 @@ def sample_ar(f, x, bos_id,
         return x
     B, T = x.shape
     given = x != bos_id
-    row = torch.arange(B, device=x.device)[:, None]
-    place = torch.arange(T, device=x.device)
+    row = count_to(B, x)[:, None]
+    place = count_to(T, x)
     end = torch.full_like(x[:, 0], T) if valid is None else valid.sum(1)
     at = torch.where(given, T, place).amin(1)                   # (B,) the place that each row fills next
     longest = int(at.max())                                     # prompt
-    even = not draft and bool((at == at[0]).all())              # then the cache needs no positions
+    even = not draft and int(at.min()) == longest               # then the cache needs no positions
     cached = getattr(f, "has_cache", hasattr(f, "init_cache")) if cache is None else cache
     kv = new_cache(f, x) if cached else None
-    law = dict(temperature=temperature, top_k=top_k, top_p=top_p)
 
     def look(x, k, causal=True):
         """Logits (B, k + 1, V) at the places at, at + 1, ... of the context."""
@@ -520,7 +514,7 @@ def sample_mdm(f, x, mask_id,
                 block alone against those of prefix and suffix. An approximation: they are as old as the last
                 full pass. f must rewrite the slots named by pos: layer `full` without window, `mla`.
     """
-    check_sampling(temperature, top_k, top_p)
+    law = sampling_law(temperature, top_k, top_p)
     check_diffusion(order, steps, threshold, fill_block)
     need(not cache or fill_block, "the dual cache works by blocks: give fill_block, for example 32")
     need(refresh is None or refresh >= 1, f"refresh is {refresh}: it must be at least 1 step of a block")
@@ -529,38 +523,34 @@ def sample_mdm(f, x, mask_id,
         return x
     B, T = x.shape
     S = min(fill_block or T, T)
-    hole = x == mask_id if valid is None else (x == mask_id) & valid
-    padding = {} if valid is None or bool(valid.all()) else {"valid": valid}
-    place = torch.arange(T, device=x.device)
+    valid = torch.ones_like(x, dtype=torch.bool) if valid is None else valid
+    hole = (x == mask_id) & valid
+    padded = not bool(valid.all())
+    place = count_to(T, x)
     first = torch.where(hole, place, T).amin(1)                 # (B,) hole
-    of = (place - first[:, None]).div(S, rounding_mode="floor")
-    block = torch.where(hole, of, -1)                           # (B, T)
+    block = torch.where(hole, (place - first[:, None]) // S, -1)        # (B, T)
     blocks = block.amax(1) + 1                                  # (B,)
-    if steps is None:
-        share = torch.full_like(blocks, S)                      # (B,) passes for one block
-    else:
-        share = (steps / blocks.clamp(min=1)).ceil()
-    end = torch.full_like(first, T) if valid is None else valid.sum(1)
-    how = dict(temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+    passes = blocks * S if steps is None else steps
+    share = (passes / blocks.clamp(min=1)).ceil()               # (B,) for one block
     step = 0
     for k in range(int(blocks.max())):
-        start = torch.minimum(first + k * S, end - S).clamp(min=0)
+        start = torch.minimum(first + k * S, valid.sum(1) - S).clamp(min=0)
         window = start[:, None] + place[:S]                     # (B, S) its places
         age = 0
         while bool((live := (block == k) & (x == mask_id)).any()):
             left = (share - age).clamp(min=1)
-            if cache and age % (refresh or T):
-                part = x.gather(1, window)
-                keywords = {key: value.gather(1, window) for key, value in padding.items()}
-                keywords |= dict(cache=kv, commit=False, pos=window)
-                logits = predict(f, part, mask_id, causal=False, **keywords)
-                reveal(part, live.gather(1, window), logits, left, order, threshold, how)
+            whole = not cache or age % (refresh or T) == 0
+            take = (lambda a: a) if whole else (lambda a: a.gather(1, window))      # what is computed
+            how = {"valid": take(valid)} if padded else {}
+            if not whole:
+                how |= dict(cache=kv, commit=False, pos=window)
+            elif cache:
+                how["cache"] = kv = new_cache(f, x)
+            part = take(x)
+            logits = predict(f, part, mask_id, causal=False, **how)
+            reveal(part, take(live), logits, left, order, threshold, law, generator)
+            if not whole:
                 x.scatter_(1, window, part)
-            else:
-                kv = new_cache(f, x) if cache else None
-                keywords = dict(padding, cache=kv) if cache else padding
-                logits = predict(f, x, mask_id, causal=False, **keywords)
-                reveal(x, live, logits, left, order, threshold, how)
             stop_at_eot(x, ~hole, eot_id)
             age += 1
             step += 1
@@ -590,39 +580,36 @@ def sample_block(f, x, mask_id, fill_block,
     rest of the block, which is then filled again. The cache holds complete blocks only, so nothing has to be
     undone.
     """
-    check_sampling(temperature, top_k, top_p)
+    law = sampling_law(temperature, top_k, top_p)
     check_diffusion(order, steps, threshold, fill_block)
     if x.numel() == 0:
         return x.clone()
     B, T = x.shape
     S = fill_block
-    end = torch.full((B, 1), T, device=x.device)
-    if valid is not None:
-        end = valid.sum(1, keepdim=True)
+    end = x.new_full((B, 1), T) if valid is None else valid.sum(1, keepdim=True)
     x = F.pad(x, (0, -T % S))                                   # (B, T') whole blocks
-    place = torch.arange(x.size(1), device=x.device)
+    place = count_to(x.size(1), x)
     behind = (place >= end) & (place < end + -end % S)          # the block a row ends in is filled whole
     x = torch.where(behind, mask_id, torch.where(place < end, x, 0))
     given = x != mask_id
     kv = new_cache(f, x) if cache else None
-    how = dict(temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
     step = 0
     for start in range(0, x.size(1), S):
         stop = start + S
         part = x[:, start:stop]                                 # a view: filled in place
         while True:
-            left = torch.full((B,), S if steps is None else steps, device=x.device)
+            left = S if steps is None else steps
             while bool((live := part == mask_id).any()):
                 if cache:
                     logits = predict(f, part, mask_id, causal=False, cache=kv, commit=False)
                 else:
-                    of = place[:stop].div(S, rounding_mode="floor")
+                    of = place[:stop] // S
                     mask = of[:, None] >= of
                     logits = predict(f, x[:, :stop], mask_id, causal=False, mask=mask)
                     logits = logits[:, start:]
-                reveal(part, live, logits, left, order, threshold, how)
+                reveal(part, live, logits, left, order, threshold, law, generator)
                 stop_at_eot(x, given, eot_id)
-                left = (left - 1).clamp(min=1)
+                left = max(left - 1, 1)
                 step += 1
                 if callback is not None:
                     callback(step, x)
@@ -637,41 +624,38 @@ def sample_block(f, x, mask_id, fill_block,
     return torch.where(place < end, x, 0)[:, :T]
 
 
-def reveal(x, live, logits, left, order, threshold, how):
+def reveal(x, live, logits, left, order, threshold, law, generator):
     """One step of a diffusion sampler, in place:
     choose places among `live` (B, T) bool, then draw tokens there only.
 
-    Each row reveals an equal share of its live places over the `left` (B,) steps that remain, at least one;
-    with a threshold, those whose confidence reaches it, at least one. logits (B, T, V); how: the keywords of
-    `draw`.
+    Each row reveals an equal share of its live places over the steps that remain, `left` (a number or (B,));
+    with a threshold, those whose confidence reaches it; at least one either way. logits (B, T, V); law: from
+    `sampling_law`.
 
     The choice must not depend on the tokens drawn. Drawing everywhere and keeping the draws that came out
     probable (LLaDA, Fast-dLLM) rejects an improbable token until a common one comes: its samples do not
     follow the model even with one token a step.
     """
     if order == "left":
-        place = torch.arange(x.size(1), device=x.device)
-        score = -place.expand(x.shape).float()
+        score = torch.zeros_like(x, dtype=torch.float)          # ties go to the left
     elif order == "random":
-        generator = how["generator"]
         device = generator.device if generator else x.device
         score = torch.rand(x.shape, generator=generator, device=device).to(x.device)
     else:
         values = confidence(logits[live], order)                # (M,): only where needed
         score = values.new_zeros(x.shape).masked_scatter(live, values)
     score = score.masked_fill(~live, -torch.inf)
-    rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)        # ties to the left
+    share = (live.sum(1) / left).ceil()
     if threshold is None:
-        share = (live.sum(1) / left).ceil()
-        pick = live & (rank < share[:, None])
+        pick = live & smallest(-score, share)
     else:
-        pick = live & ((rank < 1) | (score >= threshold))
-    x[pick] = draw(logits[pick], **how)
+        pick = live & (smallest(-score, share.clamp(max=1)) | (score >= threshold))
+    x[pick] = draw(logits[pick], **law, generator=generator)
 
 
 def confidence(logits, order):
     """logits (..., V) -> (...): how sure the prediction is, whatever token is then drawn from it."""
-    logits = logits.float() if logits.dtype != torch.float64 else logits
+    logits = widen(logits)
     p = logits.softmax(-1)
     if order == "max_prob":
         return p.amax(-1)
@@ -761,10 +745,12 @@ def new_cache(f, x):
     return f.init_cache(x.size(0), x.size(1), x.device, dtype)
 
 
-def check_sampling(temperature, top_k, top_p):
+def sampling_law(temperature, top_k, top_p):
+    """The keywords of `probabilities`."""
     need(temperature >= 0, f"temperature is {temperature}: it must be 0 (greedy) or positive")
     need(top_k is None or top_k >= 1, f"top_k is {top_k}: it must be at least 1")
     need(top_p is None or 0 < top_p <= 1, f"top_p is {top_p}: it must lie in (0, 1]")
+    return dict(temperature=temperature, top_k=top_k, top_p=top_p)
 
 
 def check_diffusion(order, steps, threshold, fill_block):

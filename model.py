@@ -35,8 +35,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from attention import (ATTENTION, CHOICES, RANGES, Cache, LayerConfig, at_least_float32, check_settings,
-                       compiling, need, no_autocast, on_host, step_of, top_k, widen)
+from attention import (ATTENTION, CHOICES, RANGES, Cache, LayerConfig, check_values, compiling, count_to,
+                       need, no_autocast, on_host, step_of, top_k, widen)
 
 
 @dataclass
@@ -102,12 +102,10 @@ class LM(nn.Module):
         init_weights(self)
 
     def forward(self, idx, causal=True, cache=None, commit=True, pos=None, valid=None, mask=None, aux=None):
-        T = idx.size(1)
         step = step_of(idx, cache, causal or self.config.causal, commit, pos, valid, mask, aux)
-        start = 0 if cache is None or compiling() else cache.used     # a graph cannot count
-        if pos is None and start + T > self.config.block_size:
-            self.beyond_block_size(start + T)
-        if self.embed_pos is not None and pos is not None and not compiling():
+        if pos is None:
+            self.check_length(idx.size(1) if compiling() else step.length)      # a graph cannot count
+        elif self.embed_pos is not None and not compiling():
             need(pos.min() >= 0 and pos.max() < self.config.block_size,
                  f"pos must lie between 0 and {self.config.block_size - 1}, where learned positions end")
         x = self.embed(idx)                         # (B, T, C)
@@ -150,15 +148,15 @@ class LM(nn.Module):
         valid = step.valid & (step.pos < at[:, None])
         own = step_of(x, cache, pos=step.pos, valid=valid)
         x = self.mtp[0](x, self.embed(canvas.gather(1, step.pos)), own, cache.layers[-1])
-        x = x[torch.arange(len(x), device=x.device), valid.sum(1).clamp(min=1) - 1]
+        x = x[count_to(len(x), x), valid.sum(1).clamp(min=1) - 1]
         return pick(self.logits(self.norm(x)).unsqueeze(1))
 
-    def beyond_block_size(self, T):
+    def check_length(self, T):
         size = self.config.block_size
-        if self.embed_pos is not None:
-            raise ValueError(f"{T} tokens are more than block_size {size}, and learned positions end there: "
-                             "use a shorter text or a model with position=rotary")
-        if not self.warned and not compiling():
+        need(T <= size or self.embed_pos is None,
+             f"{T} tokens are more than block_size {size}, and learned positions end there: "
+             "use a shorter text or a model with position=rotary")
+        if T > size and not self.warned and not compiling():
             self.warned = True
             warnings.warn(f"{T} tokens: beyond the block_size {size} of its training a model is worse")
 
@@ -169,11 +167,10 @@ class LM(nn.Module):
 
     def init_cache(self, batch_size, max_len, device=None, dtype=None):
         """One cache for all layers, for max_len tokens per row: it counts, they have buffers alone."""
-        device = device or self.embed.weight.device
-        blocks = (*self.blocks, *self.mtp)
-        layers = [b.mixer.buffers_for(batch_size, max_len, device, dtype) for b in blocks]
-        layers = [types.SimpleNamespace(**buffers) for buffers in layers]
-        return Cache(batch_size, max_len, device, layers=layers)
+        sizes = batch_size, max_len, device or self.embed.weight.device
+        mixers = [b.mixer for b in (*self.blocks, *self.mtp)]
+        layers = [types.SimpleNamespace(**mixer.buffers_for(*sizes, dtype)) for mixer in mixers]
+        return Cache(*sizes, layers=layers)
 
     def cache_bytes(self, T, dtype):
         """Bytes that one sequence of T tokens keeps between decode steps."""
@@ -181,16 +178,15 @@ class LM(nn.Module):
 
     def num_params(self, embedding=True):
         """Parameters, a tied head counted once; embedding=False leaves out embeddings and an untied head."""
-        outside = [m for m in (self.embed, self.embed_pos, self.head) if m is not None and not embedding]
-        left_out = {id(p) for m in outside for p in m.parameters()}
-        return sum(p.numel() for p in self.parameters() if id(p) not in left_out)
+        outside = () if embedding else ("embed", "head")
+        return sum(p.numel() for name, p in self.named_parameters() if not name.startswith(outside))
 
     def active_params(self, embedding=True):
         """Parameters that one token passes through: of a mixture's E experts, k."""
         count = self.num_params(embedding)
         for moe in self.moes():
-            experts = sum(p.numel() for name, p in moe.named_parameters() if name.startswith("expert_"))
-            count -= experts * (moe.E - moe.k) // moe.E
+            experts = [p[0].numel() for name, p in moe.named_parameters() if name.startswith("expert_")]
+            count -= sum(experts) * (moe.E - moe.k)
         return count
 
     def moes(self):
@@ -334,18 +330,17 @@ class MoE(nn.Module):
     def route(self, x):
         """x (N, C) -> weights (N, k), experts (N, k) int64, probabilities (N, E):
         float32, or float64 where x is."""
-        dtype = at_least_float32(x.dtype)
-        bias = None if self.router.bias is None else self.router.bias.to(dtype)
+        x = widen(x)
         with no_autocast(x):
-            logits = F.linear(x.to(dtype), self.router.weight.to(dtype), bias)
+            logits = F.linear(x, *(p.to(x.dtype) for p in self.router.parameters()))
         p = logits.sigmoid() if self.sigmoid else logits.softmax(dim=-1)
         choice = p.detach() + self.bias
         if self.G > 1:                                              # a group is as good as its best two
             groups = choice.view(-1, self.G, self.E // self.G)
             best_two = groups.topk(min(2, groups.size(-1)), dim=-1).values.sum(dim=-1)
             best = top_k(best_two, self.groups)[0]
-            allowed = torch.zeros_like(best_two, dtype=torch.bool).scatter_(1, best, True)
-            choice = groups.masked_fill(~allowed[..., None], -torch.inf).flatten(1)
+            barred = torch.ones_like(best_two, dtype=torch.bool).scatter_(1, best, False)
+            choice = groups.masked_fill(barred[..., None], -torch.inf).flatten(1)
         experts = top_k(choice, self.k)[0]
         weights = p.gather(1, experts)
         weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
@@ -356,13 +351,9 @@ class MoE(nn.Module):
         shape = x.shape
         x = x.reshape(-1, shape[-1])                                                # (N, C)
         weights, experts, p = self.route(x)
-        count = load = self.choices(experts)
-        real = torch.ones_like(p[:, 0])
-        if valid is not None:
-            real = valid.reshape(-1).to(p.dtype)
-            load = self.choices(experts, real)
+        real = torch.ones_like(p[:, 0]) if valid is None else valid.reshape(-1).to(p.dtype)
         if self.training:
-            self.count += load
+            self.count += self.choices(experts, real)
         if aux is not None and not self.sigmoid:
             P = real @ p / real.sum().clamp(min=1)                  # (E,)
             aux["balance"] = aux.get("balance", 0.0) + self.aux_weight * self.E * (self.share * P).sum()
@@ -371,19 +362,16 @@ class MoE(nn.Module):
         dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
         up, down = self.expert_up.to(dtype), self.expert_down.to(dtype)
         path = self.grouped if self.groupable(up, down) else self.every
-        y = path(x.to(dtype), up, down, weights, experts, count)
+        y = path(x.to(dtype), up, down, weights, experts)
         if self.shared is not None:
             gate = 1 if self.shared_gate is None else torch.sigmoid(self.shared_gate(x))
             y = y + gate * self.shared(x)
         return y.view(shape)
 
-    def choices(self, experts, real=None):
-        """How often each expert was chosen, (E,) int32: experts (N, k), real (N,):
-        1 for a token that counts, or 0."""
-        one = torch.ones_like(experts, dtype=torch.int32)
-        if real is not None:
-            one = one * real[:, None].int()
-        return one.new_zeros(self.E).scatter_add_(0, experts.flatten(), one.flatten())
+    def choices(self, experts, real):
+        """How often each expert was chosen, (E,) int32: experts (N, k), real (N,), 0 for padding, else 1."""
+        one = real.int().repeat_interleave(self.k)
+        return one.new_zeros(self.E).scatter_add_(0, experts.flatten(), one)
 
     @torch.no_grad()
     def balance(self, move=True):
@@ -402,27 +390,24 @@ class MoE(nn.Module):
         self.count.zero_()
         return count
 
-    def every(self, x, up, down, weights, experts, count=None):
+    def every(self, x, up, down, weights, experts):
         """The definition: sum over all experts of weight x expert(x), weight 0 where not chosen."""
-        w = torch.zeros(len(x), self.E, dtype=weights.dtype, device=x.device).scatter(1, experts, weights)
-        h = torch.einsum("nc,ecf->enf", x, up)
-        if self.expert_up_bias is not None:
-            h = h + self.expert_up_bias[:, None].to(h.dtype)
-        y = torch.einsum("enf,efc->enc", activate(h, self.kind), down)
-        if self.expert_down_bias is not None:
-            y = y + self.expert_down_bias[:, None].to(y.dtype)
+        w = weights.new_zeros(len(x), self.E).scatter(1, experts, weights)
+        bias = lambda b, y: y if b is None else y + b[:, None].to(y.dtype)
+        h = bias(self.expert_up_bias, torch.einsum("nc,ecf->enf", x, up))
+        y = bias(self.expert_down_bias, torch.einsum("enf,efc->enc", activate(h, self.kind), down))
         return torch.einsum("enc,ne->nc", y, w.to(x.dtype))
 
-    def grouped(self, x, up, down, weights, experts, count):
+    def grouped(self, x, up, down, weights, experts):
         """The same on tokens sorted by expert: one matrix product a group, however long the groups are."""
         order = experts.flatten().argsort(stable=True)              # (N k,)
         back = torch.empty_like(order)
-        back = back.scatter_(0, order, torch.arange(len(order), device=x.device)).view_as(experts)
-        offs = count.cumsum(0).int()                                # cumsum makes int64 of it
-        mm = getattr(F, "grouped_mm", None) or torch._grouped_mm
+        back = back.scatter_(0, order, count_to(len(order), x)).view_as(experts)
+        ends = self.choices(experts, torch.ones_like(x[:, 0])).cumsum(0).int()     # cumsum makes int64 of it
         bias = lambda b, y: y if b is None else y + b.to(y.dtype)[experts.flatten()[order]]
-        h = bias(self.expert_up_bias, mm(Spread.apply(x, order, back), up, offs=offs)) # (N k, 2 f)
-        y = bias(self.expert_down_bias, mm(activate(h, self.kind), down, offs=offs))
+        x = Spread.apply(x, order, back)                            # (N k, C)
+        h = bias(self.expert_up_bias, F.grouped_mm(x, up, offs=ends))
+        y = bias(self.expert_down_bias, F.grouped_mm(activate(h, self.kind), down, offs=ends))
         return Combine.apply(y, weights.to(y.dtype), order, back)
 
     def groupable(self, up, down):
@@ -499,18 +484,17 @@ def init_weights(lm):
     OWN_INIT                    by the constructor of the layer, whose docstring says how
     """
     residual = 0.02 / (2 * lm.config.n_layer) ** 0.5
-    known = set()                                                    # a tied weight has two names
-    for name, module in lm.named_modules():
-        for key, p in module.named_parameters(recurse=False):
-            if p.is_meta or p in known or isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or key in OWN_INIT:
-                continue
-            known.add(p)
-            if key in ("bias", "expert_up_bias", "expert_down_bias") and isinstance(module, (nn.Linear, MoE)):
-                nn.init.zeros_(p)
-                continue
-            need(isinstance(module, (nn.Linear, nn.Embedding)) or key in ("expert_up", "expert_down"),
-                 f"no rule initialises the parameter {name}.{key}: add it to init_weights")
-            to_stream = name.endswith(("o_proj", "down_proj")) or key == "expert_down"
+    for name, p in lm.named_parameters():
+        path, _, key = name.rpartition(".")
+        module = lm.get_submodule(path)
+        if p.is_meta or isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or key in OWN_INIT:
+            continue
+        need(isinstance(module, (nn.Linear, nn.Embedding)) or key.startswith("expert_"),
+             f"no rule initialises the parameter {name}: add it to init_weights")
+        if key.endswith("bias"):
+            nn.init.zeros_(p)
+        else:
+            to_stream = path.endswith(("o_proj", "down_proj")) or key == "expert_down"
             nn.init.normal_(p, std=residual if to_stream else 0.02)
 
 
@@ -578,8 +562,9 @@ def parse_value(text):
     'none' -> None; all else stays text."""
     text = text.strip()
     low = text.lower()
-    if low in ("none", "true", "false"):
-        return {"none": None, "true": True, "false": False}[low]
+    words = {"none": None, "true": True, "false": False}
+    if low in words:
+        return words[low]
     match = NUMBER.fullmatch(low) if len(low) < 40 else None
     if not match:
         return text
@@ -594,7 +579,7 @@ def settings(text):
 
 # Fields of the model, not of a layer.
 WHOLE = ("vocab_size", "block_size", "layers", "n_layer", "n_embd", "tied", "logit_softcap", "mtp")
-AROUND = ("bias", "norm_eps")                                        # the norms and the MLP read them too
+MIXER = LayerConfig.__dataclass_fields__.keys() - {"bias", "norm_eps"}  # norms and the MLP read those too
 LONGEST = LIMITS["n_layer"][1]
 
 
@@ -622,8 +607,8 @@ def parse_layers(pattern, n_layer=None):
             count = token[1:].strip()
             need(last is not None and count.strip("0"),
                  f"{about}: * needs an item before it and a count after it, as in full*3")
-            short = len(count) < 6 and len(last) * int(count) <= LONGEST
-            need(short, f"{about} makes more than {LONGEST:,} layers")
+            need(len(count) < 6 and len(last) * int(count) <= LONGEST,
+                 f"{about} makes more than {LONGEST:,} layers")
             groups[-1] += last * (int(count) - 1)
             last = None
         else:
@@ -634,9 +619,8 @@ def parse_layers(pattern, n_layer=None):
     n_layer = n_layer or len(out)
     if len(out) > n_layer:
         lost = ", ".join(dict.fromkeys(name for name, _ in out[n_layer:]))
-        n = len(out)
-        warnings.warn(f"{about} has {n} layers, the model {n_layer}: the last {n - n_layer} are left out "
-                      f"({lost})")
+        warnings.warn(f"{about} has {len(out)} layers, the model {n_layer}: "
+                      f"the last {len(out) - n_layer} are left out ({lost})")
     return [out[i % len(out)] for i in range(n_layer)]
 
 
@@ -645,13 +629,17 @@ def parse_layer(text, about):
     name, _, args = text.partition("(")
     need(name in ATTENTION, f"unknown layer '{name:.40}' in the {about}{nearest(name, ATTENTION)}: known are "
          f"{', '.join(ATTENTION)}")
+    reads = getattr(ATTENTION[name], "settings", ()) or MIXER       # a layer of your own may not say it
     values = {}
     for pair in filter(str.strip, args.rstrip(")").split(",")):
         key, eq, value = (part.strip() for part in pair.partition("="))
         need(eq and key not in WHOLE and key not in values,
              f"{about}: '{pair.strip()}' is not a setting of one layer, as in full(window=128)")
+        need(key in reads or key not in MIXER,
+             f"layer '{name}' does not read {key}: {key}={value} would change nothing. "
+             f"It reads {', '.join(reads)}")
         values[key] = parse_value(value)
-    check_settings(name, {key: value for key, value in values.items() if key not in AROUND})
+    check_values({key: value for key, value in values.items() if key in MIXER})
     return name, values
 
 
@@ -725,16 +713,14 @@ def from_preset(name, **given):
     full = PRESETS[name]
     values = dict(full)
     if "n_embd" in given and "n_embd" in full:
+        def scaled(field, factor, step):
+            return max(1, round(full[field] * factor / step)) * step
         r = given["n_embd"] / full["n_embd"]
         group = full["n_head"] // full.get("n_kv_head", full["n_head"])
-        heads = given.get("n_head") or max(1, round(full["n_head"] * r / group)) * group
-        per_head = r * full["n_head"] / heads
-        scale = {**dict.fromkeys(WIDTHS, (r, 8)), **dict.fromkeys(RANKS, (per_head, 8)),
-                 **dict.fromkeys(HEADS, (heads / full["n_head"], 1))}
-        for field in scale.keys() & full.keys():
-            factor, step = scale[field]
-            values[field] = max(1, round(full[field] * factor / step)) * step
-        values["n_head"] = heads
+        values["n_head"] = given.get("n_head") or scaled("n_head", r, group)
+        more = values["n_head"] / full["n_head"]
+        for fields, factor, step in (WIDTHS, r, 8), (RANKS, r / more, 8), (HEADS, more, 1):
+            values |= {field: scaled(field, factor, step) for field in fields if field in full}
         if "linear_n_v_head" in full:                                # value heads stay a multiple
             ratio = full["linear_n_v_head"] // full["linear_n_head"]
             values["linear_n_v_head"] = values["linear_n_head"] * ratio
@@ -742,7 +728,7 @@ def from_preset(name, **given):
             values["block_size"] = max(128, 2 ** int(math.log2(full["block_size"] * r)))
         if r < 1 and "n_expert" in full and "n_expert" not in given:
             step = max(8, 2 * full.get("n_expert_group", 1))         # groups of two at least
-            values["n_expert"] = max(1, round(full["n_expert"] * r ** 1.5 / step)) * step
+            values["n_expert"] = scaled("n_expert", r ** 1.5, step)
             active = full["n_expert_active"] * values["n_expert"] // full["n_expert"]
             values["n_expert_active"] = max(2, active)
     config = override(ModelConfig(), {**values, **given})
@@ -754,11 +740,10 @@ def tell_unread(config, given):
     """Warn of settings {field: value} that no layer of the pattern reads.
     No error: one may try several patterns."""
     used = [ATTENTION[name] for name, _ in parse_layers(config.layers, config.n_layer)]
-    fields = LayerConfig.__dataclass_fields__.keys() - {"n_head", "n_embd", "position", *AROUND}
-    for field in given.keys() & fields:
+    for field in given.keys() & MIXER - {"n_head", "n_embd", "position"}:
         if not any(field in getattr(layer, "settings", (field,)) for layer in used):
-            setting = f"{field}={given[field]}"
-            warnings.warn(f"no layer of '{config.layers}' reads {field}: {setting} changes nothing")
+            warnings.warn(f"no layer of '{config.layers}' reads {field}: "
+                          f"{field}={given[field]} changes nothing")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1038,8 +1023,8 @@ def read_layers(c, kind, n):
              "linear_attention": "kda" if kind == "kimi_linear" else "gated_deltanet",
              "sliding_attention": f"full(window={c.get('sliding_window')})"}
     every, kda = c.get("full_attention_interval", 1), c.get("linear_attn_config", {}).get("kda_layers", [])
-    linear = [i % every > 0 or i in kda for i in range(1, n + 1)]
-    types = c.get("layer_types") or ["linear_attention" if yes else "full_attention" for yes in linear]
+    types = c.get("layer_types") or ["linear_attention" if i % every or i in kda else "full_attention"
+                                     for i in range(1, n + 1)]
     need(len(types) == n and {*types} <= {*names}, f"layer_types {types!s:.60}: expected {n} of {[*names]}")
     dense = c.get("first_k_dense_replace") or (c.get("mlp_layer_types") or []).count("dense")
     layers = [names[name] + "(n_expert=0)" * (i < dense) for i, name in enumerate(types)]
@@ -1113,7 +1098,7 @@ def parts(block, kind):
         return {name: a.mT if a.dim() == 2 else a for name, a in w.items()}
     if hasattr(m, "qkv_proj"):
         cut("mixer.qkv_proj.", sizes or [m.H * m.D, m.Hkv * m.D, m.Hkv * m.D], *qkv)
-    elif m.q_a_proj is None:
+    elif isinstance(m.q_a_proj, nn.Identity):
         w["mixer.q_proj.weight"] = w.pop("mixer.q_b_proj.weight")
     for at in ("mlp.", "mlp.shared."):
         cut(at + "up_proj.", None, at + "gate_proj.", at + "up_proj.")
