@@ -261,20 +261,16 @@ class Windows:
         self.U = self.n * block_size
         self.epoch = None
 
-    def starts(self, first, count):
-        """First token of the windows first, first + 1, ... since the start of training."""
+    def read(self, first, count):
+        """(count, T) int64: the windows first, first + 1, ... since the start of training."""
         starts = []
         for k in range(first, first + count):
             epoch, i = divmod(k, self.n)
             if epoch != self.epoch:
                 rng = np.random.default_rng([self.seed, epoch])
                 self.epoch, self.offset, self.order = epoch, rng.integers(self.U), rng.permutation(self.n)
-            starts.append((self.offset + self.order[i] * self.T) % self.U)
-        return np.array(starts)
-
-    def read(self, starts):
-        """(B,) -> (B, T) int64; a window may run over the end of the ring."""
-        index = (starts[:, None] + np.arange(self.T)) % self.U
+            starts.append(self.offset + self.order[i] * self.T)
+        index = (np.array(starts)[:, None] + np.arange(self.T)) % self.U    # over the end of the ring, too
         return torch.from_numpy(self.data[index].astype(np.int64))
 
 
@@ -370,7 +366,7 @@ class Muon(torch.optim.Optimizer):
 
     Updates are scaled by 0.2 sqrt(max(m, n)) to the size of AdamW's (arXiv 2502.16982), so AdamW's --lr fits.
     """
-    def __init__(self, params, lr=1e-3, weight_decay=0.1, momentum=0.95):
+    def __init__(self, params, lr, weight_decay, momentum=0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
 
     @torch.no_grad()
@@ -392,7 +388,7 @@ class Muon(torch.optim.Optimizer):
                     p.add_(share_of(u.to(p.dtype), p), alpha=-group["lr"])
 
 
-def make_optimizers(lm, flags, device):
+def make_optimizers(lm, flags):
     """Every parameter in exactly one group:
     matrices decay, vectors (norms, biases, gates) and short convolutions do not.
 
@@ -407,13 +403,11 @@ def make_optimizers(lm, flags, device):
             muon[name] = p
         else:
             matrices.append(p)
-    decay, fused = flags["weight_decay"], torch.device(device).type in ("cuda", "cpu")
-    optimizers = [torch.optim.AdamW([dict(params=matrices, weight_decay=decay),
-                                     dict(params=vectors, weight_decay=0.0)],
-                                    lr=flags["lr"], betas=(0.9, flags["beta2"]), eps=1e-8, fused=fused)]
+    lr, decay = flags["lr"], flags["weight_decay"]
+    groups = [dict(params=matrices, weight_decay=decay), dict(params=vectors, weight_decay=0.0)]
+    optimizers = [torch.optim.AdamW(groups, lr=lr, betas=(0.9, flags["beta2"]), fused=True)]
     if muon:
-        hidden = [muon[name] for name in sorted(muon)]
-        optimizers.append(Muon(hidden, lr=flags["lr"], weight_decay=decay))
+        optimizers.append(Muon([muon[name] for name in sorted(muon)], lr, decay))
     return optimizers
 
 
@@ -425,7 +419,7 @@ def learning_rate(step, total, flags):
         return peak * (step + 1) / warmup
     if flags["schedule"] == "cosine":
         done = (step - warmup) / max(1, total - warmup)
-        return 0.5 * peak * (1 + math.cos(math.pi * min(1.0, done)))
+        return 0.5 * peak * (1 + math.cos(math.pi * done))
     if flags["schedule"] == "wsd":
         return peak * min(1.0, (total - step) / max(1, 0.2 * total))
     return peak
@@ -541,6 +535,11 @@ def save_atomic(state, path, keep=None):
         torch.save({**state, "digest": digest(state)}, f)
 
 
+def kept(folder, *which):
+    """The checkpoints in a run folder, in this order."""
+    return [path for name in which if (path := folder / f"ckpt_{name}.pt").exists()]
+
+
 def load_checkpoint(path):
     """The dictionary that save_atomic wrote. ValueError, with the name of the file, for anything else."""
     path = Path(path)
@@ -578,9 +577,7 @@ def load_model(path, which="best", device="cpu", dtype=torch.float32):
         lm, objective = from_pretrained(path, dtype, device)
         return lm, {"model": lm.state_dict(), "config": dataclasses.asdict(lm.config), "step": 0,
                     "flags": {"objective": objective}}
-    if path.is_dir():
-        names = (f"ckpt_{which}.pt", "ckpt_last.pt", "ckpt_prev.pt")
-        path = next((path / name for name in names if (path / name).exists()), path)
+    path = next(iter(kept(path, which, "last", "prev")), path)
     state = load_checkpoint(path)
     lm = LM(override(ModelConfig(), state["config"]))
     load_weights(lm, state["model"], path)
@@ -590,7 +587,7 @@ def load_model(path, which="best", device="cpu", dtype=torch.float32):
 
 def newest_checkpoint(folder, log):
     """The newest readable one in a run folder, with its file as `source`; None where there is none."""
-    paths = [path for which in ("last", "prev", "best") if (path := folder / f"ckpt_{which}.pt").exists()]
+    paths = kept(folder, "last", "prev", "best")
     for path in paths:
         try:
             return {**load_checkpoint(path), "source": path}
@@ -713,8 +710,8 @@ class Run:
 def processes(flags):
     """What this process is: rank, world, device, cuda, bf16, compiled.
     Joins the group of torchrun and leaves it."""
-    rank, local = (int(os.environ.get(k, 0)) for k in ("RANK", "LOCAL_RANK"))
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    told = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1} | os.environ   # by torchrun
+    rank, local, world = (int(told[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     device = pick_device(flags["device"])
     cuda = device.startswith("cuda")
     if cuda:
@@ -732,7 +729,7 @@ def processes(flags):
         yield types.SimpleNamespace(rank=rank, world=world, device=device, cuda=cuda, bf16=bf16,
                                     compiled=compiled)
     except RuntimeError as e:
-        if isinstance(e, torch.OutOfMemoryError) or re.search("out of memory|can't allocate", str(e)):
+        if re.search("out of memory|allocate", str(e)):
             raise ValueError("out of memory in a pass: use a smaller --micro_batch") from None
         raise
     finally:
@@ -885,7 +882,7 @@ class Batch:
         # Noise belongs to the global batch, dropout to a process; both are functions of the step and resume.
         gen = torch.Generator().manual_seed((flags["seed"] << 32) + step)
         torch.manual_seed(-1 - (flags["seed"] << 32) - step * process.world - process.rank)
-        x = self.windows.read(self.windows.starts(step * B, B))                 # (B, T)
+        x = self.windows.read(step * B, B)                      # (B, T)
         noise = diffusion.mdm_noise(x.numel() // self.block, self.block, generator=gen)
         if self.recipe["rate"]:
             noise[0].fill_(max(1, round(self.recipe["rate"] * self.block)))
@@ -917,8 +914,7 @@ class Batch:
         return losses
 
     def add_up(self, losses, stage):
-        """Sums over processes, in one bucket:
-        losses, expert counts, and the gradients where FSDP has not done it."""
+        """Sums over processes: losses, expert counts, and the gradients where FSDP has not done it."""
         if stage not in self.used:                          # by any process; what none uses has no gradient
             params = [] if self.flags["fsdp"] == "on" else list(self.lm.parameters())
             used = torch.tensor([float(p.grad is not None) for p in params], device=self.process.device)
@@ -927,11 +923,9 @@ class Batch:
         for p in self.used[stage]:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        tensors = [p.grad for p in self.used[stage]] + [m.count for m in self.lm.moes()] + [*losses.values()]
-        flat = torch.cat([t.reshape(-1) for t in tensors])
-        torch.distributed.all_reduce(flat)
-        for t, f in zip(tensors, flat.split([t.numel() for t in tensors])):
-            t.copy_(f.view_as(t))
+        grads, counts = [p.grad for p in self.used[stage]], [m.count for m in self.lm.moes()]
+        for tensor in (*grads, *counts, *losses.values()):
+            torch.distributed.all_reduce(tensor)
 
     def flops_per_token(self):
         """Training FLOPs per token, over the kinds of rows."""
@@ -1039,7 +1033,7 @@ def build(flags, config, process, state, trained):
     lm.to(process.device).train()
     if flags["fsdp"] == "on":
         shard(lm, process.compiled)
-    optimizers = make_optimizers(lm, flags, process.device)
+    optimizers = make_optimizers(lm, flags)
     if state:
         load_optimizers(optimizers, state["optimizers"])
         torch.set_rng_state(state["rng"])
