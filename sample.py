@@ -52,14 +52,15 @@ DIFFUSION = ("steps", "threshold", "order", "fill_block", "cache", "refresh")  #
 def parse_prompt(text, tokenizer, mask_id):
     """Token ids of a prompt; [MASK] or [MASK:n] stands for 1 or n tokens to fill in."""
     ids = []
-    for i, part in enumerate(re.split(r"\[MASK(?::([0-9]{1,6}))?\]", text)):
-        if i % 2 == 0 and "[MASK" not in part:
+    for i, part in enumerate(re.split(r"(\[MASK[^]]*\]?)", text)):
+        if i % 2 == 0:
             ids += encode(part, tokenizer)
             continue
-        wrong = "[MASK:0]" if i % 2 else part[part.index("[MASK"):][:20]
-        need(i % 2 and int(part or 1), "--prompt: places to fill are written [MASK], or [MASK:n] for n of 1 "
-             f"to 999999, and it has {wrong!r}")
-        ids += [mask_id] * int(part or 1)
+        form = re.fullmatch(r"\[MASK(?::([0-9]{1,6}))?\]", part)
+        count = form and int(form[1] or 1)
+        need(count, "--prompt: places to fill are written [MASK], or [MASK:n] for n of 1 to 999999, and it "
+                    f"has {part[:20]!r}")
+        ids += [mask_id] * count
     return ids
 
 
@@ -72,8 +73,8 @@ def encode(text, tokenizer):
 
 
 def sampler(args, lm, flags, infill):
-    """(its kind, the run's sampler with the flags that fit it, a function of (x, **keywords)).
-    ValueError for a flag that does not fit."""
+    """(which of diffusion.sample_ar, sample_mdm and sample_block is the run's, the flags that fit it).
+    ValueError for a flag that does not."""
     objective, size = flags["objective"], flags["diffusion_block"]
     asked = [k for k in DIFFUSION if getattr(args, k) is not None]
     if objective == "ar" or objective == "mixed" and not (infill or asked):  # a mixed model does both
@@ -84,7 +85,7 @@ def sampler(args, lm, flags, infill):
         if args.draft:
             need(objective == "mixed" or lm.mtp, "--draft needs a run of --objective mixed or --set mtp=0.3")
             check_rewrites(lm.config, "--draft")
-        return "ar", lambda x, **how: diffusion.sample_ar(lm, x, lm.mask_id, draft=args.draft or 0, **how)
+        return "ar", dict(draft=args.draft)
     need(not args.draft, "--draft is for autoregressive sampling, and this is diffusion: leave it out")
     order = args.order
     if order is None:
@@ -94,13 +95,12 @@ def sampler(args, lm, flags, infill):
         for name in {"fill_block", "cache", "refresh"}.intersection(asked):
             raise ValueError(f"--{name} is for --objective mdm: this run was trained in blocks of {size}, "
                              "and their cache is always on and exact; leave it out")
-        return "block", lambda x, **how: diffusion.sample_block(lm, x, lm.mask_id, size, **passes, **how)
+        return "block", dict(fill_block=size, **passes)
     need(args.refresh is None or args.cache, f"--refresh {args.refresh} needs --cache")
     if args.cache:
         need(args.fill_block is not None, "--cache works by blocks: give --fill_block, for example 32")
         check_rewrites(lm.config, "--cache")
-    passes |= dict(fill_block=args.fill_block, cache=args.cache, refresh=args.refresh)
-    return "mdm", lambda x, **how: diffusion.sample_mdm(lm, x, lm.mask_id, **passes, **how)
+    return "mdm", dict(fill_block=args.fill_block, cache=args.cache, refresh=args.refresh, **passes)
 
 
 def check_rewrites(config, flag):
@@ -116,7 +116,7 @@ def generate(args, lm, tokenizer, flags):
     """Prints the samples. Returns (kind of sampler, the text of the first one's canvas after each step)."""
     mask, window, rows = lm.mask_id, lm.config.block_size, []
     prompts = [parse_prompt(text, tokenizer, mask) for text in args.prompt or [""]]
-    kind, run = sampler(args, lm, flags, any(mask in ids for ids in prompts))
+    kind, fitting = sampler(args, lm, flags, any(mask in ids for ids in prompts))
     for ids in prompts:
         new = args.max_new_tokens
         if new is None:
@@ -150,8 +150,9 @@ def generate(args, lm, tokenizer, flags):
         tool = ToolCalls(TOOLS[args.tool], tokenizer, mask, map(len, rows))
         hook = {"on_token" if kind == "ar" else "on_block": tool}
     generator = torch.Generator("cpu" if device.type == "mps" else device).manual_seed(args.seed)
-    out = run(x, valid=valid, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-              eot_id=tokenizer.eot, generator=generator, callback=seen, **hook)
+    law = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, generator=generator)
+    out = getattr(diffusion, f"sample_{kind}")(lm, x, mask, valid=valid, eot_id=tokenizer.eot, callback=seen,
+                                               **law, **fitting, **hook)
     for i, (row, given) in enumerate(zip(out.tolist(), rows), 1):
         written = [t for t, g in zip(row, given) if g != mask or t != tokenizer.eot]  # the drawn ends at EOT
         text = tokenizer.decode(written)
@@ -174,18 +175,14 @@ def score(args, lm, tokenizer, flags):
     exact for AR, a bound and exact chains for diffusion."""
     need(args.windows >= 0, f"--windows {args.windows}: expected a number of windows, 0 for all")
     S = flags["diffusion_block"] if flags["objective"] == "block" else 1
-    files, ids, T = prepare.find_texts(args.text), [], lm.config.block_size
-    T -= T % S
-    most = args.windows * T or 1 << 60
+    files, T = prepare.find_texts(args.text), lm.config.block_size // S * S
     size = sum(len(text.encode()) for text, _, _ in prepare.read_text(files))
-    for part, _ in tokenizer.encode_stream(prepare.read_text(files)):
-        ids += part.tolist()
-        if len(ids) >= most:
-            break
-    T = min(T, len(ids) - len(ids) % S)
+    parts = (part.tolist() for part, _ in tokenizer.encode_stream(prepare.read_text(files)))
+    ids = list(itertools.islice(itertools.chain.from_iterable(parts), args.windows * T or None))
+    T = min(T, len(ids) // S * S)
     need(size, f"{args.text[0]} is empty: there is nothing to score")
     need(T > 0, f"{args.text[0]} is shorter than one block of the run")
-    x = torch.tensor(ids[:min(most, len(ids)) // T * T]).view(-1, T)
+    x = torch.tensor(ids[:len(ids) // T * T]).view(-1, T)
     scored = int(tokenizer.token_bytes[x.numpy()].sum())
     print(f"{len(x):,} windows of {T} tokens, {scored / size:.1%} of the "
           f"{size:,} bytes of text; {scored / x.numel():.3f} bytes per token")
@@ -286,9 +283,11 @@ def harness(run, device="cpu", measure=None, n_mc=32):
         def greedy(self, context, how):
             new = how.get("max_gen_toks", 256)
             ids = tokenizer.encode(context)[-max(1, T - new):]
-            _, run = sampler(argparse.Namespace(**dict.fromkeys((*DIFFUSION, "draft"))), lm, flags, False)
+            kind, fitting = sampler(argparse.Namespace(draft=0, **dict.fromkeys(DIFFUSION)), lm, flags, False)
             x = torch.tensor([ids + [lm.mask_id] * new], device=lm.embed.weight.device)
-            text = tokenizer.decode(run(x, temperature=0, eot_id=tokenizer.eot)[0, len(ids):].tolist())
+            write = getattr(diffusion, f"sample_{kind}")
+            y = write(lm, x, lm.mask_id, temperature=0, eot_id=tokenizer.eot, **fitting)
+            text = tokenizer.decode(y[0, len(ids):].tolist())
             for stop in (*how["until"], tokenizer.vocab[tokenizer.eot].decode()):
                 text = text.split(stop)[0]
             return text
@@ -450,9 +449,10 @@ TOOLS = {"calculator": calculator}
 # ------------------------------------------------------------------------------------------------------------
 # The command line
 
-COMMON = {      # flag: (kind, default, help)
+COMMON = {      # flag: (its type or what it may be, default, help)
+    "which": (("best", "last"), "best", "checkpoint of the folder (default: best)"),
     "device": (str, "auto", "auto | cuda | mps | cpu (default: auto)"),
-    "dtype": (str, "float32", "of a published model's weights, or bfloat16 (default: float32)"),
+    "dtype": (("float32", "bfloat16"), "float32", "of a published model's weights (default: float32)"),
     "threads": (int, 0, "CPU threads (default: 1 for models below 5M parameters, else all cores)"),
 }
 SCORE = {
@@ -493,15 +493,16 @@ def parse_args(argv):
     parser = prepare.Parser(prog="sample.py" + " score" * scoring, description=__doc__,
                             formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="run folder of train.py, or a checkpoint in one")
-    parser.add_argument("--which", default="best", choices=("best", "last"), help="checkpoint of the folder "
-                        "(default: best)")
     if scoring:
         parser.add_argument("--text", required=True, nargs="+", help="as prepare.py reads it: .txt .md "
                             ".jsonl, packed, folders")
-    switch = {bool: dict(action="store_const", const=True), list: dict(action="append")}
     for flag, (kind, default, text) in {**COMMON, **(SCORE if scoring else GENERATE)}.items():
-        how = switch.get(kind, dict(type=kind, default=default))
-        parser.add_argument(f"--{flag}", help=text, **how)
+        how = dict(choices=kind) if isinstance(kind, tuple) else dict(type=kind)
+        if kind is bool:
+            how = dict(action="store_const", const=True)
+        if kind is list:
+            how = dict(action="append")
+        parser.add_argument(f"--{flag}", default=default, help=text, **how)
     args = parser.parse_args(argv[scoring:])
     args.do, args.runs = score if scoring else generate, [args.run]
     if not scoring:
@@ -518,7 +519,6 @@ def main(argv=None):
     try:
         args, panels = parse_args(list(sys.argv[1:] if argv is None else argv)), []
         for run in args.runs:
-            need(args.dtype in ("float32", "bfloat16"), f"--dtype {args.dtype}: expected float32 or bfloat16")
             device, dtype = train.pick_device(args.device), getattr(torch, args.dtype)
             lm, state = train.load_model(run, args.which, device, dtype)
             train.set_threads(args.threads, lm)
