@@ -444,42 +444,39 @@ TOOLS = {"calculator": calculator}
 # ------------------------------------------------------------------------------------------------------------
 # The command line
 
-COMMON = {      # flag: (its type or what it may be, default, help)
-    "which": (("best", "last"), "best", "checkpoint of the folder (default: best)"),
-    "device": (str, "auto", "auto | cuda | mps | cpu (default: auto)"),
-    "dtype": (("float32", "bfloat16"), "float32", "of a published model's weights (default: float32)"),
-    "threads": (int, 0, "CPU threads (default: 1 for models below 5M parameters, else all cores)"),
+COMMON = {      # flag: (default, or its type where that is None, help); of a tuple one
+    "which": (("best", "last"), "checkpoint of the folder (default: best)"),
+    "device": ("auto", "auto | cuda | mps | cpu (default: auto)"),
+    "dtype": (("float32", "bfloat16"), "of a published model's weights (default: float32)"),
+    "threads": (0, "CPU threads (default: 1 for models below 5M parameters, else all cores)"),
 }
 SCORE = {
-    "windows": (int, 16, "score only the first ones, 0 = all (default: 16)"),
-    "n_mc": (int, 64, "masks per window of the bound, a multiple of 4 (default: 64)"),
+    "windows": (16, "score only the first ones, 0 = all (default: 16)"),
+    "n_mc": (64, "masks per window of the bound, a multiple of 4 (default: 64)"),
 }
 GENERATE = {
-    "prompt": (list, None, "text to go on with; [MASK:n] marks n tokens to fill in; may be given several "
-               "times"),
-    "num_samples": (int, 1, "of each prompt (default: 1)"),
-    "max_new_tokens": (int, None, "tokens after the prompt (default: up to 200, 0 when infilling)"),
-    "temperature": (float, 1.0, "0 = the most probable token (default: 1)"),
-    "top_k": (int, None, "draw from the k most probable tokens"),
-    "top_p": (float, None, "draw from the smallest set of tokens with this probability"),
-    "steps": (int, None, "diffusion: forward passes, of each block in a block run (default: one per token)"),
-    "threshold": (float, None, "diffusion: a pass takes every token that is at least so probable, instead of "
+    "prompt": (list, "text to go on with; [MASK:n] marks n tokens to fill in; may be given several times"),
+    "num_samples": (1, "of each prompt (default: 1)"),
+    "max_new_tokens": (int, "tokens after the prompt (default: up to 200, 0 when infilling)"),
+    "temperature": (1.0, "0 = the most probable token (default: 1)"),
+    "top_k": (int, "draw from the k most probable tokens"),
+    "top_p": (float, "draw from the smallest set of tokens with this probability"),
+    "steps": (int, "diffusion: forward passes, of each block in a block run (default: one per token)"),
+    "threshold": (float, "diffusion: a pass takes every token that is at least so probable, instead of "
                   "--steps"),
-    "order": (str, None, f"diffusion: {', '.join(diffusion.ORDERS)} (default: random; max_prob with "
-              "--threshold)"),
-    "fill_block": (int, None, "diffusion: fill blocks of so many tokens, one after the other (default: no "
-                   "blocks)"),
-    "cache": (bool, None, "diffusion in blocks: the dual cache, an approximation"),
-    "refresh": (int, None, "renew the cache also after so many steps inside a block (default: only when one "
+    "order": (str, f"diffusion: {', '.join(diffusion.ORDERS)} (default: random; max_prob with --threshold)"),
+    "fill_block": (int, "diffusion: fill blocks of so many tokens, one after the other (default: no blocks)"),
+    "cache": (bool, "diffusion in blocks: the dual cache, an approximation"),
+    "refresh": (int, "renew the cache also after so many steps inside a block (default: only when one "
                 "starts)"),
-    "draft": (int, 0, "AR: tokens that the run itself proposes for each pass; texts keep their distribution"),
-    "tool": (str, None, f"run the calls <tool>...</tool> that the model writes: {', '.join(TOOLS)}"),
-    "seed": (int, 0, "(default: 0)"),
-    "watch": (bool, None, "show every step in the terminal"),
-    "pause": (float, 0.03, "seconds between the steps shown by --watch (default: 0.03)"),
-    "gif": (str, None, "a file: also draw how the canvas of the first prompt fills"),
-    "beside": (str, None, "a second run, which writes the same prompt in the --gif"),
-    "export": (str, None, "no text: a new folder, the model as transformers reads it"),
+    "draft": (0, "AR: tokens that the run itself proposes for each pass; texts keep their distribution"),
+    "tool": (str, f"run the calls <tool>...</tool> that the model writes: {', '.join(TOOLS)}"),
+    "seed": (0, "(default: 0)"),
+    "watch": (bool, "show every step in the terminal"),
+    "pause": (0.03, "seconds between the steps shown by --watch (default: 0.03)"),
+    "gif": (str, "a file: also draw how the canvas of the first prompt fills"),
+    "beside": (str, "a second run, which writes the same prompt in the --gif"),
+    "export": (str, "no text: a new folder, the model as transformers reads it"),
 }
 
 
@@ -491,13 +488,16 @@ def parse_args(argv):
     if scoring:
         parser.add_argument("--text", required=True, nargs="+", help="as prepare.py reads it: .txt .md "
                             ".jsonl, packed, folders")
-    for flag, (kind, default, text) in {**COMMON, **(SCORE if scoring else GENERATE)}.items():
-        how = dict(choices=kind) if isinstance(kind, tuple) else dict(type=kind)
+    for flag, (default, text) in {**COMMON, **(SCORE if scoring else GENERATE)}.items():
+        kind = default if isinstance(default, type) else type(default)
+        how = dict(type=kind, default=None if kind is default else default)
+        if kind is tuple:
+            how = dict(choices=default, default=default[0])
         if kind is bool:
             how = dict(action="store_const", const=True)
         if kind is list:
             how = dict(action="append")
-        parser.add_argument(f"--{flag}", default=default, help=text, **how)
+        parser.add_argument(f"--{flag}", help=text, **how)
     args = parser.parse_args(argv[scoring:])
     args.do, args.runs = score, [args.run]
     if not scoring:
