@@ -450,12 +450,12 @@ def split_modules(documents, fraction):
     return [sorted(part, key=sha1) for part in parts]
 
 
-def drop_overlap(train, val, n=13):
-    """val without the texts that share a run of n words with a training text
+def drop_overlap(train, val):
+    """val without the texts that share a run of 13 words with a training text
     (GPT-3, arXiv:2005.14165, appendix C)."""
     def runs(text):
         words = re.findall(r"\w+", text.lower())
-        return zip(*(words[i:] for i in range(n)))
+        return zip(*(words[i:] for i in range(13)))
     held, common = set().union(*map(runs, val)), set()
     for text in train:
         common.update(held.intersection(runs(text)))

@@ -193,7 +193,7 @@ def score(args, lm, tokenizer, flags):
 
 
 @torch.no_grad()
-def panel(lm, flags, x, n_mc=64):
+def panel(lm, flags, x, n_mc):
     """All likelihoods of the windows x (N, T) that the run's objective defines:
     [(name, nats per token, s.e. over masks)].
 
@@ -323,7 +323,7 @@ def watcher(pause):
     return show
 
 
-def moving_picture(path, panels, frames=60, width=40, height=16):
+def moving_picture(path, panels):
     """A GIF of canvases that fill, side by side. panels: [(kind, the text after each step)] of each run."""
     try:
         import matplotlib                                       # for its fonts
@@ -334,16 +334,16 @@ def moving_picture(path, panels, frames=60, width=40, height=16):
     file = matplotlib.get_data_path() + "/fonts/ttf/DejaVuSansMono{}.ttf"
     font, bold = (ImageFont.truetype(file.format(style), 15, layout_engine=ImageFont.Layout.BASIC)
                   for style in ("", "-Bold"))
-    frames = min(frames, max(len(texts) for _, texts in panels))
-    rows = max(len(wrap(text, width, height)) for _, texts in panels for text in texts)
-    images = []
+    panels = [(names[kind], [wrap(text, 40, 16) for text in texts]) for kind, texts in panels]
+    frames = min(60, max(len(pages) for _, pages in panels))
+    rows, images = max(len(page) for _, pages in panels for page in pages), []
     for i in range(frames):
         image = Image.new("L", (420 * len(panels), 22 * rows + 60), 255)
         draw = ImageDraw.Draw(image)
-        for j, (kind, texts) in enumerate(panels):
-            step = round(i * (len(texts) - 1) / max(1, frames - 1))
-            draw.text((420 * j + 16, 12), f"{names[kind]}, step {step}", 0, bold)
-            draw.text((420 * j + 16, 45), "\n".join(wrap(texts[step], width, height)), 0, font)
+        for j, (name, pages) in enumerate(panels):
+            step = round(i * (len(pages) - 1) / max(1, frames - 1))
+            draw.text((420 * j + 16, 12), f"{name}, step {step}", 0, bold)
+            draw.text((420 * j + 16, 45), "\n".join(pages[step]), 0, font)
         images.append(image.point(lambda grey: grey | 31))      # 8 greys: less than half the bytes
     with prepare.whole_file(path) as f:
         pauses = [100] * (frames - 1) + [3000]                  # milliseconds

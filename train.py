@@ -46,15 +46,15 @@ import prepare
 from model import LM, PRESETS, ModelConfig, from_preset, from_pretrained, nearest, override, parse_value
 from prepare import need
 
-# What --recipe takes: {key: (default, largest, objectives, what it does)}
+# What --recipe takes: {key: (default, largest, objectives)}
 RECIPE = {
-    "mask": (0.0, 1, "ar mixed", "share of the input tokens replaced by the mask token (2511.03276)"),
-    "random": (0.0, 1, "ar mixed", "share of the input tokens replaced by random ones (2606.16246)"),
-    "reverse": (0.0, 1, "ar mixed", "share of the windows that are read from right to left (2606.16246)"),
-    "offset": (1, 16, "ar mixed", "a window learns to predict 1 to so many places on (2606.16246)"),
-    "mir": (0.0, 10, "ar mixed", "weight of a loss on inputs masked at a rate from U(0, .5) (2606.06888)"),
-    "rate": (0.0, 1, "mdm", "always this share of masks; what is trained is no bound then"),
-    "orders": (0, 2 ** 31, "block", "AR in so many fixed orders of reading, the first left to right"),
+    "mask": (0.0, 1, "ar mixed"),     # share of the input tokens replaced by the mask token (2511.03276)
+    "random": (0.0, 1, "ar mixed"),   # share of the input tokens replaced by random ones (2606.16246)
+    "reverse": (0.0, 1, "ar mixed"),  # share of the windows read from right to left (2606.16246)
+    "offset": (1, 16, "ar mixed"),    # a window learns to predict 1 to so many places on (2606.16246)
+    "mir": (0.0, 10, "ar mixed"),     # weight of a loss on inputs masked at a rate from U(0, .5) (2606.06888)
+    "rate": (0.0, 1, "mdm"),          # always this share of masks; what is trained is no bound then
+    "orders": (0, 2 ** 31, "block"),  # AR in so many fixed orders of reading, the first left to right
 }
 # name: (default, help). Words with | between them are all that it may be, the first the default. Where a type
 # stands for the default, that is None: "chooses itself" or "from the preset", as the help says.
@@ -168,8 +168,6 @@ def settings(given, log):
     Defaults < the checkpoint's < given. A flag that shapes the trajectory may not differ from the
     checkpoint's.
     """
-    for name in given:
-        need(name in DEFAULTS, f"unknown flag --{name}{nearest(name, DEFAULTS)}")
     flags, state = {**DEFAULTS, **given}, None
     check(flags)
     if flags["resume"] == "auto":
@@ -214,7 +212,7 @@ def recipe(flags):
     for pair in flags["recipe"]:
         key, _, value = pair.partition("=")
         need(key in RECIPE, f"--recipe {pair}: expected key=value, the key one of {', '.join(RECIPE)}")
-        default, most, objectives, _ = RECIPE[key]
+        default, most, objectives = RECIPE[key]
         values[key] = prepare.number(value, type(default))
         need(default <= values[key] <= most, f"--recipe {pair} must lie between {default} and {most}")
         need(flags["objective"] in objectives.split(), f"--recipe {key} is for --objective {objectives}, not "
@@ -342,7 +340,7 @@ def divide(flags, data, T, world):
 # ------------------------------------------------------------------------------------------------------------
 # Optimizers and schedule
 
-def orthogonalise(G, steps=5):
+def orthogonalise(G):
     """Newton-Schulz iteration of Muon (Keller Jordan, 2024):
     pushes all singular values of G (..., m, n) towards 1.
 
@@ -353,7 +351,7 @@ def orthogonalise(G, steps=5):
     tall = X.size(-2) > X.size(-1)
     X = X.mT if tall else X
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    for _ in range(5):
         A = X @ X.mT
         A = torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315)
         X = torch.baddbmm(X, A, X, beta=3.4445)             # 3.4445 X - 4.775 A X + 2.0315 A A X
@@ -428,7 +426,7 @@ def learning_rate(step, total, flags):
 # Evaluation
 
 @torch.no_grad()
-def evaluate(lm, windows, objective, rows=64, n_mc=4, diffusion_block=None, orders=0):
+def evaluate(lm, windows, objective, rows=64, diffusion_block=None, orders=0):
     """Loss of fixed windows (N, T), nats per token: {"loss", "se", ...};
     AR exact, diffusion a bound with its s.e.
 
@@ -446,7 +444,7 @@ def evaluate(lm, windows, objective, rows=64, n_mc=4, diffusion_block=None, orde
         if orders:
             more["pos"] = diffusion.reading_order(torch.arange(len(windows)) % orders, windows.size(1))
             windows = windows.long().gather(1, more["pos"])
-        losses["mdm_loss"], se = mdm_nats(lm, windows, objective, rows, n_mc, diffusion_block, **more)
+        losses["mdm_loss"], se = mdm_nats(lm, windows, objective, rows, 4, diffusion_block, **more)
     lm.train(was_training)
     return {"loss": min(losses.values()), "se": se, **(losses if objective == "mixed" else {})}
 
@@ -483,7 +481,7 @@ def probe_items(val_data, T, count=128):
 
 
 @torch.no_grad()
-def probe(lm, items, objective, rows=64, n_mc=8, diffusion_block=None):
+def probe(lm, items, objective, rows=64, diffusion_block=None):
     """{"probe_accuracy", "probe_gap"} of `probe_items`.
 
     The share of passages in which the true end is the most probable of the four, and the mean of wrong minus
@@ -498,7 +496,7 @@ def probe(lm, items, objective, rows=64, n_mc=8, diffusion_block=None):
     if objective in ("ar", "mixed"):
         nats = ar_nats(lm, x, rows)[:, -K:].sum(1)
     else:
-        nats, _ = mdm_nats(lm, x, objective, rows, n_mc, diffusion_block, per_row=True,
+        nats, _ = mdm_nats(lm, x, objective, rows, 8, diffusion_block, per_row=True,
                            scored=(torch.arange(T) >= T - K).expand(len(x), -1),
                            group=torch.arange(N).repeat_interleave(4))
         nats = nats * K
