@@ -117,9 +117,9 @@ FLAGS = {
         "resume": ("off | auto", "auto: go on with the run in --out, if there is one"),
     },
 }
-FLAT = {name: default for group in FLAGS.values() for name, (default, _) in group.items()}
-CHOICES = {name: default.split(" | ") for name, default in FLAT.items() if " | " in str(default)}
-DEFAULTS = {name: None if isinstance(default, type) else default for name, default in FLAT.items()}
+DEFAULTS = {name: None if isinstance(default, type) else default
+            for group in FLAGS.values() for name, (default, _) in group.items()}
+CHOICES = {name: default.split(" | ") for name, default in DEFAULTS.items() if " | " in str(default)}
 DEFAULTS |= {name: choices[0] for name, choices in CHOICES.items()}
 # These may differ between a checkpoint and the run that resumes it; all other flags shape the trajectory.
 FREE = {*FLAGS["system"], *FLAGS["output"], "epochs", "max_steps"}
@@ -127,9 +127,8 @@ POSITIVE = ("epochs", "max_steps", "unique_tokens", "lr", "micro_batch", "log_ev
             "batch_tokens", "diffusion_block")              # the other numbers may be 0; none is negative
 
 # Dense bf16 peak by device name, from the makers' data sheets, for MFU. Unknown devices get none: no guess.
-PEAK_FLOPS = {"H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12,
-              "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "RTX 4090": 165e12,
-              "RTX 3090": 71e12}
+PEAK_FLOPS = {"H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12,
+              "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 
 
 def peak_flops(device):
@@ -561,7 +560,7 @@ def load_weights(lm, weights, source):
     try:
         missing, unexpected = lm.load_state_dict(weights, strict=False)
         other = [name for name in missing + unexpected if not name.startswith("mtp.")]
-        need(not other, f"there is not the same {', '.join(other)}")
+        need(not other, f"missing or unexpected: {', '.join(other)}")
     except (RuntimeError, ValueError) as e:
         raise ValueError(f"the weights of {source} do not fit the model that the flags and data make: "
                          f"{' '.join(str(e).split())[:200]}") from None
@@ -712,14 +711,14 @@ def processes(flags):
     rank, local, world = (int(told[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     device = pick_device(flags["device"])
     cuda = device.startswith("cuda")
+    compiled, bf16 = flags["compile"] == "on", flags["dtype"] == "bfloat16"
     if cuda:
+        compiled |= flags["compile"] == "auto"
+        bf16 |= flags["dtype"] == "auto" and torch.cuda.is_bf16_supported()
         device = f"cuda:{local}" if device == "cuda" else device
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     need(world > 1 or flags["fsdp"] == "off", "--fsdp shares a model out among torchrun's processes")
-    compiled = flags["compile"] == "on" or flags["compile"] == "auto" and cuda
-    native = cuda and torch.cuda.is_bf16_supported()
-    bf16 = flags["dtype"] == "bfloat16" or flags["dtype"] == "auto" and native
     own_group = world > 1 and not torch.distributed.is_initialized()
     if own_group:
         torch.distributed.init_process_group("nccl" if cuda else "gloo")
@@ -727,7 +726,7 @@ def processes(flags):
         yield types.SimpleNamespace(rank=rank, world=world, device=device, cuda=cuda, bf16=bf16,
                                     compiled=compiled)
     except RuntimeError as e:
-        if re.search("out of memory|allocate", str(e)):
+        if re.search("out of memory|(to|can't) allocate", str(e)):
             raise ValueError("out of memory in a pass: use a smaller --micro_batch") from None
         raise
     finally:
@@ -748,13 +747,10 @@ def pick_device(name):
 
 
 def set_threads(asked, lm):
-    """Sets and returns the number of CPU threads.
-    asked 0: 1 below 5M parameters, where more slow a step down, else all."""
+    """The number of CPU threads. asked 0: 1 below 5M parameters, where more slow a step down, else all."""
     most = 4 * os.cpu_count()                               # torch starts as many as it is told
     need(0 <= asked <= most, f"--threads {asked}: expected 0 to {most}, four per core")
-    threads = asked or (1 if lm.num_params() < 5_000_000 else os.cpu_count())
-    torch.set_num_threads(threads)
-    return threads
+    torch.set_num_threads(asked or (1 if lm.num_params() < 5_000_000 else os.cpu_count()))
 
 
 def shard(lm, compiled):
