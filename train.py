@@ -1211,21 +1211,17 @@ def train(given, log=print):
                 keep()
         if run.saved != progress.step:
             keep()
-        if flags["fsdp"] == "on" and process.rank == 0:
-            # one process alone cannot run a model that is shared out, and the others do not wait for the file
-            lm = load_model(run.folder, "last")[0]
     if progress.step < total:
         log(f"interrupted at step {progress.step} of {total}: saved. "
             f"Go on with: python train.py --resume auto --out {shlex.quote(str(run.folder))}")
-    return {"out": flags["out"], "flags": flags, "step": progress.step, "seconds": progress.seconds,
-            "finished": progress.step == total, "stopped": stop, "evals": run.evals(),
-            "best": run.best, "lm": lm, "tokenizer": data.tokenizer}
+    return {"out": flags["out"], "step": progress.step, "seconds": progress.seconds, "best": run.best,
+            "finished": progress.step == total, "stopped": stop, "evals": run.evals(), "lm": lm}
 
 
-def show_sample(result):
+def show_sample(folder, device):
     """A short sample of the run's last model, as text; also written to samples.txt."""
-    lm, flags = result["lm"].eval(), result["flags"]
-    size, device = min(200, lm.config.block_size), lm.embed.weight.device
+    lm, state = load_model(folder, "last", device)
+    flags, size = state["flags"], min(200, lm.config.block_size)
     x = torch.full((1, size), lm.mask_id, device=device)    # a canvas with every place to fill
     torch.manual_seed(0)
     if flags["objective"] == "block":
@@ -1234,8 +1230,8 @@ def show_sample(result):
         ids = diffusion.sample_mdm(lm, x, lm.mask_id, order="random")
     else:
         ids = diffusion.sample_ar(lm, x, lm.mask_id)
-    text = result["tokenizer"].decode(ids[0].tolist())
-    with prepare.whole_file(Path(result["out"]) / "samples.txt", "w") as f:
+    text = prepare.load_tokenizer(folder).decode(ids[0].tolist())
+    with prepare.whole_file(Path(folder) / "samples.txt", "w") as f:
         f.write(text + "\n")
     return text
 
@@ -1248,7 +1244,7 @@ def main(argv=None):
         if rank == 0 and not result["stopped"]:
             print(f"---\nbest validation loss {result['best']:.4f} nats/token, "
                   f"{clock(result['seconds'])} of training. A sample:\n")
-            print(show_sample(result))
+            print(show_sample(result["out"], result["lm"].embed.weight.device))
             print(f"\nmore: python sample.py {shlex.quote(result['out'])}")
     except (ValueError, OSError, MemoryError) as e:
         if rank == 0:                                       # the others have the same to say
