@@ -194,8 +194,9 @@ def other_settings(state, given):
 def check(flags):
     """ValueError for a value that no run can have. (nan is not 0 <= nan.)"""
     for name, choices in CHOICES.items():
-        value, known = flags[name], ", ".join(choices)
-        need(value in choices, f"--{name} {value} is unknown{nearest(value, choices)}: one of {known}")
+        value = flags[name]
+        need(value in choices, f"--{name} {value} is unknown{nearest(value, choices)}: one of "
+                               f"{', '.join(choices)}")
     for name, value in flags.items():
         if isinstance(value, (int, float)):
             least = "above 0" if name in POSITIVE else "of 0 or more"
@@ -317,11 +318,11 @@ def open_data(flags, rank, log):
                                  tokenizer=prepare.load_tokenizer(folder))
 
 
-def divide(flags, data, T, world):
-    """(the loader of a run, what it is evaluated on), after looking whether their sizes fit the data.
+def windows_of(flags, data, T, world):
+    """(the loader of a run, what it is evaluated on); ValueError where their sizes do not fit the data.
 
-    The latter are windows of validation text, some of training text for the gap, by the same measure, and the
-    passages of the probe.
+    The latter are windows of validation text (val) and of training text (seen: the gap, by the same measure),
+    and the passages of the probe (ends).
     """
     U, batch = flags["unique_tokens"] or len(data.train), flags["batch_tokens"]
     need(U <= len(data.train), f"--unique_tokens {U:,} is more than the {len(data.train):,} training tokens "
@@ -533,7 +534,7 @@ def save_atomic(state, path, keep=None):
 
 
 def kept(folder, *which):
-    """The checkpoints in a run folder, in this order."""
+    """Those of a run folder's checkpoints that are there, in this order."""
     return [path for name in which if (path := folder / f"ckpt_{name}.pt").exists()]
 
 
@@ -660,7 +661,7 @@ class Run:
         """Locks and tidies the folder, and writes what is known by now: `about` as config.json, what a reader
         of the run needs of its data set, the log. Returns the lock."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        held = lock(self.folder)
+        locked = lock(self.folder)
         need(state or not any(self.folder.glob("ckpt_*.pt")),
              f"{self.folder} already holds a run: go on with it by --resume auto, or choose another --out")
         for part in self.folder.glob("*.part"):             # what a kill has left
@@ -674,7 +675,7 @@ class Run:
                            ("metrics.jsonl", json_lines(self.rows))):
             with prepare.whole_file(self.folder / name, "w") as f:
                 f.write(text)
-        return held
+        return locked
 
     def evals(self):
         return [r for r in self.rows if r["kind"] == "eval"]
@@ -1158,7 +1159,7 @@ def train(given, log=print):
         data = open_data(flags, process.rank, log)
         trained = initial(flags, data, log) if flags["init_from"] and not state else state
         config = model_config(flags, data.tokenizer.n_vocab, trained and trained["config"])
-        windows, held = divide(flags, data, config.block_size, process.world)
+        windows, held = windows_of(flags, data, config.block_size, process.world)
         lm, optimizers = build(flags, config, process, state, trained)
         progress = Progress(Batch(flags, windows, process, lm), state)
         total = progress.total
