@@ -520,7 +520,7 @@ def learn(config, loss_of, steps, path, device="cpu", model=LM, **flags):
         lm.load_state_dict(train.load_checkpoint(path)["model"])
         return lm.eval()
     flags = train.DEFAULTS | dict(warmup=50) | flags
-    optimizers = train.make_optimizers(lm, flags, device)
+    optimizers = train.make_optimizers(lm, flags)
     progress = prepare.Progress(path.stem)
     for step in range(steps):
         loss_of(lm, step, torch.Generator().manual_seed((1337 << 32) + step)).backward()
@@ -1752,7 +1752,7 @@ def to_train(kind, config, device, folder):
         "ar": lambda x, noise: diffusion.ar_loss(lm, x[:, :-1], lm.mask_id),
         "mdm": lambda x, noise: diffusion.mdm_loss(lm, x[:, :-1], lm.mask_id, noise=noise)
     }
-    return lm, train.make_optimizers(lm, train.DEFAULTS, device), losses[kind]
+    return lm, train.make_optimizers(lm, train.DEFAULTS), losses[kind]
 
 
 def throughput(kind, values, batch, iters, warmup, device, threads, vs):

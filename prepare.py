@@ -179,9 +179,9 @@ def find_tokenizer(spec):
     if any(Path(spec).glob("*.json")):
         return load_tokenizer(spec)
     import tiktoken
-    if spec not in tiktoken.list_encoding_names():
-        raise ValueError(f"--tokenizer {spec}: expected byte, bpe:N (N > 256), gpt2, cl100k_base, "
-                         "o200k_base, or a prepared folder such as data/docs, or a published model's")
+    need(spec in tiktoken.list_encoding_names(),
+         f"--tokenizer {spec}: expected byte, bpe:N (N > 256), gpt2, cl100k_base, o200k_base, or a prepared "
+         "folder such as data/docs, or a published model's")
     try:
         enc = tiktoken.get_encoding(spec)
     except OSError as e:                        # the network errors of `requests` are OSErrors
@@ -201,10 +201,8 @@ def load_tokenizer(path):
     meta, file = read_meta(folder), folder / "tokenizer.tiktoken"
     if meta["tokenizer"] == "byte":
         return Tokenizer("byte")
-    try:
-        need(file_sha256(file) == meta["tokenizer_sha256"], "it or meta.json is damaged")
-    except (OSError, ValueError) as e:
-        raise ValueError(f"cannot read {file} ({e}); copy it from the dataset folder") from e
+    need(file.is_file() and file_sha256(file) == meta["tokenizer_sha256"],
+         f"{file} is missing, or it or meta.json is damaged; copy it from the dataset folder")
     ranks = {base64.b64decode(token): int(i) for token, i in map(bytes.split, file.read_bytes().splitlines())}
     return Tokenizer(meta["tokenizer"], ranks, meta["pattern"], **meta.get("more", {}))
 
@@ -303,21 +301,19 @@ def json_documents(file):
 
 
 def marked_documents(file):
-    held, size, begun, at = [], 0, False, 0     # begun: a piece of this document has already gone out
+    held, begun = "", False                     # begun: a piece of this document has already gone out
     for line, at in itertools.chain(text_lines(file, PIECE), [(EOT, os.path.getsize(file))]):
         if line.strip() == EOT:
-            if begun or any(map(str.strip, held)):
-                yield "".join(held), True, at
-            held, size, begun = [], 0, False
+            if begun or held.strip():
+                yield held, True, at
+            held, begun = "", False
             continue
-        held.append(line)
-        size += len(line)
-        if size > PIECE:
+        held += line
+        if len(held) > PIECE:
             # Cut between a word and a space: every split pattern does so too, so the cut changes no token.
-            text = "".join(held)
-            cut = re.match(r".*\S(?= )|.*", text, re.S).end()
-            yield text[:cut], False, at
-            held, size, begun = [text[cut:]], len(text) - cut, True
+            cut = re.match(r".*\S(?= )|.*", held, re.S).end()
+            yield held[:cut], False, at
+            held, begun = held[cut:], True
 
 
 def cut_bytes(stream, start, stop):
@@ -410,14 +406,14 @@ def english(text):
 
 
 def chunks(text, sep, size):
-    """Cuts at separators into pieces of at most `size` characters (more where no separator comes in time)."""
-    part = ""
+    """Cuts at separators into pieces of 200 to `size` characters (more where no separator comes in time);
+    what is shorter is left out."""
+    parts = [""]
     for p in text.split(sep):
-        if part and len(part) + len(p) > size:
-            yield part
-            part = ""
-        part += sep + p if part else p
-    yield part
+        if parts[-1] and len(parts[-1]) + len(p) > size:
+            parts.append("")
+        parts[-1] += sep + p if parts[-1] else p
+    return [part for part in parts if len(part) >= 200]
 
 
 def documentation(source, seen):
@@ -433,14 +429,14 @@ def documentation(source, seen):
         if len(string) >= 200:
             fresh = [paragraph for paragraph in english(string) if paragraph not in seen]
             seen.update(fresh)
-            yield from (text for text in chunks("\n".join(fresh), "\n", 2000) if len(text) >= 200)
+            yield from chunks("\n".join(fresh), "\n", 2000)
 
 
 def program_text(source):
     """A Python source, cut at empty lines into texts of 200 to about 8,000 characters,
     without those mostly of data."""
-    yield from (text for text in chunks(source, "\n\n", 8000)
-                if len(text) >= 200 and len(re.findall("[A-Za-z]", text)) > 0.4 * len(text))
+    return [text for text in chunks(source, "\n\n", 8000)
+            if len(re.findall("[A-Za-z]", text)) > 0.4 * len(text)]
 
 
 def split_modules(documents, fraction):
@@ -454,12 +450,12 @@ def split_modules(documents, fraction):
     return [sorted(part, key=sha1) for part in parts]
 
 
-def drop_overlap(train, val, n=13):
-    """val without the texts that share a run of n words with a training text
+def drop_overlap(train, val):
+    """val without the texts that share a run of 13 words with a training text
     (GPT-3, arXiv:2005.14165, appendix C)."""
     def runs(text):
         words = re.findall(r"\w+", text.lower())
-        return zip(*(words[i:] for i in range(n)))
+        return zip(*(words[i:] for i in range(13)))
     held, common = set().union(*map(runs, val)), set()
     for text in train:
         common.update(held.intersection(runs(text)))
@@ -519,7 +515,7 @@ def download(url, folder, sha256=None):
     return path
 
 
-def shard_stream(source, split, folder, limit):
+def shard_stream(source, folder, split, limit):
     """Streams `limit` ready-made tokens, ids in place of text. Shard 0 is validation.
     Fetches only what it needs."""
     (url, n), left = SHARDS[source], limit
@@ -554,7 +550,13 @@ def prepare(source="docs", name=None, tokenizer=None, out_dir="data", text=(), v
         name += f"-corrupt{corrupt:g}" if corrupt else ""
         name += "-" + Path(tokenizer).name.replace(":", "") if tokenizer != usual else ""
     text, val = find_texts(text), find_texts(val)
-    check_settings(name, source, tokenizer, corrupt, max_tokens)
+    need(re.fullmatch(r"[^/\\]*[^/\\.][^/\\]*", name),
+         f"--name {name}: expected a plain name; folders go into --out_dir")
+    need(source in ["text", *DATASETS], f"no dataset {source}; expected --text FILE or {', '.join(DATASETS)}")
+    need(0 <= corrupt <= 1, f"--corrupt {corrupt}: expected a share of the words from 0 to 1, such as 0.3")
+    need(max_tokens is None or max_tokens > 0, f"--max_tokens {max_tokens}: expected at least 1")
+    need(source not in SHARDS or tokenizer == "gpt2" and not corrupt,
+         f"{source} is gpt2 tokens already: it takes no --corrupt and no other --tokenizer")
     content = b"".join(bytes.fromhex(file_sha256(file)) for file in text + val)
     settings = dict(source=source, corrupt=corrupt, tokenizer=tokenizer, max_tokens=max_tokens,
                     content=hashlib.sha256(content).hexdigest())
@@ -596,22 +598,13 @@ def prepare(source="docs", name=None, tokenizer=None, out_dir="data", text=(), v
     return folder
 
 
-def check_settings(name, source, tokenizer, corrupt, max_tokens):
-    need(re.fullmatch(r"[^/\\]*[^/\\.][^/\\]*", name),
-         f"--name {name}: expected a plain name; folders go into --out_dir")
-    need(source in ["text", *DATASETS], f"no dataset {source}; expected --text FILE or {', '.join(DATASETS)}")
-    need(0 <= corrupt <= 1, f"--corrupt {corrupt}: expected a share of the words from 0 to 1, such as 0.3")
-    need(max_tokens is None or max_tokens > 0, f"--max_tokens {max_tokens}: expected at least 1")
-    need(source not in SHARDS or tokenizer == "gpt2" and not corrupt,
-         f"{source} is gpt2 tokens already: it takes no --corrupt and no other --tokenizer")
-
-
 def open_source(source, text, val, max_tokens, raw):
     """Two functions that open the training and the validation stream."""
     listed = lambda texts: lambda: ((t, True, i / len(texts)) for i, t in enumerate(texts))
     if source in SHARDS:
-        shards = lambda split, limit: lambda: shard_stream(source, split, raw, limit)
-        return shards("train", max_tokens or 10**8), shards("val", 10_485_760)     # as modded-nanogpt does
+        shards = functools.partial(shard_stream, source, raw)
+        limits = {"train": max_tokens or 10**8, "val": 10_485_760}              # as modded-nanogpt does
+        return [functools.partial(shards, split, limit) for split, limit in limits.items()]
     if source == "arithmetic":
         problems = arithmetic(50_000)
         cut = len(problems) * 9 // 10

@@ -53,14 +53,15 @@ DIFFUSION = ("steps", "threshold", "order", "fill_block", "cache", "refresh")  #
 def parse_prompt(text, tokenizer, mask_id):
     """Token ids of a prompt; [MASK] or [MASK:n] stands for 1 or n tokens to fill in."""
     ids = []
-    for i, part in enumerate(re.split(r"\[MASK(?::([0-9]{1,6}))?\]", text)):
-        if i % 2 == 0 and "[MASK" not in part:
+    for i, part in enumerate(re.split(r"(\[MASK[^]]*\]?)", text)):
+        if i % 2 == 0:
             ids += encode(part, tokenizer)
             continue
-        wrong = "[MASK:0]" if i % 2 else part[part.index("[MASK"):][:20]
-        need(i % 2 and int(part or 1), "--prompt: places to fill are written [MASK], or [MASK:n] for n of 1 "
-             f"to 999999, and it has {wrong!r}")
-        ids += [mask_id] * int(part or 1)
+        form = re.fullmatch(r"\[MASK(?::([0-9]{1,6}))?\]", part)
+        count = form and int(form[1] or 1)
+        need(count, "--prompt: places to fill are written [MASK], or [MASK:n] for n of 1 to 999999, and it "
+                    f"has {part[:20]!r}")
+        ids += [mask_id] * count
     return ids
 
 
@@ -73,8 +74,8 @@ def encode(text, tokenizer):
 
 
 def sampler(args, lm, flags, infill):
-    """(its kind, the run's sampler with the flags that fit it, a function of (x, **keywords)).
-    ValueError for a flag that does not fit."""
+    """(which of diffusion.sample_ar, sample_mdm and sample_block is the run's, the flags that fit it).
+    ValueError for a flag that does not."""
     objective, size = flags["objective"], flags["diffusion_block"]
     asked = [k for k in DIFFUSION if getattr(args, k) is not None]
     if objective == "ar" or objective == "mixed" and not (infill or asked):  # a mixed model does both
@@ -85,7 +86,7 @@ def sampler(args, lm, flags, infill):
         if args.draft:
             need(objective == "mixed" or lm.mtp, "--draft needs a run of --objective mixed or --set mtp=0.3")
             check_rewrites(lm.config, "--draft")
-        return "ar", lambda x, **how: diffusion.sample_ar(lm, x, lm.mask_id, draft=args.draft or 0, **how)
+        return "ar", dict(draft=args.draft)
     need(not args.draft, "--draft is for autoregressive sampling, and this is diffusion: leave it out")
     order = args.order
     if order is None:
@@ -95,13 +96,12 @@ def sampler(args, lm, flags, infill):
         for name in {"fill_block", "cache", "refresh"}.intersection(asked):
             raise ValueError(f"--{name} is for --objective mdm: this run was trained in blocks of {size}, "
                              "and their cache is always on and exact; leave it out")
-        return "block", lambda x, **how: diffusion.sample_block(lm, x, lm.mask_id, size, **passes, **how)
+        return "block", dict(fill_block=size, **passes)
     need(args.refresh is None or args.cache, f"--refresh {args.refresh} needs --cache")
     if args.cache:
         need(args.fill_block is not None, "--cache works by blocks: give --fill_block, for example 32")
         check_rewrites(lm.config, "--cache")
-    passes |= dict(fill_block=args.fill_block, cache=args.cache, refresh=args.refresh)
-    return "mdm", lambda x, **how: diffusion.sample_mdm(lm, x, lm.mask_id, **passes, **how)
+    return "mdm", dict(fill_block=args.fill_block, cache=args.cache, refresh=args.refresh, **passes)
 
 
 def check_rewrites(config, flag):
@@ -117,7 +117,7 @@ def generate(args, lm, tokenizer, flags):
     """Prints the samples. Returns (kind of sampler, the text of the first one's canvas after each step)."""
     mask, window, rows = lm.mask_id, lm.config.block_size, []
     prompts = [parse_prompt(text, tokenizer, mask) for text in args.prompt or [""]]
-    kind, run = sampler(args, lm, flags, any(mask in ids for ids in prompts))
+    kind, fitting = sampler(args, lm, flags, any(mask in ids for ids in prompts))
     for ids in prompts:
         new = args.max_new_tokens
         if new is None:
@@ -151,8 +151,9 @@ def generate(args, lm, tokenizer, flags):
         tool = ToolCalls(TOOLS[args.tool], tokenizer, mask, map(len, rows))
         hook = {"on_token" if kind == "ar" else "on_block": tool}
     generator = torch.Generator("cpu" if device.type == "mps" else device).manual_seed(args.seed)
-    out = run(x, valid=valid, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-              eot_id=tokenizer.eot, generator=generator, callback=seen, **hook)
+    law = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, generator=generator)
+    out = getattr(diffusion, f"sample_{kind}")(lm, x, mask, valid=valid, eot_id=tokenizer.eot, callback=seen,
+                                               **law, **fitting, **hook)
     for i, (row, given) in enumerate(zip(out.tolist(), rows), 1):
         written = [t for t, g in zip(row, given) if g != mask or t != tokenizer.eot]  # the drawn ends at EOT
         text = tokenizer.decode(written)
@@ -175,18 +176,14 @@ def score(args, lm, tokenizer, flags):
     exact for AR, a bound and exact chains for diffusion."""
     need(args.windows >= 0, f"--windows {args.windows}: expected a number of windows, 0 for all")
     S = flags["diffusion_block"] if flags["objective"] == "block" else 1
-    files, ids, T = prepare.find_texts(args.text), [], lm.config.block_size
-    T -= T % S
-    most = args.windows * T or 1 << 60
+    files, T = prepare.find_texts(args.text), lm.config.block_size // S * S
     size = sum(len(text.encode()) for text, _, _ in prepare.read_text(files))
-    for part, _ in tokenizer.encode_stream(prepare.read_text(files)):
-        ids += part.tolist()
-        if len(ids) >= most:
-            break
-    T = min(T, len(ids) - len(ids) % S)
+    parts = (part.tolist() for part, _ in tokenizer.encode_stream(prepare.read_text(files)))
+    ids = list(itertools.islice(itertools.chain.from_iterable(parts), args.windows * T or None))
+    T = min(T, len(ids) // S * S)
     need(size, f"{args.text[0]} is empty: there is nothing to score")
     need(T > 0, f"{args.text[0]} is shorter than one block of the run")
-    x = torch.tensor(ids[:min(most, len(ids)) // T * T]).view(-1, T)
+    x = torch.tensor(ids[:len(ids) // T * T]).view(-1, T)
     scored = int(tokenizer.token_bytes[x.numpy()].sum())
     print(f"{len(x):,} windows of {T} tokens, {scored / size:.1%} of the "
           f"{size:,} bytes of text; {scored / x.numel():.3f} bytes per token")
@@ -297,9 +294,11 @@ def harness(run, device="cpu", measure=None, n_mc=32):
         def greedy(self, context, how):
             new = how.get("max_gen_toks", 256)
             ids = tokenizer.encode(context)[-max(1, T - new):]
-            _, run = sampler(argparse.Namespace(**dict.fromkeys((*DIFFUSION, "draft"))), lm, flags, False)
+            kind, fitting = sampler(argparse.Namespace(draft=0, **dict.fromkeys(DIFFUSION)), lm, flags, False)
             x = torch.tensor([ids + [lm.mask_id] * new], device=lm.embed.weight.device)
-            text = tokenizer.decode(run(x, temperature=0, eot_id=tokenizer.eot)[0, len(ids):].tolist())
+            write = getattr(diffusion, f"sample_{kind}")
+            y = write(lm, x, lm.mask_id, temperature=0, eot_id=tokenizer.eot, **fitting)
+            text = tokenizer.decode(y[0, len(ids):].tolist())
             for stop in (*how["until"], tokenizer.vocab[tokenizer.eot].decode()):
                 text = text.split(stop)[0]
             return text
@@ -335,33 +334,28 @@ def watcher(pause):
     return show
 
 
-def moving_picture(path, panels, frames=60, width=40, height=16):
+def moving_picture(path, panels):
     """A GIF of canvases that fill, side by side. panels: [(kind, the text after each step)] of each run."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from PIL import Image
+        import matplotlib                                       # for its fonts
+        from PIL import Image, ImageDraw, ImageFont
     except ImportError:
         raise ValueError("--gif needs matplotlib: pip install matplotlib") from None
     names = {"ar": "autoregressive", "mdm": "masked diffusion", "block": "block diffusion"}
-    frames = min(frames, max(len(texts) for _, texts in panels))
-    rows = max(len(wrap(text, width, height)) for _, texts in panels for text in texts)
-    figure, images = Figure(figsize=(4.2 * len(panels), 0.22 * rows + 0.6), dpi=100), []
-    canvas = FigureCanvasAgg(figure)
+    file = matplotlib.get_data_path() + "/fonts/ttf/DejaVuSansMono{}.ttf"
+    font, bold = (ImageFont.truetype(file.format(style), 15, layout_engine=ImageFont.Layout.BASIC)
+                  for style in ("", "-Bold"))
+    panels = [(names[kind], [wrap(text, 40, 16) for text in texts]) for kind, texts in panels]
+    frames = min(60, max(len(pages) for _, pages in panels))
+    rows, images = max(len(page) for _, pages in panels for page in pages), []
     for i in range(frames):
-        figure.clear()
-        for j, (kind, texts) in enumerate(panels):
-            step = round(i * (len(texts) - 1) / max(1, frames - 1))
-            head = f"{names[kind]}, step {step}\n"
-            how = dict(x=(j + 0.04) / len(panels), y=1 - 0.15 / figure.get_figheight(), va="top", size=11,
-                       family="monospace", parse_math=False)
-            figure.text(s=head, weight="bold", **how)
-            text = "\n".join(wrap(texts[step], width, height))
-            text = re.sub(r"[^\n -~\xa0-\ud7ff]", "\ufffd", text)     # no font has control characters
-            figure.text(s="\n\n" + text, **how)
-        canvas.draw()
-        image = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba())
-        images.append(image.convert("L").point(lambda grey: grey | 31))  # 8 greys: less than half the bytes
+        image = Image.new("L", (420 * len(panels), 22 * rows + 60), 255)
+        draw = ImageDraw.Draw(image)
+        for j, (name, pages) in enumerate(panels):
+            step = round(i * (len(pages) - 1) / max(1, frames - 1))
+            draw.text((420 * j + 16, 12), f"{name}, step {step}", 0, bold)
+            draw.text((420 * j + 16, 45), "\n".join(pages[step]), 0, font)
+        images.append(image.point(lambda grey: grey | 31))      # 8 greys: less than half the bytes
     with prepare.whole_file(path) as f:
         pauses = [100] * (frames - 1) + [3000]                  # milliseconds
         images[0].save(f, "GIF", save_all=True, append_images=images[1:], loop=0, duration=pauses)
@@ -461,41 +455,39 @@ TOOLS = {"calculator": calculator}
 # ------------------------------------------------------------------------------------------------------------
 # The command line
 
-COMMON = {      # flag: (kind, default, help)
-    "device": (str, "auto", "auto | cuda | mps | cpu (default: auto)"),
-    "dtype": (str, "float32", "of a published model's weights, or bfloat16 (default: float32)"),
-    "threads": (int, 0, "CPU threads (default: 1 for models below 5M parameters, else all cores)"),
+COMMON = {      # flag: (default, or its type where that is None, help); of a tuple one
+    "which": (("best", "last"), "checkpoint of the folder (default: best)"),
+    "device": ("auto", "auto | cuda | mps | cpu (default: auto)"),
+    "dtype": (("float32", "bfloat16"), "of a published model's weights (default: float32)"),
+    "threads": (0, "CPU threads (default: 1 for models below 5M parameters, else all cores)"),
 }
 SCORE = {
-    "windows": (int, 16, "score only the first ones, 0 = all (default: 16)"),
-    "n_mc": (int, 64, "masks per window of the bound, a multiple of 4 (default: 64)"),
+    "windows": (16, "score only the first ones, 0 = all (default: 16)"),
+    "n_mc": (64, "masks per window of the bound, a multiple of 4 (default: 64)"),
 }
 GENERATE = {
-    "prompt": (list, None, "text to go on with; [MASK:n] marks n tokens to fill in; may be given several "
-               "times"),
-    "num_samples": (int, 1, "of each prompt (default: 1)"),
-    "max_new_tokens": (int, None, "tokens after the prompt (default: up to 200, 0 when infilling)"),
-    "temperature": (float, 1.0, "0 = the most probable token (default: 1)"),
-    "top_k": (int, None, "draw from the k most probable tokens"),
-    "top_p": (float, None, "draw from the smallest set of tokens with this probability"),
-    "steps": (int, None, "diffusion: forward passes, of each block in a block run (default: one per token)"),
-    "threshold": (float, None, "diffusion: a pass takes every token that is at least so probable, instead of "
+    "prompt": (list, "text to go on with; [MASK:n] marks n tokens to fill in; may be given several times"),
+    "num_samples": (1, "of each prompt (default: 1)"),
+    "max_new_tokens": (int, "tokens after the prompt (default: up to 200, 0 when infilling)"),
+    "temperature": (1.0, "0 = the most probable token (default: 1)"),
+    "top_k": (int, "draw from the k most probable tokens"),
+    "top_p": (float, "draw from the smallest set of tokens with this probability"),
+    "steps": (int, "diffusion: forward passes, of each block in a block run (default: one per token)"),
+    "threshold": (float, "diffusion: a pass takes every token that is at least so probable, instead of "
                   "--steps"),
-    "order": (str, None, f"diffusion: {', '.join(diffusion.ORDERS)} (default: random; max_prob with "
-              "--threshold)"),
-    "fill_block": (int, None, "diffusion: fill blocks of so many tokens, one after the other (default: no "
-                   "blocks)"),
-    "cache": (bool, None, "diffusion in blocks: the dual cache, an approximation"),
-    "refresh": (int, None, "renew the cache also after so many steps inside a block (default: only when one "
+    "order": (str, f"diffusion: {', '.join(diffusion.ORDERS)} (default: random; max_prob with --threshold)"),
+    "fill_block": (int, "diffusion: fill blocks of so many tokens, one after the other (default: no blocks)"),
+    "cache": (bool, "diffusion in blocks: the dual cache, an approximation"),
+    "refresh": (int, "renew the cache also after so many steps inside a block (default: only when one "
                 "starts)"),
-    "draft": (int, 0, "AR: tokens that the run itself proposes for each pass; texts keep their distribution"),
-    "tool": (str, None, f"run the calls <tool>...</tool> that the model writes: {', '.join(TOOLS)}"),
-    "seed": (int, 0, "(default: 0)"),
-    "watch": (bool, None, "show every step in the terminal"),
-    "pause": (float, 0.03, "seconds between the steps shown by --watch (default: 0.03)"),
-    "gif": (str, None, "a file: also draw how the canvas of the first prompt fills"),
-    "beside": (str, None, "a second run, which writes the same prompt in the --gif"),
-    "export": (str, None, "no text: a new folder, the model as transformers reads it"),
+    "draft": (0, "AR: tokens that the run itself proposes for each pass; texts keep their distribution"),
+    "tool": (str, f"run the calls <tool>...</tool> that the model writes: {', '.join(TOOLS)}"),
+    "seed": (0, "(default: 0)"),
+    "watch": (bool, "show every step in the terminal"),
+    "pause": (0.03, "seconds between the steps shown by --watch (default: 0.03)"),
+    "gif": (str, "a file: also draw how the canvas of the first prompt fills"),
+    "beside": (str, "a second run, which writes the same prompt in the --gif"),
+    "export": (str, "no text: a new folder, the model as transformers reads it"),
 }
 
 
@@ -504,17 +496,21 @@ def parse_args(argv):
     parser = prepare.Parser(prog="sample.py" + " score" * scoring, description=__doc__,
                             formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="run folder of train.py, or a checkpoint in one")
-    parser.add_argument("--which", default="best", choices=("best", "last"), help="checkpoint of the folder "
-                        "(default: best)")
     if scoring:
         parser.add_argument("--text", required=True, nargs="+", help="as prepare.py reads it: .txt .md "
                             ".jsonl, packed, folders")
-    switch = {bool: dict(action="store_const", const=True), list: dict(action="append")}
-    for flag, (kind, default, text) in {**COMMON, **(SCORE if scoring else GENERATE)}.items():
-        how = switch.get(kind, dict(type=kind, default=default))
+    for flag, (default, text) in {**COMMON, **(SCORE if scoring else GENERATE)}.items():
+        kind = default if isinstance(default, type) else type(default)
+        how = dict(type=kind, default=None if kind is default else default)
+        if kind is tuple:
+            how = dict(choices=default, default=default[0])
+        if kind is bool:
+            how = dict(action="store_const", const=True)
+        if kind is list:
+            how = dict(action="append")
         parser.add_argument(f"--{flag}", help=text, **how)
     args = parser.parse_args(argv[scoring:])
-    args.do, args.runs = score if scoring else generate, [args.run]
+    args.do, args.runs = score, [args.run]
     if not scoring:
         args.do = export if args.export else generate
         need(args.num_samples > 0, f"--num_samples {args.num_samples} must be at least 1")
@@ -529,7 +525,6 @@ def main(argv=None):
     try:
         args, panels = parse_args(list(sys.argv[1:] if argv is None else argv)), []
         for run in args.runs:
-            need(args.dtype in ("float32", "bfloat16"), f"--dtype {args.dtype}: expected float32 or bfloat16")
             device, dtype = train.pick_device(args.device), getattr(torch, args.dtype)
             lm, state = train.load_model(run, args.which, device, dtype)
             train.set_threads(args.threads, lm)

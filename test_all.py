@@ -2226,12 +2226,12 @@ def test_loader_sees_every_token_once_an_epoch(U, T, per_step):
     """In an order of its own, a pure function of seed and epoch; ids above 2^15 are not read as signed."""
     data = np.arange(64000, 65000, dtype=np.uint16)
     loader, again = (train.Windows(data, U, T, seed=3) for _ in "ab")
-    windows = [loader.read(loader.starts(i, per_step)) for i in range(0, 6 * loader.n, per_step)]
+    windows = [loader.read(i, per_step) for i in range(0, 6 * loader.n, per_step)]
     epochs = torch.cat(windows)[:6 * loader.n].reshape(6, -1)
     for epoch in epochs:
         assert sorted(epoch.tolist()) == list(range(64000, 64000 + U // T * T))
     assert not torch.equal(epochs[0], epochs[1])
-    assert torch.equal(again.read(again.starts(5 * loader.n, loader.n)).flatten(), epochs[5])
+    assert torch.equal(again.read(5 * loader.n, loader.n).flatten(), epochs[5])
     assert loader.data is data, "memory-mapped, it stays so"
 
 
@@ -2254,7 +2254,7 @@ def test_muon_is_torchs():
 def test_biases_of_experts_are_vectors():
     """Their shape (E, width) is a matrix's: they neither decay nor go to Muon; nor do short convolutions."""
     lm = LM(tiny(n_expert=4, bias=True, n_layer=3, layers="full nsa linear"))
-    adam, muon = train.make_optimizers(lm, {**train.DEFAULTS, "optimizer": "muon"}, "cpu")
+    adam, muon = train.make_optimizers(lm, {**train.DEFAULTS, "optimizer": "muon"})
     _, plain = adam.param_groups
     names = {n for n, p in lm.named_parameters() if any(p is q for q in plain["params"])}
     assert plain["weight_decay"] == 0 and {n.split(".")[-1] for n in names if "norm" not in n} == {
@@ -2604,7 +2604,7 @@ def test_runs_without_a_name(dataset, tmp_path, monkeypatch):
         go(dataset, out, resume="auto", max_steps=4)
     with ThreadPoolExecutor(4) as pool:
         flags = {**train.DEFAULTS, "dataset": dataset}
-        assert len(set(pool.map(lambda _: train.Run(flags, None, None, 0).folder, range(4)))) == 4
+        assert len(set(pool.map(lambda _: train.Run(flags, None, 0).folder, range(4)))) == 4
 
     row = '{"kind": "train", "step": %d, "epoch": 0.5, "loss": %s}'
     bad = ["nonsense", *(row % (9, loss) for loss in ("NaN", '"1"', "null")), '{"kind": "train", "step": 9}']

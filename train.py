@@ -20,6 +20,7 @@ ckpt_prev.pt (the save before it), ckpt_best.pt. In this file, in this order:
 """
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -45,15 +46,15 @@ import prepare
 from model import LM, PRESETS, ModelConfig, from_preset, from_pretrained, nearest, override, parse_value
 from prepare import need
 
-# What --recipe takes: {key: (default, largest, objectives, what it does)}
+# What --recipe takes: {key: (default, largest, objectives)}
 RECIPE = {
-    "mask": (0.0, 1, "ar mixed", "share of the input tokens replaced by the mask token (2511.03276)"),
-    "random": (0.0, 1, "ar mixed", "share of the input tokens replaced by random ones (2606.16246)"),
-    "reverse": (0.0, 1, "ar mixed", "share of the windows that are read from right to left (2606.16246)"),
-    "offset": (1, 16, "ar mixed", "a window learns to predict 1 to so many places on (2606.16246)"),
-    "mir": (0.0, 10, "ar mixed", "weight of a loss on inputs masked at a rate from U(0, .5) (2606.06888)"),
-    "rate": (0.0, 1, "mdm", "always this share of masks; what is trained is no bound then"),
-    "orders": (0, 2 ** 31, "block", "AR in so many fixed orders of reading, the first left to right"),
+    "mask": (0.0, 1, "ar mixed"),     # share of the input tokens replaced by the mask token (2511.03276)
+    "random": (0.0, 1, "ar mixed"),   # share of the input tokens replaced by random ones (2606.16246)
+    "reverse": (0.0, 1, "ar mixed"),  # share of the windows read from right to left (2606.16246)
+    "offset": (1, 16, "ar mixed"),    # a window learns to predict 1 to so many places on (2606.16246)
+    "mir": (0.0, 10, "ar mixed"),     # weight of a loss on inputs masked at a rate from U(0, .5) (2606.06888)
+    "rate": (0.0, 1, "mdm"),          # always this share of masks; what is trained is no bound then
+    "orders": (0, 2 ** 31, "block"),  # AR in so many fixed orders of reading, the first left to right
 }
 # name: (default, help). Words with | between them are all that it may be, the first the default. Where a type
 # stands for the default, that is None: "chooses itself" or "from the preset", as the help says.
@@ -116,9 +117,9 @@ FLAGS = {
         "resume": ("off | auto", "auto: go on with the run in --out, if there is one"),
     },
 }
-FLAT = {name: default for group in FLAGS.values() for name, (default, _) in group.items()}
-CHOICES = {name: default.split(" | ") for name, default in FLAT.items() if " | " in str(default)}
-DEFAULTS = {name: None if isinstance(default, type) else default for name, default in FLAT.items()}
+DEFAULTS = {name: None if isinstance(default, type) else default
+            for group in FLAGS.values() for name, (default, _) in group.items()}
+CHOICES = {name: default.split(" | ") for name, default in DEFAULTS.items() if " | " in str(default)}
 DEFAULTS |= {name: choices[0] for name, choices in CHOICES.items()}
 # These may differ between a checkpoint and the run that resumes it; all other flags shape the trajectory.
 FREE = {*FLAGS["system"], *FLAGS["output"], "epochs", "max_steps"}
@@ -126,9 +127,8 @@ POSITIVE = ("epochs", "max_steps", "unique_tokens", "lr", "micro_batch", "log_ev
             "batch_tokens", "diffusion_block")              # the other numbers may be 0; none is negative
 
 # Dense bf16 peak by device name, from the makers' data sheets, for MFU. Unknown devices get none: no guess.
-PEAK_FLOPS = {"H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12,
-              "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "RTX 4090": 165e12,
-              "RTX 3090": 71e12}
+PEAK_FLOPS = {"H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12,
+              "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 
 
 def peak_flops(device):
@@ -148,7 +148,7 @@ def parse_flags(argv=None):
         group = parser.add_argument_group(title)
         for name, (default, text) in flags.items():
             kind = default if isinstance(default, type) else type(default)
-            how = dict(type=kind) if kind in (int, float) else {}   # prepare.Parser reads them: 1e6, 30M
+            how = dict(type=kind)                           # prepare.Parser reads numbers: 1e6, 30M
             if kind is list:
                 how = dict(nargs="+", action="extend", metavar="KEY=VALUE")
             if name == "fsdp":
@@ -162,28 +162,26 @@ def parse_flags(argv=None):
 
 
 def settings(given, log):
-    """(flags, state, source): a run's flags, and the checkpoint that it goes on from with its path, or None.
+    """(flags, state): a run's flags, and the checkpoint that it goes on from, or None.
 
     Defaults < the checkpoint's < given. A flag that shapes the trajectory may not differ from the
     checkpoint's.
     """
-    for name in given:
-        need(name in DEFAULTS, f"unknown flag --{name}{nearest(name, DEFAULTS)}")
-    flags, state, source = {**DEFAULTS, **given}, None, None
+    flags, state = {**DEFAULTS, **given}, None
     check(flags)
     if flags["resume"] == "auto":
         need(flags["out"], "--resume auto goes on with the run in --out: name that folder")
-        state, source = newest_checkpoint(Path(flags["out"]), log)
+        state = newest_checkpoint(Path(flags["out"]), log)
     if not state:
-        return flags, None, None
+        return flags, None
+    source = state["source"]
     lost = [k for k, value in state["flags"].items() if value and k not in DEFAULTS]
     need(not lost, f"{source} was trained with --{' --'.join(lost)}, which train.py no longer has: a new run "
                    f"from its weights is --init_from {source}")
     wrong = other_settings(state, given)
     need(not wrong, f"cannot resume {source} with other settings: {', '.join(wrong)}. "
                     f"A new run from its weights: --init_from {source}")
-    flags = {**DEFAULTS, **{k: v for k, v in state["flags"].items() if k in DEFAULTS}, **given}
-    return flags, state, source
+    return {**DEFAULTS, **state["flags"], **given}, state
 
 
 def other_settings(state, given):
@@ -196,8 +194,9 @@ def other_settings(state, given):
 def check(flags):
     """ValueError for a value that no run can have. (nan is not 0 <= nan.)"""
     for name, choices in CHOICES.items():
-        value, known = flags[name], ", ".join(choices)
-        need(value in choices, f"--{name} {value} is unknown{nearest(value, choices)}: one of {known}")
+        value = flags[name]
+        need(value in choices, f"--{name} {value} is unknown{nearest(value, choices)}: one of "
+                               f"{', '.join(choices)}")
     for name, value in flags.items():
         if isinstance(value, (int, float)):
             least = "above 0" if name in POSITIVE else "of 0 or more"
@@ -213,7 +212,7 @@ def recipe(flags):
     for pair in flags["recipe"]:
         key, _, value = pair.partition("=")
         need(key in RECIPE, f"--recipe {pair}: expected key=value, the key one of {', '.join(RECIPE)}")
-        default, most, objectives, _ = RECIPE[key]
+        default, most, objectives = RECIPE[key]
         values[key] = prepare.number(value, type(default))
         need(default <= values[key] <= most, f"--recipe {pair} must lie between {default} and {most}")
         need(flags["objective"] in objectives.split(), f"--recipe {key} is for --objective {objectives}, not "
@@ -228,10 +227,8 @@ def model_config(flags, vocab_size=None, trained=None):
     vocab_size: the tokenizer's, None keeps the preset's. trained: the config of the checkpoint of
     --init_from, in place of the preset's.
     """
-    values = {}
-    for name in ("block_size", "layers", "n_layer", "n_head", "n_embd", "dropout"):
-        if flags[name] is not None:
-            values[name] = flags[name]
+    names = ("block_size", "layers", "n_layer", "n_head", "n_embd", "dropout")
+    values = {name: flags[name] for name in names if flags[name] is not None}
     for pair in flags["set"]:
         key, eq, value = pair.partition("=")
         need(eq, f"--set {pair} is not of the form key=value")
@@ -262,20 +259,16 @@ class Windows:
         self.U = self.n * block_size
         self.epoch = None
 
-    def starts(self, first, count):
-        """First token of the windows first, first + 1, ... since the start of training."""
+    def read(self, first, count):
+        """(count, T) int64: the windows first, first + 1, ... since the start of training."""
         starts = []
         for k in range(first, first + count):
             epoch, i = divmod(k, self.n)
             if epoch != self.epoch:
                 rng = np.random.default_rng([self.seed, epoch])
                 self.epoch, self.offset, self.order = epoch, rng.integers(self.U), rng.permutation(self.n)
-            starts.append((self.offset + self.order[i] * self.T) % self.U)
-        return np.array(starts)
-
-    def read(self, starts):
-        """(B,) -> (B, T) int64; a window may run over the end of the ring."""
-        index = (starts[:, None] + np.arange(self.T)) % self.U
+            starts.append(self.offset + self.order[i] * self.T)
+        index = (np.array(starts)[:, None] + np.arange(self.T)) % self.U    # over the end of the ring, too
         return torch.from_numpy(self.data[index].astype(np.int64))
 
 
@@ -325,8 +318,12 @@ def open_data(flags, rank, log):
                                  tokenizer=prepare.load_tokenizer(folder))
 
 
-def train_windows(flags, data, T, world):
-    """The loader of a run, after looking whether its sizes fit the data."""
+def windows_of(flags, data, T, world):
+    """(the loader of a run, what it is evaluated on); ValueError where their sizes do not fit the data.
+
+    The latter are windows of validation text (val) and of training text (seen: the gap, by the same measure),
+    and the passages of the probe (ends).
+    """
     U, batch = flags["unique_tokens"] or len(data.train), flags["batch_tokens"]
     need(U <= len(data.train), f"--unique_tokens {U:,} is more than the {len(data.train):,} training tokens "
                                f"of {data.folder}")
@@ -334,12 +331,16 @@ def train_windows(flags, data, T, world):
         need(T <= there, f"block_size {T} is above the {what} ({there:,} tokens): use a smaller --block_size")
     need(batch % (T * world) == 0, f"--batch_tokens {batch} must be a multiple of block_size x processes = "
                                    f"{T * world}: change it or --block_size")
-    return Windows(data.train, U, T, flags["seed"])
+    windows, val = Windows(data.train, U, T, flags["seed"]), fixed_windows(data.val, T, flags["eval_windows"])
+    return windows, types.SimpleNamespace(
+        val=val, seen=fixed_windows(data.train[:windows.U], T, max(1, len(val) // 4)),
+        ends=probe_items(data.val, T) if flags["probe_every"] else None,
+        bytes_per_token=data.tokenizer.token_bytes[val[:4096].long()].mean())
 
 # ------------------------------------------------------------------------------------------------------------
 # Optimizers and schedule
 
-def orthogonalise(G, steps=5):
+def orthogonalise(G):
     """Newton-Schulz iteration of Muon (Keller Jordan, 2024):
     pushes all singular values of G (..., m, n) towards 1.
 
@@ -350,7 +351,7 @@ def orthogonalise(G, steps=5):
     tall = X.size(-2) > X.size(-1)
     X = X.mT if tall else X
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    for _ in range(5):
         A = X @ X.mT
         A = torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315)
         X = torch.baddbmm(X, A, X, beta=3.4445)             # 3.4445 X - 4.775 A X + 2.0315 A A X
@@ -363,7 +364,7 @@ class Muon(torch.optim.Optimizer):
 
     Updates are scaled by 0.2 sqrt(max(m, n)) to the size of AdamW's (arXiv 2502.16982), so AdamW's --lr fits.
     """
-    def __init__(self, params, lr=1e-3, weight_decay=0.1, momentum=0.95):
+    def __init__(self, params, lr, weight_decay, momentum=0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
 
     @torch.no_grad()
@@ -385,7 +386,7 @@ class Muon(torch.optim.Optimizer):
                     p.add_(share_of(u.to(p.dtype), p), alpha=-group["lr"])
 
 
-def make_optimizers(lm, flags, device):
+def make_optimizers(lm, flags):
     """Every parameter in exactly one group:
     matrices decay, vectors (norms, biases, gates) and short convolutions do not.
 
@@ -400,13 +401,11 @@ def make_optimizers(lm, flags, device):
             muon[name] = p
         else:
             matrices.append(p)
-    decay, fused = flags["weight_decay"], torch.device(device).type in ("cuda", "cpu")
-    optimizers = [torch.optim.AdamW([dict(params=matrices, weight_decay=decay),
-                                     dict(params=vectors, weight_decay=0.0)],
-                                    lr=flags["lr"], betas=(0.9, flags["beta2"]), eps=1e-8, fused=fused)]
+    lr, decay = flags["lr"], flags["weight_decay"]
+    groups = [dict(params=matrices, weight_decay=decay), dict(params=vectors, weight_decay=0.0)]
+    optimizers = [torch.optim.AdamW(groups, lr=lr, betas=(0.9, flags["beta2"]), fused=True)]
     if muon:
-        hidden = [muon[name] for name in sorted(muon)]
-        optimizers.append(Muon(hidden, lr=flags["lr"], weight_decay=decay))
+        optimizers.append(Muon([muon[name] for name in sorted(muon)], lr, decay))
     return optimizers
 
 
@@ -418,7 +417,7 @@ def learning_rate(step, total, flags):
         return peak * (step + 1) / warmup
     if flags["schedule"] == "cosine":
         done = (step - warmup) / max(1, total - warmup)
-        return 0.5 * peak * (1 + math.cos(math.pi * min(1.0, done)))
+        return 0.5 * peak * (1 + math.cos(math.pi * done))
     if flags["schedule"] == "wsd":
         return peak * min(1.0, (total - step) / max(1, 0.2 * total))
     return peak
@@ -427,7 +426,7 @@ def learning_rate(step, total, flags):
 # Evaluation
 
 @torch.no_grad()
-def evaluate(lm, windows, objective, rows=64, n_mc=4, diffusion_block=None, orders=0):
+def evaluate(lm, windows, objective, rows=64, diffusion_block=None, orders=0):
     """Loss of fixed windows (N, T), nats per token: {"loss", "se", ...};
     AR exact, diffusion a bound with its s.e.
 
@@ -445,7 +444,7 @@ def evaluate(lm, windows, objective, rows=64, n_mc=4, diffusion_block=None, orde
         if orders:
             more["pos"] = diffusion.reading_order(torch.arange(len(windows)) % orders, windows.size(1))
             windows = windows.long().gather(1, more["pos"])
-        losses["mdm_loss"], se = mdm_nats(lm, windows, objective, rows, n_mc, diffusion_block, **more)
+        losses["mdm_loss"], se = mdm_nats(lm, windows, objective, rows, 4, diffusion_block, **more)
     lm.train(was_training)
     return {"loss": min(losses.values()), "se": se, **(losses if objective == "mixed" else {})}
 
@@ -482,7 +481,7 @@ def probe_items(val_data, T, count=128):
 
 
 @torch.no_grad()
-def probe(lm, items, objective, rows=64, n_mc=8, diffusion_block=None):
+def probe(lm, items, objective, rows=64, diffusion_block=None):
     """{"probe_accuracy", "probe_gap"} of `probe_items`.
 
     The share of passages in which the true end is the most probable of the four, and the mean of wrong minus
@@ -497,7 +496,7 @@ def probe(lm, items, objective, rows=64, n_mc=8, diffusion_block=None):
     if objective in ("ar", "mixed"):
         nats = ar_nats(lm, x, rows)[:, -K:].sum(1)
     else:
-        nats, _ = mdm_nats(lm, x, objective, rows, n_mc, diffusion_block, per_row=True,
+        nats, _ = mdm_nats(lm, x, objective, rows, 8, diffusion_block, per_row=True,
                            scored=(torch.arange(T) >= T - K).expand(len(x), -1),
                            group=torch.arange(N).repeat_interleave(4))
         nats = nats * K
@@ -521,7 +520,7 @@ def digest(value, crc=0):
         return zlib.crc32(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), crc)
     if isinstance(value, (dict, list, tuple)):
         crc = zlib.crc32(f"{type(value).__name__} {len(value)}".encode(), crc)
-        for item in (x for pair in value.items() for x in pair) if isinstance(value, dict) else value:
+        for item in itertools.chain(*value.items()) if isinstance(value, dict) else value:
             crc = digest(item, crc)
         return crc
     return zlib.crc32(repr(value).encode(), crc)
@@ -529,9 +528,14 @@ def digest(value, crc=0):
 
 def save_atomic(state, path, keep=None):
     """keep: the name that the file of before gets."""
-    state = {"version": VERSION, **{k: v for k, v in state.items() if k not in ("version", "digest")}}
+    state = {"version": VERSION, **state}
     with prepare.whole_file(path, keep=keep) as f:
         torch.save({**state, "digest": digest(state)}, f)
+
+
+def kept(folder, *which):
+    """Those of a run folder's checkpoints that are there, in this order."""
+    return [path for name in which if (path := folder / f"ckpt_{name}.pt").exists()]
 
 
 def load_checkpoint(path):
@@ -543,20 +547,22 @@ def load_checkpoint(path):
     damaged = f"{path} is truncated, damaged or not a checkpoint of train.py"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:
+        version, written = int(state["version"]), int(state.pop("digest", 0))
+    except Exception as e:                                  # whatever a foreign file may hold
         raise ValueError(f"{damaged} ({e!s:.60})") from None
-    need(isinstance(state, dict) and type(state.get("version")) is int, damaged)
-    need(state["version"] == VERSION, f"{path} was written by another version of train.py "
-                                      f"({state['version']}; this one reads {VERSION})")
-    found = state.pop("digest", None)
-    need(type(found) is int and found == digest(state), damaged)
+    need(version == VERSION, f"{path} was written by another version of train.py ({version}; this one reads "
+                             f"{VERSION})")
+    need(written == digest(state), damaged)
     return state
 
 
-def load_weights(lm, state, source):
+def load_weights(lm, weights, source):
+    """All of them, but that the module of --set mtp may come or go."""
     try:
-        lm.load_state_dict(state["model"])
-    except RuntimeError as e:
+        missing, unexpected = lm.load_state_dict(weights, strict=False)
+        other = [name for name in missing + unexpected if not name.startswith("mtp.")]
+        need(not other, f"missing or unexpected: {', '.join(other)}")
+    except (RuntimeError, ValueError) as e:
         raise ValueError(f"the weights of {source} do not fit the model that the flags and data make: "
                          f"{' '.join(str(e).split())[:200]}") from None
 
@@ -569,34 +575,28 @@ def load_model(path, which="best", device="cpu", dtype=torch.float32):
         lm, objective = from_pretrained(path, dtype, device)
         return lm, {"model": lm.state_dict(), "config": dataclasses.asdict(lm.config), "step": 0,
                     "flags": {"objective": objective}}
-    if path.is_dir():
-        names = (f"ckpt_{which}.pt", "ckpt_last.pt", "ckpt_prev.pt")
-        path = next((path / name for name in names if (path / name).exists()), path)
+    path = next(iter(kept(path, which, "last", "prev")), path)
     state = load_checkpoint(path)
     lm = LM(override(ModelConfig(), state["config"]))
-    load_weights(lm, state, path)
+    load_weights(lm, state["model"], path)
     set_stage(lm, state["flags"], max(state["step"] - 1, 0))        # as in its last step
     return lm.to(device).eval(), state
 
 
 def newest_checkpoint(folder, log):
-    """(state, its file) of the newest readable one in a run folder, (None, None) where there is none."""
-    paths = [path for path in (folder / f"ckpt_{which}.pt" for which in KEPT) if path.exists()]
+    """The newest readable one in a run folder, with its file as `source`; None where there is none."""
+    paths = kept(folder, "last", "prev", "best")
     for path in paths:
         try:
-            return load_checkpoint(path), path
+            return {**load_checkpoint(path), "source": path}
         except ValueError as e:
             if path == paths[-1]:
                 raise
             log(f"{e}: going on from the one before")
-    return None, None
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The run folder
-
-KEPT = ("last", "prev", "best")
-
 
 def read_log(path, tell=lambda line: print(line, file=sys.stderr)):
     """Rows of a run folder's metrics.jsonl in the order of steps, each (kind, step) once;
@@ -627,94 +627,78 @@ def lock(folder):
     return f
 
 
+def new_folder(flags):
+    """out/docs-ar-4x128, or the same with a number."""
+    config, data = model_config(flags), prepare.dataset_folder(flags["dataset"]).name
+    name = f"out/{data}-{flags['objective']}-{config.n_layer}x{config.n_embd}"
+    for i in itertools.count(1):
+        folder = Path(name + f"-{i}" * (i > 1))
+        with contextlib.suppress(FileExistsError):          # make, do not look: two may start at one moment
+            folder.mkdir(parents=True)
+            return folder
+
+
+def json_lines(rows):
+    return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+
+
 class Run:
     """The folder of a run: a lock, the log, the last two checkpoints and the best. Only rank 0 writes.
 
     The log is part of every checkpoint. So the metrics.jsonl of a resumed run is again what it would be
     without the interruption, whatever has happened to the file.
     """
-    def __init__(self, flags, state, source, rank):
+    def __init__(self, flags, state, rank):
         self.rows = [json.loads(line) for line in state["log"].splitlines()] if state else []
-        self.writes = rank == 0
-        self.saved = None                                   # step of a ckpt_last.pt that is known to be good
         self.best = state["best"] if state else math.inf    # the loss of what ckpt_best.pt holds
-        self.best_is_new = False
-        self.held = None                                    # the lock
-        self.folder = self.new_folder(flags) if self.writes and not flags["out"] else Path(flags["out"] or "")
-        if self.writes:
-            self.open(state, source)
+        self.saved = None                                   # step of a ckpt_last.pt that is known to be good
+        if state and state["source"].name == "ckpt_last.pt":
+            self.saved = state["step"]
+        self.writes = rank == 0
+        self.folder = new_folder(flags) if self.writes and not flags["out"] else Path(flags["out"] or "")
 
-    def new_folder(self, flags):
-        """out/docs-ar-4x128, or the same with a number."""
-        config, data = model_config(flags), prepare.dataset_folder(flags["dataset"]).name
-        name = f"out/{data}-{flags['objective']}-{config.n_layer}x{config.n_embd}"
-        for folder in itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2))):
-            with contextlib.suppress(FileExistsError):      # make, do not look: two may start at one moment
-                Path(folder).mkdir(parents=True)
-                return Path(folder)
-
-    def open(self, state, source):
+    def open(self, state, data, **about):
+        """Locks and tidies the folder, and writes what is known by now: `about` as config.json, what a reader
+        of the run needs of its data set, the log. Returns the lock."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.held = lock(self.folder)
-        for part in self.folder.glob("*.part"):             # what a kill has left
-            part.unlink()
+        locked = lock(self.folder)
         need(state or not any(self.folder.glob("ckpt_*.pt")),
              f"{self.folder} already holds a run: go on with it by --resume auto, or choose another --out")
-        if state and source.name == "ckpt_last.pt":
-            self.saved = state["step"]
+        for part in self.folder.glob("*.part"):             # what a kill has left
+            part.unlink()
         if not (self.folder / "ckpt_best.pt").exists():     # whatever comes is better
             self.best = math.inf
-        with prepare.whole_file(self.folder / "metrics.jsonl") as f:
-            f.write(self.text().encode())
-
-    def text(self):
-        return "".join(json.dumps(r, allow_nan=False) + "\n" for r in self.rows)
-
-    def evaluated(self, step):
-        return any(r["step"] == step for r in self.evals())
+        for path in prepare.run_files(data.folder):
+            shutil.copyfile(path, self.folder / path.name)
+        versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
+        for name, text in (("config.json", json.dumps({**about, "versions": versions}, indent=1)),
+                           ("metrics.jsonl", json_lines(self.rows))):
+            with prepare.whole_file(self.folder / name, "w") as f:
+                f.write(text)
+        return locked
 
     def evals(self):
         return [r for r in self.rows if r["kind"] == "eval"]
 
     def record(self, row):
         self.rows.append(row)
-        if row["kind"] == "eval" and row["loss"] < self.best:
-            self.best = row["loss"]
-            self.best_is_new = True
         if self.writes:
             with open(self.folder / "metrics.jsonl", "a") as f:
-                f.write(json.dumps(row, allow_nan=False) + "\n")
+                f.write(json_lines([row]))
 
     def save(self, state):
         """The best first: killed before the last is written, a run comes to it once more. What was the last
         becomes the one before at the next step that is saved."""
-        state = {**state, "best": self.best, "log": self.text()}
+        last, step = self.folder / "ckpt_last.pt", state["step"]
+        better = [r["loss"] for r in self.evals() if r["step"] == step and r["loss"] < self.best]
+        self.best = min([self.best, *better])
+        state = {**state, "best": self.best, "log": json_lines(self.rows)}
         if self.writes:
-            last = self.folder / "ckpt_last.pt"
-            if self.best_is_new:
+            if better:
                 save_atomic(state, last.with_name("ckpt_best.pt"))
-            another = self.saved not in (None, state["step"])
+            another = self.saved not in (None, step)
             save_atomic(state, last, last.with_name("ckpt_prev.pt") if another else None)
-        self.saved = state["step"]
-        self.best_is_new = False
-
-    def describe(self, flags, config, device, data, val):
-        """config.json, and what a reader of the run needs of its data set."""
-        flags["out"] = str(self.folder)
-        ids = val[:4096].long().numpy()
-        self.bytes_per_token = data.tokenizer.token_bytes[ids].sum() / ids.size
-        if not self.writes:
-            return
-        versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
-        about = {"flags": flags, "model": dataclasses.asdict(config), "device": device, "versions": versions}
-        for path in prepare.run_files(data.folder):
-            shutil.copyfile(path, self.folder / path.name)
-        with prepare.whole_file(self.folder / "config.json") as f:
-            f.write(json.dumps(about, indent=1).encode())
-
-    def close(self):
-        if self.held:
-            self.held.close()
+        self.saved = step
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -724,18 +708,18 @@ class Run:
 def processes(flags):
     """What this process is: rank, world, device, cuda, bf16, compiled.
     Joins the group of torchrun and leaves it."""
-    rank, local = (int(os.environ.get(k, 0)) for k in ("RANK", "LOCAL_RANK"))
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    told = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1} | os.environ   # by torchrun
+    rank, local, world = (int(told[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     device = pick_device(flags["device"])
     cuda = device.startswith("cuda")
+    compiled, bf16 = flags["compile"] == "on", flags["dtype"] == "bfloat16"
     if cuda:
+        compiled |= flags["compile"] == "auto"
+        bf16 |= flags["dtype"] == "auto" and torch.cuda.is_bf16_supported()
         device = f"cuda:{local}" if device == "cuda" else device
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     need(world > 1 or flags["fsdp"] == "off", "--fsdp shares a model out among torchrun's processes")
-    compiled = flags["compile"] == "on" or flags["compile"] == "auto" and cuda
-    native = cuda and torch.cuda.is_bf16_supported()
-    bf16 = flags["dtype"] == "bfloat16" or flags["dtype"] == "auto" and native
     own_group = world > 1 and not torch.distributed.is_initialized()
     if own_group:
         torch.distributed.init_process_group("nccl" if cuda else "gloo")
@@ -743,7 +727,7 @@ def processes(flags):
         yield types.SimpleNamespace(rank=rank, world=world, device=device, cuda=cuda, bf16=bf16,
                                     compiled=compiled)
     except RuntimeError as e:
-        if isinstance(e, torch.OutOfMemoryError) or re.search("out of memory|can't allocate", str(e)):
+        if re.search("out of memory|(to|can't) allocate", str(e)):
             raise ValueError("out of memory in a pass: use a smaller --micro_batch") from None
         raise
     finally:
@@ -764,13 +748,10 @@ def pick_device(name):
 
 
 def set_threads(asked, lm):
-    """Sets and returns the number of CPU threads.
-    asked 0: 1 below 5M parameters, where more slow a step down, else all."""
+    """The number of CPU threads. asked 0: 1 below 5M parameters, where more slow a step down, else all."""
     most = 4 * os.cpu_count()                               # torch starts as many as it is told
     need(0 <= asked <= most, f"--threads {asked}: expected 0 to {most}, four per core")
-    threads = asked or (1 if lm.num_params() < 5_000_000 else os.cpu_count())
-    torch.set_num_threads(threads)
-    return threads
+    torch.set_num_threads(asked or (1 if lm.num_params() < 5_000_000 else os.cpu_count()))
 
 
 def shard(lm, compiled):
@@ -803,7 +784,6 @@ def share_of(tensor, p):
 
 
 def load_optimizers(optimizers, states):
-    need(len(states) == len(optimizers), "the checkpoint has the state of other optimizers")
     for optimizer, state in zip(optimizers, states):
         params = [p for group in optimizer.param_groups for p in group["params"]]
         moments = {i: {k: share_of(v, params[i]) for k, v in s.items()} for i, s in state["state"].items()}
@@ -811,9 +791,6 @@ def load_optimizers(optimizers, states):
 
 # ------------------------------------------------------------------------------------------------------------
 # A step
-
-LOSSES = ("ar", "mdm", "indexer_kl")  # what a step measures, beside the norm of its gradient; and mtp
-
 
 def set_stage(lm, flags, step):
     """DeepSeek-V3.2's stages of training, for layers with an indexer:
@@ -846,7 +823,9 @@ class Batch:
              "run needs one of each kind at least, take a larger --batch_tokens or another --ar_frac")
         most = (65536 if process.cuda else 8192) // T
         self.micro = flags["micro_batch"] or max(1, min(B // process.world, most))
-        self.parts = self.parts_of(process.rank)
+        mine = torch.arange(B).chunk(process.world)[process.rank]
+        rows = {"ar": mine[mine < self.ar_rows], "mdm": mine[mine >= self.ar_rows]}
+        self.parts = [(kind, part) for kind in rows for part in rows[kind].split(self.micro) if len(part)]
         need(flags["fsdp"] == "off" or flags["objective"] != "mixed",
              "--fsdp needs as many forward passes on each process, and --objective mixed may have others")
         self.cut = [process.world, self.micro]
@@ -855,17 +834,9 @@ class Batch:
         if process.compiled and flags["fsdp"] == "off":
             self.passes = {k: torch.compile(f, dynamic=False, fullgraph=True) for k, f in self.passes.items()}
 
-
-    def parts_of(self, rank):
-        """[(objective, rows)] of a process."""
-        mine = range(self.B * rank // self.process.world, self.B * (rank + 1) // self.process.world)
-        ar = min(max(self.ar_rows - mine.start, 0), len(mine))
-        return [(kind, rows[i:i + self.micro]) for kind, rows in (("ar", mine[:ar]), ("mdm", mine[ar:]))
-                for i in range(0, len(rows), self.micro)]
-
     def ar_pass(self, x, inputs, masked=None):
         aux = {}                                            # losses that layers add: balance, indexer_kl
-        f = lambda idx, **k: self.lm(idx, aux=aux, **k)
+        f = functools.partial(self.lm, aux=aux)
         loss = diffusion.ar_loss(f, x, self.lm.mask_id, inputs)
         if masked is not None:
             aux["mir"] = self.recipe["mir"] * diffusion.ar_loss(f, x, self.lm.mask_id, masked)
@@ -873,7 +844,7 @@ class Batch:
 
     def mdm_pass(self, x, n, u, order=None):
         aux = {}
-        f = lambda idx, **k: self.lm(idx, aux=aux, **k)
+        f = functools.partial(self.lm, aux=aux)
         block = self.block if self.block < x.size(1) else None
         return diffusion.mdm_loss(f, x, self.lm.mask_id, (n, u), noise_block=block, pos=order), aux
 
@@ -903,12 +874,11 @@ class Batch:
         shares of the mean over all tokens of the batch, nats per token, and the KL of the indexers, summed
         over layers."""
         flags, process, B = self.flags, self.process, self.B
-        per_row = self.windows.T // self.block              # noise levels
         # Noise belongs to the global batch, dropout to a process; both are functions of the step and resume.
         gen = torch.Generator().manual_seed((flags["seed"] << 32) + step)
         torch.manual_seed(-1 - (flags["seed"] << 32) - step * process.world - process.rank)
-        x = self.windows.read(self.windows.starts(step * B, B))                 # (B, T)
-        noise = diffusion.mdm_noise(B * per_row, self.block, generator=gen)
+        x = self.windows.read(step * B, B)                      # (B, T)
+        noise = diffusion.mdm_noise(x.numel() // self.block, self.block, generator=gen)
         if self.recipe["rate"]:
             noise[0].fill_(max(1, round(self.recipe["rate"] * self.block)))
         order = None
@@ -916,23 +886,20 @@ class Batch:
             numbers = torch.randint(self.recipe["orders"], (B,), generator=gen)
             order = diffusion.reading_order(numbers, x.size(1))
             x = x.gather(1, order)
-        targets, inputs, masked = self.ar_inputs(x, gen)
-        names = LOSSES + ("mtp",) * len(self.lm.mtp)
+        read = {"ar": self.ar_inputs(x, gen), "mdm": (x, *noise, order)}
+        names = ["ar", "mdm", "indexer_kl", *["mtp"] * len(self.lm.mtp)]
         losses = {name: torch.zeros((), device=process.device) for name in names}
         for kind, rows in self.parts:
-            r = slice(rows.start, rows.stop)
-            n = slice(r.start * per_row, r.stop * per_row)
-            given = [targets[r], inputs[r]] if kind == "ar" else [x[r], *(a[n] for a in noise)]
-            more = masked if kind == "ar" else order
-            given += [] if more is None else [more[r]]
+            # A row has one level of noise, or one for each of its blocks.
+            given = [a.unflatten(0, (B, -1))[rows].flatten(0, 1) for a in read[kind] if a is not None]
             with autocast(process):
                 loss, aux = self.passes[kind](*map(self.to_device, given))
-            share = len(rows) / B
             learn = loss + sum(aux.values())
             if stage == "warmup" and "indexer_kl" in aux:
                 learn = aux["indexer_kl"]
             if flags["fsdp"] == "on":                       # it averages over processes, and this is a sum
                 learn = learn * process.world
+            share = len(rows) / B
             (learn * share).backward()
             for name, value in {**aux, kind: loss}.items():
                 if name in losses:
@@ -942,8 +909,8 @@ class Batch:
         return losses
 
     def add_up(self, losses, stage):
-        """Sums over processes, in one bucket:
-        losses, expert counts, and the gradients where FSDP has not done it."""
+        """Sums over processes: losses, expert counts, and the gradients where FSDP has not done it.
+        In one bucket: one by one took up to three times as long."""
         if stage not in self.used:                          # by any process; what none uses has no gradient
             params = [] if self.flags["fsdp"] == "on" else list(self.lm.parameters())
             used = torch.tensor([float(p.grad is not None) for p in params], device=self.process.device)
@@ -953,7 +920,7 @@ class Batch:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
         tensors = [p.grad for p in self.used[stage]] + [m.count for m in self.lm.moes()] + [*losses.values()]
-        flat = torch.cat([t.reshape(-1) for t in tensors])
+        flat = torch.cat([t.flatten() for t in tensors])
         torch.distributed.all_reduce(flat)
         for t, f in zip(tensors, flat.split([t.numel() for t in tensors])):
             t.copy_(f.view_as(t))
@@ -971,38 +938,49 @@ def autocast(process):
     return torch.autocast(torch.device(process.device).type, torch.bfloat16, enabled=process.bf16)
 
 
-class Meter:
-    """What adds up between two lines of the log:
-    the losses and gradient norm of each step, the loads of the experts.
-
-    It is part of every checkpoint, so that the line after a resume is the mean of the same steps.
+class Progress:
+    """Where a run stands, and what adds up between two lines of its log: the losses and gradient norm of each
+    step, the loads of the experts. That is part of every checkpoint, so that the line after a resume is the
+    mean of the same steps.
     """
     def __init__(self, batch, state):
-        self.batch, self.moes = batch, batch.lm.moes()
+        flags, self.batch, self.moes = batch.flags, batch, batch.lm.moes()
+        self.per_epoch = batch.windows.U / flags["batch_tokens"]        # steps, a fraction
+        limits = flags["max_steps"], flags["epochs"] and math.ceil(flags["epochs"] * self.per_epoch)
+        self.total = min(filter(None, limits), default=1000)            # steps of the whole run
+        self.flops = batch.flops_per_token()
+        self.step, self.seconds = 0, 0.0                    # of training, compilation and evaluation left out
         self.pending = []                                   # of steps since the last wait for the device
-        self.rows = state["meter"]["rows"] if state else []     # [*losses, norm] of each step
+        self.rows = []                                      # [*losses, norm] of each step
         self.loads = [torch.zeros_like(m.count) for m in self.moes]
         if state:
+            self.step, self.seconds, self.rows = state["step"], state["seconds"], state["meter"]["rows"]
             self.loads = [a.to(batch.process.device) for a in state["meter"]["loads"]]
+        self.line_began = self.step, self.seconds
 
     def add(self, losses, norm, stage):
         self.pending.append(torch.stack([*losses.values(), whole(norm)]))
         self.loads = [a + m.balance(stage != "warmup") for a, m in zip(self.loads, self.moes)]
 
-    def check(self, step, run):
+    def check(self, run):
         """Between evaluations, all that waits for the device.
         ValueError where a loss, a gradient or now a weight is not finite."""
-        recent = torch.stack(self.pending).tolist() if self.pending else []
+        recent = torch.stack(self.pending)
         self.pending = []
-        self.rows += recent
-        *losses, norm = np.sum(recent, axis=0) if recent else [0.0]
+        self.rows += recent.tolist()
+        *losses, norm = recent.sum(0).tolist()
         weights = whole(torch.nn.utils.get_total_norm(self.batch.lm.parameters())).item()
-        need_finite({"the loss": sum(losses), "the gradient": norm, "the norm of the weights": weights}, step,
-                    run)
+        need_finite({"the loss": sum(losses), "the gradient": norm, "the norm of the weights": weights},
+                    self.step, run)
 
-    def line(self):
+    def row(self, kind, **values):
+        tokens = self.step * self.batch.flags["batch_tokens"]
+        return {"kind": kind, "step": self.step, "epoch": self.step / self.per_epoch, "tokens": tokens,
+                "flops": tokens * self.flops, "seconds": round(self.seconds, 3), **values}
+
+    def means(self):
         """The values of a line: means over the steps since the last one."""
-        ar, mdm, kl, *mtp, _ = (sum(column) / len(self.rows) for column in zip(*self.rows))
+        ar, mdm, kl, *mtp, _ = np.mean(self.rows, axis=0).tolist()
         out = {"loss": ar + mdm, "grad_norm": self.rows[-1][-1]}
         share = self.batch.ar_rows / self.batch.B
         if 0 < share < 1:                                   # mixed: each in nats per token of its own rows
@@ -1018,9 +996,6 @@ class Meter:
         self.rows = []
         self.loads = [torch.zeros_like(a) for a in self.loads]
         return out
-
-    def state(self):
-        return {"rows": self.rows, "loads": self.loads}
 
 
 def need_finite(values, step, run):
@@ -1040,16 +1015,8 @@ def clock(seconds):
     return f"{s // 60}m{s % 60:02d}s" if s >= 60 else f"{s}s"
 
 
-def length(flags, windows):
-    """(steps of the whole run, steps per epoch, which is a fraction)."""
-    per_epoch = windows.U / flags["batch_tokens"]
-    epochs = math.ceil(flags["epochs"] * per_epoch) if flags["epochs"] else math.inf
-    total = min(epochs, flags["max_steps"] or math.inf)
-    return (1000 if total == math.inf else total), per_epoch
-
-
 def build(flags, config, process, state, trained):
-    """(model, optimizers). state: the checkpoint to go on from; trained: the one whose weights are taken."""
+    """(model, optimizers). trained: the checkpoint whose weights are taken; state: the one to go on from."""
     torch.manual_seed(flags["seed"])
     lm = LM(config)
     indexed = any(hasattr(b.mixer, "stage") for b in lm.blocks)
@@ -1059,17 +1026,12 @@ def build(flags, config, process, state, trained):
     need(right or not lm.mtp,
          "--set mtp is for --objective ar or mixed, without --recipe, in windows of at least 3 tokens")
     set_threads(flags["threads"], lm)
-    if state:
-        load_weights(lm, state, flags["out"])
-    elif trained:                                           # the module of --set mtp may come or go
-        mtp = {name: w for name, w in lm.state_dict().items() if name.startswith("mtp.")}
-        weights = {name: w for name, w in trained["model"].items()
-                   if name in mtp or not name.startswith("mtp.")}
-        load_weights(lm, {"model": mtp | weights}, flags["init_from"])
+    if trained:
+        load_weights(lm, trained["model"], trained["source"])
     lm.to(process.device).train()
     if flags["fsdp"] == "on":
         shard(lm, process.compiled)
-    optimizers = make_optimizers(lm, flags, process.device)
+    optimizers = make_optimizers(lm, flags)
     if state:
         load_optimizers(optimizers, state["optimizers"])
         torch.set_rng_state(state["rng"])
@@ -1079,7 +1041,7 @@ def build(flags, config, process, state, trained):
 def initial(flags, data, log):
     """The checkpoint of --init_from, which must speak the tokens of the data."""
     path = Path(flags["init_from"])
-    _, state = load_model(path)
+    state = load_model(path)[1] | {"source": path}
     theirs = prepare.load_tokenizer(path)
     need(theirs.vocab == data.tokenizer.vocab, f"{path} was trained on tokens of {theirs.name}, and "
          f"{data.folder} holds tokens of {data.tokenizer.name}: prepare the text with its tokenizer")
@@ -1088,33 +1050,19 @@ def initial(flags, data, log):
     return state
 
 
-def check_resume(state, source, data, batch, total, log):
+def check_resume(state, data, progress, log):
     """What must be as it was for the run to go on as if it had never stopped."""
-    step, config = state["step"], state["config"]
+    config, source, cut = state["config"], state["source"], progress.batch.cut
     need(state["data"] == data.meta["train_sha256"] and config["vocab_size"] == data.tokenizer.n_vocab,
          f"{data.folder} holds other tokens than the ones this run began with: prepare the same text, or "
          f"begin a new run from these weights by --init_from {source}")
-    need(not (config["dropout"] or config["mlp_dropout"]) or state["cut"] == batch.cut,
+    need(not (config["dropout"] or config["mlp_dropout"]) or state["cut"] == cut,
          "with dropout a run goes on with its number of processes and its --micro_batch, which were "
-         f"{state['cut']} and not {batch.cut}")
+         f"{state['cut']} and not {cut}")
+    step, total = progress.step, progress.total
     need(step <= total, f"the checkpoint is at step {step}, beyond the {total} steps asked for: raise "
                         "--max_steps or --epochs")
     log(f"resumed at step {step} from {source}" + ": the last one, nothing to do" * (step == total))
-
-
-class Progress:
-    """Where a run stands: its step and its seconds of training, compilation and evaluation left out."""
-    def __init__(self, state, total, per_epoch, batch):
-        self.step, self.seconds = (state["step"], state["seconds"]) if state else (0, 0.0)
-        self.total, self.per_epoch = total, per_epoch
-        self.tokens = batch.B * batch.windows.T             # per step
-        self.flops = batch.flops_per_token()
-        self.line = (self.step, self.seconds)               # where the current line of the log began
-
-    def row(self, kind, **values):
-        tokens = self.step * self.tokens
-        return {"kind": kind, "step": self.step, "epoch": self.step / self.per_epoch, "tokens": tokens,
-                "flops": tokens * self.flops, "seconds": round(self.seconds, 3), **values}
 
 
 @contextlib.contextmanager
@@ -1140,64 +1088,67 @@ def stopped(came, step, flags, process):
     return bool(flag)
 
 
-def announce(batch, data, val, evals, progress, run, log):
-    lm, process, windows = batch.lm, batch.process, batch.windows
-    log(f"{batch.flags['objective']} | {lm.num_params() / 1e6:.2f}M parameters "
+def announce(progress, data, held, evals, log):
+    batch = progress.batch
+    lm, process, windows, flags = batch.lm, batch.process, batch.windows, batch.flags
+    log(f"{flags['objective']} | {lm.num_params() / 1e6:.2f}M parameters "
         f"({lm.num_params(False) / 1e6:.2f}M without embeddings) | {progress.flops / 1e6:.2f} MFLOP/token | "
         f"{process.device}, {'bfloat16' if process.bf16 else 'float32'}, "
         f"{'compiled' if process.compiled else 'eager'}, threads: {torch.get_num_threads()}, "
         f"processes: {process.world}")
     log(f"{data.folder} | {windows.U:,} unique tokens in {windows.n:,} windows of {windows.T} | "
-        f"{progress.total:,} steps of {progress.tokens:,} tokens = "
+        f"{progress.total:,} steps of {flags['batch_tokens']:,} tokens = "
         f"{progress.total / progress.per_epoch:.4g} epochs | "
-        f"{len(val):,} validation windows, {len(evals)} evaluations | -> {run.folder}")
+        f"{len(held.val):,} validation windows, {len(evals)} evaluations | -> {flags['out']}")
 
 
-def measure(batch, progress, run, val, seen, ends, log):
+def measure(progress, held, run, log):
     """Evaluates and records: the loss of validation and of training windows,
     and the probe where it is due."""
-    lm, flags, step = batch.lm, batch.flags, progress.step
+    batch, step, total = progress.batch, progress.step, progress.total
+    lm, flags, orders = batch.lm, batch.flags, batch.recipe["orders"]
     set_stage(lm, flags, max(step - 1, 0))                  # as trained so far
-    how = dict(objective=flags["objective"], rows=flags["micro_batch"] or max(1, 16384 // val.size(1)),
+    how = dict(objective=flags["objective"], rows=flags["micro_batch"] or max(1, 16384 // batch.windows.T),
                diffusion_block=flags["diffusion_block"])
-    every, number = flags["probe_every"], len(run.evals()) + 1
     with autocast(batch.process):
-        result = evaluate(lm, val, orders=batch.recipe["orders"], **how)
-        result["train_loss"] = evaluate(lm, seen, orders=batch.recipe["orders"], **how)["loss"]
-        if every and (number % every == 0 or step >= progress.total):
-            result |= probe(lm, ends, **how)
+        result, seen = (evaluate(lm, x, orders=orders, **how) for x in (held.val, held.seen))
+        result["train_loss"] = seen["loss"]
+        if flags["probe_every"] and ((len(run.evals()) + 1) % flags["probe_every"] == 0 or step >= total):
+            result |= probe(lm, held.ends, **how)
     need_finite({f"{name} of the evaluation": value for name, value in result.items()}, step, run)
-    result["bpb"] = result["loss"] / math.log(2) / run.bytes_per_token
+    result["bpb"] = result["loss"] / math.log(2) / held.bytes_per_token
     run.record(progress.row("eval", **result))
     error = f" +- {result['se']:.4f}" if result["se"] else ""
     known = ("bpb", "ar_loss", "mdm_loss", "probe_accuracy", "probe_gap")
     more = "".join(f" | {name} {result[name]:.4f}" for name in known if name in result)
-    log(f"eval {step}/{progress.total} | epoch {step / progress.per_epoch:.2f} | "
+    log(f"eval {step}/{total} | epoch {step / progress.per_epoch:.2f} | "
         f"val {result['loss']:.4f}{error} | train {result['train_loss']:.4f}{more}")
 
 
-def report(meter, progress, rate, run, log):
+def report(progress, rate, run, log):
     """One line of the log, on the screen and in metrics.jsonl."""
-    process, (step, seconds) = meter.batch.process, progress.line
-    progress.line = (progress.step, progress.seconds)
+    process, (step, seconds) = progress.batch.process, progress.line_began
+    progress.line_began = progress.step, progress.seconds
     dt = max(1e-9, progress.seconds - seconds) / max(1, progress.step - step)
-    row = progress.row("train", **meter.line(), lr=rate, tok_per_s=round(progress.tokens / dt))
+    speed = progress.batch.flags["batch_tokens"] / dt
+    row = progress.row("train", **progress.means(), lr=rate, tok_per_s=round(speed))
     run.record(row)
     peak = peak_flops(process.device)
     more = f" | load {max(row['load_ratio']):.2f}" if row.get("load_ratio") else ""
     more += "".join(f" | {name} {row[name]:.4f}" for name in ("indexer_kl", "mtp_loss") if name in row)
-    mfu = f" | mfu {progress.flops * progress.tokens / dt / peak / process.world:.1%}" if peak else ""
+    mfu = f" | mfu {progress.flops * speed / peak / process.world:.1%}" if peak else ""
     log(f"step {progress.step}/{progress.total} | epoch {row['epoch']:.2f} | loss {row['loss']:.4f} | "
         f"lr {rate:.2e} | norm {row['grad_norm']:.2f}{more} | {dt * 1e3:.1f} ms | "
         f"{row['tok_per_s']:,} tok/s{mfu} | eta {clock((progress.total - progress.step) * dt)}")
 
 
-def snapshot(batch, optimizers, data, meter, progress):
+def snapshot(progress, optimizers, data):
     """What a checkpoint holds besides the log. rng: for what a layer of yours may draw between two steps."""
-    return {"model": whole(batch.lm.state_dict()), "optimizers": [whole(o.state_dict()) for o in optimizers],
-            "config": dataclasses.asdict(batch.lm.config), "flags": batch.flags, "step": progress.step,
-            "seconds": progress.seconds, "data": data.meta["train_sha256"], "cut": batch.cut,
-            "meter": meter.state(), "rng": torch.get_rng_state()}
+    batch = progress.batch
+    return whole({"model": batch.lm.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
+                  "config": dataclasses.asdict(batch.lm.config), "flags": batch.flags, "step": progress.step,
+                  "seconds": progress.seconds, "data": data.meta["train_sha256"], "cut": batch.cut,
+                  "meter": {"rows": progress.rows, "loads": progress.loads}, "rng": torch.get_rng_state()})
 
 
 def train(given, log=print):
@@ -1205,35 +1156,33 @@ def train(given, log=print):
     Returns {"out", "step", "finished", "evals", ...}."""
     if int(os.environ.get("RANK", 0)) > 0:
         log = lambda line: None
-    flags, state, source = settings(given, log)
+    flags, state = settings(given, log)
     with contextlib.ExitStack() as stack:
         process = stack.enter_context(processes(flags))
         data = open_data(flags, process.rank, log)
         trained = initial(flags, data, log) if flags["init_from"] and not state else state
         config = model_config(flags, data.tokenizer.n_vocab, trained and trained["config"])
-        windows = train_windows(flags, data, config.block_size, process.world)
-        val = fixed_windows(data.val, windows.T, flags["eval_windows"])
-        # for the gap: the same measure
-        seen = fixed_windows(data.train[:windows.U], windows.T, max(1, len(val) // 4))
-        ends = probe_items(data.val, windows.T) if flags["probe_every"] else None
-        total, per_epoch = length(flags, windows)
-        evals = eval_steps(flags, total, per_epoch)
+        windows, held = windows_of(flags, data, config.block_size, process.world)
         lm, optimizers = build(flags, config, process, state, trained)
-        batch = Batch(flags, windows, process, lm)
+        progress = Progress(Batch(flags, windows, process, lm), state)
+        total = progress.total
+        evals = eval_steps(flags, total, progress.per_epoch)
         if state:
-            check_resume(state, source, data, batch, total, log)
-        progress = Progress(state, total, per_epoch, batch)
-        meter = Meter(batch, state)
-        run = stack.enter_context(contextlib.closing(Run(flags, state, source, process.rank)))
-        run.describe(flags, config, process.device, data, val)
-        announce(batch, data, val, evals, progress, run, log)
+            check_resume(state, data, progress, log)
+        run = Run(flags, state, process.rank)
+        flags["out"] = str(run.folder)
+        if run.writes:
+            about = dict(flags=flags, model=dataclasses.asdict(config), device=process.device)
+            stack.enter_context(run.open(state, data, **about))
+        announce(progress, data, held, evals, log)
+        evals -= {r["step"] for r in run.evals()}
         came = stack.enter_context(signals())
-        keep = lambda: run.save(snapshot(batch, optimizers, data, meter, progress))
+        keep = lambda: run.save(snapshot(progress, optimizers, data))
         first, stop = progress.step, False
         while True:
-            if progress.step in evals and not run.evaluated(progress.step):
+            if progress.step in evals:
                 try:
-                    measure(batch, progress, run, val, seen, ends, log)
+                    measure(progress, held, run, log)
                 except RuntimeError:                        # out of memory: the training is not lost
                     keep()
                     raise
@@ -1242,45 +1191,41 @@ def train(given, log=print):
                 break
             tic = time.perf_counter()
             stage = set_stage(lm, flags, progress.step)
-            losses = batch.gradient(progress.step, stage)
+            losses = progress.batch.gradient(progress.step, stage)
             norm = torch.nn.utils.clip_grad_norm_(lm.parameters(), flags["grad_clip"] or math.inf)
-            meter.add(losses, norm, stage)
+            progress.add(losses, norm, stage)
             rate = learning_rate(progress.step, total, flags)
             for o in optimizers:
                 for group in o.param_groups:
                     group["lr"] = rate
                 o.step()
-                o.zero_grad(set_to_none=True)
+                o.zero_grad()
             progress.step += 1
             step = progress.step
             line = step % flags["log_every"] == 0 or step in (1, total)
             due = step % flags["save_every"] == 0 and step not in evals
             stop = stopped(came, step, flags, process)
             if line or due or stop or step in evals:
-                meter.check(step, run)                      # waits for the device
+                progress.check(run)                         # waits for the device
             if not (process.compiled and step == first + 1):
                 progress.seconds += time.perf_counter() - tic
             if line:
-                report(meter, progress, rate, run, log)
+                report(progress, rate, run, log)
             if due:
                 keep()
         if run.saved != progress.step:
             keep()
-        if flags["fsdp"] == "on" and process.rank == 0:
-            # one process alone cannot run a model that is shared out, and the others do not wait for the file
-            lm = load_model(run.folder, "last")[0]
     if progress.step < total:
         log(f"interrupted at step {progress.step} of {total}: saved. "
             f"Go on with: python train.py --resume auto --out {shlex.quote(str(run.folder))}")
-    return {"out": str(run.folder), "flags": flags, "step": progress.step, "seconds": progress.seconds,
-            "finished": progress.step == total, "stopped": stop, "evals": run.evals(),
-            "best": run.best, "lm": lm, "tokenizer": data.tokenizer}
+    return {"out": flags["out"], "step": progress.step, "seconds": progress.seconds, "best": run.best,
+            "finished": progress.step == total, "stopped": stop, "evals": run.evals(), "lm": lm}
 
 
-def show_sample(result):
+def show_sample(folder, device):
     """A short sample of the run's last model, as text; also written to samples.txt."""
-    lm, flags = result["lm"].eval(), result["flags"]
-    size, device = min(200, lm.config.block_size), lm.embed.weight.device
+    lm, state = load_model(folder, "last", device)
+    flags, size = state["flags"], min(200, lm.config.block_size)
     x = torch.full((1, size), lm.mask_id, device=device)    # a canvas with every place to fill
     torch.manual_seed(0)
     if flags["objective"] == "block":
@@ -1289,8 +1234,8 @@ def show_sample(result):
         ids = diffusion.sample_mdm(lm, x, lm.mask_id, order="random")
     else:
         ids = diffusion.sample_ar(lm, x, lm.mask_id)
-    text = result["tokenizer"].decode(ids[0].tolist())
-    with prepare.whole_file(Path(result["out"]) / "samples.txt", "w") as f:
+    text = prepare.load_tokenizer(folder).decode(ids[0].tolist())
+    with prepare.whole_file(Path(folder) / "samples.txt", "w") as f:
         f.write(text + "\n")
     return text
 
@@ -1303,7 +1248,7 @@ def main(argv=None):
         if rank == 0 and not result["stopped"]:
             print(f"---\nbest validation loss {result['best']:.4f} nats/token, "
                   f"{clock(result['seconds'])} of training. A sample:\n")
-            print(show_sample(result))
+            print(show_sample(result["out"], result["lm"].embed.weight.device))
             print(f"\nmore: python sample.py {shlex.quote(result['out'])}")
     except (ValueError, OSError, MemoryError) as e:
         if rank == 0:                                       # the others have the same to say
