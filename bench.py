@@ -333,15 +333,15 @@ def page(about, result):
     return shown if isinstance(shown, str) else markdown(shown)
 
 
-def compared(name, reference, columns):
-    """What adds to rows how many times faster each is than the reference of the same length and batch:
+def beside_full(*columns):
+    """What adds to rows how many times faster each is than layer `full` at the same length and batch:
     columns of milliseconds."""
     def finish(rows):
         point = lambda r: (r["T"], r.get("batch"))
-        bases = {point(r): r for r in rows if r[name] == reference}
+        full = {point(r): r for r in rows if r["layer"] == "full"}
         for r, column in itertools.product(rows, columns):
-            base = bases.get(point(r))
-            r[f"{column.removesuffix('ms')}vs_{reference}"] = base and base[column] / r[column]
+            base = full.get(point(r))
+            r[column.removesuffix("ms") + "vs_full"] = base and base[column] / r[column]
         return rows
     return finish
 
@@ -418,12 +418,12 @@ def draw(about, result, path):
     print(f"wrote {path.with_suffix('.png')}")
 
 
-def log_ticks(axis, values):
-    """A logarithmic axis with its ticks at the values that were measured."""
+def log_ticks(ax, values):
+    """A logarithmic x axis with its ticks at the values that were measured."""
     values = sorted(set(values))
-    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    axis.set_ticks(values, [f"{v:,g}" for v in values])
-    axis.set_ticks([], minor=True)
+    ax.set_xscale("log")
+    ax.set_xticks(values, [f"{v:,g}" for v in values])
+    ax.set_xticks([], minor=True)
 
 
 def plain_log(axis):
@@ -458,24 +458,26 @@ def points(rows, x, y, **where):
     return [(r[x], r[y]) for r in rows if None not in (r.get(x), r.get(y)) and where.items() <= r.items()]
 
 
-def lines(x, y, line, xlabel, ylabel, title):
-    """A picture: a labelled line for each value of `line`, both axes logarithmic."""
+def layer_lines(y, xlabel, ylabel, title):
+    """A picture: column y against length, a labelled line for each layer, both axes logarithmic."""
+    title += ", {n_head} heads of {head_dim}\n"
+
     def picture(plt, result):
         figure, ax = plt.subplots(figsize=(8, 5.5))
         colours = itertools.cycle((*plt.get_cmap("tab10").colors, *plt.get_cmap("Dark2").colors))
         rows = [r for r in result["rows"] if r.get("batch") == result["rows"][0].get("batch")]
         labels = []
-        for name in dict.fromkeys(r[line] for r in rows):
-            mine = points(rows, x, y, **{line: name})
+        for name in dict.fromkeys(r["layer"] for r in rows):
+            mine = points(rows, "T", y, layer=name)
             style = dict(color="black", lw=2.5) if name == "full" else dict(color=next(colours), lw=1.3)
             ax.loglog(*zip(*mine), marker="o", ms=3, **style)
             labels.append((*mine[-1], name, style["color"]))
-        xs = sorted({r[x] for r in rows})
-        log_ticks(ax.xaxis, xs)
+        lengths = sorted({r["T"] for r in rows})
+        log_ticks(ax, lengths)
         plain_log(ax.yaxis)
         label_ends(ax, labels)
-        ax.set_xlim(right=xs[-1] * (xs[-1] / xs[0]) ** 0.25)
-        dress(ax, title.format(**result["flags"]) + f"\n{result['device']}", xlabel=xlabel, ylabel=ylabel)
+        ax.set_xlim(right=lengths[-1] * (lengths[-1] / lengths[0]) ** 0.25)
+        dress(ax, title.format(**result["flags"]) + result["device"], xlabel=xlabel, ylabel=ylabel)
         return figure
     return picture
 
@@ -511,6 +513,11 @@ def mean_se(values):
     return statistics.mean(values), error
 
 
+def accuracy(hits):
+    """Two columns of a list of hits, or of shares of hits."""
+    return dict(zip(("accuracy", "se"), mean_se(hits)))
+
+
 def learn(config, loss_of, steps, path, device="cpu", model=LM, **flags):
     """A model after `steps` optimizer steps on loss_of(lm, step, generator); or the one in `path`, if it is
     there. model: what makes it of the config. flags: of train.py."""
@@ -523,27 +530,32 @@ def learn(config, loss_of, steps, path, device="cpu", model=LM, **flags):
     optimizers = train.make_optimizers(lm, flags, device)
     progress = prepare.Progress(path.stem)
     for step in range(steps):
-        loss_of(lm, step, torch.Generator().manual_seed((1337 << 32) + step)).backward()
-        torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
-        for o in optimizers:
-            for group in o.param_groups:
-                group["lr"] = train.learning_rate(step, steps, flags)
-            o.step()
-            o.zero_grad()
+        for group in (group for o in optimizers for group in o.param_groups):
+            group["lr"] = train.learning_rate(step, steps, flags)
+        generator = torch.Generator().manual_seed((1337 << 32) + step)
+        update(lm, optimizers, loss_of(lm, step, generator))
         progress((step + 1) / steps)
     path.parent.mkdir(parents=True, exist_ok=True)
     train.save_atomic({"model": lm.state_dict()}, path)
     return lm.eval()
 
 
+def update(lm, optimizers, loss):
+    """One optimizer step."""
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
+    for o in optimizers:
+        o.step()
+        o.zero_grad()
+
+
 def is_trained(flags):
     """Has the run of these flags come to its end? A process of train.py would take seconds to say so."""
     evals = evaluations(flags["out"])
-    if not evals or evals[-1]["step"] != flags.get("max_steps"):
+    if not evals or evals[-1]["step"] != flags["max_steps"]:
         return False
     state = train.load_checkpoint(flags["out"])
-    given = {k: v for k, v in flags.items() if v is not None}
-    return state["step"] == flags["max_steps"] and not train.other_settings(state, given)
+    return state["step"] == flags["max_steps"] and not train.other_settings(state, flags)
 
 
 def run_arms(jobs, workers):
@@ -551,6 +563,7 @@ def run_arms(jobs, workers):
 
     Own processes, so that two arms use two cores. Lines of their logs are shown behind the arm's name.
     Returns False when a run was interrupted; raises ValueError when one failed."""
+    jobs = {name: {k: v for k, v in flags.items() if v is not None} for name, flags in jobs.items()}
     jobs = {name: flags for name, flags in jobs.items() if not is_trained(flags)}
     running = []
     stop = threading.Event()
@@ -560,17 +573,12 @@ def run_arms(jobs, workers):
         """One run, in a thread of its own."""
         if stop.is_set():
             return
+        name = " ".join(map(str, name)) if isinstance(name, tuple) else name
         command = [sys.executable, str(HERE / "train.py"), "--resume", "auto"]
         for k, v in flags.items():
-            if v is not None:
-                command += [f"--{k}", *(v if isinstance(v, list) else [str(v)])]
-        p = subprocess.Popen(
-            command,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"}
-        )
+            command += [f"--{k}", *(v if isinstance(v, list) else [str(v)])]
+        how = dict(text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+        p = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **how)
         running.append(p)
         line = "no output"
         for line in p.stdout:
@@ -669,27 +677,19 @@ OPTIONS = {"full gqa": "full(n_kv_head=1)", "full window": "full(window=HALF)",
 def few_keys(name, keys, block):
     """{field: value}: with these settings a query of the layer reads at most `keys` keys;
     {} for a layer that is not sparse."""
-    layer = ATTENTION[name]
     picks = keys // block - 1
-    if name == "linear":
-        return dict(linear_decay="head")
-    if layer.family != "sparse":
-        return {}
-    given = dict(
-        n_kv_head=1,
-        window=block,
-        sel_block=block,
-        sel_topk=picks,
-        cmp_block=block,
-        cmp_stride=block // 2,
-        dense_len=0
-    )
-    if "sel_block" not in layer.settings:  # it picks single tokens
-        given["sel_topk"] = picks * block
-    if "window" in layer.settings:  # that and the means count too
-        given |= dict(sel_topk=picks - 3, cmp_block=2 * block, cmp_stride=block)
-    given = {k: v for k, v in given.items() if k in layer.settings}
-    return given | dict(sel_local=2) if "dense_len" in given else given
+    blocks = dict(sel_block=block, sel_topk=picks)
+    settings = {
+        "linear": dict(linear_decay="head"),
+        "dsa": dict(sel_topk=picks * block),    # it picks single tokens
+        "msa": dict(n_kv_head=1, **blocks),
+        "infllm": dict(n_kv_head=1, **blocks, cmp_block=block, cmp_stride=block // 2, dense_len=0,
+                       sel_local=2),
+        # The window and the means count, too.
+        "nsa": dict(n_kv_head=1, window=block, **blocks | dict(sel_topk=picks - 3), cmp_block=2 * block,
+                    cmp_stride=block)
+    }
+    return settings.get(name, {})
 
 
 def pattern_of(name, keys=128, block=16):
@@ -747,36 +747,60 @@ FEW_GPU = dict(
 )
 
 
-def arms_of(objective, **kinds):
-    """{"ar wd 0.4": its flags of train.py, ...}. kinds: {label: (values, flags of a value)}."""
-    return {f"{objective} {label} {value:g}".replace("_", " "): dict(objective=objective, **flags(value))
-            for label, (values, flags) in kinds.items() for value in values}
+def own_arms(texts):
+    """Lines 'name: flags of train.py' -> {name: its flags}; AR where they name no objective."""
+    arms = {}
+    for text in texts:
+        name, colon, flags = text.partition(":")
+        need(colon and name.strip(),
+             f"--arm '{text}': expected 'name: flags of train.py', such as 'dropout: --dropout 0.3'")
+        arms[name.strip()] = {"objective": "ar"} | train.parse_flags(shlex.split(flags))
+    return arms
+
+
+def arms_of(table):
+    return own_arms(table.strip().splitlines())
 
 
 OBJECTIVES = {"ar": dict(objective="ar"), "mdm": dict(objective="mdm")}
-REGULARISED = arms_of(
-    "ar",
-    wd=((0.4, 0.8, 1.6), lambda v: dict(weight_decay=v)),
-    dropout=((0.1, 0.2, 0.3), lambda v: dict(dropout=v)),
-    mlp_dropout=((0.1,), lambda v: dict(set=[f"mlp_dropout={v}"])),
-    input_mask=((0.1, 0.3), lambda v: dict(recipe=[f"mask={v}"])),
-    random=((0.15,), lambda v: dict(recipe=[f"random={v}"])),
-    reverse=((0.5,), lambda v: dict(recipe=[f"reverse={v}"])),
-    offset=((5,), lambda v: dict(recipe=[f"offset={v}"])),
-    mir=((0.4,), lambda v: dict(recipe=[f"mir={v}"]))
-) | {"mixed": dict(objective="mixed")}
-DIFFUSION = arms_of("mdm", **{
-    "rate": ((0.3, 0.7), lambda v: dict(recipe=[f"rate={v}"])),
-    "rate 0.5 dropout": ((0.1, 0.2), lambda v: dict(recipe=["rate=0.5"], dropout=v)),
-    "dropout": ((0.1, 0.2), lambda v: dict(dropout=v)),
-    "wd": ((0.0, 0.4), lambda v: dict(weight_decay=v))
-}) | arms_of("block", of=((2, 4, 8, 16), lambda v: dict(diffusion_block=v)))
-CAUSES = {
-    **{f"ar in {name} orders": dict(objective="block", diffusion_block=1, recipe=[f"orders={n}"])
-       for name, n in {"1": 1, "4": 4, "16": 16, "all": 2 ** 31}.items()},
-    "mdm causal": dict(objective="mdm", set=["causal=true"]),
-    "mdm rate 0.5": dict(objective="mdm", recipe=["rate=0.5"])
-}
+REGULARISED = arms_of("""
+    ar wd 0.4: --weight_decay 0.4
+    ar wd 0.8: --weight_decay 0.8
+    ar wd 1.6: --weight_decay 1.6
+    ar dropout 0.1: --dropout 0.1
+    ar dropout 0.2: --dropout 0.2
+    ar dropout 0.3: --dropout 0.3
+    ar mlp dropout 0.1: --set mlp_dropout=0.1
+    ar input mask 0.1: --recipe mask=0.1
+    ar input mask 0.3: --recipe mask=0.3
+    ar random 0.15: --recipe random=0.15
+    ar reverse 0.5: --recipe reverse=0.5
+    ar offset 5: --recipe offset=5
+    ar mir 0.4: --recipe mir=0.4
+    mixed: --objective mixed
+""")
+DIFFUSION = arms_of("""
+    mdm rate 0.3: --objective mdm --recipe rate=0.3
+    mdm rate 0.7: --objective mdm --recipe rate=0.7
+    mdm rate 0.5 dropout 0.1: --objective mdm --recipe rate=0.5 --dropout 0.1
+    mdm rate 0.5 dropout 0.2: --objective mdm --recipe rate=0.5 --dropout 0.2
+    mdm dropout 0.1: --objective mdm --dropout 0.1
+    mdm dropout 0.2: --objective mdm --dropout 0.2
+    mdm wd 0: --objective mdm --weight_decay 0.0
+    mdm wd 0.4: --objective mdm --weight_decay 0.4
+    block of 2: --objective block --diffusion_block 2
+    block of 4: --objective block --diffusion_block 4
+    block of 8: --objective block --diffusion_block 8
+    block of 16: --objective block --diffusion_block 16
+""")
+CAUSES = arms_of("""
+    ar in 1 orders: --objective block --diffusion_block 1 --recipe orders=1
+    ar in 4 orders: --objective block --diffusion_block 1 --recipe orders=4
+    ar in 16 orders: --objective block --diffusion_block 1 --recipe orders=16
+    ar in all orders: --objective block --diffusion_block 1 --recipe orders=2147483648
+    mdm causal: --objective mdm --set causal=true
+    mdm rate 0.5: --objective mdm --recipe rate=0.5
+""")
 ARMS = OBJECTIVES | REGULARISED | DIFFUSION | CAUSES
 MEASURED = {"ar": "exact", "mdm": "bound", "block": "bound", "mixed": "smaller of exact and bound"}
 AXES = {
@@ -804,17 +828,17 @@ def crossing(ar, mdm, level=None):
     at = {a["step"]: a["loss"] for a in ar or ()}
     goal = lambda d: at.get(d["step"], math.nan) if level is None else level
     mdm = [d for d in mdm if math.isfinite(d["loss"] + goal(d))]
+    out = dict(first=None, gap=None, se=None, extrapolated=None)
     if not mdm:
-        return dict(first=None, gap=None, se=None, extrapolated=None)
-    gap = [goal(d) - d["loss"] for d in mdm]
-    error = [SURE * d["se"] for d in mdm]
-    out = dict(first=None, gap=gap[-1], se=mdm[-1]["se"], extrapolated=None)
+        return out
+    gap = np.array([goal(d) - d["loss"] for d in mdm])
+    error = np.array([SURE * d["se"] for d in mdm])
+    out |= dict(gap=gap[-1], se=mdm[-1]["se"])
+    last = lambda which: max(np.flatnonzero(which), default=-1)
     if gap[-1] > error[-1]:
-        above = [i for i, (g, e) in enumerate(zip(gap, error)) if g < -e]
-        i = next(i for i in range(above[-1] + 1 if above else 0, len(gap)) if gap[i] > error[i])
-        while i > 0 and gap[i - 1] > 0:                         # the change of sign lies before
-            i -= 1
-        out["first"] = crossed_at(mdm, gap, i)
+        tail = last(gap < -error) + 1
+        sure = tail + np.argmax((gap > error)[tail:])
+        out["first"] = crossed_at(mdm, gap, last(gap[:sure] <= 0) + 1)
     elif level is not None:
         out["extrapolated"] = extrapolate(mdm, level)
     return out
@@ -870,12 +894,12 @@ def law(U, N, flops_per_epoch):
 
 
 def few_runs(name, few, arms, probe=0):
-    """(folder, flags): of the runs of an experiment with few unique tokens. flags(arm, seed, rate, epochs,
-    **more) are those of one of them. probe: 1 for about `evals` probes on the way."""
+    """flags(arm, seed, rate, epochs, **more): those of a run of an experiment with few unique tokens.
+    probe: 1 for about `evals` probes on the way."""
     data = data_folder(few["dataset"])
     root = Path(few["out"] or f"out/{name}-{few['scale']}")
     root /= f"{data.name}-U{few['unique_tokens']}-{few['n_layer']}x{few['n_embd']}"
-    same = ("dataset", "unique_tokens", "n_layer", "n_head", "n_embd", "block_size", "batch_tokens")
+    same = "dataset unique_tokens n_layer n_head n_embd block_size batch_tokens".split()
 
     def flags(arm, seed, rate, epochs=None, folder="", **more):
         epochs = epochs or few["epochs"]
@@ -883,17 +907,15 @@ def few_runs(name, few, arms, probe=0):
         steps = math.ceil(epochs * unique / few["batch_tokens"])
         dense = {"ar": 4, "mixed": 2, "mdm": 2}.get(arms[arm]["objective"], 1)    # AR's least is a narrow one
         most = max(1, min(steps, max(2, steps // 8)))       # evaluations: they are not to take the time
-        evals = most
-        for times in (1, 2, 4):                             # each grid holds the points of the one before
-            points = times * (few["evals"] - 1) + 1
-            evals = points if points <= most and times <= dense else evals
+        grids = [n * (few["evals"] - 1) + 1 for n in (1, 2, 4) if n <= dense]   # each holds the one before
+        evals = max((n for n in grids if n <= most), default=most)
         given = {k: few[k] for k in same} | dict(
             epochs=epochs, max_steps=steps, eval_epochs=f"geometric:{evals}", schedule="constant",
             eval_windows=256, warmup=min(100, steps // 10), log_every=100, save_every=500, seed=seed,
             lr=rate, probe_every=dense * probe)
         out = root / f"{file_part(arm)}-s{seed}-lr{rate:g}" / folder
         return given | arms[arm] | more | dict(out=str(out))
-    return root, flags
+    return flags
 
 
 def planned(few, flags, arms):
@@ -904,8 +926,8 @@ def planned(few, flags, arms):
     short = dict(max_steps=60, eval_epochs=None, eval_every=0, eval_windows=8, log_every=20, folder="speed")
     jobs = {f"{a} speed": flags(a, 0, few["rates"][0], **short) for a in arms}
     yield jobs
-    rows = [[r for r in train.read_log(f["out"]) if r["kind"] == "train"] for f in jobs.values()]
-    slowest = min(max(r["tok_per_s"] for r in log) for log in rows)
+    slowest = min(max(r["tok_per_s"] for r in train.read_log(job["out"]) if r["kind"] == "train")
+                  for job in jobs.values())
     reached = slowest * 60 * (few["minutes"] or 4.5) / few["unique_tokens"]
     epochs = min(few["epochs"], max(1.0, float(int(reached)), 0 if few["minutes"] else 60.0))
     took = epochs * few["unique_tokens"] / slowest * math.ceil(len(arms) / few["workers"])
@@ -920,27 +942,25 @@ def tuned(arms, rates, seeds, flags, epochs, anneal=()):
     Returns {(arm, seed): row}. epochs: {arm: epochs}."""
     best = dict.fromkeys(arms, rates[0])
     if len(rates) > 1:
-        tries = list(itertools.product(arms, rates))
-        evals = yield {f"{a} lr {r:g}": flags(a, seeds[0], r, epochs[a]) for a, r in tries}
-        best = {a: min(rates, key=lambda r: lowest(evals[f"{a} lr {r:g}"])["loss"]) for a in arms}
+        evals = yield {(a, r): flags(a, seeds[0], r, epochs[a]) for a, r in itertools.product(arms, rates)}
+        best = {a: min(rates, key=lambda r: lowest(evals[a, r])["loss"]) for a in arms}
     runs = {(a, s): flags(a, s, best[a], epochs[a]) for a, s in itertools.product(arms, seeds)}
-    evals = yield {f"{a} s{s}": run for (a, s), run in runs.items()}
-    rows = {(a, s): outcome(evals[f"{a} s{s}"]) | dict(lr=run["lr"], run=run["out"])   # an arm may set lr
-            for (a, s), run in runs.items()}
-    jobs, job_of = {}, {}
-    for a, s in (run for run in runs if run[0] in anneal):
-        row = rows[a, s]
-        fell = row["best"] < row["last"]
-        for n in {max(1, round(f * row["best_epoch"])) for f in (0.7, 1, 1.4)} if fell else {epochs[a]}:
-            job_of[name := f"{a} s{s} annealed over {n:g}"] = a, s
-            jobs[name] = flags(a, s, best[a], n, schedule="wsd", eval_epochs=None, eval_every=0,
-                               folder=f"annealed-{n:g}")
-    evals = (yield jobs) if jobs else {}
-    for name, run in job_of.items():
-        end = lowest(evals[name])
-        if end["loss"] < rows[run].get("annealed", math.inf):
-            rows[run] |= dict(annealed=end["loss"], annealed_epoch=end["epoch"], annealed_flops=end["flops"],
-                              annealed_se=end["se"], annealed_run=jobs[name]["out"])
+    evals = yield runs
+    rows = {key: outcome(evals[key]) | dict(lr=run["lr"], run=run["out"])       # an arm may set lr
+            for key, run in runs.items()}
+    jobs = {}
+    for (a, s), row in rows.items():
+        overfitted = row["best"] < row["last"]
+        lengths = {max(1, round(f * row["best_epoch"])) for f in (0.7, 1, 1.4)} if overfitted else {epochs[a]}
+        for n in lengths if a in anneal else ():
+            jobs[a, s, n] = flags(a, s, best[a], n, schedule="wsd", eval_epochs=None, eval_every=0,
+                                  folder=f"annealed-{n:g}")
+    evals = yield jobs
+    for a, s, n in jobs:
+        row, end = rows[a, s], lowest(evals[a, s, n])
+        if end["loss"] < row.get("annealed", math.inf):
+            row |= dict(annealed=end["loss"], annealed_epoch=end["epoch"], annealed_flops=end["flops"],
+                        annealed_se=end["se"], annealed_run=jobs[a, s, n]["out"])
     return rows
 
 
@@ -962,56 +982,34 @@ def outcome(evals):
                 flops=last["flops"], minutes=last["seconds"] / 60, evals=evals)
 
 
-def window_nats(run, windows, which="best"):
-    """(W,) nats per token of each window: exact for AR, else the bound; and its error over masks (W,)."""
-    lm, state = train.load_model(run, which)
-    flags = state["flags"]
-    with torch.no_grad():
-        if flags["objective"] == "ar":
-            nats = diffusion.ar_loss(lm, windows, lm.mask_id, reduction="none").double().mean(1)
-            return nats, torch.zeros_like(nats)
-        block = flags["diffusion_block"] if flags["objective"] == "block" else None
-        return diffusion.mdm_nll(lm, windows, lm.mask_id, 16, noise_block=block, per_row=True)
-
-
+@torch.no_grad()
 def paired_gap(ar, mdm, windows):
     """AR's best minus diffusion's end on the same windows, in nats per token, with two standard errors: over
-    the choice of windows (paired: what is hard for both cancels) and over the masks."""
-    (a, _), (d, error) = window_nats(ar, windows), window_nats(mdm, windows, "last")
-    return dict(gap=(a - d).mean().item(), se_windows=((a - d).std() / len(a) ** 0.5).item(),
-                se_masks=error.norm().item() / len(a))
+    the choice of windows (paired: what is hard for both cancels) and over the masks. ar, mdm: run folders."""
+    (ar, _), (mdm, _) = train.load_model(ar), train.load_model(mdm, "last")
+    bound, error = diffusion.mdm_nll(mdm, windows, mdm.mask_id, 16, per_row=True)
+    gap = diffusion.ar_loss(ar, windows, ar.mask_id, reduction="none").double().mean(1) - bound
+    return dict(gap=gap.mean().item(), se_windows=(gap.std() / len(gap) ** 0.5).item(),
+                se_masks=error.norm().item() / len(gap))
 
 
-def own_arms(texts):
-    """--arm "name: flags of train.py" -> {name: its flags}."""
-    arms = {}
-    for text in texts:
-        name, colon, flags = text.partition(":")
-        need(colon and name.strip(),
-             f"--arm '{text}': expected 'name: flags of train.py', such as 'dropout: --dropout 0.3'")
-        arms[name.strip()] = {"objective": "ar"} | train.parse_flags(shlex.split(flags))
-    return arms
-
-
-def mean_curve(runs, x, y):
-    """(xs, mean, lowest, highest): y of several runs' evaluations, at the steps that all of them have."""
-    runs = [{e["step"]: e for e in evals if e.get(y) is not None} for evals in runs]
-    steps = sorted(set.intersection(*map(set, runs)))
-    values = np.array([[run[s][y] for s in steps] for run in runs])
-    xs = [statistics.mean(run[s][x] for run in runs) for s in steps]
-    return (xs, values.mean(0), values.min(0), values.max(0)) if steps else ([],) * 4
-
-
-def draw_curves(ax, runs, x, y, **style):
-    """A line for each name, a band from the lowest to the highest seed.
-    runs: {name: [evaluations of each seed]}."""
+def draw_curves(ax, rows, x, y, by=("arm",), **style):
+    """The evaluations of all rows that are alike in the columns `by`: their mean at the steps that all of
+    them have, in a band from the lowest to the highest seed."""
+    runs = collections.defaultdict(list)
+    for r in rows:
+        if "evals" in r:
+            evals = {e["step"]: e for e in r["evals"] if e.get(y) is not None}
+            runs[" ".join(r[column] for column in by)].append(evals)
     for i, (name, seeds) in enumerate(runs.items()):
-        xs, mean, low, high = mean_curve(seeds, x, y)
+        steps = sorted(set.intersection(*map(set, seeds)))
+        xs = [statistics.mean(evals[s][x] for evals in seeds) for s in steps]
+        ys = np.array([[evals[s][y] for s in steps] for evals in seeds])
         colour = {"ar": "tab:red", "mdm": "tab:blue"}.get(name, f"C{'45678912'[i % 8]}")
-        label = name + (f", mean of {len(seeds)} seeds" if len(seeds) > 1 else "")
-        ax.plot(xs, mean, **dict(dict(marker="o", ms=2, color=colour, label=label), **style))
+        label = name + f", mean of {len(seeds)} seeds" * (len(seeds) > 1)
+        ax.plot(xs, ys.mean(0), **dict(marker="o", ms=2, color=colour, label=label) | style)
         if len(seeds) > 1 and "label" not in style:
-            ax.fill_between(xs, low, high, color=colour, alpha=0.2, lw=0)
+            ax.fill_between(xs, ys.min(0), ys.max(0), color=colour, alpha=0.2, lw=0)
     ax.grid(alpha=0.25)
 
 
@@ -1021,15 +1019,15 @@ def draw_stars(ax, rows, x):
         ax.plot(*zip(*stars), "k*", ms=9, zorder=5, label="annealed")
 
 
-def curve_picture(plt, runs, x="epoch", y="loss", title="", level=None, rows=()):
-    """`draw_curves` as a picture; level: of a model that is not trained here; rows: with annealed runs."""
+def curve_picture(plt, result, x="epoch", y="loss", title="", level=None, by=("arm",)):
+    """`draw_curves` as a picture; level: of a model that is not trained here."""
     figure, ax = plt.subplots(figsize=(8, 5.5))
-    draw_curves(ax, runs, x, y)
-    draw_stars(ax, rows, x)
+    draw_curves(ax, result["rows"], x, y, by)
+    draw_stars(ax, result["rows"], x)
     if level:
         ax.axhline(level, color="0.45", lw=1, ls="--", label=f"the AR model itself, {level:.3f}")
     what = "nats per token (diffusion: a bound)" if y == "loss" else f"{y}, validation"
-    dress(ax, title, xlabel=AXES[x], ylabel=what, xscale="log")
+    dress(ax, title.format(**result["flags"]), xlabel=AXES[x], ylabel=what, xscale="log")
     plain_log(ax.xaxis)
     return figure
 
@@ -1038,25 +1036,23 @@ def crossover_picture(plt, result):
     """Losses of all arms and, below, whether they tell true ends of passages from others;
     x is the axis of --x. A star is an annealed run."""
     rows, x = result["rows"], result["flags"].get("x", "epoch")
-    found = [r for r in rows if r["arm"] == "crossing"]
-    arms = dict.fromkeys(r["arm"] for r in rows if r["arm"] != "crossing")
-    runs = {a: [r["evals"] for r in rows if r["arm"] == a] for a in arms}
+    plain = [r for r in rows if r["arm"] in OBJECTIVES]
     figure, (top, below) = plt.subplots(2, 1, figsize=(8, 7), sharex=True, height_ratios=(5, 2))
-    draw_curves(top, runs, x, "loss")
-    thin = dict(marker="", lw=0.8, alpha=0.7, label=None)
-    draw_curves(top, {a: runs[a] for a in OBJECTIVES}, x, "train_loss", **thin)
+    draw_curves(top, rows, x, "loss")
+    draw_curves(top, plain, x, "train_loss", marker="", lw=0.8, alpha=0.7, label=None)
     draw_stars(top, rows, x)
     best = min(floor(r) for r in rows if r["arm"] == "ar")
     top.axhline(best, color="0.45", lw=1, ls="--", label=f"AR's best, {best:.3f}")
     for kind, ls in (("curve", ":"), ("honest", "-.")):
-        if at := [r[kind]["first"][x] for r in found if (r[kind]["first"] or {}).get(x)]:
+        at = [r[kind]["first"].get(x) for r in rows if r.get(kind) and r[kind]["first"]]
+        if any(at):                             # no axis of seconds
             told = ", ".join(f"{value:,.4g}" for value in at)
             top.vlines(at, 0, 1, "0.45", ls, lw=1, label=f"{kind} crossing, {x} {told}",
                        transform=top.get_xaxis_transform())
-    draw_curves(below, runs, x, "probe_accuracy")
+    draw_curves(below, rows, x, "probe_accuracy")
     below.axhline(0.25, color="0.45", lw=1, ls="--")
     below.set(xlabel=AXES[x], ylabel="true end found (chance: 0.25)")
-    first = max(seed[0]["loss"] for a in OBJECTIVES for seed in runs[a])
+    first = max(r["evals"][0]["loss"] for r in plain)
     title = "{unique_tokens:,} unique tokens of {dataset}, {n_layer} layers of {n_embd}; thin: training text"
     dress(top, title.format(**result["flags"]), xscale="log", ylabel="nats per token (mdm: a bound)",
           ylim=(None, first * 1.05))
@@ -1066,9 +1062,10 @@ def crossover_picture(plt, result):
 
 def crossings(result):
     """The table of the arms, and where the curves cross."""
-    shown = ("arm", *["seed"] * (len(result["seeds"]) > 1), "measure", "lr", "best", "best_epoch",
-             "best_flops", "annealed", "annealed_epoch", "last", "epochs", "se", "probe_accuracy",
-             "probe_gap")
+    shown = """arm seed measure lr best best_epoch best_flops annealed annealed_epoch last epochs se
+               probe_accuracy probe_gap""".split()
+    if len(result["seeds"]) == 1:
+        shown.remove("seed")
     arms = [r for r in result["rows"] if r["arm"] != "crossing"]
     text = markdown([{k: r.get(k) for k in shown} for r in arms]) + "\n"
     kinds = {"curve": "curve crossing (diffusion below AR at the same epoch)",
@@ -1116,7 +1113,7 @@ def crossover(
     need({"ar", "mdm"} <= set(arms), f"--arms {','.join(arms)} must hold ar and mdm")
     arms = {name: ARMS[name] for name in arms} | own_arms(arm)
     seeds, pure = range(seed, seed + seeds), [a for a in arms if arms[a]["objective"] == "ar"]
-    _, flags = few_runs("crossover", few, arms, probe=1)
+    flags = few_runs("crossover", few, arms, probe=1)
     print("AR untuned, one seed, unless you ask for more: see results/README.md")
     epochs = yield from planned(few, flags, arms)
     rows = yield from tuned(arms, few["rates"], seeds, flags, dict.fromkeys(arms, epochs),
@@ -1150,9 +1147,7 @@ def crossover(
 # compare: any training runs
 
 def compare_picture(plt, result):
-    flags = result["flags"]
-    runs = {r["run"]: [r["evals"]] for r in result["rows"]}
-    return curve_picture(plt, runs, flags["x"], flags["y"])
+    return curve_picture(plt, result, result["flags"]["x"], result["flags"]["y"], by=("run",))
 
 
 @experiment(picture=compare_picture)
@@ -1209,8 +1204,7 @@ def fitting(goal, size, step):
 
 def sparsity_picture(plt, result):
     title = "dense against experts, equal {match} parameters, {unique_tokens:,} unique tokens"
-    runs = {f"{r['objective']} {r['model']}": [r["evals"]] for r in result["rows"]}
-    return curve_picture(plt, runs, title=title.format(**result["flags"]))
+    return curve_picture(plt, result, title=title, by=("objective", "model"))
 
 
 def sparsity_table(result):
@@ -1236,11 +1230,11 @@ def sparsity(match: ("active", "total") = "active", ratio=8.0, **few):
     dense, mixture = match_experts(base, match, ratio)
     arms = {f"{o} {kind}": dict(objective=o, set=[f"{k}={v}" for k, v in values.items()])
             for kind, values in {"dense": dense, "mixture": mixture}.items() for o in OBJECTIVES}
-    root, flags = few_runs("sparsity", few, arms)
+    flags = few_runs("sparsity", few, arms)
     epochs = yield from planned(few, flags, arms)
     jobs = {a: flags(a, 1337, few["rates"][0], epochs) for a in arms}
-    for a in arms:                                          # both matches share the mixture's runs
-        jobs[a]["out"] = str(root / file_part("_".join([a, *arms[a]["set"]])))
+    for a, job in jobs.items():                             # both matches share the mixture's runs
+        job["out"] = str(Path(job["out"]).with_name(file_part("_".join([a, *job["set"]]))))
     evals = yield jobs
     for name, job in jobs.items():
         objective, kind = name.split()
@@ -1258,7 +1252,7 @@ def study_arms(names):
         """Arms beside plain AR and diffusion, each at its best rate. Annealed: all AR arms, plain diffusion
         and the best three of the other arms."""
         arms = {name: ARMS[name] for name in dict.fromkeys([*OBJECTIVES, *names])} | own_arms(few["arm"])
-        _, flags = few_runs("study", few, arms)
+        flags = few_runs("study", few, arms)
         short = [a for a in arms if arms[a]["objective"] == "ar"]
         epochs = {a: few["ar_epochs"] if a in short else few["epochs"] for a in arms}
         rows = yield from tuned(arms, rates, seeds, flags, epochs, short)
@@ -1266,7 +1260,7 @@ def study_arms(names):
             begun = {f"{a} from ar": ARMS[a] | dict(init_from=rows["ar", seeds[0]]["run"])
                      for a in ("mdm", "block of 4")}
             arms, epochs = arms | begun, epochs | dict.fromkeys(begun, few["epochs"])
-            _, flags = few_runs("study", few, arms)
+            flags = few_runs("study", few, arms)
             rows |= yield from tuned(begun, rates, seeds, flags, epochs)
         long = sorted((a for a in arms if a not in short), key=lambda a: floor(rows[a, seeds[0]]))
         long = dict.fromkeys(["mdm", *long[:3]])
@@ -1284,7 +1278,7 @@ def study_map(few, rates, seeds):
     grid = itertools.product(few["texts"], few["budgets"], few["widths"], seeds)
     for text, U, width, s in grid:
         here = few | dict(dataset=text, unique_tokens=U, n_embd=width)
-        _, flags = few_runs("study", here, OBJECTIVES)
+        flags = few_runs("study", here, OBJECTIVES)
         same_work = few["epochs"] * few["unique_tokens"] / U * (few["n_embd"] / width) ** 2
         epochs = float(round(min(max(same_work, 32), 8 * few["epochs"])))
         longer = max(1, few["unique_tokens"] / U)             # the fewer tokens, the more epochs to AR's best
@@ -1345,11 +1339,11 @@ def study_curve(few, rates, seeds):
     text = np.asarray(text[:few["unique_tokens"]])
     held = train.fixed_windows(val, T, 128).long()
     seen = train.fixed_windows(text, T, 128).long()
-    _, flags = few_runs("study", few, OBJECTIVES)
+    flags = few_runs("study", few, OBJECTIVES)
     for a, part in itertools.product(OBJECTIVES, (16, 4, 1)):
         epochs = few["epochs"] / part
         job = flags(a, seeds[0], rates[len(rates) // 2], epochs, folder=f"until-{epochs:g}")
-        evals = (yield {f"{a} until {epochs:g}": job})[f"{a} until {epochs:g}"]
+        evals = (yield {(a, epochs): job})[a, epochs]
 
         def measure():
             lm, _ = train.load_model(job["out"], "last")
@@ -1357,10 +1351,8 @@ def study_curve(few, rates, seeds):
             for name, windows in dict(train=seen, held_out=held).items():
                 x = windows.clone()
                 x[:, T // 4:] = lm.mask_id
-                gen = torch.Generator().manual_seed(0)
-                draw = diffusion.sample_ar if a == "ar" else diffusion.sample_mdm
-                with torch.no_grad():
-                    x = draw(lm, x, lm.mask_id, generator=gen)
+                draw = getattr(diffusion, f"sample_{a}")
+                x = draw(lm, x, lm.mask_id, generator=torch.Generator().manual_seed(0))
                 out |= {f"{name}_{n}": copied(x[:, T // 4:], text, n) for n in (8, 16, 32)}
             out |= {f"text_{n}": copied(held[:, T // 4:], text, n) for n in (8, 16, 32)}
             return out | (calibration(lm, held, a) if a == "ar" else looseness(lm, held, a))
@@ -1406,12 +1398,12 @@ def study_capacity(few, rates, seeds):
     """Bits that a model holds of random letters, where nothing but memory helps: per parameter."""
     root = Path(few["out"] or "out/study-random")
     rng = np.random.default_rng(0)
-    letters = "".join(map(chr, 97 + rng.integers(26, size=max(40_000, few["unique_tokens"] * 2))))
-    write(root / "letters.txt", letters)
+    letters = 97 + rng.integers(26, size=max(40_000, few["unique_tokens"] * 2))
+    write(root / "letters.txt", bytes(letters.tolist()))
     if not (root / "data" / "meta.json").exists():
         prepare.prepare(name="data", text=[str(root / "letters.txt")], out_dir=str(root), tokenizer="byte")
     here = few | dict(dataset=str(root / "data"), out=str(root))
-    _, flags = few_runs("study", here, OBJECTIVES)
+    flags = few_runs("study", here, OBJECTIVES)
     epochs = dict.fromkeys(OBJECTIVES, few["epochs"])
     rows = yield from tuned(OBJECTIVES, rates[-1:], seeds[:1], flags, epochs)
     for (a, s), row in rows.items():
@@ -1426,11 +1418,11 @@ def study_ensembles(few, rates, seeds):
     """K models of different seeds, each at its best checkpoint, their probabilities averaged. Diffusion at
     equal FLOPs in all, each for 1/K of the epochs; AR, which overfits, each for all of its own."""
     windows = validation(few["dataset"], few["block_size"], 256)
-    _, flags = few_runs("study", few, OBJECTIVES)
+    flags = few_runs("study", few, OBJECTIVES)
     for a, K in itertools.product(OBJECTIVES, (1, 2, 4)):
         epochs = few["ar_epochs"] if a == "ar" else few["epochs"] / K
         how = dict(rate=rates[len(rates) // 2], epochs=epochs, folder=f"until-{epochs:g}")
-        jobs = {f"{a} {i} of {K}": flags(a, seeds[0] + i, **how) for i in range(K)}
+        jobs = {(a, i, "of", K): flags(a, seeds[0] + i, **how) for i in range(K)}
         yield jobs
 
         def measure():
@@ -1465,23 +1457,22 @@ def study_picture(plt, result):
         figure, ax = plt.subplots(figsize=(8, 5.5))
         rows = [r for r in rows if r["text"] == rows[0]["text"] and r["seed"] == rows[0]["seed"]]
         tokens, widths = (sorted({r[k] for r in rows}) for k in ("unique_tokens", "width"))
-        size = {r["width"]: f"{r['params'] / 1e6:.2f}M" for r in rows}
-        cell = {(r["unique_tokens"], r["width"]): r for r in rows}
-        gap = [[cell.get((U, w), {}).get("gap", math.nan) for w in widths] for U in tokens]
+        gap = np.full((len(tokens), len(widths)), math.nan)
+        for r in rows:
+            y, x = tokens.index(r["unique_tokens"]), widths.index(r["width"])
+            gap[y, x] = r["gap"]
+            told = "{gap:+.3f}\nAR {ar:.3f}\nmdm {mdm:.3f} at {mdm_epoch:.0f}".format(**r)
+            ax.text(x, y, told, ha="center", va="center", fontsize=9)
         ax.imshow(gap, cmap="RdBu", vmin=-0.6, vmax=0.6, aspect="auto")
-        told = "{gap:+.3f}\nAR {ar:.3f}\nmdm {mdm:.3f} at {mdm_epoch:.0f}"
-        for (U, w), r in cell.items():
-            ax.text(widths.index(w), tokens.index(U), told.format(**r), ha="center", va="center", fontsize=9)
+        size = {r["width"]: f"{r['params'] / 1e6:.2f}M" for r in rows}
         ax.set_xticks(range(len(widths)), [size[w] for w in widths])
         ax.set_yticks(range(len(tokens)), [f"{U:,}" for U in tokens])
         ax.set(xlabel="parameters without the embedding", ylabel="unique tokens")
         ax.set_title("AR's best minus diffusion's best, nats per token (blue: diffusion below)", fontsize=10)
         return figure
-    best = list(dict.fromkeys(r["arm"] for r in rows))[:5]
-    runs = {a: [r["evals"] for r in rows if r["arm"] == a] for a in dict.fromkeys([*best, *OBJECTIVES])}
+    shown = [*dict.fromkeys(r["arm"] for r in rows)][:5] + [*OBJECTIVES]
     title = "the best five arms, AR and diffusion: {unique_tokens:,} unique tokens of {dataset}"
-    shown = [r for r in rows if r["arm"] in runs]
-    return curve_picture(plt, runs, title=title.format(**flags), rows=shown)
+    return curve_picture(plt, result | dict(rows=[r for r in rows if r["arm"] in shown]), title=title)
 
 
 @experiment(named=("part", "dataset", "unique_tokens"), finish=with_fits, picture=study_picture,
@@ -1505,19 +1496,18 @@ def study(part: PARTS = "ar", arm: list = (), rates=(1e-3, 2e-3, 4e-3), seeds=1,
 # ------------------------------------------------------------------------------------------------------------
 # adapt: a diffusion model from an AR one
 
-ADAPTED = {
-    "mdm": dict(objective="mdm"),
-    "mdm from ar": dict(objective="mdm"),
-    "mdm from ar, shifted": dict(objective="mdm", set=["shift=true"]),
-    "block of 4": dict(objective="block", diffusion_block=4),
-    "block of 4 from ar": dict(objective="block", diffusion_block=4),
-    "block of 16 from ar": dict(objective="block", diffusion_block=16)
-}
+ADAPTED = arms_of("""
+    mdm: --objective mdm
+    mdm from ar: --objective mdm
+    mdm from ar, shifted: --objective mdm --set shift=true
+    block of 4: --objective block --diffusion_block 4
+    block of 4 from ar: --objective block --diffusion_block 4
+    block of 16 from ar: --objective block --diffusion_block 16
+""")
 
 
 def adapt_picture(plt, result):
-    own, *rows = result["rows"]
-    return curve_picture(plt, {r["arm"]: [r["evals"]] for r in rows}, "step", level=own["best"])
+    return curve_picture(plt, result, "step", level=result["rows"][0]["best"])
 
 
 @experiment(picture=adapt_picture, show=without("bpb", "train", "minutes"))
@@ -1625,11 +1615,9 @@ def longest(result):
 
 @experiment(
     named=("device", "bidirectional"),
-    finish=compared("layer", "full", ("forward_ms", "both_ms")),
+    finish=beside_full("forward_ms", "both_ms"),
     show=longest,
-    picture=lines(
-        "T", "both_ms", "layer", "tokens", "ms, forward + backward", "one layer, {n_head} heads of {head_dim}"
-    )
+    picture=layer_lines("both_ms", "tokens", "ms, forward + backward", "one layer")
 )
 def attention(
     lengths=(512, 1024, 2048, 4096, 8192),
@@ -1670,15 +1658,8 @@ def attention(
 
 @experiment(
     named=("device",),
-    finish=compared("layer", "full", ("ms",)),
-    picture=lines(
-        "T",
-        "tok_per_s",
-        "layer",
-        "tokens in the cache",
-        "tokens/s",
-        "decoding by one layer, {n_head} heads of {head_dim}"
-    )
+    finish=beside_full("ms"),
+    picture=layer_lines("tok_per_s", "tokens in the cache", "tokens/s", "decoding by one layer")
 )
 def context(
     lengths=(1024, 4096, 16384, 65536),
@@ -1778,36 +1759,31 @@ def throughput(kind, values, batch, iters, warmup, device, threads, vs):
         x, *noise = (pin(a).to(device, non_blocking=True) for a in (x, *diffusion.mdm_noise(batch, T, gen)))
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=cuda):
             loss = loss_of(x, noise)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
-        for o in optimizers:
-            o.step()
-            o.zero_grad()
+        update(lm, optimizers, loss)
     seconds = (clock() - tic) / iters
     params = sum(p.numel() for p in lm.parameters())
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if cuda:
         memory = torch.cuda.max_memory_allocated()
     speed = batch * T / seconds
-    mfu = None
-    if peak := train.peak_flops(device):
-        mfu = speed * (6 * params + 12 * config.n_layer * config.n_embd * T) / peak
+    peak = train.peak_flops(device)
+    mfu = peak and speed * (6 * params + 12 * config.n_layer * config.n_embd * T) / peak
     return dict(params=params, ms=1e3 * seconds, tok_per_s=speed, peak_mib=memory / 2 ** 20, mfu=mfu)
 
 
 def speed_table(result):
     """The median of the rounds, and beside nanoGPT the ratios of these medians."""
-    table = {}
+    table = []
     for model in dict.fromkeys(r["model"] for r in result["rows"]):
-        table[model] = dict(model=model)
-        for key in ("params", "tok_per_s", "ms", "peak_mib", "mfu"):
-            values = [value for _, value in points(result["rows"], "model", key, model=model)]
-            table[model][key] = statistics.median(values) if values else None
-    if peer := table.get("nanoGPT"):
-        for row in table.values():
+        rounds = [r for r in result["rows"] if r["model"] == model]
+        table.append({"model": model} | {
+            key: statistics.median(r[key] for r in rounds)
+            for key in ("params", "tok_per_s", "ms", "peak_mib", "mfu") if rounds[0].get(key) is not None})
+    for peer in (row for row in table if row["model"] == "nanoGPT"):
+        for row in table:
             row["speed_vs_nanoGPT"] = peer["ms"] / row["ms"]
             row["memory_vs_nanoGPT"] = row["peak_mib"] / peer["peak_mib"]
-    return list(table.values())
+    return table
 
 
 @experiment(named=("device",), show=speed_table)
@@ -2098,15 +2074,13 @@ def recall(
         )
         ar = objective == "ar"
         path = folder / f"{objective}-{file_part(name)}.pt"
-        model = functools.cache(lambda: learn_recall(config, ar, steps, batch_tokens, lengths, path, device))
         sparse = any(ATTENTION[layer].family == "sparse" for layer, _ in parse_layers(pattern, 4))
         for task, T, n in grid:
 
             def measure():
-                lm = model()
+                lm = learn_recall(config, ar, steps, batch_tokens, lengths, path, device)
                 text = Bigram(TEXT) if task == "needle" else None
-                accuracy, se, _ = recall_accuracy(lm, T, n, lm.mask_id, ar, text, device)
-                return dict(accuracy=accuracy, se=se)
+                return dict(zip(("accuracy", "se"), recall_accuracy(lm, T, n, lm.mask_id, ar, text, device)))
 
             if T >= 512 or not sparse:
                 yield dict(layers=name, objective=objective, task=task, T=T, pairs=n), measure
@@ -2204,16 +2178,6 @@ def draw_words(B, T, things, generator):
     return x, torch.stack(y, dim=1)
 
 
-def learn_words(config, things, steps, length, path):
-    """A model that names the product so far; texts of 4 tokens first."""
-    def loss_of(lm, step, generator):
-        T = min(4 << int(8 * step / steps), length)
-        x, y = draw_words(2048 // T, T, things, generator)
-        return F.cross_entropy(lm(x).flatten(0, 1), y.flatten())
-
-    return learn(config, loss_of, steps, path, lr=4e-3, optimizer="muon")
-
-
 def track_table(result):
     def cells(r):
         return {"layer": f"`{r['layer']}`", f"{r['group']} {r['T']}": f"{100 * r['accuracy']:.0f}"}
@@ -2237,15 +2201,20 @@ def track(layers=RULES, groups: GROUPS = tuple(GROUPS), steps=1000, length=32, t
         path = Path(out) / f"{group}-{file_part(name)}-{length}-steps{steps}.pt"
         size = dict(vocab_size=math.factorial(things), n_layer=1, block_size=length * max(times))
         config = ModelConfig(**RECALL | size, layers=name)
-        model = functools.cache(lambda: learn_words(config, things, steps, length, path))
+
+        def loss_of(lm, step, generator):
+            T = min(4 << int(8 * step / steps), length)
+            x, y = draw_words(2048 // T, T, things, generator)
+            return F.cross_entropy(lm(x).flatten(0, 1), y.flatten())
+
         for T in (n * length for n in times):
 
             def measure():
+                lm = learn(config, loss_of, steps, path, lr=4e-3, optimizer="muon")
                 x, y = draw_words(max(4, 8192 // T), T, things, torch.Generator().manual_seed(T))
-                f = torch.no_grad()(model())
-                right = (f(x).argmax(-1) == y).double().mean(1)
-                accuracy, se = mean_se(right.tolist())
-                return dict(accuracy=accuracy, se=se)
+                with torch.no_grad():
+                    right = lm(x).argmax(-1) == y
+                return accuracy(right.double().mean(1).tolist())
 
             yield dict(layer=name, group=group, T=T), measure
 
@@ -2357,7 +2326,7 @@ def optical_picture(plt, result):
             axes[2].plot(*zip(*mine), marker="o", color=f"C{i}", **style)
     axes[2].plot([10, 20], [0.97, 0.6], "k*", ms=10, label="DeepSeek-OCR")
     dress(axes[2], "", xlabel="characters per token of the page", ylabel="right characters")
-    log_ticks(axes[2].xaxis, [r["per"] for r in rows])
+    log_ticks(axes[2], [r["per"] for r in rows])
     return figure
 
 
@@ -2381,22 +2350,22 @@ def optical(per=(4, 10, 16, 20, 64), readers: READERS = tuple(READERS), page=128
         config = ModelConfig(vocab_size=len(GLYPHS), n_layer=n_layer, n_head=4, n_embd=n_embd, qk_norm=True,
                              position="learned", block_size=page - (-page // n))
         path = Path(out) / f"{kind}-{objective}-{n}-{page}-{n_layer}x{n_embd}-{steps}.pt"
-        given = config, kind, n, page, ids, objective, steps, batch_tokens, path
-        model = functools.cache(functools.partial(learn_reading, *given))
         for passes in READERS[reader]:
 
+            @torch.no_grad()
+            def read(lm, x):
+                canvas = torch.cat([lm.see(x), torch.full_like(x, lm.mask_id)], dim=1)
+                how = dict(steps=passes) if objective == "mdm" else {}
+                draw = getattr(diffusion, f"sample_{objective}")
+                return draw(lm, canvas, lm.mask_id, temperature=0, **how)[:, lm.n:]
+
             def measure():
-                lm, row = model(), {}
+                lm = learn_reading(config, kind, n, page, ids, objective, steps, batch_tokens, path)
+                found = {name: read(lm, x) for name, x in held.items()}
+                row = dict(page=held["text"][0].tolist(), reading=found["text"][0].tolist())
                 for name, x in held.items():
-                    with torch.no_grad():
-                        canvas = torch.cat([lm.see(x), torch.full_like(x, lm.mask_id)], dim=1)
-                        if objective == "ar":
-                            y = diffusion.sample_ar(lm, canvas, lm.mask_id, temperature=0)
-                        else:
-                            y = diffusion.sample_mdm(lm, canvas, lm.mask_id, passes, temperature=0)
-                    y = y[:, lm.n:]
-                    row[name], row[f"{name}_se"] = mean_se((y == x).double().mean(1).tolist())
-                    row |= dict(page=x[0].tolist(), reading=y[0].tolist()) if name == "text" else {}
+                    right = (found[name] == x).double().mean(1)
+                    row[name], row[f"{name}_se"] = mean_se(right.tolist())
                 return row
 
             yield dict(per=n, reader=reader, passes=passes), measure
@@ -2420,10 +2389,11 @@ class Parity:
 
     def __call__(self, x, causal=False):
         x = x.view(len(x), -1, 3)
-        known = x < 2
-        others = known.sum(-1, keepdim=True) - known.long() == 2  # both others of the triple are there
-        parity = ((x * known).sum(-1, keepdim=True) - x * known) % 2
-        one = torch.where(others, parity, 0.5).flatten(1)
+        hidden = x == 2
+        bits = x.masked_fill(hidden, 0)
+        parity = (bits.sum(-1, keepdim=True) - bits) % 2            # of the two others of a triple
+        known = hidden.sum(-1, keepdim=True) == hidden              # both are there
+        one = torch.where(known, parity, 0.5).flatten(1)
         return torch.stack([1 - one, one], dim=-1).log()
 
     def theory(self, N, L):
@@ -2494,8 +2464,8 @@ def in_steps(f, x, N, mask_id, generator):
 
 
 def learn_language(language, objective, lengths, steps, path):
-    """A small model of the language, trained on fresh sequences of alternating lengths. It reads letters of
-    their own for each place of a period, so that it need not count."""
+    """A small model of the language, trained on fresh sequences of alternating lengths, as AR for a quarter
+    of the steps. It reads letters of their own for each place of a period, so that it need not count."""
     places = 3 * (torch.arange(max(lengths)) % language.period)
     read = lambda lm, x, **how: lm(x + places[:x.size(1)], **how)
 
@@ -2507,9 +2477,10 @@ def learn_language(language, objective, lengths, steps, path):
             return diffusion.ar_loss(f, x, lm.mask_id)
         return diffusion.mdm_loss(f, x, lm.mask_id, generator=gen)
 
-    size = dict(vocab_size=language.V, block_size=max(lengths), n_layer=2, n_head=4, n_embd=64)
-    lm = learn(ModelConfig(**size, layers=language.layers), loss_of, steps, path, lr=3e-3)
-    return functools.partial(read, lm)
+    config = ModelConfig(vocab_size=language.V, block_size=max(lengths), n_layer=2, n_head=4, n_embd=64,
+                         layers=language.layers)
+    steps = max(1, steps // 4) if objective == "ar" else steps
+    return functools.partial(read, learn(config, loss_of, steps, path, lr=3e-3))
 
 
 def theory_picture(plt, result):
@@ -2531,7 +2502,7 @@ def theory_picture(plt, result):
             mine = points(rows, "N", prefix + what, language=language, model=model, L=L)
             ax.plot(*zip(*mine), color=f"C{n}", label=f"length {L}, {name}", **style)
         dress(ax, language if what == "ter" else "", xlabel="sampling steps" if what == "ser" else "")
-        log_ticks(ax.xaxis, [r["N"] for r in rows if r["model"] == "oracle"])
+        log_ticks(ax, [r["N"] for r in rows if r["model"] == "oracle"])
         ax.set_ylabel(labels[what] if ax in axes[:, 0] else "")
         if ax is not axes[0, 0]:
             ax.get_legend().remove()
@@ -2539,7 +2510,7 @@ def theory_picture(plt, result):
 
 
 def theory_table(result):
-    shown = ("language", "model", "L", "N", "ter", "theory_ter", "ser", "theory_ser")
+    shown = "language model L N ter theory_ter ser theory_ser".split()
     rows = [r for r in result["rows"] if r["N"] in (1, 16, 256) or r["model"] == "ar"]
     return [{k: r.get(k) for k in shown} for r in rows]
 
@@ -2561,33 +2532,27 @@ def theory(lengths=(24, 96), steps=1000, sequences=128, threads=1, out="out/theo
     grid = [4**i for i in range(6)]
     kinds = {"oracle": grid, "mdm": grid[:-1], "ar": [None]}
     for language, kind in itertools.product((Parity(), Bigram()), kinds):
-
-        @functools.cache
-        def model():
-            if kind == "oracle":
-                return language
-            path = Path(out) / f"{asked}-steps{steps}" / f"{language.name}-{kind}.pt"
-            return learn_language(language, kind, lengths, max(1, steps // (4 if kind == "ar" else 1)), path)
-
-        def measure(L, N):
-            gen = torch.Generator().manual_seed(L)
-            V = language.V
-            x = language.draw(8 * sequences if kind == "oracle" else sequences, L, gen)
-            if kind == "ar":
-                y = diffusion.sample_ar(model(), torch.full_like(x, V), V, generator=gen, cache=False)
-                nats = diffusion.ar_loss(model(), x, V, reduction="none").detach()
-            else:
-                y, nats = in_steps(model(), x, N, V, gen)
-            nats = nats.double().mean(1)
-            ter = nats.mean().exp().item()
-            ser, error = mean_se((~language.valid(y)).double().tolist())
-            closed = language.theory(N, L) if N else {}
-            return closed | dict(ter=ter, ser=ser, sequences=len(x), ser_se=error,
-                                 ter_se=ter * mean_se(nats.tolist())[1])
-
+        path = Path(out) / f"{asked}-steps{steps}" / f"{language.name}-{kind}.pt"
         for L, N in itertools.product(lengths, kinds[kind]):
-            point = dict(language=language.name, model=kind, L=L, N=N or L)
-            yield point, functools.partial(measure, L, N)
+
+            def measure():
+                f = language if kind == "oracle" else learn_language(language, kind, lengths, steps, path)
+                gen = torch.Generator().manual_seed(L)
+                V = language.V
+                x = language.draw(8 * sequences if kind == "oracle" else sequences, L, gen)
+                if kind == "ar":
+                    y = diffusion.sample_ar(f, torch.full_like(x, V), V, generator=gen, cache=False)
+                    nats = diffusion.ar_loss(f, x, V, reduction="none").detach()
+                else:
+                    y, nats = in_steps(f, x, N, V, gen)
+                nats = nats.double().mean(1)
+                ter = nats.mean().exp().item()
+                ser, error = mean_se((~language.valid(y)).double().tolist())
+                closed = language.theory(N, L) if N else {}
+                return closed | dict(ter=ter, ser=ser, sequences=len(x), ser_se=error,
+                                     ter_se=ter * mean_se(nats.tolist())[1])
+
+            yield dict(language=language.name, model=kind, L=L, N=N or L), measure
 
 # ------------------------------------------------------------------------------------------------------------
 # tools: a calculator and a look-up inside an answer
@@ -2617,40 +2582,40 @@ def tools(steps=1000, problems=200, seeds=3, seed=1337, workers=1, device="auto"
     texts = [t for t in tokenizer.decode(val.tolist()).split(prepare.EOT) if t]
     kinds = {"plain": [t for t in texts if "=" not in t], "look-up": [t for t in texts if "=" in t]}
     need(all(kinds.values()), "data/arithmetic holds one kind of problem: delete it, it is made anew")
-    job = lambda o, n, s: ARITHMETIC | dict(
-        objective=o, max_steps=n, diffusion_block=4, seed=s, out=f"{out}/{o}-{n}-s{s}")
     runs = range(seed, seed + seeds)
-    jobs = {f"{o} s{s}": job(o, n, s) for o, n in dict(ar=steps, block=3 * steps).items() for s in runs}
+    jobs = {}
+    for (o, n), s in itertools.product([("ar", steps), ("block", 3 * steps)], runs):
+        jobs[o, s] = ARITHMETIC | dict(
+            objective=o, max_steps=n, diffusion_block=4, seed=s, out=f"{out}/{o}-{n}-s{s}")
     yield jobs
+    answer = lambda text: text.rpartition(" ")[2]
     cases = [("ar", "left"), ("block", "left"), ("block", "max_prob")]
-
-    def measure(objective, order, kind, tool):
-        texts = kinds[kind][:problems]
-        prompts = [t[:t.index("?") + 1] for t in texts]
-        wanted = [re.findall("<tool>(.*?)</tool>", t) for t in texts]
-        answer = lambda text: text.rpartition(" ")[2]
-        right, calls = [], []
-        for s in runs:
-            lm, _ = train.load_model(jobs[f"{objective} s{s}"]["out"], "last", device)
-            canvas = diffusion.canvas([tokenizer.encode(p) for p in prompts], 80, lm.mask_id)
-            x, valid = (a.to(device) for a in canvas)
-            call = [functools.partial(solve, p) for p in prompts] if tool == "tools" else lambda call: ""
-            hook = sample.ToolCalls(call, tokenizer, lm.mask_id, valid.sum(1))
-            how = dict(temperature=0, eot_id=tokenizer.eot, valid=valid)
-            if objective == "ar":
-                y = diffusion.sample_ar(lm, x, lm.mask_id, on_token=hook, **how)
-            else:
-                y = diffusion.sample_block(lm, x, lm.mask_id, 4, order=order, on_block=hook, **how)
-            written = [tokenizer.decode(row).split(prepare.EOT)[0] for row in y.tolist()]
-            right.append(statistics.mean(answer(t) == answer(w) for t, w in zip(texts, written)))
-            made = [[call for row, call, *_ in hook.calls if row == i] for i in range(len(texts))]
-            calls.append(statistics.mean(a == b for a, b in zip(made, wanted)))
-        accuracy, se = mean_se(right)
-        return dict(accuracy=accuracy, se=se, right_calls=statistics.mean(calls), seeds=seeds)
-
     for (objective, order), kind, tool in itertools.product(cases, kinds, ("none", "tools")):
-        point = dict(model=objective, order=order, problem=kind, tool=tool)
-        yield point, functools.partial(measure, objective, order, kind, tool)
+
+        def measure():
+            texts = kinds[kind][:problems]
+            prompts = [t[:t.index("?") + 1] for t in texts]
+            right, calls = [], []
+            for s in runs:
+                lm, _ = train.load_model(jobs[objective, s]["out"], "last", device)
+                canvas = diffusion.canvas([tokenizer.encode(p) for p in prompts], 80, lm.mask_id)
+                x, valid = (a.to(device) for a in canvas)
+                call = [functools.partial(solve, p) for p in prompts] if tool == "tools" else lambda call: ""
+                hook = sample.ToolCalls(call, tokenizer, lm.mask_id, valid.sum(1))
+                how = dict(temperature=0, eot_id=tokenizer.eot, valid=valid)
+                if objective == "ar":
+                    y = diffusion.sample_ar(lm, x, lm.mask_id, on_token=hook, **how)
+                else:
+                    y = diffusion.sample_block(lm, x, lm.mask_id, 4, order=order, on_block=hook, **how)
+                for i, (text, ids) in enumerate(zip(texts, y.tolist())):
+                    written = tokenizer.decode(ids).split(prepare.EOT)[0]
+                    right.append(answer(text) == answer(written))
+                    made = [call for row, call, *_ in hook.calls if row == i]
+                    calls.append(made == re.findall("<tool>(.*?)</tool>", text))
+            each = np.reshape(right, (seeds, -1)).mean(1)
+            return accuracy(each.tolist()) | dict(right_calls=statistics.mean(calls), seeds=seeds)
+
+        yield dict(model=objective, order=order, problem=kind, tool=tool), measure
 
 # ------------------------------------------------------------------------------------------------------------
 # moe: speed against dense, load with and without the bias rule
@@ -2748,14 +2713,14 @@ SHARED["models"] = dict(
     out=None
 )
 MODELS_GPU = dict(n_layer=6, n_head=6, n_embd=384, batch_tokens=16_384, max_steps=1500, lr=1e-3)
-ROLES = {
-    "ar": dict(objective="ar"),
-    "judge": dict(objective="ar", seed=1),
-    "mdm": dict(objective="mdm"),
-    "mixed": dict(objective="mixed"),
-    "mtp": dict(objective="ar", set=["mtp=0.3"]),
-    "block": dict(objective="block", diffusion_block=16)
-}
+ROLES = arms_of("""
+    ar:
+    judge: --seed 1
+    mdm: --objective mdm
+    mixed: --objective mixed
+    mtp: --set mtp=0.3
+    block: --objective block --diffusion_block 16
+""")
 LONGER = {"mdm": 3, "mixed": 3, "block": 1.5}  # times max_steps: diffusion learns slowly
 
 
@@ -2763,7 +2728,7 @@ def decode_runs(roles, models):
     """{role: run folder}: those given by a flag, the others trained, from where they were left. ValueError
     for a given run of another objective, before anything is trained. A part of a generator."""
     root = Path(models["out"] or f"out/decode-{models['scale']}")
-    same = ("dataset", "n_layer", "n_head", "n_embd", "block_size", "batch_tokens", "lr")
+    same = "dataset n_layer n_head n_embd block_size batch_tokens lr".split()
     folders, jobs = {}, {}
     for role in roles:
         want, given = ROLES[role]["objective"], models[f"run_{role}"]
@@ -2876,9 +2841,10 @@ def decode(batches=(1, 8, 64), run_judge=None, **models):
         lm, state = trained[role]
         if role == "block":
             setting = setting | dict(fill_block=state["flags"]["diffusion_block"])
-        generator = lambda: torch.Generator("cpu" if device.startswith("mps") else device).manual_seed(0)
-        sampler = getattr(diffusion, f"sample_{role}")
-        draw = lambda x: sampler(lm, x, lm.mask_id, generator=generator(), **setting)
+
+        def draw(x):
+            gen = torch.Generator("cpu" if device.startswith("mps") else device).manual_seed(0)
+            return getattr(diffusion, f"sample_{role}")(lm, x, lm.mask_id, generator=gen, **setting)
         row = {}
         for B in sorted(batches, reverse=True):
             texts = []
