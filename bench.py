@@ -69,7 +69,7 @@ import prepare
 import sample
 import train
 from attention import ATTENTION
-from model import LM, MLP, PRESETS, ModelConfig, MoE, from_preset, nearest, override, parse_layers
+from model import LM, MLP, PRESETS, ModelConfig, MoE, from_preset, nearest, override, parse_layers, settings
 from prepare import need
 
 HERE = Path(__file__).resolve().parent
@@ -677,19 +677,19 @@ OPTIONS = {"full gqa": "full(n_kv_head=1)", "full window": "full(window=HALF)",
 def few_keys(name, keys, block):
     """{field: value}: with these settings a query of the layer reads at most `keys` keys;
     {} for a layer that is not sparse."""
+    if name == "linear":
+        return dict(linear_decay="head")
+    layer = ATTENTION[name]
     picks = keys // block - 1
-    blocks = dict(sel_block=block, sel_topk=picks)
-    settings = {
-        "linear": dict(linear_decay="head"),
-        "dsa": dict(sel_topk=picks * block),    # it picks single tokens
-        "msa": dict(n_kv_head=1, **blocks),
-        "infllm": dict(n_kv_head=1, **blocks, cmp_block=block, cmp_stride=block // 2, dense_len=0,
-                       sel_local=2),
-        # The window and the means count, too.
-        "nsa": dict(n_kv_head=1, window=block, **blocks | dict(sel_topk=picks - 3), cmp_block=2 * block,
-                    cmp_stride=block)
-    }
-    return settings.get(name, {})
+    given = dict(n_kv_head=1, window=block, sel_block=block, sel_topk=picks, cmp_block=block,
+                 cmp_stride=block // 2, dense_len=0)
+    if "sel_block" not in layer.settings:       # it picks single tokens
+        given |= dict(sel_topk=picks * block)
+    if "window" in layer.settings:              # that and the means count, too
+        given |= dict(sel_topk=picks - 3, cmp_block=2 * block, cmp_stride=block)
+    if "dense_len" in layer.settings:
+        given |= dict(sel_local=2)
+    return {k: v for k, v in given.items() if k in layer.settings and layer.family == "sparse"}
 
 
 def pattern_of(name, keys=128, block=16):
@@ -717,34 +717,14 @@ def dtype_on(device):
 # crossover: AR against masked diffusion on few unique tokens
 
 # Byte tokens: a small vocabulary, so that the few parameters are in the trunk and not in the embedding.
-SHARED["few"] = dict(
-    scale="auto",
-    dataset="docs-byte",
-    unique_tokens=30_000,
-    epochs=160.0,
-    minutes=0.0,
-    evals=12,
-    n_layer=3,
-    n_head=4,
-    n_embd=96,
-    block_size=64,
-    batch_tokens=2048,
-    rates=(2e-3,),
-    workers=2,
-    out=None
-)
-FEW_GPU = dict(
-    dataset="docs",
-    unique_tokens=1_000_000,
-    epochs=300.0,
-    n_layer=6,
-    n_head=6,
-    n_embd=384,
-    block_size=512,
-    batch_tokens=32_768,
-    rates=(1e-3,),
-    workers=1
-)
+SHARED["few"] = settings("""
+    scale=auto dataset=docs-byte unique_tokens=30_000 evals=12
+    n_layer=3 n_head=4 n_embd=96 block_size=64 batch_tokens=2048 workers=2 out=none
+""") | dict(epochs=160.0, minutes=0.0, rates=(2e-3,))
+FEW_GPU = settings("""
+    dataset=docs unique_tokens=1_000_000
+    n_layer=6 n_head=6 n_embd=384 block_size=512 batch_tokens=32_768 workers=1
+""") | dict(epochs=300.0, rates=(1e-3,))
 
 
 def own_arms(texts):
@@ -900,6 +880,7 @@ def few_runs(name, few, arms, probe=0):
     root = Path(few["out"] or f"out/{name}-{few['scale']}")
     root /= f"{data.name}-U{few['unique_tokens']}-{few['n_layer']}x{few['n_embd']}"
     same = "dataset unique_tokens n_layer n_head n_embd block_size batch_tokens".split()
+    constant = settings("schedule=constant eval_windows=256 log_every=100 save_every=500")
 
     def flags(arm, seed, rate, epochs=None, folder="", **more):
         epochs = epochs or few["epochs"]
@@ -910,11 +891,10 @@ def few_runs(name, few, arms, probe=0):
         grids = [n * (few["evals"] - 1) + 1 for n in (1, 2, 4) if n <= dense]   # each holds the one before
         evals = max((n for n in grids if n <= most), default=most)
         given = {k: few[k] for k in same} | dict(
-            epochs=epochs, max_steps=steps, eval_epochs=f"geometric:{evals}", schedule="constant",
-            eval_windows=256, warmup=min(100, steps // 10), log_every=100, save_every=500, seed=seed,
-            lr=rate, probe_every=dense * probe)
+            epochs=epochs, max_steps=steps, eval_epochs=f"geometric:{evals}", warmup=min(100, steps // 10),
+            seed=seed, lr=rate, probe_every=dense * probe)
         out = root / f"{file_part(arm)}-s{seed}-lr{rate:g}" / folder
-        return given | arms[arm] | more | dict(out=str(out))
+        return constant | given | arms[arm] | more | dict(out=str(out))
     return flags
 
 
@@ -923,7 +903,7 @@ def planned(few, flags, arms):
     begin. Without --minutes about five, but 60 epochs at least: before that the curves do not cross."""
     if few["scale"] == "gpu" and not few["minutes"]:
         return few["epochs"]
-    short = dict(max_steps=60, eval_epochs=None, eval_every=0, eval_windows=8, log_every=20, folder="speed")
+    short = settings("max_steps=60 eval_epochs=none eval_every=0 eval_windows=8 log_every=20 folder=speed")
     jobs = {f"{a} speed": flags(a, 0, few["rates"][0], **short) for a in arms}
     yield jobs
     slowest = min(max(r["tok_per_s"] for r in train.read_log(job["out"]) if r["kind"] == "train")
@@ -1562,23 +1542,22 @@ def published_costs():
     """Published figures beside ours: bytes per token of a cache in bf16 (DeepSeek-AI, 2505.09343 table 1),
     and how many times fewer keys NSA reads than dense attention (2502.11089 table 4: compressed + selected +
     window)."""
-    layer = lambda kind, **values: ATTENTION[kind](override(ModelConfig(), values))
+    layer = lambda kind, values: ATTENTION[kind](override(ModelConfig(), values))
+    cache = lambda n, *of: n * layer(*of).cache_bytes(1, torch.bfloat16)
     mla = {k: v for k, v in PRESETS["deepseek-v3"].items() if k not in ("layers", "n_layer")}
-    gqa8 = dict(n_kv_head=8, head_dim=128)
+    qwen = settings("n_embd=8192 n_head=64 n_kv_head=8 head_dim=128")
+    llama = settings("n_embd=16384 n_head=128 n_kv_head=8 head_dim=128")
     with torch.device("meta"):
-        nsa = layer("nsa", n_embd=2560, n_head=64, n_kv_head=4, head_dim=128)
-        caches = {
-            "DeepSeek-V3": (70_272, 61, layer("mla", **mla)),
-            "Qwen2.5-72B": (327_680, 80, layer("full", n_embd=8192, n_head=64, **gqa8)),
-            "Llama-3.1-405B": (516_096, 126, layer("full", n_embd=16384, n_head=128, **gqa8))
-        }
-    rows = []
-    for name, (published, n, mixer) in caches.items():
-        rows.append((name, "cache, bytes per token", published, n * mixer.cache_bytes(1, torch.bfloat16)))
+        caches = [("DeepSeek-V3", 70_272, cache(61, "mla", mla)),
+                  ("Qwen2.5-72B", 327_680, cache(80, "full", qwen)),
+                  ("Llama-3.1-405B", 516_096, cache(126, "full", llama))]
+        nsa = layer("nsa", settings("n_embd=2560 n_head=64 n_kv_head=4 head_dim=128"))
+    rows = [dict(model=name, what="cache, bytes per token", published=published, ours=ours)
+            for name, published, ours in caches]
     for T, published in {8192: 4.0, 16384: 6.4, 32768: 9.1, 65536: 11.6}.items():
-        what = f"keys read, dense / sparse at {T // 1024}k"
-        rows.append(("NSA 27B", what, published, round(T / nsa.reads(T), 1)))
-    return [dict(zip(("model", "what", "published", "ours"), row)) for row in rows]
+        rows.append(dict(model="NSA 27B", what=f"keys read, dense / sparse at {T // 1024}k",
+                         published=published, ours=round(T / nsa.reads(T), 1)))
+    return rows
 
 
 def preset_table(result):
@@ -1773,12 +1752,11 @@ def throughput(kind, values, batch, iters, warmup, device, threads, vs):
 
 def speed_table(result):
     """The median of the rounds, and beside nanoGPT the ratios of these medians."""
-    table = []
+    table, columns = [], "params tok_per_s ms peak_mib mfu".split()
     for model in dict.fromkeys(r["model"] for r in result["rows"]):
         rounds = [r for r in result["rows"] if r["model"] == model]
-        table.append({"model": model} | {
-            key: statistics.median(r[key] for r in rounds)
-            for key in ("params", "tok_per_s", "ms", "peak_mib", "mfu") if rounds[0].get(key) is not None})
+        median = lambda key: rounds[0][key] and statistics.median(r[key] for r in rounds)   # mfu may be None
+        table.append({"model": model, **{key: median(key) for key in columns}})
     for peer in (row for row in table if row["model"] == "nanoGPT"):
         for row in table:
             row["speed_vs_nanoGPT"] = peer["ms"] / row["ms"]
@@ -1838,12 +1816,12 @@ def train_(
 # quality: the same small model with every mixer
 
 # Muon, QK norm and small batches: with them a few minutes of training buy most.
-QUICK = dict(
-    n_head=4, optimizer="muon", lr=4e-3, set=["qk_norm=true"], eval_every=0, log_every=100, save_every=200
-)
-SHARED["small"] = dict(
-    dataset="docs-byte", n_layer=4, n_embd=128, block_size=512, batch_tokens=512, device="auto"
-)
+QUICK = train.parse_flags(shlex.split("""
+    --n_head 4 --optimizer muon --lr 4e-3 --set qk_norm=true --eval_every 0 --log_every 100 --save_every 200
+"""))
+SHARED["small"] = settings("""
+    dataset=docs-byte n_layer=4 n_embd=128 block_size=512 batch_tokens=512 device=auto
+""")
 
 
 def same_size(pattern, base):
@@ -1915,35 +1893,34 @@ def quality(
     patterns = {name: pattern_of(name, T // 4, 16) for name in mixers}
     inner = {name: same_size(pattern, base) for name, pattern in patterns.items()}
     steps_of = {"ar": steps, "mdm": 3 * steps}  # diffusion learns slowly
+    points = [(o, name) for o, name in itertools.product(objectives, patterns)
+              if o == "mdm" or "bidir" not in patterns[name]]           # causal they are all the same
     jobs = {}
-    for s, name, o in itertools.product(range(seed, seed + seeds), patterns, objectives):
+    for s, (o, name) in itertools.product(range(seed, seed + seeds), points):
         run = f"{file_part(name)}-{o}-{steps_of[o]}-s{s}" + f"-{dtype}" * (dtype != "auto")
-        if o == "mdm" or "bidir" not in patterns[name]:  # causal they are all the same
-            jobs[f"{name} {o} {s}"] = QUICK | small | dict(
-                dataset=str(folder),
-                objective=o,
-                layers=patterns[name],
-                set=[*QUICK["set"], f"n_inner={inner[name]}"],
-                seed=s,
-                max_steps=steps_of[o],
-                eval_windows=64,
-                dtype=dtype,
-                out=f"{out}/{run}"
-            )
+        jobs[name, o, s] = QUICK | small | dict(
+            dataset=str(folder),
+            objective=o,
+            layers=patterns[name],
+            set=[*QUICK["set"], f"n_inner={inner[name]}"],
+            seed=s,
+            max_steps=steps_of[o],
+            eval_windows=64,
+            dtype=dtype,
+            out=f"{out}/{run}"
+        )
     evals = yield jobs
-    for o, name in itertools.product(objectives, patterns):
-        runs = [f"{name} {o} {s}" for s in range(seed, seed + seeds)]
-        losses = [evals[run][-1]["loss"] for run in runs if run in evals]
-        if losses:
-            lm, _ = train.load_model(jobs[f"{name} {o} {seed}"]["out"], "last")
-            yield dict(mixer=name, objective=o), dict(
-                loss=statistics.mean(losses),
-                std=statistics.stdev(losses) if len(losses) > 1 else None,
-                seeds=len(losses),
-                losses=losses,
-                params=lm.num_params(),
-                reads=max(b.mixer.reads(T, o == "ar") for b in lm.blocks)
-            )
+    for o, name in points:
+        losses = [evals[name, o, s][-1]["loss"] for s in range(seed, seed + seeds)]
+        lm, _ = train.load_model(jobs[name, o, seed]["out"], "last")
+        yield dict(mixer=name, objective=o), dict(
+            loss=statistics.mean(losses),
+            std=statistics.stdev(losses) if seeds > 1 else None,
+            seeds=seeds,
+            losses=losses,
+            params=lm.num_params(),
+            reads=max(b.mixer.reads(T, o == "ar") for b in lm.blocks)
+        )
     ids = prepare.load_dataset(folder)[0]
     x = validation(small["dataset"], T, 64).numpy()
     pairs = np.ones((V, V))  # counts of a bigram model, add-one smoothing
@@ -2119,7 +2096,6 @@ def switch(length=1024, keys=128, steps=600, adapt=100, batch_tokens=2048, devic
     """
     folder = Path(out) / f"{length}-steps{steps}-tokens{batch_tokens}"
     text = Bigram(TEXT)
-    how = dict(lr=1e-3, warmup=adapt // 10, optimizer="muon")
     config_of = lambda layer: ModelConfig(
         **RECALL, block_size=length, n_layer=2, layers=f"full(window=2, position=rotary) {layer}")
 
@@ -2139,7 +2115,8 @@ def switch(length=1024, keys=128, steps=600, adapt=100, batch_tokens=2048, devic
             return lm
 
         path = folder / f"{file_part(layer)}-{N}.pt"
-        lm = learn(config_of(layer), loss_of, N, path, device, begun, **how)
+        lm = learn(config_of(layer), loss_of, N, path, device, begun, lr=1e-3, warmup=adapt // 10,
+                   optimizer="muon")
         return lm, *recall_accuracy(lm, length, NEEDLES, lm.mask_id, True, text, device)
 
     for arm, layer in switch_arms(keys).items():
@@ -2558,9 +2535,10 @@ def theory(lengths=(24, 96), steps=1000, sequences=128, threads=1, out="out/theo
 # tools: a calculator and a look-up inside an answer
 
 # With AdamW the step from guessing to copying, which all this needs, comes several times later.
-ARITHMETIC = QUICK | dict(
-    dataset="arithmetic", n_layer=2, n_embd=96, block_size=128, batch_tokens=2048, eval_every=400
-)
+ARITHMETIC = QUICK | settings("""
+    dataset=arithmetic n_layer=2 n_embd=96 block_size=128 batch_tokens=2048 eval_every=400
+    diffusion_block=4
+""")
 
 
 def solve(prompt, call):
@@ -2585,8 +2563,7 @@ def tools(steps=1000, problems=200, seeds=3, seed=1337, workers=1, device="auto"
     runs = range(seed, seed + seeds)
     jobs = {}
     for (o, n), s in itertools.product([("ar", steps), ("block", 3 * steps)], runs):
-        jobs[o, s] = ARITHMETIC | dict(
-            objective=o, max_steps=n, diffusion_block=4, seed=s, out=f"{out}/{o}-{n}-s{s}")
+        jobs[o, s] = ARITHMETIC | dict(objective=o, max_steps=n, seed=s, out=f"{out}/{o}-{n}-s{s}")
     yield jobs
     answer = lambda text: text.rpartition(" ")[2]
     cases = [("ar", "left"), ("block", "left"), ("block", "max_prob")]
@@ -2694,25 +2671,11 @@ def moe(scenes=("docs-byte", "pysrc-byte"), steps=600, repeat=12, device="auto",
 # Bytes again; of 256 the first 32 are a prompt and 7 blocks of 32 are filled. Small batches and qk_norm:
 # masked diffusion leaves the plateau of single-byte frequencies three times sooner than with 1,024 tokens and
 # without.
-SHARED["models"] = dict(
-    scale="auto",
-    dataset="docs-byte",
-    n_layer=4,
-    n_head=4,
-    n_embd=128,
-    block_size=256,
-    batch_tokens=512,
-    lr=2e-3,
-    max_steps=2000,
-    run_ar=None,
-    run_mdm=None,
-    run_block=None,
-    workers=2,
-    device="auto",
-    threads=1,
-    out=None
-)
-MODELS_GPU = dict(n_layer=6, n_head=6, n_embd=384, batch_tokens=16_384, max_steps=1500, lr=1e-3)
+SHARED["models"] = settings("""
+    scale=auto dataset=docs-byte n_layer=4 n_head=4 n_embd=128 block_size=256 batch_tokens=512 lr=2e-3
+    max_steps=2000 run_ar=none run_mdm=none run_block=none workers=2 device=auto threads=1 out=none
+""")
+MODELS_GPU = settings("n_layer=6 n_head=6 n_embd=384 batch_tokens=16_384 max_steps=1500 lr=1e-3")
 ROLES = arms_of("""
     ar:
     judge: --seed 1
