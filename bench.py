@@ -33,13 +33,10 @@ Numbers go to out/NAME.json with command, versions, device, seeds and date, pict
 stopped when it is typed again.
 """
 import argparse
-import collections
 import contextlib
 import dataclasses
-import functools
 import inspect
 import io
-import itertools
 import json
 import math
 import os
@@ -48,14 +45,17 @@ import re
 import resource
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
 import threading
 import time
 import zlib
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import cache, partial
+from itertools import cycle, filterfalse, permutations, product
 from pathlib import Path
+from statistics import mean, median, stdev
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
@@ -70,7 +70,8 @@ import sample
 import train
 from attention import ATTENTION
 from model import LM, MLP, PRESETS, ModelConfig, MoE, from_preset, nearest, override, parse_layers, settings
-from prepare import need
+from prepare import load_dataset, load_tokenizer, need
+from train import load_model
 
 HERE = Path(__file__).resolve().parent
 
@@ -88,11 +89,11 @@ HERE = Path(__file__).resolve().parent
 
 @dataclasses.dataclass
 class Experiment:
-    run: collections.abc.Callable
-    named: tuple = ()  # flags whose values the name of the file carries, unless they are off: attention_cpu
-    finish: collections.abc.Callable = lambda rows: rows                # adds what follows from all rows
-    show: collections.abc.Callable = lambda result: result["rows"]      # -> the rows of the table, or a text
-    picture: collections.abc.Callable | None = None  # (matplotlib.pyplot, result) -> figure
+    run: callable
+    named: str = ""  # flags whose values the name of the file carries, unless they are off: attention_cpu
+    finish: callable = lambda rows: rows                # adds what follows from all rows
+    show: callable = lambda result: result["rows"]      # -> the rows of the table, or a text
+    picture: callable = None  # (matplotlib.pyplot, result) -> figure
     gpu: dict = dataclasses.field(default_factory=dict)                 # defaults of --scale gpu
 
 
@@ -194,7 +195,7 @@ def settle(about, typed):
         scale, = choose("scale", [flags["scale"]], ("auto", "cpu", "gpu"))
         if scale == "auto":
             scale = "gpu" if torch.cuda.is_available() else "cpu"
-        flags |= {**(about.gpu if scale == "gpu" else {}), **typed, "scale": scale}
+        flags |= (about.gpu if scale == "gpu" else {}) | typed | {"scale": scale}
     for name, (default, kind) in known.items():
         values = flags[name] if isinstance(flags[name], tuple) else [flags[name]]
         if not isinstance(kind, type):
@@ -212,7 +213,7 @@ def settle(about, typed):
 def file_name(command, about, flags):
     """attention_cpu_bidirectional: the command and what makes its file another one."""
     parts = [command]
-    for name in about.named:
+    for name in about.named.split():
         value = flags[name]
         if value not in (False, "auto"):
             parts.append(name if value is True else Path(str(value)).name.split(":")[0])
@@ -339,16 +340,16 @@ def beside_full(*columns):
     def finish(rows):
         point = lambda r: (r["T"], r.get("batch"))
         full = {point(r): r for r in rows if r["layer"] == "full"}
-        for r, column in itertools.product(rows, columns):
+        for r, column in product(rows, columns):
             base = full.get(point(r))
             r[column.removesuffix("ms") + "vs_full"] = base and base[column] / r[column]
         return rows
     return finish
 
 
-def without(*columns):
+def without(columns):
     """A table of all but these columns."""
-    return lambda result: [{k: v for k, v in r.items() if k not in columns} for r in result["rows"]]
+    return lambda result: [{k: v for k, v in r.items() if k not in columns.split()} for r in result["rows"]]
 
 
 def merged(rows, keys, cells):
@@ -464,7 +465,7 @@ def layer_lines(y, xlabel, ylabel, title):
 
     def picture(plt, result):
         figure, ax = plt.subplots(figsize=(8, 5.5))
-        colours = itertools.cycle((*plt.get_cmap("tab10").colors, *plt.get_cmap("Dark2").colors))
+        colours = cycle((*plt.get_cmap("tab10").colors, *plt.get_cmap("Dark2").colors))
         rows = [r for r in result["rows"] if r.get("batch") == result["rows"][0].get("batch")]
         labels = []
         for name in dict.fromkeys(r["layer"] for r in rows):
@@ -498,7 +499,7 @@ def data_folder(name):
 
 def validation(name, T, count):
     """(N, T) ids: `count` windows of a data set's validation text."""
-    return train.fixed_windows(prepare.load_dataset(data_folder(name))[1], T, count).long()
+    return train.fixed_windows(load_dataset(data_folder(name))[1], T, count).long()
 
 
 def random_windows(ids, T, count, generator):
@@ -507,10 +508,14 @@ def random_windows(ids, T, count, generator):
     return torch.from_numpy(ids[at + np.arange(T)].astype(np.int64))
 
 
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
 def mean_se(values):
     """(mean, its standard error) of a list of numbers."""
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-    return statistics.mean(values), error
+    error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    return mean(values), error
 
 
 def accuracy(hits):
@@ -526,13 +531,13 @@ def learn(config, loss_of, steps, path, device="cpu", model=LM, **flags):
     if path.exists():
         lm.load_state_dict(train.load_checkpoint(path)["model"])
         return lm.eval()
-    flags = train.DEFAULTS | dict(warmup=50) | flags
+    flags = train.DEFAULTS | dict(warmup=50, lr=4e-3, optimizer="muon") | flags
     optimizers = train.make_optimizers(lm, flags, device)
     progress = prepare.Progress(path.stem)
     for step in range(steps):
         for group in (group for o in optimizers for group in o.param_groups):
             group["lr"] = train.learning_rate(step, steps, flags)
-        generator = torch.Generator().manual_seed((1337 << 32) + step)
+        generator = seeded((1337 << 32) + step)
         update(lm, optimizers, loss_of(lm, step, generator))
         progress((step + 1) / steps)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -702,11 +707,11 @@ def pattern_of(name, keys=128, block=16):
     return re.sub(rf"\b({'|'.join(ATTENTION)})\b(?!\()", with_settings, pattern)
 
 
-def make_layer(name, T, n_head, head_dim, device, keys=1024, block=64):
+def make_layer(name, T, n_head, head_dim, device):
     """A layer for windows of T tokens, in bfloat16 on a GPU."""
     config = ModelConfig(n_embd=n_head * head_dim, n_head=n_head, n_layer=1, block_size=T)
     torch._dynamo.reset()                       # else from the 9th shape on it runs eagerly
-    (layer, values), = parse_layers(pattern_of(name, keys, block), 1)
+    (layer, values), = parse_layers(pattern_of(name, 1024, 64), 1)
     return ATTENTION[layer](override(config, values)).to(device, dtype_on(device))
 
 
@@ -829,8 +834,7 @@ def crossed_at(mdm, gap, i):
     units = ("epoch", "step", "tokens", "flops")
     if i == 0:
         return {"before": True, **{k: mdm[0][k] for k in units}}
-    w = gap[i - 1] / (gap[i - 1] - gap[i])                      # 0: at i - 1, 1: at i
-    epoch = math.exp((1 - w) * math.log(mdm[i - 1]["epoch"]) + w * math.log(mdm[i]["epoch"]))
+    epoch = math.exp(np.interp(0, gap[i - 1:i + 1], np.log([d["epoch"] for d in mdm[i - 1:i + 1]])))
     return {"epoch": epoch, **{k: round(mdm[i][k] * epoch / mdm[i]["epoch"]) for k in units[1:]}}
 
 
@@ -922,9 +926,9 @@ def tuned(arms, rates, seeds, flags, epochs, anneal=()):
     Returns {(arm, seed): row}. epochs: {arm: epochs}."""
     best = dict.fromkeys(arms, rates[0])
     if len(rates) > 1:
-        evals = yield {(a, r): flags(a, seeds[0], r, epochs[a]) for a, r in itertools.product(arms, rates)}
+        evals = yield {(a, r): flags(a, seeds[0], r, epochs[a]) for a, r in product(arms, rates)}
         best = {a: min(rates, key=lambda r: lowest(evals[a, r])["loss"]) for a in arms}
-    runs = {(a, s): flags(a, s, best[a], epochs[a]) for a, s in itertools.product(arms, seeds)}
+    runs = {(a, s): flags(a, s, best[a], epochs[a]) for a, s in product(arms, seeds)}
     evals = yield runs
     rows = {key: outcome(evals[key]) | dict(lr=run["lr"], run=run["out"])       # an arm may set lr
             for key, run in runs.items()}
@@ -955,7 +959,6 @@ def lowest(evals):
 
 def outcome(evals):
     """Columns of a run."""
-    need(evals, "an arm ended before its first evaluation: give it more time with --minutes")
     best, last = lowest(evals), evals[-1]
     return dict(best=best["loss"], best_epoch=best["epoch"], best_flops=best["flops"], se=best["se"],
                 bpb=best["bpb"], last=last["loss"], train=last["train_loss"], epochs=last["epoch"],
@@ -966,9 +969,9 @@ def outcome(evals):
 def paired_gap(ar, mdm, windows):
     """AR's best minus diffusion's end on the same windows, in nats per token, with two standard errors: over
     the choice of windows (paired: what is hard for both cancels) and over the masks. ar, mdm: run folders."""
-    (ar, _), (mdm, _) = train.load_model(ar), train.load_model(mdm, "last")
+    (ar, _), (mdm, _) = load_model(ar), load_model(mdm, "last")
     bound, error = diffusion.mdm_nll(mdm, windows, mdm.mask_id, 16, per_row=True)
-    gap = diffusion.ar_loss(ar, windows, ar.mask_id, reduction="none").double().mean(1) - bound
+    gap = train.ar_nats(ar, windows, 256).double().mean(1) - bound
     return dict(gap=gap.mean().item(), se_windows=(gap.std() / len(gap) ** 0.5).item(),
                 se_masks=error.norm().item() / len(gap))
 
@@ -976,14 +979,14 @@ def paired_gap(ar, mdm, windows):
 def draw_curves(ax, rows, x, y, by=("arm",), **style):
     """The evaluations of all rows that are alike in the columns `by`: their mean at the steps that all of
     them have, in a band from the lowest to the highest seed."""
-    runs = collections.defaultdict(list)
+    runs = defaultdict(list)
     for r in rows:
         if "evals" in r:
             evals = {e["step"]: e for e in r["evals"] if e.get(y) is not None}
             runs[" ".join(r[column] for column in by)].append(evals)
     for i, (name, seeds) in enumerate(runs.items()):
         steps = sorted(set.intersection(*map(set, seeds)))
-        xs = [statistics.mean(evals[s][x] for evals in seeds) for s in steps]
+        xs = [mean(evals[s][x] for evals in seeds) for s in steps]
         ys = np.array([[evals[s][y] for s in steps] for evals in seeds])
         colour = {"ar": "tab:red", "mdm": "tab:blue"}.get(name, f"C{'45678912'[i % 8]}")
         label = name + f", mean of {len(seeds)} seeds" * (len(seeds) > 1)
@@ -1068,7 +1071,7 @@ def crossings(result):
     return text
 
 
-@experiment(named=("scale",), show=crossings, picture=crossover_picture, gpu=FEW_GPU)
+@experiment(named="scale", show=crossings, picture=crossover_picture, gpu=FEW_GPU)
 def crossover(
     arms: ARMS = ("ar", "mdm"),
     arm: list = (),
@@ -1111,7 +1114,7 @@ def crossover(
                      honest=crossing(None, mdm["evals"], floor(ar)))
         if len(pure) > 1:
             found["honest_tuned"] = crossing(None, mdm["evals"], min(floor(rows[a, s]) for a in pure))
-        size = train.load_model(mdm["run"])[0].num_params(False)
+        size = load_model(mdm["run"])[0].num_params(False)
         said = law(few["unique_tokens"], size, mdm["flops"] / mdm["epochs"])
         first = found["honest"]["first"]
         measured = first["epoch"] if first else mdm["epochs"]
@@ -1146,24 +1149,24 @@ def compare(runs, x: AXES = "epoch", y="loss"):
 # ------------------------------------------------------------------------------------------------------------
 # sparsity: total against active parameters as an axis of the crossover
 
-def match_experts(base, match, ratio=8, k=2):
+def match_experts(base, match, ratio=8):
     """(dense, mixture): ModelConfigs on one trunk with the same active,
     or the same total, parameters (within 3%).
 
     The mixture is the same for both: as many active parameters as the dense model of `base` and `ratio` times
-    as many in all, by the width and the number of its experts, k active (1B dense, 8B with 1B active). match
+    as many in all, by the width and the number of its experts, 2 active (1B dense, 8B with 1B active). match
     active compares it with that dense model, match total with one whose MLP is wide enough to have all of
     them (8B dense)."""
     need(1 < ratio, f"--ratio {ratio:g} must be above 1: the mixture's parameters in all, to its active ones")
     with torch.device("meta"):
         model = lambda **given: LM(ModelConfig(**base, **given))
         goal = model().num_params()
-        mixture = dict(n_expert=4 * k, n_expert_active=k)
+        mixture = dict(n_expert=8, n_expert_active=2)
         for _ in range(3):  # the router grows with the experts
             active = lambda n: model(**mixture | dict(expert_inner=n)).active_params()
             mixture |= dict(expert_inner=fitting(goal, active, 8))
             total = lambda n: model(**mixture | dict(n_expert=n)).num_params()
-            mixture |= dict(n_expert=fitting(ratio * goal, total, k))
+            mixture |= dict(n_expert=fitting(ratio * goal, total, 2))
         lm = model(**mixture)
         dense = {}
         need(
@@ -1188,7 +1191,7 @@ def sparsity_picture(plt, result):
 
 
 def sparsity_table(result):
-    rows = without("minutes", "flops", "best_flops", "bpb", "train")(result)
+    rows = without("minutes flops best_flops bpb train")(result)
     text = markdown(rows) + "\n"
     for ar, mdm in (rows[:2], rows[2:]):
         curve, honest = crossing(ar["evals"], mdm["evals"]), crossing(None, mdm["evals"], ar["best"])
@@ -1197,7 +1200,7 @@ def sparsity_table(result):
     return text
 
 
-@experiment(named=("scale", "match"), show=sparsity_table, picture=sparsity_picture, gpu=FEW_GPU)
+@experiment(named="scale match", show=sparsity_table, picture=sparsity_picture, gpu=FEW_GPU)
 def sparsity(match: ("active", "total") = "active", ratio=8.0, **few):
     """Dense against mixture of experts with the same active or total parameters,
     AR and diffusion, few unique tokens.
@@ -1206,7 +1209,7 @@ def sparsity(match: ("active", "total") = "active", ratio=8.0, **few):
     ratio: total to active parameters of the mixture
     """
     base = {k: few[k] for k in ("n_layer", "n_head", "n_embd", "block_size")}
-    base["vocab_size"] = prepare.load_tokenizer(data_folder(few["dataset"])).n_vocab
+    base["vocab_size"] = load_tokenizer(data_folder(few["dataset"])).n_vocab
     dense, mixture = match_experts(base, match, ratio)
     arms = {f"{o} {kind}": dict(objective=o, set=[f"{k}={v}" for k, v in values.items()])
             for kind, values in {"dense": dense, "mixture": mixture}.items() for o in OBJECTIVES}
@@ -1218,7 +1221,7 @@ def sparsity(match: ("active", "total") = "active", ratio=8.0, **few):
     evals = yield jobs
     for name, job in jobs.items():
         objective, kind = name.split()
-        lm, _ = train.load_model(job["out"], "last")
+        lm, _ = load_model(job["out"], "last")
         yield dict(model=kind, objective=objective), dict(
             measure=MEASURED[objective], total=lm.num_params(), active=lm.active_params(),
             **outcome(evals[name]))
@@ -1255,18 +1258,19 @@ def study_arms(names):
 def study_map(few, rates, seeds):
     """The honest gap over texts, unique tokens and width, with equal FLOPs for every diffusion run where its
     epochs allow: few's epochs at few's tokens and width."""
-    grid = itertools.product(few["texts"], few["budgets"], few["widths"], seeds)
+    grid = product(few["texts"], few["budgets"], few["widths"], seeds)
     for text, U, width, s in grid:
         here = few | dict(dataset=text, unique_tokens=U, n_embd=width)
         flags = few_runs("study", here, OBJECTIVES)
-        same_work = few["epochs"] * few["unique_tokens"] / U * (few["n_embd"] / width) ** 2
+        shorter, narrower = few["unique_tokens"] / U, few["n_embd"] / width
+        same_work = few["epochs"] * shorter * narrower ** 2
         epochs = float(round(min(max(same_work, 32), 8 * few["epochs"])))
-        longer = max(1, few["unique_tokens"] / U)             # the fewer tokens, the more epochs to AR's best
-        times = {"ar": min(few["ar_epochs"] * longer, epochs), "mdm": epochs}
-        rate = [rates[len(rates) // 2] * min(1, (few["n_embd"] / width) ** 0.5)]
+        # The fewer tokens, the more epochs to AR's best.
+        times = {"ar": min(few["ar_epochs"] * max(1, shorter), epochs), "mdm": epochs}
+        rate = [rates[len(rates) // 2] * min(1, narrower ** 0.5)]
         rows = yield from tuned(OBJECTIVES, rate, [s], flags, times, ["ar"])
         ar, mdm = rows["ar", s], rows["mdm", s]
-        c, N = crossing(None, mdm["evals"], floor(ar)), train.load_model(mdm["run"])[0].num_params(False)
+        c, N = crossing(None, mdm["evals"], floor(ar)), load_model(mdm["run"])[0].num_params(False)
         said = law(U, N, mdm["flops"] / mdm["epochs"])["critical_epoch"]
         until = c["first"]["epoch"] if c["first"] else mdm["best_epoch"]
         yield dict(text=text, unique_tokens=U, width=width, seed=s), dict(
@@ -1315,26 +1319,26 @@ def half_life(curves):
 def study_curve(few, rates, seeds):
     """Along the epochs: how loose the bound is, what is memorised, how sure a model is of what is right."""
     data, T = data_folder(few["dataset"]), few["block_size"]
-    text, val, _ = prepare.load_dataset(data)
+    text, val, _ = load_dataset(data)
     text = np.asarray(text[:few["unique_tokens"]])
     held = train.fixed_windows(val, T, 128).long()
     seen = train.fixed_windows(text, T, 128).long()
     flags = few_runs("study", few, OBJECTIVES)
-    for a, part in itertools.product(OBJECTIVES, (16, 4, 1)):
+    for a, part in product(OBJECTIVES, (16, 4, 1)):
         epochs = few["epochs"] / part
         job = flags(a, seeds[0], rates[len(rates) // 2], epochs, folder=f"until-{epochs:g}")
         evals = (yield {(a, epochs): job})[a, epochs]
 
         def measure():
-            lm, _ = train.load_model(job["out"], "last")
+            lm, _ = load_model(job["out"], "last")
+            ends = {}
+            for name, x in dict(train=seen, held_out=held).items():
+                canvas = torch.where(torch.arange(T) < T // 4, x, lm.mask_id)
+                ends[name] = getattr(diffusion, f"sample_{a}")(lm, canvas, lm.mask_id, generator=seeded(0))
+            ends["text"] = held
             out = dict(loss=evals[-1]["loss"], se=evals[-1]["se"], train=evals[-1]["train_loss"])
-            for name, windows in dict(train=seen, held_out=held).items():
-                x = windows.clone()
-                x[:, T // 4:] = lm.mask_id
-                draw = getattr(diffusion, f"sample_{a}")
-                x = draw(lm, x, lm.mask_id, generator=torch.Generator().manual_seed(0))
-                out |= {f"{name}_{n}": copied(x[:, T // 4:], text, n) for n in (8, 16, 32)}
-            out |= {f"text_{n}": copied(held[:, T // 4:], text, n) for n in (8, 16, 32)}
+            for (name, x), n in product(ends.items(), (8, 16, 32)):
+                out[f"{name}_{n}"] = copied(x[:, T // 4:], text, n)
             return out | (calibration(lm, held, a) if a == "ar" else looseness(lm, held, a))
         yield dict(arm=a, until=epochs), measure
 
@@ -1343,7 +1347,7 @@ def copied(x, text, n):
     """Share of the n-grams of x (B, T) that stand in the text word for word."""
     grams = lambda row: map(bytes, np.lib.stride_tricks.sliding_window_view(row.astype(np.uint16), n))
     known = set(grams(text))
-    return statistics.mean(gram in known for row in x.numpy() for gram in grams(row))
+    return mean(gram in known for row in x.numpy() for gram in grams(row))
 
 
 @torch.no_grad()
@@ -1353,9 +1357,8 @@ def calibration(lm, x, objective, share=None):
     if objective == "ar":
         logits, where = lm(diffusion.shift_right(x, lm.mask_id)), torch.ones_like(x, dtype=torch.bool)
     else:
-        gen = torch.Generator().manual_seed(0)
         masks = torch.full((len(x),), int(share * x.size(1)))
-        where = diffusion.smallest(torch.rand(x.shape, generator=gen), masks)
+        where = diffusion.smallest(torch.rand(x.shape, generator=seeded(0)), masks)
         logits = lm(torch.where(where, lm.mask_id, x), causal=False)
     sure, guess = logits.softmax(-1)[where].max(-1)
     hit, bins = (guess == x[where]).float(), (sure * 10).long().clamp(max=9)
@@ -1366,28 +1369,26 @@ def calibration(lm, x, objective, share=None):
 
 def looseness(lm, x, objective):
     """The bound beside two exact chains of the same model on the same windows, and the loss by mask rate."""
-    bound, se = diffusion.mdm_nll(lm, x, lm.mask_id, 16)
+    (_, bound, se), (_, left, _), (_, surest, _) = sample.panel(lm, dict(objective=objective), x, 16)
     rates = {rate: calibration(lm, x, objective, rate) for rate in (0.1, 0.3, 0.5, 0.7, 0.9)}
-    chains = {f"chain_{order}": diffusion.chain_nll(lm, x, lm.mask_id, order).mean().item()
-              for order in ("left", "confidence")}
     by_rate = {f"nats_at_{rate}": row["nats"] for rate, row in rates.items()}
-    return dict(bound=bound, bound_se=se, **chains, ece=rates[0.5]["ece"], **by_rate)
+    return dict(bound=bound, bound_se=se, chain_left=left, chain_confidence=surest, ece=rates[0.5]["ece"],
+                **by_rate)
 
 
 def study_capacity(few, rates, seeds):
     """Bits that a model holds of random letters, where nothing but memory helps: per parameter."""
     root = Path(few["out"] or "out/study-random")
-    rng = np.random.default_rng(0)
-    letters = 97 + rng.integers(26, size=max(40_000, few["unique_tokens"] * 2))
-    write(root / "letters.txt", bytes(letters.tolist()))
-    if not (root / "data" / "meta.json").exists():
-        prepare.prepare(name="data", text=[str(root / "letters.txt")], out_dir=str(root), tokenizer="byte")
-    here = few | dict(dataset=str(root / "data"), out=str(root))
-    flags = few_runs("study", here, OBJECTIVES)
+    data, text = root / "data", root / "letters.txt"
+    letters = 97 + np.random.default_rng(0).integers(26, size=max(40_000, few["unique_tokens"] * 2))
+    write(text, bytes(letters.tolist()))
+    if not (data / "meta.json").exists():
+        prepare.prepare(name="data", text=[str(text)], out_dir=str(root), tokenizer="byte")
+    flags = few_runs("study", few | dict(dataset=str(data), out=str(root)), OBJECTIVES)
     epochs = dict.fromkeys(OBJECTIVES, few["epochs"])
     rows = yield from tuned(OBJECTIVES, rates[-1:], seeds[:1], flags, epochs)
     for (a, s), row in rows.items():
-        N = train.load_model(row["run"])[0].num_params()
+        N = load_model(row["run"])[0].num_params()
         for e in row["evals"]:
             bits = few["unique_tokens"] * (math.log2(26) - e["train_loss"] / math.log(2))
             yield dict(arm=a, epoch=e["epoch"]), dict(
@@ -1399,20 +1400,20 @@ def study_ensembles(few, rates, seeds):
     equal FLOPs in all, each for 1/K of the epochs; AR, which overfits, each for all of its own."""
     windows = validation(few["dataset"], few["block_size"], 256)
     flags = few_runs("study", few, OBJECTIVES)
-    for a, K in itertools.product(OBJECTIVES, (1, 2, 4)):
+    for a, K in product(OBJECTIVES, (1, 2, 4)):
         epochs = few["ar_epochs"] if a == "ar" else few["epochs"] / K
         how = dict(rate=rates[len(rates) // 2], epochs=epochs, folder=f"until-{epochs:g}")
         jobs = {(a, i, "of", K): flags(a, seeds[0] + i, **how) for i in range(K)}
         yield jobs
 
+        @torch.no_grad()
         def measure():
-            models = [train.load_model(job["out"], "best")[0] for job in jobs.values()]
-            each = lambda idx, **k: torch.stack([m(idx, **k).log_softmax(-1) for m in models])
-            f = lambda idx, **k: each(idx, **k).logsumexp(0)
-            with torch.no_grad():
-                if a == "ar":
-                    return dict(loss=diffusion.ar_loss(f, windows, models[0].mask_id).item(), se=0.0)
-                return dict(zip(("loss", "se"), diffusion.mdm_nll(f, windows, models[0].mask_id, 8)))
+            models = [load_model(job["out"])[0] for job in jobs.values()]
+            f = lambda *x, **how: torch.stack([m(*x, **how).log_softmax(-1) for m in models]).logsumexp(0)
+            mask_id = models[0].mask_id
+            if a == "ar":
+                return dict(loss=diffusion.ar_loss(f, windows, mask_id).item(), se=0.0)
+            return dict(zip(("loss", "se"), diffusion.mdm_nll(f, windows, mask_id, 8)))
         yield dict(arm=a, models=K, epochs=epochs), measure
 
 
@@ -1430,10 +1431,8 @@ PARTS = {
 
 def study_picture(plt, result):
     """map: the gap as coloured cells. curve, capacity, ensembles: nothing is drawn. Else the best curves."""
-    rows, flags = result["rows"], result["flags"]
-    if flags["part"] in ("curve", "capacity", "ensembles"):
-        return None
-    if flags["part"] == "map":
+    rows = result["rows"]
+    if "gap" in rows[0]:
         figure, ax = plt.subplots(figsize=(8, 5.5))
         rows = [r for r in rows if r["text"] == rows[0]["text"] and r["seed"] == rows[0]["seed"]]
         tokens, widths = (sorted({r[k] for r in rows}) for k in ("unique_tokens", "width"))
@@ -1450,13 +1449,14 @@ def study_picture(plt, result):
         ax.set(xlabel="parameters without the embedding", ylabel="unique tokens")
         ax.set_title("AR's best minus diffusion's best, nats per token (blue: diffusion below)", fontsize=10)
         return figure
-    shown = [*dict.fromkeys(r["arm"] for r in rows)][:5] + [*OBJECTIVES]
-    title = "the best five arms, AR and diffusion: {unique_tokens:,} unique tokens of {dataset}"
-    return curve_picture(plt, result | dict(rows=[r for r in rows if r["arm"] in shown]), title=title)
+    if "evals" in rows[0]:
+        shown = [*dict.fromkeys(r["arm"] for r in rows)][:5] + [*OBJECTIVES]
+        title = "the best five arms, AR and diffusion: {unique_tokens:,} unique tokens of {dataset}"
+        return curve_picture(plt, result | dict(rows=[r for r in rows if r["arm"] in shown]), title=title)
 
 
-@experiment(named=("part", "dataset", "unique_tokens"), finish=with_fits, picture=study_picture,
-            show=without("run", "annealed_run", "flops", "minutes", "bpb", "annealed_flops", "annealed_se"))
+@experiment(named="part dataset unique_tokens", finish=with_fits, picture=study_picture,
+            show=without("run annealed_run flops minutes bpb annealed_flops annealed_se"))
 def study(part: PARTS = "ar", arm: list = (), rates=(1e-3, 2e-3, 4e-3), seeds=1, seed=1337, ar_epochs=64.0,
           texts=(), budgets=(10_000, 30_000, 100_000), widths=(64, 96, 192), **few):
     """The crossover taken apart, for hours: what AR and diffusion are owed, where diffusion wins, and why.
@@ -1490,7 +1490,7 @@ def adapt_picture(plt, result):
     return curve_picture(plt, result, "step", level=result["rows"][0]["best"])
 
 
-@experiment(picture=adapt_picture, show=without("bpb", "train", "minutes"))
+@experiment(picture=adapt_picture, show=without("bpb train minutes"))
 def adapt(ar="", dataset="docs-byte", ar_steps=2000, steps=2000, n_layer=3, n_head=4, n_embd=96,
           block_size=64, batch_tokens=2048, lr=2e-3, windows=256, workers=2, out="out/adapt"):
     """A diffusion model from the weights of an AR one, and from scratch: the bound against steps.
@@ -1509,7 +1509,7 @@ def adapt(ar="", dataset="docs-byte", ar_steps=2000, steps=2000, n_layer=3, n_he
         ar = f"{out}/ar"
         plain = lambda n, out: common | size | dict(max_steps=n, eval_every=0, out=out)
         yield {"ar": plain(ar_steps, ar), "ar, 30%": plain(begun, f"{out}/ar_30")}
-    own = train.evaluate(train.load_model(ar)[0], validation(dataset, block_size, windows), "ar")
+    own = train.evaluate(load_model(ar)[0], validation(dataset, block_size, windows), "ar")
     yield dict(arm="ar"), dict(best=own["loss"], measure="exact")
     common |= dict(max_steps=steps, eval_every=max(1, steps // 16))
     jobs = {a: common | flags | dict(out=f"{out}/{file_part(a)}")
@@ -1593,7 +1593,7 @@ def longest(result):
 
 
 @experiment(
-    named=("device", "bidirectional"),
+    named="device bidirectional",
     finish=beside_full("forward_ms", "both_ms"),
     show=longest,
     picture=layer_lines("both_ms", "tokens", "ms, forward + backward", "one layer")
@@ -1615,7 +1615,7 @@ def attention(
     bidirectional: as a diffusion model uses it
     """
     width = n_head * head_dim
-    for T, name in itertools.product(lengths, dict.fromkeys(["full", *layers])):
+    for T, name in product(lengths, dict.fromkeys(["full", *layers])):
 
         def measure():
             layer = make_layer(name, T, n_head, head_dim, device)
@@ -1636,7 +1636,7 @@ def attention(
 
 
 @experiment(
-    named=("device",),
+    named="device",
     finish=beside_full("ms"),
     picture=layer_lines("tok_per_s", "tokens in the cache", "tokens/s", "decoding by one layer")
 )
@@ -1658,7 +1658,7 @@ def context(
     """
     cuda = device.startswith("cuda")
     dtype = dtype_on(device)
-    for T, name, B in itertools.product(lengths, layers, batches):
+    for T, name, B in product(lengths, layers, batches):
 
         def measure():
             layer = make_layer(name, T, n_head, head_dim, device).eval()
@@ -1719,7 +1719,7 @@ def throughput(kind, values, batch, iters, warmup, device, threads, vs):
     """Times optimizer steps of one model on random tokens; in a process of its own."""
     cuda = device.startswith("cuda")
     clock = clock_of(device)
-    gen = torch.Generator().manual_seed(0)
+    gen = seeded(0)
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")  # as train.py and nanoGPT do
@@ -1755,8 +1755,8 @@ def speed_table(result):
     table, columns = [], "params tok_per_s ms peak_mib mfu".split()
     for model in dict.fromkeys(r["model"] for r in result["rows"]):
         rounds = [r for r in result["rows"] if r["model"] == model]
-        median = lambda key: rounds[0][key] and statistics.median(r[key] for r in rounds)   # mfu may be None
-        table.append({"model": model, **{key: median(key) for key in columns}})
+        middle = lambda key: rounds[0][key] and median(r[key] for r in rounds)   # mfu may be None
+        table.append({"model": model, **{key: middle(key) for key in columns}})
     for peer in (row for row in table if row["model"] == "nanoGPT"):
         for row in table:
             row["speed_vs_nanoGPT"] = peer["ms"] / row["ms"]
@@ -1764,7 +1764,7 @@ def speed_table(result):
     return table
 
 
-@experiment(named=("device",), show=speed_table)
+@experiment(named="device", show=speed_table)
 def train_(
     preset: PRESETS = "gpt2",
     n_layer: int = None,
@@ -1802,7 +1802,7 @@ def train_(
         vs=vs and str(Path(vs).resolve(strict=True))
     )
     code = "import bench, json, sys; print(json.dumps(bench.throughput(**json.loads(sys.argv[1]))))"
-    for i, kind in itertools.product(range(rounds), [*objectives, *["nanoGPT"] * bool(vs)]):
+    for i, kind in product(range(rounds), [*objectives, *["nanoGPT"] * bool(vs)]):
 
         def measure():
             command = [sys.executable, "-c", code, json.dumps(how | dict(kind=kind))]
@@ -1845,29 +1845,29 @@ def joined(result):
 def ratio_picture(plt, result):
     """Loss against the share of `full` layers beside one other kind, AR and diffusion; dotted where the full
     layer is the first of its period. None without such mixtures."""
-    lines = collections.defaultdict(list)
+    lines = defaultdict(list)
     for r in result["rows"]:
         names = [name for name, _ in parse_layers(pattern_of(r["mixer"]), result["flags"]["n_layer"])]
         share = names.count("full") / len(names)
         places = ["first" if names[0] == "full" else "last"] if 0 < share < 1 else ["first", "last"]
         others = {*names} - {"full"} or ATTENTION           # full alone is an end of every line
         if len({*names, "full"}) < 3 and r["mixer"] not in OPTIONS and "bidir" not in r["mixer"]:
-            for kind, place in itertools.product(others, places):
+            for kind, place in product(others, places):
                 lines[r["objective"], kind, place].append((share, r["loss"], r["std"] or 0))
     lines = {key: sorted(line) for key, line in lines.items() if len({share for share, *_ in line}) > 2}
+    if not lines:
+        return None
     found = list(dict.fromkeys(objective for objective, *_ in lines))
-    if found:
-        figure, axes = plt.subplots(1, len(found), figsize=(8, 4.5), squeeze=False)
-        for (objective, kind, place), line in lines.items():
-            style = dict(ls="-" if place == "last" else ":", label=f"{kind}, full {place}")
-            axes[0, found.index(objective)].errorbar(*zip(*line), marker="o", **style)
-        for objective, ax in zip(found, axes[0]):
-            unit = f"nats per token ({MEASURED[objective]})"
-            dress(ax, objective, xlabel="share of full layers", ylabel=unit)
-        return figure
+    figure, axes = plt.subplots(1, len(found), figsize=(8, 4.5), squeeze=False)
+    for (objective, kind, place), line in lines.items():
+        ax = axes[0, found.index(objective)]
+        dots = "-" if place == "last" else ":"
+        ax.errorbar(*zip(*line), marker="o", ls=dots, label=f"{kind}, full {place}")
+        dress(ax, objective, xlabel="share of full layers", ylabel=f"nats per token ({MEASURED[objective]})")
+    return figure
 
 
-@experiment(named=("device", "dtype"), show=joined, picture=ratio_picture)
+@experiment(named="device dtype", show=joined, picture=ratio_picture)
 def quality(
     mixers=(*ATTENTION, "full window", "gated_deltanet alternate", "gated_deltanet forward", *MIXTURES),
     objectives: OBJECTIVES = ("ar", "mdm"),
@@ -1887,16 +1887,16 @@ def quality(
     """
     folder = data_folder(small["dataset"])
     T = small["block_size"]
-    V = prepare.load_tokenizer(folder).n_vocab
+    V = load_tokenizer(folder).n_vocab
     base = {k: small[k] for k in ("n_layer", "n_embd", "block_size")}
     base |= dict(n_head=4, vocab_size=V, qk_norm=True)
     patterns = {name: pattern_of(name, T // 4, 16) for name in mixers}
     inner = {name: same_size(pattern, base) for name, pattern in patterns.items()}
     steps_of = {"ar": steps, "mdm": 3 * steps}  # diffusion learns slowly
-    points = [(o, name) for o, name in itertools.product(objectives, patterns)
+    points = [(o, name) for o, name in product(objectives, patterns)
               if o == "mdm" or "bidir" not in patterns[name]]           # causal they are all the same
     jobs = {}
-    for s, (o, name) in itertools.product(range(seed, seed + seeds), points):
+    for s, (o, name) in product(range(seed, seed + seeds), points):
         run = f"{file_part(name)}-{o}-{steps_of[o]}-s{s}" + f"-{dtype}" * (dtype != "auto")
         jobs[name, o, s] = QUICK | small | dict(
             dataset=str(folder),
@@ -1912,16 +1912,16 @@ def quality(
     evals = yield jobs
     for o, name in points:
         losses = [evals[name, o, s][-1]["loss"] for s in range(seed, seed + seeds)]
-        lm, _ = train.load_model(jobs[name, o, seed]["out"], "last")
+        lm, _ = load_model(jobs[name, o, seed]["out"], "last")
         yield dict(mixer=name, objective=o), dict(
-            loss=statistics.mean(losses),
-            std=statistics.stdev(losses) if seeds > 1 else None,
+            loss=mean(losses),
+            std=stdev(losses) if seeds > 1 else None,
             seeds=seeds,
             losses=losses,
             params=lm.num_params(),
             reads=max(b.mixer.reads(T, o == "ar") for b in lm.blocks)
         )
-    ids = prepare.load_dataset(folder)[0]
+    ids = load_dataset(folder)[0]
     x = validation(small["dataset"], T, 64).numpy()
     pairs = np.ones((V, V))  # counts of a bigram model, add-one smoothing
     np.add.at(pairs, (ids[:-1], ids[1:]), 1)
@@ -1983,14 +1983,14 @@ def recall_accuracy(f, T, n, mask_id, causal, text=None, device="cpu"):
     """(share of right answers, its standard error over sequences, nats per answer). Guessing gives
     1 / VALUES, among values seen 1 / n."""
     right, nats = [], []
-    gen = torch.Generator().manual_seed(T * KEYS + n)
+    gen = seeded(T * KEYS + n)
     for _ in range(4):
         x, answer = (a.to(device) for a in draw_recall(max(1, 4096 // T), T, n, gen, text))
         z, y = recall_logits(f, x, answer, mask_id, causal)
         # Each sequence asks equally often.
         right += (z.argmax(-1) == y).double().view(len(x), -1).mean(1).tolist()
         nats.append(F.cross_entropy(z, y).item())
-    return *mean_se(right), statistics.mean(nats)
+    return *mean_se(right), mean(nats)
 
 
 def learn_recall(config, causal, steps, tokens, lengths, path, device):
@@ -2008,7 +2008,7 @@ def learn_recall(config, causal, steps, tokens, lengths, path, device):
         stage = "warmup" if done < 0.6 else "sparse"
         return recall_loss(lm, x.to(device), answer.to(device), causal, stage)
 
-    return learn(config, loss_of, steps, path, device, lr=4e-3, optimizer="muon")
+    return learn(config, loss_of, steps, path, device)
 
 
 def recall_table(result):
@@ -2041,7 +2041,7 @@ def recall(
     need(fits, f"--lengths {asked}: expected multiples of 8, at least 16")
     folder = Path(out) / f"{asked}-steps{steps}-tokens{batch_tokens}"
     grid = [("pairs", 512, n) for n in PAIRS] + [("needle", T, NEEDLES) for T in lengths]
-    for name, objective in itertools.product(layers, objectives):
+    for name, objective in product(layers, objectives):
         pattern = "linear(linear_decay=none)" if name == "linear" else pattern_of(name, 128)
         config = ModelConfig(
             **RECALL,
@@ -2079,7 +2079,7 @@ def switch_arms(keys):
     }
 
 
-@experiment(named=("device",))
+@experiment(named="device")
 def switch(length=1024, keys=128, steps=600, adapt=100, batch_tokens=2048, device="auto", threads=1,
            out="out/switch"):
     """InfLLM-V2's claim (2509.24663) in small: a dense AR checkpoint run sparse at once, and after N steps of
@@ -2104,7 +2104,7 @@ def switch(length=1024, keys=128, steps=600, adapt=100, batch_tokens=2048, devic
         stage = "warmup" if 2 * step < adapt else "sparse"
         return recall_loss(lm, x.to(device), answer.to(device), True, stage)
 
-    @functools.cache
+    @cache
     def asked(dense, layer, N):
         """The dense checkpoint with this layer after N steps: (model, right answers, their error, nats)."""
         def begun(config):
@@ -2115,8 +2115,7 @@ def switch(length=1024, keys=128, steps=600, adapt=100, batch_tokens=2048, devic
             return lm
 
         path = folder / f"{file_part(layer)}-{N}.pt"
-        lm = learn(config_of(layer), loss_of, N, path, device, begun, lr=1e-3, warmup=adapt // 10,
-                   optimizer="muon")
+        lm = learn(config_of(layer), loss_of, N, path, device, begun, lr=1e-3, warmup=adapt // 10)
         return lm, *recall_accuracy(lm, length, NEEDLES, lm.mask_id, True, text, device)
 
     for arm, layer in switch_arms(keys).items():
@@ -2137,15 +2136,17 @@ def switch(length=1024, keys=128, steps=600, adapt=100, batch_tokens=2048, devic
 # track: what a state can keep count of (arXiv 2411.12537, 2502.10297)
 
 GROUPS = {"parity": 2, "s3": 3, "s5": 5}    # all permutations of so many things: 2, 6 and 120 tokens
-DELTA = ("", "(neg_eigval=true)", "(neg_eigval=true,writes=2)", "(neg_eigval=true,writes=4)")
-RULES = ("full", "linear", "linear(linear_decay=channel)", *("deltanet" + settings for settings in DELTA),
-         *("gated_deltanet" + settings for settings in DELTA), "kda(neg_eigval=true)",
-         "kda(neg_eigval=true,channel_beta=true)")
+RULES = tuple("""
+    full linear linear(linear_decay=channel)
+    deltanet deltanet(neg_eigval=true) deltanet(neg_eigval=true,writes=2) deltanet(neg_eigval=true,writes=4)
+    gated_deltanet gated_deltanet(neg_eigval=true) gated_deltanet(neg_eigval=true,writes=2)
+    gated_deltanet(neg_eigval=true,writes=4) kda(neg_eigval=true) kda(neg_eigval=true,channel_beta=true)
+""".split())
 
 
 def draw_words(B, T, things, generator):
     """x (B, T): random permutations, by number; y (B, T): the number of the product of all up to there."""
-    all_of = list(itertools.permutations(range(things)))
+    all_of = list(permutations(range(things)))
     number = {p: i for i, p in enumerate(all_of)}
     times = torch.tensor([[number[tuple(a[i] for i in b)] for b in all_of] for a in all_of])
     x = torch.randint(len(all_of), (B, T), generator=generator)
@@ -2173,7 +2174,7 @@ def track(layers=RULES, groups: GROUPS = tuple(GROUPS), steps=1000, length=32, t
     length: of the texts at the end of training; they begin with 4 tokens
     times: tested at so many times that length
     """
-    for name, group in itertools.product(layers, groups):
+    for name, group in product(layers, groups):
         things = GROUPS[group]
         path = Path(out) / f"{group}-{file_part(name)}-{length}-steps{steps}.pt"
         size = dict(vocab_size=math.factorial(things), n_layer=1, block_size=length * max(times))
@@ -2187,8 +2188,8 @@ def track(layers=RULES, groups: GROUPS = tuple(GROUPS), steps=1000, length=32, t
         for T in (n * length for n in times):
 
             def measure():
-                lm = learn(config, loss_of, steps, path, lr=4e-3, optimizer="muon")
-                x, y = draw_words(max(4, 8192 // T), T, things, torch.Generator().manual_seed(T))
+                lm = learn(config, loss_of, steps, path)
+                x, y = draw_words(max(4, 8192 // T), T, things, seeded(T))
                 with torch.no_grad():
                     right = lm(x).argmax(-1) == y
                 return accuracy(right.double().mean(1).tolist())
@@ -2276,8 +2277,8 @@ def learn_reading(config, kind, per, page, ids, objective, steps, tokens, path):
         f = lambda y, causal: lm(torch.cat([seen, y], dim=1), causal=causal, pos=pos)[:, n:]
         return diffusion.mdm_loss(f, x, lm.mask_id, generator=gen)
 
-    make = functools.partial(Reader, kind=kind, per=per, page=page)
-    return learn(config, loss_of, steps, path, model=make, lr=4e-3, optimizer="muon")
+    make = partial(Reader, kind=kind, per=per, page=page)
+    return learn(config, loss_of, steps, path, model=make)
 
 
 def optical_table(result):
@@ -2319,10 +2320,10 @@ def optical(per=(4, 10, 16, 20, 64), readers: READERS = tuple(READERS), page=128
     steps: of training, for each reader
     pages: to read, of held-out text and of random characters each
     """
-    ids, val, _ = prepare.load_dataset(data_folder(dataset))
-    random = torch.randint(64, (pages, page), generator=torch.Generator().manual_seed(0))
+    ids, val, _ = load_dataset(data_folder(dataset))
+    random = torch.randint(64, (pages, page), generator=seeded(0))
     held = dict(text=glyph_ids(train.fixed_windows(val, page, pages).long()), random=random)
-    for n, reader in itertools.product(per, readers):
+    for n, reader in product(per, readers):
         kind, objective = reader.split()
         config = ModelConfig(vocab_size=len(GLYPHS), n_layer=n_layer, n_head=4, n_embd=n_embd, qk_norm=True,
                              position="learned", block_size=page - (-page // n))
@@ -2387,7 +2388,7 @@ class Bigram:
 
     def __init__(self, V=8, seed=0):
         self.V = V
-        gen = torch.Generator().manual_seed(seed)
+        gen = seeded(seed)
         p = -torch.rand(V, V, generator=gen, dtype=torch.float64).log()
         p[torch.rand(V, V, generator=gen).argsort(1) >= V // 2] = 0
         self.p = p / p.sum(1, keepdim=True)  # (V, V): letter to next letter
@@ -2448,7 +2449,7 @@ def learn_language(language, objective, lengths, steps, path):
 
     def loss_of(lm, step, gen):
         L = lengths[step % len(lengths)]
-        f = functools.partial(read, lm)
+        f = partial(read, lm)
         x = language.draw(1536 // L, L, gen)
         if objective == "ar":
             return diffusion.ar_loss(f, x, lm.mask_id)
@@ -2457,7 +2458,7 @@ def learn_language(language, objective, lengths, steps, path):
     config = ModelConfig(vocab_size=language.V, block_size=max(lengths), n_layer=2, n_head=4, n_embd=64,
                          layers=language.layers)
     steps = max(1, steps // 4) if objective == "ar" else steps
-    return functools.partial(read, learn(config, loss_of, steps, path, lr=3e-3))
+    return partial(read, learn(config, loss_of, steps, path, lr=3e-3, optimizer="adamw"))
 
 
 def theory_picture(plt, result):
@@ -2473,8 +2474,8 @@ def theory_picture(plt, result):
         "trained ar": ("ar", "", dict(marker="*", ls="", ms=10))
     }
     labels = {"ter": "token error rate (a perplexity)", "ser": "share of wrong sequences"}
-    for (what, language), ax in zip(itertools.product(labels, languages), axes.flat):
-        for (n, L), name in itertools.product(enumerate(lengths), kinds):
+    for (what, language), ax in zip(product(labels, languages), axes.flat):
+        for (n, L), name in product(enumerate(lengths), kinds):
             model, prefix, style = kinds[name]
             mine = points(rows, "N", prefix + what, language=language, model=model, L=L)
             ax.plot(*zip(*mine), color=f"C{n}", label=f"length {L}, {name}", **style)
@@ -2508,13 +2509,13 @@ def theory(lengths=(24, 96), steps=1000, sequences=128, threads=1, out="out/theo
     need(all(L % 3 == 0 for L in lengths), f"--lengths {asked}: expected multiples of 3, such as 24,96")
     grid = [4**i for i in range(6)]
     kinds = {"oracle": grid, "mdm": grid[:-1], "ar": [None]}
-    for language, kind in itertools.product((Parity(), Bigram()), kinds):
+    for language, kind in product((Parity(), Bigram()), kinds):
         path = Path(out) / f"{asked}-steps{steps}" / f"{language.name}-{kind}.pt"
-        for L, N in itertools.product(lengths, kinds[kind]):
+        for L, N in product(lengths, kinds[kind]):
 
             def measure():
                 f = language if kind == "oracle" else learn_language(language, kind, lengths, steps, path)
-                gen = torch.Generator().manual_seed(L)
+                gen = seeded(L)
                 V = language.V
                 x = language.draw(8 * sequences if kind == "oracle" else sequences, L, gen)
                 if kind == "ar":
@@ -2555,42 +2556,42 @@ def tools(steps=1000, problems=200, seeds=3, seed=1337, workers=1, device="auto"
     steps: of training for AR, three times as many for block diffusion
     problems: held-out ones of each kind to solve
     """
-    _, val, _ = prepare.load_dataset(prepare.prepare("arithmetic"))
-    tokenizer = prepare.load_tokenizer("data/arithmetic")
+    _, val, _ = load_dataset(prepare.prepare("arithmetic"))
+    tokenizer = load_tokenizer("data/arithmetic")
     texts = [t for t in tokenizer.decode(val.tolist()).split(prepare.EOT) if t]
     kinds = {"plain": [t for t in texts if "=" not in t], "look-up": [t for t in texts if "=" in t]}
     need(all(kinds.values()), "data/arithmetic holds one kind of problem: delete it, it is made anew")
     runs = range(seed, seed + seeds)
     jobs = {}
-    for (o, n), s in itertools.product([("ar", steps), ("block", 3 * steps)], runs):
+    for (o, n), s in product([("ar", steps), ("block", 3 * steps)], runs):
         jobs[o, s] = ARITHMETIC | dict(objective=o, max_steps=n, seed=s, out=f"{out}/{o}-{n}-s{s}")
     yield jobs
     answer = lambda text: text.rpartition(" ")[2]
     cases = [("ar", "left"), ("block", "left"), ("block", "max_prob")]
-    for (objective, order), kind, tool in itertools.product(cases, kinds, ("none", "tools")):
+    for (objective, order), kind, tool in product(cases, kinds, ("none", "tools")):
 
         def measure():
             texts = kinds[kind][:problems]
             prompts = [t[:t.index("?") + 1] for t in texts]
-            right, calls = [], []
+            calls = [partial(solve, p) for p in prompts] if tool == "tools" else lambda call: ""
+            draw = getattr(diffusion, f"sample_{objective}")
+            right, right_calls = [], []
             for s in runs:
-                lm, _ = train.load_model(jobs[objective, s]["out"], "last", device)
-                canvas = diffusion.canvas([tokenizer.encode(p) for p in prompts], 80, lm.mask_id)
+                lm, _ = load_model(jobs[objective, s]["out"], "last", device)
+                canvas = diffusion.canvas([*map(tokenizer.encode, prompts)], 80, lm.mask_id)
                 x, valid = (a.to(device) for a in canvas)
-                call = [functools.partial(solve, p) for p in prompts] if tool == "tools" else lambda call: ""
-                hook = sample.ToolCalls(call, tokenizer, lm.mask_id, valid.sum(1))
-                how = dict(temperature=0, eot_id=tokenizer.eot, valid=valid)
+                hook = sample.ToolCalls(calls, tokenizer, lm.mask_id, valid.sum(1))
+                how = dict(fill_block=4, order=order, on_block=hook)
                 if objective == "ar":
-                    y = diffusion.sample_ar(lm, x, lm.mask_id, on_token=hook, **how)
-                else:
-                    y = diffusion.sample_block(lm, x, lm.mask_id, 4, order=order, on_block=hook, **how)
+                    how = dict(on_token=hook)
+                y = draw(lm, x, lm.mask_id, temperature=0, eot_id=tokenizer.eot, valid=valid, **how)
                 for i, (text, ids) in enumerate(zip(texts, y.tolist())):
                     written = tokenizer.decode(ids).split(prepare.EOT)[0]
                     right.append(answer(text) == answer(written))
                     made = [call for row, call, *_ in hook.calls if row == i]
-                    calls.append(made == re.findall("<tool>(.*?)</tool>", text))
+                    right_calls.append(made == re.findall("<tool>(.*?)</tool>", text))
             each = np.reshape(right, (seeds, -1)).mean(1)
-            return accuracy(each.tolist()) | dict(right_calls=statistics.mean(calls), seeds=seeds)
+            return accuracy(each.tolist()) | dict(right_calls=mean(right_calls), seeds=seeds)
 
         yield dict(model=objective, order=order, problem=kind, tool=tool), measure
 
@@ -2629,7 +2630,7 @@ def moe_tables(result):
     return "\n\n".join(markdown([r for r in result["rows"] if key in r]) for key in ("experts", "router"))
 
 
-@experiment(named=("device",), show=moe_tables)
+@experiment(named="device", show=moe_tables)
 def moe(scenes=("docs-byte", "pysrc-byte"), steps=600, repeat=12, device="auto", threads=1, out="out/moe"):
     """Mixture of experts: speed against a dense MLP of the same active parameters; with and without the bias
     rule, how even the load is, and how many experts a scene alone leaves unused.
@@ -2640,11 +2641,11 @@ def moe(scenes=("docs-byte", "pysrc-byte"), steps=600, repeat=12, device="auto",
     for E, k in ((64, 8), (128, 8)) if device.startswith("cuda") else ((8, 2), (32, 4), (128, 8)):
         yield dict(experts=E, active=k), lambda: moe_speed(E, k, device, repeat)
     folders = [data_folder(name) for name in scenes]
-    texts = [prepare.load_dataset(folder)[0] for folder in folders]
+    texts = [load_dataset(folder)[0] for folder in folders]
     held = {folder.name: validation(str(folder), 64, 128).to(device) for folder in folders}
     held["all"] = torch.cat(list(held.values()))
-    size = dict(vocab_size=prepare.load_tokenizer(folders[0]).n_vocab, n_layer=2, n_embd=64, block_size=64,
-                n_expert=32, n_expert_active=4, expert_inner=64)
+    size = settings("n_layer=2 n_embd=64 block_size=64 n_expert=32 n_expert_active=4 expert_inner=64")
+    size["vocab_size"] = load_tokenizer(folders[0]).n_vocab
 
     def loss_of(lm, step, gen):
         for layer in lm.moes():
@@ -2657,7 +2658,7 @@ def moe(scenes=("docs-byte", "pysrc-byte"), steps=600, repeat=12, device="auto",
         def measure():
             config = ModelConfig(**size, router_bias_step=bias_step)
             path = Path(out) / f"{file_part(router)}-{'-'.join(held)}-{steps}.pt"
-            lm = learn(config, loss_of, steps, path, device, lr=2e-3)
+            lm = learn(config, loss_of, steps, path, device, lr=2e-3, optimizer="adamw")
             row = dict(loss=diffusion.ar_loss(lm, held["all"], lm.mask_id).item())
             for name, x in held.items():
                 row[f"load {name}"], row[f"unused {name}"] = load_of(lm, x)
@@ -2697,7 +2698,7 @@ def decode_runs(roles, models):
         want, given = ROLES[role]["objective"], models[f"run_{role}"]
         folders[role] = given or str(root / role)
         if given:
-            objective = train.load_model(given, "last")[1]["flags"]["objective"]
+            objective = load_model(given, "last")[1]["flags"]["objective"]
             need(
                 objective == want or objective == "mixed" and want != "block",
                 f"{given} is a run of --objective {objective}, and one of {want} is needed as --run_{role}"
@@ -2744,8 +2745,7 @@ def judged(judge, x, start):
 
     Entropy (nats, of the counts of one row, mean over rows) stands beside the loss because a sampler that
     repeats itself gets a low loss."""
-    losses = [diffusion.ar_loss(judge, w, judge.mask_id, reduction="none") for w in x.split(32)]
-    loss, se = mean_se(torch.cat(losses)[:, start:].mean(1).tolist())
+    loss, se = mean_se(train.ar_nats(judge, x, 32)[:, start:].mean(1).tolist())
     p = F.one_hot(x[:, start:], judge.V).float().mean(1)  # (N, V)
     return dict(loss=loss, se=se, entropy=-torch.xlogy(p, p).sum(-1).mean().item())
 
@@ -2773,7 +2773,7 @@ def decode_picture(plt, result):
     return figure
 
 
-@experiment(named=("scale",), show=without("cache"), picture=decode_picture, gpu=MODELS_GPU)
+@experiment(named="scale", show=without("cache"), picture=decode_picture, gpu=MODELS_GPU)
 def decode(batches=(1, 8, 64), run_judge=None, **models):
     """Tokens/s and FLOPs per token against quality of every sampler on trained models, by batch size.
 
@@ -2785,7 +2785,7 @@ def decode(batches=(1, 8, 64), run_judge=None, **models):
     device = models["device"]
     most = max(batches)
     clock = clock_of(device)
-    trained = {role: train.load_model(folder, "last", device) for role, folder in folders.items()}
+    trained = {role: load_model(folder, "last", device) for role, folder in folders.items()}
     judge, state = trained["judge"]
     T = judge.config.block_size
     P = T // 8                              # the first P tokens are the prompt
@@ -2802,12 +2802,11 @@ def decode(batches=(1, 8, 64), run_judge=None, **models):
 
     def measure(role, setting):
         lm, state = trained[role]
-        if role == "block":
-            setting = setting | dict(fill_block=state["flags"]["diffusion_block"])
+        more = dict(fill_block=state["flags"]["diffusion_block"]) if role == "block" else {}
 
         def draw(x):
             gen = torch.Generator("cpu" if device.startswith("mps") else device).manual_seed(0)
-            return getattr(diffusion, f"sample_{role}")(lm, x, lm.mask_id, generator=gen, **setting)
+            return getattr(diffusion, f"sample_{role}")(lm, x, lm.mask_id, generator=gen, **setting, **more)
         row = {}
         for B in sorted(batches, reverse=True):
             texts = []
@@ -2827,11 +2826,11 @@ def decode(batches=(1, 8, 64), run_judge=None, **models):
     yield dict(sampler="real text"), lambda: judged(judge, data, P)
     for family, (role, settings) in decoders(T - P).items():
         for setting in settings:
-            yield dict(sampler=family, **setting), functools.partial(measure, role, setting)
+            yield dict(sampler=family, **setting), partial(measure, role, setting)
     return dict(prompt=P, new=T - P)
 
 
-@experiment(named=("scale",), gpu=MODELS_GPU)
+@experiment(named="scale", gpu=MODELS_GPU)
 def drafts(batches=(1, 8), lengths=(1, 2, 4, 8), run_mixed=None, run_mtp=None, **models):
     """AR with its cache where the run proposes tokens itself, by turns with the same run that does not.
 
@@ -2843,16 +2842,16 @@ def drafts(batches=(1, 8), lengths=(1, 2, 4, 8), run_mixed=None, run_mtp=None, *
     folders = yield from decode_runs(("mixed", "mtp"), models | dict(run_mixed=run_mixed, run_mtp=run_mtp))
     device, clock = models["device"], clock_of(models["device"])
     for role, folder in folders.items():
-        lm, state = train.load_model(folder, "last", device)
+        lm, state = load_model(folder, "last", device)
         canvas = validation(state["flags"]["dataset"], lm.config.block_size, 8).to(device)
         canvas[:, lm.config.block_size // 8:] = lm.mask_id
         new = (canvas == lm.mask_id).sum().item()
-        for draft, B in itertools.product(lengths if role == "mixed" else (1,), batches):
+        for draft, B in product(lengths if role == "mixed" else (1,), batches):
 
             def measure():
                 torch.manual_seed(0)
                 seconds, passes, steps = [0.0, 0.0], 0, []
-                for x, own in itertools.product(canvas.split(B), (False, True)):
+                for x, own in product(canvas.split(B), (False, True)):
                     tic = clock()
                     seen = lambda step, _: steps.append(step)
                     diffusion.sample_ar(lm, x, lm.mask_id, draft=own * draft, callback=seen)
@@ -2868,7 +2867,7 @@ def drafts(batches=(1, 8), lengths=(1, 2, 4, 8), run_mixed=None, run_mtp=None, *
             yield dict(run=role, draft=draft, batch=B), measure
 
 
-@experiment(named=("scale",), gpu=MODELS_GPU)
+@experiment(named="scale", gpu=MODELS_GPU)
 def panel(windows=16, n_mc=64, **models):
     """All likelihoods of the decode runs on the same validation windows:
     exact, bounds, chains; bits per byte.
@@ -2879,9 +2878,9 @@ def panel(windows=16, n_mc=64, **models):
     need(n_mc % 4 == 0, f"--n_mc {n_mc} must be a multiple of 4")
     folders = yield from decode_runs(("ar", "mdm", "block"), models)
     for role, folder in folders.items():
-        lm, state = train.load_model(folder, "last", models["device"])
+        lm, state = load_model(folder, "last", models["device"])
         x = validation(state["flags"]["dataset"], lm.config.block_size, windows)
-        size = prepare.load_tokenizer(folder).token_bytes[x.numpy()].mean()  # bytes per token
+        size = load_tokenizer(folder).token_bytes[x.numpy()].mean()  # bytes per token
         for measure, nats, se in sample.panel(lm, state["flags"], x.to(models["device"]), n_mc):
             bits = nats / math.log(2) / size
             yield dict(run=role, measure=measure), dict(nats=nats, bits_per_byte=bits, se=se or None)
@@ -2920,7 +2919,7 @@ def mixtures(folder):
             return " / ".join(cell(found[key]) if key in found else "-" for key in keys)
 
         def times(found, column, *at):
-            return found["full", *at][column] / statistics.mean(found[n, *at][column] for n in layers)
+            return found["full", *at][column] / mean(found[n, *at][column] for n in layers)
         percent = lambda r: f"{100 * r['accuracy']:.0f}"
         rows.append({
             "mixer": f"`{name}`",
@@ -3043,7 +3042,7 @@ def read_items(path, tokenizer, limit=None):
 def probe_as_items(flags, tokenizer, T, limit):
     """train.py's probe as items: true ends of passages
     of the run's own validation text among three others."""
-    val = prepare.load_dataset(data_folder(flags["dataset"]))[1]
+    val = load_dataset(data_folder(flags["dataset"]))[1]
     passages = train.probe_items(val, T, min(limit or 512, len(val) // T))
     K = max(1, min(16, T // 4))  # tokens of an end
     return [item_of(p[0, :-K].tolist(), p[:, -K:].tolist(), 0, tokenizer) for p in passages]
@@ -3071,20 +3070,19 @@ def diffusion_nats(lm, context, ends, measure, n_mc=32, seed=0, block=None):
     same n_mc masks (as far as they have places in common), or the exact chain from left to right. block: of a
     block-diffusion model; the last block's places behind an end stay hidden."""
     x, real, scored = laid_out(lm, context, ends)
-    mask = lm.mask_id
-    how = {} if real.all() else {"valid": real}
+    how = dict(scored=scored, noise_block=block)
     if block:
-        more = -x.size(1) % block
-        x = F.pad(x.where(real, mask), (0, more), value=mask)
-        scored = F.pad(scored, (0, more))
-        how = {}
+        places = 0, -x.size(1) % block
+        x = F.pad(x.where(real, lm.mask_id), places, value=lm.mask_id)
+        how["scored"] = F.pad(scored, places)
+    elif not real.all():
+        how["valid"] = real
     if measure == "bound":
         rows = max(1, (65536 if x.is_cuda else 4096) // x.size(1))
-        nats, _ = diffusion.mdm_nll(
-            lm, x, mask, n_mc, torch.Generator().manual_seed(seed), batch_size=rows, noise_block=block,
-            scored=scored, per_row=True, group=torch.zeros(len(x), dtype=torch.int64), **how)
+        nats, _ = diffusion.mdm_nll(lm, x, lm.mask_id, n_mc, seeded(seed), batch_size=rows, per_row=True,
+                                    group=torch.zeros(len(x), dtype=torch.int64), **how)
     else:
-        nats = diffusion.chain_nll(lm, x, mask, "left", scored, block, **how)
+        nats = diffusion.chain_nll(lm, x, lm.mask_id, **how)
     return (nats.cpu() * scored.sum(1).cpu()).tolist()
 
 
@@ -3119,22 +3117,25 @@ def summary(items, results):
 
     accuracy: the right answer has the smallest -log p; accuracy_norm: the smallest per byte. gap: the mean
     -log p of the wrong answers minus that of the right one, nats. loss: the right answer's, per token."""
-    judged = [(item, r) for item, r in zip(items, results) if "failed" not in r]
-    hits, norm, gaps, right = [], [], [], []
-    for item, r in judged:
+    hits, norm, gaps, right, tokens = [], [], [], [], 0
+    for item, r in zip(items, results):
+        if "failed" in r:
+            continue
         g, nats = item["gold"], np.array(r["nats"])
-        others, density = np.delete(nats, g), nats / item["bytes"]
+        least = lambda values: float(values[g] < np.delete(values, g).min())
         right.append(nats[g])
-        hits.append(float(nats[g] < others.min() if len(others) else r["greedy"]))
-        if len(others):
-            norm.append(float(density[g] < np.delete(density, g).min()))
-            gaps.append(others.mean() - nats[g])
+        tokens += len(item["ends"][g])
+        if len(nats) == 1:
+            hits.append(float(r["greedy"]))
+        else:
+            hits.append(least(nats))
+            norm.append(least(nats / item["bytes"]))
+            gaps.append(np.delete(nats, g).mean() - nats[g])
     out = dict(items=len(hits), failed=len(items) - len(hits))
     if hits:
-        out["accuracy"], out["se"] = mean_se(hits)
-        out["loss"] = sum(right) / sum(len(item["ends"][item["gold"]]) for item, _ in judged)
+        out |= accuracy(hits) | dict(loss=sum(right) / tokens)
     if gaps:
-        out["accuracy_norm"] = statistics.mean(norm)
+        out["accuracy_norm"] = mean(norm)
         out["gap"], out["gap_se"] = mean_se(gaps)
     return out
 
@@ -3148,7 +3149,7 @@ def choice_table(result):
 
 def judge_file(run, device, threads, items, measure, n_mc, journal):
     """The rates of one run on one file. Each item is written down when it is done."""
-    lm, state = train.load_model(run, device=device)
+    lm, state = load_model(run, device=device)
     train.set_threads(threads, lm)
     flags = train.DEFAULTS | state["flags"]
     masks = n_mc if measure == "bound" else None
@@ -3192,10 +3193,10 @@ def choices(
     """
     work = []
     for run in runs:  # all input is read before the work begins
-        lm, state = train.load_model(run, device=device)
+        lm, state = load_model(run, device=device)
         folder = Path(run) if Path(run).is_dir() else Path(run).parent
         flags = train.DEFAULTS | state["flags"]
-        tokenizer = prepare.load_tokenizer(folder)
+        tokenizer = load_tokenizer(folder)
         objective = flags["objective"]
         known = [m for m in MEASURES[objective] if m in measures]
         need(
@@ -3213,7 +3214,7 @@ def choices(
                 key = dict(run=folder.name, objective=objective, step=state["step"], file=label, measure=m)
                 journal = Path(out) / f"{folder.name}-{label}-{m}"
                 given = run, device, threads, items, m, n_mc, journal
-                work.append((key, functools.partial(judge_file, *given)))
+                work.append((key, partial(judge_file, *given)))
     yield from work
 
 # ------------------------------------------------------------------------------------------------------------
@@ -3268,7 +3269,7 @@ def gpu(minutes=9.0, results="results"):
         print(f"\n=== {shlex.join(words)}   ({train.clock(left)} left)", flush=True)
         limit = ["timeout", "--signal=INT", "--kill-after=30", str(left - 40)]  # runs save, to go on later
         subprocess.run([*limit, sys.executable, *words], cwd=HERE)
-    print("\nnot measured yet: " + (", ".join(itertools.filterfalse(there, queue)) or "nothing"))
+    print("\nnot measured yet: " + (", ".join(filterfalse(there, queue)) or "nothing"))
 
 # ------------------------------------------------------------------------------------------------------------
 # Command line
