@@ -295,12 +295,9 @@ def walk(about, given, points, seed):
     """Trains and measures what is missing: (rows, what the experiment returned)."""
     settings = {k: v for k, v in given.items() if not isinstance(v, tuple | list)
                 and k not in ("out", "workers")}
-    total = 0                                   # points, where counting them is cheap
-    if not {"workers", "runs"} & set(given):
-        total = sum(1 for _ in about.run(**given))
-    rows = []
-    fresh = 0
-    tic = time.time()
+    slow = {"workers", "runs"} & set(given)
+    total = 0 if slow else len(list(about.run(**given)))        # points, where counting them is cheap
+    rows, fresh, tic = [], 0, time.time()
     generator = about.run(**given)
     answer = None
     while True:
@@ -359,6 +356,11 @@ def merged(rows, keys, cells):
         same = {k: r[k] for k in keys}
         out.setdefault(tuple(same.values()), same).update(cells(r))
     return list(out.values())
+
+
+def pivot(keys, cells):
+    """The table of `merged` rows."""
+    return lambda result: merged(result["rows"], keys.split(), cells)
 
 
 def show(value):
@@ -1310,8 +1312,8 @@ def half_life(curves):
     grid, errors = np.geomspace(1, 1e4, 100), []
     for R in grid:
         D = U * (1 - R * np.expm1(-(e - 1) / R))
-        fits = [np.stack([np.ones_like(D), D ** -b], 1) for b in np.linspace(0.05, 1.5, 30)]
-        errors.append(min(((X @ np.linalg.lstsq(X, loss, rcond=None)[0] - loss) ** 2).sum() for X in fits))
+        fit = lambda b: np.polyfit(D ** -b, loss, 1, full=True)         # its second item is the error
+        errors.append(min(fit(b)[1].sum() for b in np.linspace(0.05, 1.5, 30)))
     near = grid[np.array(errors) <= min(errors) * (1 + 3.84 / max(1, len(points) - 4))]
     return grid[np.argmin(errors)], near.min(), near.max()
 
@@ -1361,10 +1363,10 @@ def calibration(lm, x, objective, share=None):
         where = diffusion.smallest(torch.rand(x.shape, generator=seeded(0)), masks)
         logits = lm(torch.where(where, lm.mask_id, x), causal=False)
     sure, guess = logits.softmax(-1)[where].max(-1)
-    hit, bins = (guess == x[where]).float(), (sure * 10).long().clamp(max=9)
-    total = lambda value: torch.zeros(10).index_add_(0, bins, value)
+    bins = (sure * 10).long().clamp(max=9)
+    excess = torch.zeros(10).index_add_(0, bins, sure - (guess == x[where]).float())
     nats = diffusion.token_nll(logits, x)[where].mean().item()
-    return dict(ece=((total(sure) - total(hit)).abs().sum() / len(hit)).item(), nats=nats)
+    return dict(ece=(excess.abs().sum() / len(sure)).item(), nats=nats)
 
 
 def looseness(lm, x, objective):
@@ -2011,14 +2013,12 @@ def learn_recall(config, causal, steps, tokens, lengths, path, device):
     return learn(config, loss_of, steps, path, device)
 
 
-def recall_table(result):
-    def cells(r):
-        task = f"pairs {r['pairs']}" if r["task"] == "pairs" else f"needle {r['T']}"
-        return {task: f"{100 * r['accuracy']:.0f}"}
-    return merged(result["rows"], ("objective", "layers"), cells)
+def recall_cells(r):
+    task = f"pairs {r['pairs']}" if r["task"] == "pairs" else f"needle {r['T']}"
+    return {task: f"{100 * r['accuracy']:.0f}"}
 
 
-@experiment(show=recall_table)
+@experiment(show=pivot("objective layers", recall_cells))
 def recall(
     layers=(*ATTENTION, *MIXTURES),
     objectives: OBJECTIVES = ("ar", "mdm"),
@@ -2146,23 +2146,20 @@ RULES = tuple("""
 
 def draw_words(B, T, things, generator):
     """x (B, T): random permutations, by number; y (B, T): the number of the product of all up to there."""
-    all_of = list(permutations(range(things)))
-    number = {p: i for i, p in enumerate(all_of)}
-    times = torch.tensor([[number[tuple(a[i] for i in b)] for b in all_of] for a in all_of])
+    all_of = torch.tensor(list(permutations(range(things))))
     x = torch.randint(len(all_of), (B, T), generator=generator)
-    y = [x[:, 0]]
-    for t in range(1, T):
-        y.append(times[y[-1], x[:, t]])
+    y, order = [], torch.arange(things).expand(B, things)
+    for t in range(T):
+        order = order.gather(1, all_of[x[:, t]])
+        y.append((order[:, None] == all_of).all(-1).int().argmax(1))
     return x, torch.stack(y, dim=1)
 
 
-def track_table(result):
-    def cells(r):
-        return {"layer": f"`{r['layer']}`", f"{r['group']} {r['T']}": f"{100 * r['accuracy']:.0f}"}
-    return merged(result["rows"], ["layer"], cells)
+def track_cells(r):
+    return {"layer": f"`{r['layer']}`", f"{r['group']} {r['T']}": f"{100 * r['accuracy']:.0f}"}
 
 
-@experiment(show=track_table)
+@experiment(show=pivot("layer", track_cells))
 def track(layers=RULES, groups: GROUPS = tuple(GROUPS), steps=1000, length=32, times=(1, 4, 16),
           out="out/track"):
     """State tracking: one layer reads permutations and names their product after each, right answers in %.
@@ -2281,10 +2278,8 @@ def learn_reading(config, kind, per, page, ids, objective, steps, tokens, path):
     return learn(config, loss_of, steps, path, model=make)
 
 
-def optical_table(result):
-    def cells(r):
-        return {f"{r['per']}": f"{100 * r['text']:.0f} / {100 * r['random']:.0f}"}
-    return merged(result["rows"], ("reader", "passes"), cells)
+def optical_cells(r):
+    return {f"{r['per']}": f"{100 * r['text']:.0f} / {100 * r['random']:.0f}"}
 
 
 def optical_picture(plt, result):
@@ -2308,7 +2303,7 @@ def optical_picture(plt, result):
     return figure
 
 
-@experiment(show=optical_table, picture=optical_picture)
+@experiment(show=pivot("reader passes", optical_cells), picture=optical_picture)
 def optical(per=(4, 10, 16, 20, 64), readers: READERS = tuple(READERS), page=128, steps=500, pages=64,
             n_layer=2, n_embd=96, batch_tokens=1280, dataset="docs-byte", threads=1, out="out/optical"):
     """A page of text as a picture, read back by AR and by masked diffusion: right characters, in %, of text /
@@ -2464,21 +2459,19 @@ def learn_language(language, objective, lengths, steps, path):
 def theory_picture(plt, result):
     """Above token errors, which do not grow with length, below wrong sequences, which do;
     a column for each language."""
-    rows, lengths = result["rows"], result["flags"]["lengths"]
-    languages = dict.fromkeys(r["language"] for r in rows)
-    figure, axes = plt.subplots(2, len(languages), figsize=(8, 7), sharex=True, squeeze=False)
-    kinds = {
-        "closed form": ("oracle", "theory_", dict(lw=1)),
-        "oracle": ("oracle", "", dict(marker="o", ls="", ms=5)),
-        "trained mdm": ("mdm", "", dict(marker="x", ls="--", lw=1)),
-        "trained ar": ("ar", "", dict(marker="*", ls="", ms=10))
-    }
+    rows = result["rows"]
+    figure, axes = plt.subplots(2, 2, figsize=(8, 7), sharex=True)
+    kinds = [
+        ("closed form", "oracle", "theory_", dict(lw=1)),
+        ("oracle", "oracle", "", dict(marker="o", ls="", ms=5)),
+        ("trained mdm", "mdm", "", dict(marker="x", ls="--", lw=1)),
+        ("trained ar", "ar", "", dict(marker="*", ls="", ms=10))
+    ]
     labels = {"ter": "token error rate (a perplexity)", "ser": "share of wrong sequences"}
-    for (what, language), ax in zip(product(labels, languages), axes.flat):
-        for (n, L), name in product(enumerate(lengths), kinds):
-            model, prefix, style = kinds[name]
+    for (what, language), ax in zip(product(labels, (Parity.name, Bigram.name)), axes.flat):
+        for (n, L), (kind, model, prefix, style) in product(enumerate(result["flags"]["lengths"]), kinds):
             mine = points(rows, "N", prefix + what, language=language, model=model, L=L)
-            ax.plot(*zip(*mine), color=f"C{n}", label=f"length {L}, {name}", **style)
+            ax.plot(*zip(*mine), color=f"C{n}", label=f"length {L}, {kind}", **style)
         dress(ax, language if what == "ter" else "", xlabel="sampling steps" if what == "ser" else "")
         log_ticks(ax, [r["N"] for r in rows if r["model"] == "oracle"])
         ax.set_ylabel(labels[what] if ax in axes[:, 0] else "")
@@ -2729,13 +2722,9 @@ def decoders(n):
         "diffusion, threshold": ("mdm", [dict(threshold=p) for p in (0.9, 0.7, 0.5)]),
         "diffusion in blocks": ("mdm", steps(1, 4, fill_block=32)),
         "diffusion in blocks, dual cache": (
-            "mdm",
-            [*steps(1, 2, 4, 8, **cached), dict(cached, threshold=0.7)]
-        ),
+            "mdm", [*steps(1, 2, 4, 8, **cached), dict(cached, threshold=0.7)]),
         "block diffusion, exact cache": (
-            "block",
-            [*(dict(steps=k) for k in (16, 8, 4, 2)), dict(threshold=0.7)]
-        )
+            "block", [*(dict(steps=k) for k in (16, 8, 4, 2)), dict(threshold=0.7)])
     }
 
 
@@ -3196,8 +3185,7 @@ def choices(
         lm, state = load_model(run, device=device)
         folder = Path(run) if Path(run).is_dir() else Path(run).parent
         flags = train.DEFAULTS | state["flags"]
-        tokenizer = load_tokenizer(folder)
-        objective = flags["objective"]
+        tokenizer, objective = load_tokenizer(folder), flags["objective"]
         known = [m for m in MEASURES[objective] if m in measures]
         need(
             known,
@@ -3213,8 +3201,7 @@ def choices(
             for m in known:
                 key = dict(run=folder.name, objective=objective, step=state["step"], file=label, measure=m)
                 journal = Path(out) / f"{folder.name}-{label}-{m}"
-                given = run, device, threads, items, m, n_mc, journal
-                work.append((key, partial(judge_file, *given)))
+                work.append((key, partial(judge_file, run, device, threads, items, m, n_mc, journal)))
     yield from work
 
 # ------------------------------------------------------------------------------------------------------------
