@@ -38,7 +38,6 @@ import dataclasses
 import inspect
 import io
 import json
-import math
 import os
 import platform
 import re
@@ -54,6 +53,7 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cache, partial
 from itertools import cycle, filterfalse, permutations, product
+from math import ceil, exp, factorial, inf, isfinite, log, log2, nan
 from pathlib import Path
 from statistics import mean, median, stdev
 
@@ -439,12 +439,12 @@ def label_ends(ax, labels):
     """Names lines where they end, moved apart where they would overlap.
     labels: [(x, y, text, colour)], y logarithmic."""
     low, high = ax.get_ylim()
-    step = math.log(high / low) / 22
-    at = -math.inf
+    step = log(high / low) / 22
+    at = -inf
     for x, y, text, colour in sorted(labels, key=lambda label: label[1]):
-        at = max(math.log(y), at + step)
-        ax.annotate(text, (x * 1.06, math.exp(at)), color=colour, fontsize=9, va="center")
-    ax.set_ylim(low, max(high, math.exp(at + step)))
+        at = max(log(y), at + step)
+        ax.annotate(text, (x * 1.06, exp(at)), color=colour, fontsize=9, va="center")
+    ax.set_ylim(low, max(high, exp(at + step)))
 
 
 def dress(ax, title, **labels):
@@ -627,7 +627,7 @@ def clock_of(device):
 def seconds_of(step, device, repeat):
     """Smallest time of `repeat` calls."""
     clock = clock_of(device)
-    best = math.inf
+    best = inf
     for _ in range(repeat):
         tic = clock()
         step()
@@ -813,8 +813,8 @@ def crossing(ar, mdm, level=None):
     level, None where it does not fall}.
     """
     at = {a["step"]: a["loss"] for a in ar or ()}
-    goal = lambda d: at.get(d["step"], math.nan) if level is None else level
-    mdm = [d for d in mdm if math.isfinite(d["loss"] + goal(d))]
+    goal = lambda d: at.get(d["step"], nan) if level is None else level
+    mdm = [d for d in mdm if isfinite(d["loss"] + goal(d))]
     out = dict(first=None, gap=None, se=None, extrapolated=None)
     if not mdm:
         return out
@@ -836,7 +836,7 @@ def crossed_at(mdm, gap, i):
     units = ("epoch", "step", "tokens", "flops")
     if i == 0:
         return {"before": True, **{k: mdm[0][k] for k in units}}
-    epoch = math.exp(np.interp(0, gap[i - 1:i + 1], np.log([d["epoch"] for d in mdm[i - 1:i + 1]])))
+    epoch = exp(np.interp(0, gap[i - 1:i + 1], np.log([d["epoch"] for d in mdm[i - 1:i + 1]])))
     return {"epoch": epoch, **{k: round(mdm[i][k] * epoch / mdm[i]["epoch"]) for k in units[1:]}}
 
 
@@ -846,9 +846,9 @@ def extrapolate(evals, level):
     tail = evals[len(evals) // 2:]
     if len(tail) < 3:
         return None
-    c, a = np.polyfit([math.log(e["epoch"]) for e in tail], [math.log(e["loss"]) for e in tail], 1)
-    epoch = (math.log(level) - a) / c if c < 0 else math.inf
-    return math.exp(epoch) if epoch < 20 else None
+    c, a = np.polyfit(np.log([e["epoch"] for e in tail]), np.log([e["loss"] for e in tail]), 1)
+    epoch = (log(level) - a) / c if c < 0 else inf
+    return exp(epoch) if epoch < 20 else None
 
 
 def tell(c, until):
@@ -891,7 +891,7 @@ def few_runs(name, few, arms, probe=0):
     def flags(arm, seed, rate, epochs=None, folder="", **more):
         epochs = epochs or few["epochs"]
         unique = few["unique_tokens"] // few["block_size"] * few["block_size"]
-        steps = math.ceil(epochs * unique / few["batch_tokens"])
+        steps = ceil(epochs * unique / few["batch_tokens"])
         dense = {"ar": 4, "mixed": 2, "mdm": 2}.get(arms[arm]["objective"], 1)    # AR's least is a narrow one
         most = max(1, min(steps, max(2, steps // 8)))       # evaluations: they are not to take the time
         grids = [n * (few["evals"] - 1) + 1 for n in (1, 2, 4) if n <= dense]   # each holds the one before
@@ -916,7 +916,7 @@ def planned(few, flags, arms):
                   for job in jobs.values())
     reached = slowest * 60 * (few["minutes"] or 4.5) / few["unique_tokens"]
     epochs = min(few["epochs"], max(1.0, float(int(reached)), 0 if few["minutes"] else 60.0))
-    took = epochs * few["unique_tokens"] / slowest * math.ceil(len(arms) / few["workers"])
+    took = epochs * few["unique_tokens"] / slowest * ceil(len(arms) / few["workers"])
     print(f"{slowest:,} tokens/s in the slowest arm: {epochs:g} epochs each, about {train.clock(took)}")
     return epochs
 
@@ -944,15 +944,15 @@ def tuned(arms, rates, seeds, flags, epochs, anneal=()):
     evals = yield jobs
     for a, s, n in jobs:
         row, end = rows[a, s], lowest(evals[a, s, n])
-        if end["loss"] < row.get("annealed", math.inf):
-            row |= dict(annealed=end["loss"], annealed_epoch=end["epoch"], annealed_flops=end["flops"],
-                        annealed_se=end["se"], annealed_run=jobs[a, s, n]["out"])
+        if end["loss"] < row.get("annealed", inf):
+            row |= dict(annealed=end["loss"], annealed_run=jobs[a, s, n]["out"])
+            row |= {f"annealed_{k}": end[k] for k in ("epoch", "flops", "se")}
     return rows
 
 
 def floor(row):
     """The least loss of an arm, annealed or not."""
-    return min(row["best"], row.get("annealed", math.inf))
+    return min(row["best"], row.get("annealed", inf))
 
 
 def lowest(evals):
@@ -1232,24 +1232,24 @@ def sparsity(match: ("active", "total") = "active", ratio=8.0, **few):
 # ------------------------------------------------------------------------------------------------------------
 # study: the crossover taken apart; each part is a file of its own
 
-def study_arms(names):
+def study_arms(table):
     def part(few, rates, seeds):
         """Arms beside plain AR and diffusion, each at its best rate. Annealed: all AR arms, plain diffusion
         and the best three of the other arms."""
-        arms = {name: ARMS[name] for name in dict.fromkeys([*OBJECTIVES, *names])} | own_arms(few["arm"])
+        arms = OBJECTIVES | table | own_arms(few["arm"])
         flags = few_runs("study", few, arms)
         short = [a for a in arms if arms[a]["objective"] == "ar"]
         epochs = {a: few["ar_epochs"] if a in short else few["epochs"] for a in arms}
         rows = yield from tuned(arms, rates, seeds, flags, epochs, short)
-        if names is DIFFUSION:                                  # and diffusion that begins where AR was best
+        if table is DIFFUSION:                                  # and diffusion that begins where AR was best
             begun = {f"{a} from ar": ARMS[a] | dict(init_from=rows["ar", seeds[0]]["run"])
                      for a in ("mdm", "block of 4")}
-            arms, epochs = arms | begun, epochs | dict.fromkeys(begun, few["epochs"])
-            flags = few_runs("study", few, arms)
+            arms |= begun
+            epochs |= dict.fromkeys(begun, few["epochs"])
             rows |= yield from tuned(begun, rates, seeds, flags, epochs)
         long = sorted((a for a in arms if a not in short), key=lambda a: floor(rows[a, seeds[0]]))
         long = dict.fromkeys(["mdm", *long[:3]])
-        rows |= yield from tuned({a: arms[a] for a in long}, rates, seeds, flags, epochs, long)
+        rows |= yield from tuned(long, rates, seeds, flags, epochs, long)
         for (a, s), row in sorted(rows.items(), key=lambda item: floor(item[1])):
             one = arms[a].get("diffusion_block") == 1            # AR in an order
             measure = "exact" if one else MEASURED[arms[a]["objective"]]
@@ -1290,9 +1290,9 @@ def with_fits(rows):
     for r in rows:
         if "gap" in r:
             same = [o for o in rows if all(o[k] == r[k] for k in ("text", "width", "seed"))]
-            points = sorted((o["ar"], math.log(o["unique_tokens"])) for o in same)
+            points = sorted((o["ar"], log(o["unique_tokens"])) for o in same)
             if len(points) > 1 and points[0][0] <= r["mdm"] <= points[-1][0]:
-                r["worth"] = math.exp(np.interp(r["mdm"], *zip(*points))) / r["unique_tokens"]
+                r["worth"] = exp(np.interp(r["mdm"], *zip(*points))) / r["unique_tokens"]
             for a in OBJECTIVES if len(same) > 1 and "curves" in r else ():
                 R, low, high = half_life([(o["unique_tokens"], o["curves"][a]) for o in same])
                 r[f"{a}_repeats"] = f"{R:.3g} ({low:.2g} to {high:.2g})"
@@ -1392,7 +1392,7 @@ def study_capacity(few, rates, seeds):
     for (a, s), row in rows.items():
         N = load_model(row["run"])[0].num_params()
         for e in row["evals"]:
-            bits = few["unique_tokens"] * (math.log2(26) - e["train_loss"] / math.log(2))
+            bits = few["unique_tokens"] * (log2(26) - e["train_loss"] / log(2))
             yield dict(arm=a, epoch=e["epoch"]), dict(
                 train=e["train_loss"], bits=bits, bits_per_parameter=bits / N)
 
@@ -1420,7 +1420,7 @@ def study_ensembles(few, rates, seeds):
 
 
 PARTS = {
-    "own": study_arms(()),
+    "own": study_arms({}),
     "ar": study_arms(REGULARISED),
     "diffusion": study_arms(DIFFUSION),
     "causes": study_arms(CAUSES),
@@ -1438,7 +1438,7 @@ def study_picture(plt, result):
         figure, ax = plt.subplots(figsize=(8, 5.5))
         rows = [r for r in rows if r["text"] == rows[0]["text"] and r["seed"] == rows[0]["seed"]]
         tokens, widths = (sorted({r[k] for r in rows}) for k in ("unique_tokens", "width"))
-        gap = np.full((len(tokens), len(widths)), math.nan)
+        gap = np.full((len(tokens), len(widths)), nan)
         for r in rows:
             y, x = tokens.index(r["unique_tokens"]), widths.index(r["width"])
             gap[y, x] = r["gap"]
@@ -1492,9 +1492,13 @@ def adapt_picture(plt, result):
     return curve_picture(plt, result, "step", level=result["rows"][0]["best"])
 
 
+SHARED["adapted"] = settings("""
+    dataset=docs-byte n_layer=3 n_head=4 n_embd=96 block_size=64 batch_tokens=2048 lr=2e-3
+""")
+
+
 @experiment(picture=adapt_picture, show=without("bpb train minutes"))
-def adapt(ar="", dataset="docs-byte", ar_steps=2000, steps=2000, n_layer=3, n_head=4, n_embd=96,
-          block_size=64, batch_tokens=2048, lr=2e-3, windows=256, workers=2, out="out/adapt"):
+def adapt(ar="", ar_steps=2000, steps=2000, windows=256, workers=2, out="out/adapt", **adapted):
     """A diffusion model from the weights of an AR one, and from scratch: the bound against steps.
 
     Shifted: as in AR the state that has read token i predicts token i + 1 (Dream, 2508.15487). After 30%: of
@@ -1503,19 +1507,18 @@ def adapt(ar="", dataset="docs-byte", ar_steps=2000, steps=2000, n_layer=3, n_he
     ar: run of train.py or folder of published weights; none: one is trained for --ar_steps
     windows: validation windows
     """
-    size = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size)
-    common = dict(dataset=str(data_folder(dataset)), batch_tokens=batch_tokens, lr=lr, eval_windows=windows,
-                  warmup=min(100, steps // 10), log_every=100)
+    common = adapted | dict(dataset=str(data_folder(adapted["dataset"])), eval_windows=windows,
+                            warmup=min(100, steps // 10), log_every=100)
     begun = 0 if ar else 3 * steps // 10
     if not ar:
         ar = f"{out}/ar"
-        plain = lambda n, out: common | size | dict(max_steps=n, eval_every=0, out=out)
+        plain = lambda n, out: common | dict(max_steps=n, eval_every=0, out=out)
         yield {"ar": plain(ar_steps, ar), "ar, 30%": plain(begun, f"{out}/ar_30")}
-    own = train.evaluate(load_model(ar)[0], validation(dataset, block_size, windows), "ar")
-    yield dict(arm="ar"), dict(best=own["loss"], measure="exact")
+    held = validation(adapted["dataset"], adapted["block_size"], windows)
+    yield dict(arm="ar"), dict(best=train.evaluate(load_model(ar)[0], held, "ar")["loss"], measure="exact")
     common |= dict(max_steps=steps, eval_every=max(1, steps // 16))
-    jobs = {a: common | flags | dict(out=f"{out}/{file_part(a)}")
-            | (dict(init_from=ar, block_size=block_size) if "from" in a else size)
+    weights = dict(init_from=ar, n_layer=None, n_head=None, n_embd=None)        # whose size they have
+    jobs = {a: common | flags | (weights if "from" in a else {}) | dict(out=f"{out}/{file_part(a)}")
             for a, flags in ADAPTED.items()}
     if begun:
         jobs["block of 4 after 30% ar"] = jobs["block of 4 from ar"] | dict(
@@ -1695,6 +1698,7 @@ def context(
 # train: speed and memory of training
 
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+SHARED["sizes"] = dict.fromkeys(SIZES)
 
 
 def to_train(kind, config, device, folder):
@@ -1769,11 +1773,6 @@ def speed_table(result):
 @experiment(named="device", show=speed_table)
 def train_(
     preset: PRESETS = "gpt2",
-    n_layer: int = None,
-    n_head: int = None,
-    n_embd: int = None,
-    block_size: int = None,
-    vocab_size: int = None,
     objectives: OBJECTIVES = ("ar", "mdm"),
     batch=12,
     iters=40,
@@ -1781,7 +1780,8 @@ def train_(
     rounds=3,
     vs=None,
     device="auto",
-    threads=1
+    threads=1,
+    **sizes: int
 ):
     """Training speed, memory and MFU, with --vs beside nanoGPT: alternating runs in processes of their own.
     On a GPU all are compiled; MFU is nanoGPT's, 6 N + 12 L C T per token over the dense bf16 peak.
@@ -1793,9 +1793,8 @@ def train_(
     rounds: alternating runs of each model
     vs: folder of a nanoGPT checkout to run beside
     """
-    sizes = zip(SIZES, (n_layer, n_head, n_embd, block_size, vocab_size))
     how = dict(
-        values=PRESETS[preset] | {k: v for k, v in sizes if v is not None},
+        values=PRESETS[preset] | {k: v for k, v in sizes.items() if v is not None},
         batch=batch,
         iters=iters,
         warmup=warmup,
@@ -1887,8 +1886,7 @@ def quality(
     steps: of training: of each AR run, three times as many for diffusion
     dtype: auto (bfloat16 on a GPU) | bfloat16 | float32
     """
-    folder = data_folder(small["dataset"])
-    T = small["block_size"]
+    folder, T = data_folder(small["dataset"]), small["block_size"]
     V = load_tokenizer(folder).n_vocab
     base = {k: small[k] for k in ("n_layer", "n_embd", "block_size")}
     base |= dict(n_head=4, vocab_size=V, qk_norm=True)
@@ -2174,7 +2172,7 @@ def track(layers=RULES, groups: GROUPS = tuple(GROUPS), steps=1000, length=32, t
     for name, group in product(layers, groups):
         things = GROUPS[group]
         path = Path(out) / f"{group}-{file_part(name)}-{length}-steps{steps}.pt"
-        size = dict(vocab_size=math.factorial(things), n_layer=1, block_size=length * max(times))
+        size = dict(vocab_size=factorial(things), n_layer=1, block_size=length * max(times))
         config = ModelConfig(**RECALL | size, layers=name)
 
         def loss_of(lm, step, generator):
@@ -2798,14 +2796,11 @@ def decode(batches=(1, 8, 64), run_judge=None, **models):
             return getattr(diffusion, f"sample_{role}")(lm, x, lm.mask_id, generator=gen, **setting, **more)
         row = {}
         for B in sorted(batches, reverse=True):
-            texts = []
-            seconds = 0.0
             # Fewer than 4 rows say little about a threshold: then other prompts follow.
-            for x in canvas[: max(B, min(4, most))].split(B):
-                tic = clock()
-                texts.append(draw(x))
-                seconds += clock() - tic
-            texts = torch.cat(texts)
+            prompts = canvas[:max(B, min(4, most))].split(B)
+            tic = clock()
+            texts = torch.cat([draw(x) for x in prompts])
+            seconds = clock() - tic
             row = row or judged(judge, texts, P)
             row[f"tokens/s, batch {B}"] = round(len(texts) * (T - P) / seconds)
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as count:     # no fused one counts
@@ -2871,7 +2866,7 @@ def panel(windows=16, n_mc=64, **models):
         x = validation(state["flags"]["dataset"], lm.config.block_size, windows)
         size = load_tokenizer(folder).token_bytes[x.numpy()].mean()  # bytes per token
         for measure, nats, se in sample.panel(lm, state["flags"], x.to(models["device"]), n_mc):
-            bits = nats / math.log(2) / size
+            bits = nats / log(2) / size
             yield dict(run=role, measure=measure), dict(nats=nats, bits_per_byte=bits, se=se or None)
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2884,14 +2879,14 @@ def mixtures(folder):
     Losses in nats per token and right answers in %, AR / diffusion; decoding of one token with the longest
     cache and training at the longest length, how many times faster than full. A mixture's are the mean over
     its layers."""
-    def rows_of(file, *key):
+    def rows_of(file, key):
         path = Path(folder) / f"{file}.json"
         rows = json.loads(path.read_text())["rows"] if path.exists() else []
-        return {tuple(r[k] for k in key): r for r in rows}
-    quality = rows_of("quality_cpu", "mixer", "objective")
-    recalls = rows_of("recall", "layers", "objective", "task", "pairs", "T")
-    training = rows_of("attention_cpu", "layer", "T")
-    decoding = rows_of("context_cpu", "layer", "batch", "T")
+        return {tuple(r[k] for k in key.split()): r for r in rows}
+    quality = rows_of("quality_cpu", "mixer objective")
+    recalls = rows_of("recall", "layers objective task pairs T")
+    training = rows_of("attention_cpu", "layer T")
+    decoding = rows_of("context_cpu", "layer batch T")
     if not all((quality, recalls, training, decoding)):
         return []
     far, length, cached = (max(key[-1] for key in found) for found in (recalls, training, decoding))
@@ -3183,8 +3178,8 @@ def choices(
     work = []
     for run in runs:  # all input is read before the work begins
         lm, state = load_model(run, device=device)
-        folder = Path(run) if Path(run).is_dir() else Path(run).parent
         flags = train.DEFAULTS | state["flags"]
+        folder = Path(run) if Path(run).is_dir() else Path(run).parent
         tokenizer, objective = load_tokenizer(folder), flags["objective"]
         known = [m for m in MEASURES[objective] if m in measures]
         need(
