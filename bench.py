@@ -568,8 +568,8 @@ def is_trained(flags):
 def run_arms(jobs, workers):
     """Run train.py once per job {name: flags}, `workers` at a time, each from its checkpoint if it has one.
 
-    Own processes, so that two arms use two cores. Lines of their logs are shown behind the arm's name.
-    Returns False when a run was interrupted; raises ValueError when one failed."""
+    Own processes, so that two arms use two cores. Lines of their logs are shown behind the arm's name, a text
+    or a tuple of its words. Returns False when a run was interrupted; raises ValueError when one failed."""
     jobs = {name: {k: v for k, v in flags.items() if v is not None} for name, flags in jobs.items()}
     jobs = {name: flags for name, flags in jobs.items() if not is_trained(flags)}
     running = []
@@ -928,8 +928,8 @@ def tuned(arms, rates, seeds, flags, epochs, anneal=()):
     Returns {(arm, seed): row}. epochs: {arm: epochs}."""
     best = dict.fromkeys(arms, rates[0])
     if len(rates) > 1:
-        evals = yield {(a, r): flags(a, seeds[0], r, epochs[a]) for a, r in product(arms, rates)}
-        best = {a: min(rates, key=lambda r: lowest(evals[a, r])["loss"]) for a in arms}
+        evals = yield {(a, "lr", r): flags(a, seeds[0], r, epochs[a]) for a, r in product(arms, rates)}
+        best = {a: min(rates, key=lambda r: lowest(evals[a, "lr", r])["loss"]) for a in arms}
     runs = {(a, s): flags(a, s, best[a], epochs[a]) for a, s in product(arms, seeds)}
     evals = yield runs
     rows = {key: outcome(evals[key]) | dict(lr=run["lr"], run=run["out"])       # an arm may set lr
@@ -939,13 +939,13 @@ def tuned(arms, rates, seeds, flags, epochs, anneal=()):
         overfitted = row["best"] < row["last"]
         lengths = {max(1, round(f * row["best_epoch"])) for f in (0.7, 1, 1.4)} if overfitted else {epochs[a]}
         for n in lengths if a in anneal else ():
-            jobs[a, s, n] = flags(a, s, best[a], n, schedule="wsd", eval_epochs=None, eval_every=0,
-                                  folder=f"annealed-{n:g}")
+            jobs[a, s, "annealed over", n] = flags(a, s, best[a], n, schedule="wsd", eval_epochs=None,
+                                                   eval_every=0, folder=f"annealed-{n:g}")
     evals = yield jobs
-    for a, s, n in jobs:
-        row, end = rows[a, s], lowest(evals[a, s, n])
+    for key, job in jobs.items():
+        row, end = rows[key[:2]], lowest(evals[key])
         if end["loss"] < row.get("annealed", inf):
-            row |= dict(annealed=end["loss"], annealed_run=jobs[a, s, n]["out"])
+            row |= dict(annealed=end["loss"], annealed_run=job["out"])
             row |= {f"annealed_{k}": end[k] for k in ("epoch", "flops", "se")}
     return rows
 
@@ -1893,10 +1893,10 @@ def quality(
     patterns = {name: pattern_of(name, T // 4, 16) for name in mixers}
     inner = {name: same_size(pattern, base) for name, pattern in patterns.items()}
     steps_of = {"ar": steps, "mdm": 3 * steps}  # diffusion learns slowly
-    points = [(o, name) for o, name in product(objectives, patterns)
-              if o == "mdm" or "bidir" not in patterns[name]]           # causal they are all the same
+    kinds = [(o, name) for o, name in product(objectives, patterns)
+             if o == "mdm" or "bidir" not in patterns[name]]            # causal they are all the same
     jobs = {}
-    for s, (o, name) in product(range(seed, seed + seeds), points):
+    for s, (o, name) in product(range(seed, seed + seeds), kinds):
         run = f"{file_part(name)}-{o}-{steps_of[o]}-s{s}" + f"-{dtype}" * (dtype != "auto")
         jobs[name, o, s] = QUICK | small | dict(
             dataset=str(folder),
@@ -1910,7 +1910,7 @@ def quality(
             out=f"{out}/{run}"
         )
     evals = yield jobs
-    for o, name in points:
+    for o, name in kinds:
         losses = [evals[name, o, s][-1]["loss"] for s in range(seed, seed + seeds)]
         lm, _ = load_model(jobs[name, o, seed]["out"], "last")
         yield dict(mixer=name, objective=o), dict(
