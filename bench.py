@@ -33,29 +33,29 @@ Numbers go to out/NAME.json with command, versions, device, seeds and date, pict
 stopped when it is typed again.
 """
 import argparse
-import collections
 import contextlib
 import dataclasses
-import functools
 import inspect
 import io
-import itertools
 import json
-import math
 import os
 import platform
 import re
 import resource
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
 import threading
 import time
 import zlib
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import cache, partial
+from itertools import cycle, filterfalse, permutations, product
+from math import ceil, exp, factorial, inf, isfinite, log, log2, nan
 from pathlib import Path
+from statistics import mean, median, stdev
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
@@ -69,8 +69,9 @@ import prepare
 import sample
 import train
 from attention import ATTENTION
-from model import LM, MLP, PRESETS, ModelConfig, MoE, from_preset, nearest, override, parse_layers
-from prepare import need
+from model import LM, MLP, PRESETS, ModelConfig, MoE, from_preset, nearest, override, parse_layers, settings
+from prepare import load_dataset, load_tokenizer, need
+from train import load_model
 
 HERE = Path(__file__).resolve().parent
 
@@ -88,11 +89,11 @@ HERE = Path(__file__).resolve().parent
 
 @dataclasses.dataclass
 class Experiment:
-    run: collections.abc.Callable
-    named: tuple = ()  # flags whose values the name of the file carries, unless they are off: attention_cpu
-    finish: collections.abc.Callable = lambda rows: rows                # adds what follows from all rows
-    show: collections.abc.Callable = lambda result: result["rows"]      # -> the rows of the table, or a text
-    picture: collections.abc.Callable | None = None  # (matplotlib.pyplot, result) -> figure
+    run: callable
+    named: str = ""  # flags whose values the name of the file carries, unless they are off: attention_cpu
+    finish: callable = lambda rows: rows                # adds what follows from all rows
+    show: callable = lambda result: result["rows"]      # -> the rows of the table, or a text
+    picture: callable = None  # (matplotlib.pyplot, result) -> figure
     gpu: dict = dataclasses.field(default_factory=dict)                 # defaults of --scale gpu
 
 
@@ -194,7 +195,7 @@ def settle(about, typed):
         scale, = choose("scale", [flags["scale"]], ("auto", "cpu", "gpu"))
         if scale == "auto":
             scale = "gpu" if torch.cuda.is_available() else "cpu"
-        flags |= {**(about.gpu if scale == "gpu" else {}), **typed, "scale": scale}
+        flags |= (about.gpu if scale == "gpu" else {}) | typed | {"scale": scale}
     for name, (default, kind) in known.items():
         values = flags[name] if isinstance(flags[name], tuple) else [flags[name]]
         if not isinstance(kind, type):
@@ -212,7 +213,7 @@ def settle(about, typed):
 def file_name(command, about, flags):
     """attention_cpu_bidirectional: the command and what makes its file another one."""
     parts = [command]
-    for name in about.named:
+    for name in about.named.split():
         value = flags[name]
         if value not in (False, "auto"):
             parts.append(name if value is True else Path(str(value)).name.split(":")[0])
@@ -294,12 +295,9 @@ def walk(about, given, points, seed):
     """Trains and measures what is missing: (rows, what the experiment returned)."""
     settings = {k: v for k, v in given.items() if not isinstance(v, tuple | list)
                 and k not in ("out", "workers")}
-    total = 0                                   # points, where counting them is cheap
-    if not {"workers", "runs"} & set(given):
-        total = sum(1 for _ in about.run(**given))
-    rows = []
-    fresh = 0
-    tic = time.time()
+    slow = {"workers", "runs"} & set(given)
+    total = 0 if slow else len(list(about.run(**given)))        # points, where counting them is cheap
+    rows, fresh, tic = [], 0, time.time()
     generator = about.run(**given)
     answer = None
     while True:
@@ -333,22 +331,22 @@ def page(about, result):
     return shown if isinstance(shown, str) else markdown(shown)
 
 
-def compared(name, reference, columns):
-    """What adds to rows how many times faster each is than the reference of the same length and batch:
+def beside_full(*columns):
+    """What adds to rows how many times faster each is than layer `full` at the same length and batch:
     columns of milliseconds."""
     def finish(rows):
         point = lambda r: (r["T"], r.get("batch"))
-        bases = {point(r): r for r in rows if r[name] == reference}
-        for r, column in itertools.product(rows, columns):
-            base = bases.get(point(r))
-            r[f"{column.removesuffix('ms')}vs_{reference}"] = base and base[column] / r[column]
+        full = {point(r): r for r in rows if r["layer"] == "full"}
+        for r, column in product(rows, columns):
+            base = full.get(point(r))
+            r[column.removesuffix("ms") + "vs_full"] = base and base[column] / r[column]
         return rows
     return finish
 
 
-def without(*columns):
+def without(columns):
     """A table of all but these columns."""
-    return lambda result: [{k: v for k, v in r.items() if k not in columns} for r in result["rows"]]
+    return lambda result: [{k: v for k, v in r.items() if k not in columns.split()} for r in result["rows"]]
 
 
 def merged(rows, keys, cells):
@@ -358,6 +356,11 @@ def merged(rows, keys, cells):
         same = {k: r[k] for k in keys}
         out.setdefault(tuple(same.values()), same).update(cells(r))
     return list(out.values())
+
+
+def pivot(keys, cells):
+    """The table of `merged` rows."""
+    return lambda result: merged(result["rows"], keys.split(), cells)
 
 
 def show(value):
@@ -418,12 +421,12 @@ def draw(about, result, path):
     print(f"wrote {path.with_suffix('.png')}")
 
 
-def log_ticks(axis, values):
-    """A logarithmic axis with its ticks at the values that were measured."""
+def log_ticks(ax, values):
+    """A logarithmic x axis with its ticks at the values that were measured."""
     values = sorted(set(values))
-    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    axis.set_ticks(values, [f"{v:,g}" for v in values])
-    axis.set_ticks([], minor=True)
+    ax.set_xscale("log")
+    ax.set_xticks(values, [f"{v:,g}" for v in values])
+    ax.set_xticks([], minor=True)
 
 
 def plain_log(axis):
@@ -436,12 +439,12 @@ def label_ends(ax, labels):
     """Names lines where they end, moved apart where they would overlap.
     labels: [(x, y, text, colour)], y logarithmic."""
     low, high = ax.get_ylim()
-    step = math.log(high / low) / 22
-    at = -math.inf
+    step = log(high / low) / 22
+    at = -inf
     for x, y, text, colour in sorted(labels, key=lambda label: label[1]):
-        at = max(math.log(y), at + step)
-        ax.annotate(text, (x * 1.06, math.exp(at)), color=colour, fontsize=9, va="center")
-    ax.set_ylim(low, max(high, math.exp(at + step)))
+        at = max(log(y), at + step)
+        ax.annotate(text, (x * 1.06, exp(at)), color=colour, fontsize=9, va="center")
+    ax.set_ylim(low, max(high, exp(at + step)))
 
 
 def dress(ax, title, **labels):
@@ -458,24 +461,26 @@ def points(rows, x, y, **where):
     return [(r[x], r[y]) for r in rows if None not in (r.get(x), r.get(y)) and where.items() <= r.items()]
 
 
-def lines(x, y, line, xlabel, ylabel, title):
-    """A picture: a labelled line for each value of `line`, both axes logarithmic."""
+def layer_lines(y, xlabel, ylabel, title):
+    """A picture: column y against length, a labelled line for each layer, both axes logarithmic."""
+    title += ", {n_head} heads of {head_dim}\n"
+
     def picture(plt, result):
         figure, ax = plt.subplots(figsize=(8, 5.5))
-        colours = itertools.cycle((*plt.get_cmap("tab10").colors, *plt.get_cmap("Dark2").colors))
+        colours = cycle((*plt.get_cmap("tab10").colors, *plt.get_cmap("Dark2").colors))
         rows = [r for r in result["rows"] if r.get("batch") == result["rows"][0].get("batch")]
         labels = []
-        for name in dict.fromkeys(r[line] for r in rows):
-            mine = points(rows, x, y, **{line: name})
+        for name in dict.fromkeys(r["layer"] for r in rows):
+            mine = points(rows, "T", y, layer=name)
             style = dict(color="black", lw=2.5) if name == "full" else dict(color=next(colours), lw=1.3)
             ax.loglog(*zip(*mine), marker="o", ms=3, **style)
             labels.append((*mine[-1], name, style["color"]))
-        xs = sorted({r[x] for r in rows})
-        log_ticks(ax.xaxis, xs)
+        lengths = sorted({r["T"] for r in rows})
+        log_ticks(ax, lengths)
         plain_log(ax.yaxis)
         label_ends(ax, labels)
-        ax.set_xlim(right=xs[-1] * (xs[-1] / xs[0]) ** 0.25)
-        dress(ax, title.format(**result["flags"]) + f"\n{result['device']}", xlabel=xlabel, ylabel=ylabel)
+        ax.set_xlim(right=lengths[-1] * (lengths[-1] / lengths[0]) ** 0.25)
+        dress(ax, title.format(**result["flags"]) + result["device"], xlabel=xlabel, ylabel=ylabel)
         return figure
     return picture
 
@@ -496,7 +501,7 @@ def data_folder(name):
 
 def validation(name, T, count):
     """(N, T) ids: `count` windows of a data set's validation text."""
-    return train.fixed_windows(prepare.load_dataset(data_folder(name))[1], T, count).long()
+    return train.fixed_windows(load_dataset(data_folder(name))[1], T, count).long()
 
 
 def random_windows(ids, T, count, generator):
@@ -505,10 +510,19 @@ def random_windows(ids, T, count, generator):
     return torch.from_numpy(ids[at + np.arange(T)].astype(np.int64))
 
 
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
 def mean_se(values):
     """(mean, its standard error) of a list of numbers."""
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-    return statistics.mean(values), error
+    error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    return mean(values), error
+
+
+def accuracy(hits):
+    """Two columns of a list of hits, or of shares of hits."""
+    return dict(zip(("accuracy", "se"), mean_se(hits)))
 
 
 def learn(config, loss_of, steps, path, device="cpu", model=LM, **flags):
@@ -519,38 +533,44 @@ def learn(config, loss_of, steps, path, device="cpu", model=LM, **flags):
     if path.exists():
         lm.load_state_dict(train.load_checkpoint(path)["model"])
         return lm.eval()
-    flags = train.DEFAULTS | dict(warmup=50) | flags
+    flags = train.DEFAULTS | dict(warmup=50, lr=4e-3, optimizer="muon") | flags
     optimizers = train.make_optimizers(lm, flags)
     progress = prepare.Progress(path.stem)
     for step in range(steps):
-        loss_of(lm, step, torch.Generator().manual_seed((1337 << 32) + step)).backward()
-        torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
-        for o in optimizers:
-            for group in o.param_groups:
-                group["lr"] = train.learning_rate(step, steps, flags)
-            o.step()
-            o.zero_grad()
+        for group in (group for o in optimizers for group in o.param_groups):
+            group["lr"] = train.learning_rate(step, steps, flags)
+        generator = seeded((1337 << 32) + step)
+        update(lm, optimizers, loss_of(lm, step, generator))
         progress((step + 1) / steps)
     path.parent.mkdir(parents=True, exist_ok=True)
     train.save_atomic({"model": lm.state_dict()}, path)
     return lm.eval()
 
 
+def update(lm, optimizers, loss):
+    """One optimizer step."""
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
+    for o in optimizers:
+        o.step()
+        o.zero_grad()
+
+
 def is_trained(flags):
     """Has the run of these flags come to its end? A process of train.py would take seconds to say so."""
     evals = evaluations(flags["out"])
-    if not evals or evals[-1]["step"] != flags.get("max_steps"):
+    if not evals or evals[-1]["step"] != flags["max_steps"]:
         return False
     state = train.load_checkpoint(flags["out"])
-    given = {k: v for k, v in flags.items() if v is not None}
-    return state["step"] == flags["max_steps"] and not train.other_settings(state, given)
+    return state["step"] == flags["max_steps"] and not train.other_settings(state, flags)
 
 
 def run_arms(jobs, workers):
     """Run train.py once per job {name: flags}, `workers` at a time, each from its checkpoint if it has one.
 
-    Own processes, so that two arms use two cores. Lines of their logs are shown behind the arm's name.
-    Returns False when a run was interrupted; raises ValueError when one failed."""
+    Own processes, so that two arms use two cores. Lines of their logs are shown behind the arm's name, a text
+    or a tuple of its words. Returns False when a run was interrupted; raises ValueError when one failed."""
+    jobs = {name: {k: v for k, v in flags.items() if v is not None} for name, flags in jobs.items()}
     jobs = {name: flags for name, flags in jobs.items() if not is_trained(flags)}
     running = []
     stop = threading.Event()
@@ -560,17 +580,12 @@ def run_arms(jobs, workers):
         """One run, in a thread of its own."""
         if stop.is_set():
             return
+        name = " ".join(map(str, name)) if isinstance(name, tuple) else name
         command = [sys.executable, str(HERE / "train.py"), "--resume", "auto"]
         for k, v in flags.items():
-            if v is not None:
-                command += [f"--{k}", *(v if isinstance(v, list) else [str(v)])]
-        p = subprocess.Popen(
-            command,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"}
-        )
+            command += [f"--{k}", *(v if isinstance(v, list) else [str(v)])]
+        how = dict(text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+        p = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **how)
         running.append(p)
         line = "no output"
         for line in p.stdout:
@@ -612,7 +627,7 @@ def clock_of(device):
 def seconds_of(step, device, repeat):
     """Smallest time of `repeat` calls."""
     clock = clock_of(device)
-    best = math.inf
+    best = inf
     for _ in range(repeat):
         tic = clock()
         step()
@@ -669,27 +684,19 @@ OPTIONS = {"full gqa": "full(n_kv_head=1)", "full window": "full(window=HALF)",
 def few_keys(name, keys, block):
     """{field: value}: with these settings a query of the layer reads at most `keys` keys;
     {} for a layer that is not sparse."""
-    layer = ATTENTION[name]
-    picks = keys // block - 1
     if name == "linear":
         return dict(linear_decay="head")
-    if layer.family != "sparse":
-        return {}
-    given = dict(
-        n_kv_head=1,
-        window=block,
-        sel_block=block,
-        sel_topk=picks,
-        cmp_block=block,
-        cmp_stride=block // 2,
-        dense_len=0
-    )
-    if "sel_block" not in layer.settings:  # it picks single tokens
-        given["sel_topk"] = picks * block
-    if "window" in layer.settings:  # that and the means count too
+    layer = ATTENTION[name]
+    picks = keys // block - 1
+    given = dict(n_kv_head=1, window=block, sel_block=block, sel_topk=picks, cmp_block=block,
+                 cmp_stride=block // 2, dense_len=0)
+    if "sel_block" not in layer.settings:       # it picks single tokens
+        given |= dict(sel_topk=picks * block)
+    if "window" in layer.settings:              # that and the means count, too
         given |= dict(sel_topk=picks - 3, cmp_block=2 * block, cmp_stride=block)
-    given = {k: v for k, v in given.items() if k in layer.settings}
-    return given | dict(sel_local=2) if "dense_len" in given else given
+    if "dense_len" in layer.settings:
+        given |= dict(sel_local=2)
+    return {k: v for k, v in given.items() if k in layer.settings and layer.family == "sparse"}
 
 
 def pattern_of(name, keys=128, block=16):
@@ -702,11 +709,11 @@ def pattern_of(name, keys=128, block=16):
     return re.sub(rf"\b({'|'.join(ATTENTION)})\b(?!\()", with_settings, pattern)
 
 
-def make_layer(name, T, n_head, head_dim, device, keys=1024, block=64):
+def make_layer(name, T, n_head, head_dim, device):
     """A layer for windows of T tokens, in bfloat16 on a GPU."""
     config = ModelConfig(n_embd=n_head * head_dim, n_head=n_head, n_layer=1, block_size=T)
     torch._dynamo.reset()                       # else from the 9th shape on it runs eagerly
-    (layer, values), = parse_layers(pattern_of(name, keys, block), 1)
+    (layer, values), = parse_layers(pattern_of(name, 1024, 64), 1)
     return ATTENTION[layer](override(config, values)).to(device, dtype_on(device))
 
 
@@ -717,66 +724,70 @@ def dtype_on(device):
 # crossover: AR against masked diffusion on few unique tokens
 
 # Byte tokens: a small vocabulary, so that the few parameters are in the trunk and not in the embedding.
-SHARED["few"] = dict(
-    scale="auto",
-    dataset="docs-byte",
-    unique_tokens=30_000,
-    epochs=160.0,
-    minutes=0.0,
-    evals=12,
-    n_layer=3,
-    n_head=4,
-    n_embd=96,
-    block_size=64,
-    batch_tokens=2048,
-    rates=(2e-3,),
-    workers=2,
-    out=None
-)
-FEW_GPU = dict(
-    dataset="docs",
-    unique_tokens=1_000_000,
-    epochs=300.0,
-    n_layer=6,
-    n_head=6,
-    n_embd=384,
-    block_size=512,
-    batch_tokens=32_768,
-    rates=(1e-3,),
-    workers=1
-)
+SHARED["few"] = settings("""
+    scale=auto dataset=docs-byte unique_tokens=30_000 evals=12
+    n_layer=3 n_head=4 n_embd=96 block_size=64 batch_tokens=2048 workers=2 out=none
+""") | dict(epochs=160.0, minutes=0.0, rates=(2e-3,))
+FEW_GPU = settings("""
+    dataset=docs unique_tokens=1_000_000
+    n_layer=6 n_head=6 n_embd=384 block_size=512 batch_tokens=32_768 workers=1
+""") | dict(epochs=300.0, rates=(1e-3,))
 
 
-def arms_of(objective, **kinds):
-    """{"ar wd 0.4": its flags of train.py, ...}. kinds: {label: (values, flags of a value)}."""
-    return {f"{objective} {label} {value:g}".replace("_", " "): dict(objective=objective, **flags(value))
-            for label, (values, flags) in kinds.items() for value in values}
+def own_arms(texts):
+    """Lines 'name: flags of train.py' -> {name: its flags}; AR where they name no objective."""
+    arms = {}
+    for text in texts:
+        name, colon, flags = text.partition(":")
+        need(colon and name.strip(),
+             f"--arm '{text}': expected 'name: flags of train.py', such as 'dropout: --dropout 0.3'")
+        arms[name.strip()] = {"objective": "ar"} | train.parse_flags(shlex.split(flags))
+    return arms
+
+
+def arms_of(table):
+    return own_arms(table.strip().splitlines())
 
 
 OBJECTIVES = {"ar": dict(objective="ar"), "mdm": dict(objective="mdm")}
-REGULARISED = arms_of(
-    "ar",
-    wd=((0.4, 0.8, 1.6), lambda v: dict(weight_decay=v)),
-    dropout=((0.1, 0.2, 0.3), lambda v: dict(dropout=v)),
-    mlp_dropout=((0.1,), lambda v: dict(set=[f"mlp_dropout={v}"])),
-    input_mask=((0.1, 0.3), lambda v: dict(recipe=[f"mask={v}"])),
-    random=((0.15,), lambda v: dict(recipe=[f"random={v}"])),
-    reverse=((0.5,), lambda v: dict(recipe=[f"reverse={v}"])),
-    offset=((5,), lambda v: dict(recipe=[f"offset={v}"])),
-    mir=((0.4,), lambda v: dict(recipe=[f"mir={v}"]))
-) | {"mixed": dict(objective="mixed")}
-DIFFUSION = arms_of("mdm", **{
-    "rate": ((0.3, 0.7), lambda v: dict(recipe=[f"rate={v}"])),
-    "rate 0.5 dropout": ((0.1, 0.2), lambda v: dict(recipe=["rate=0.5"], dropout=v)),
-    "dropout": ((0.1, 0.2), lambda v: dict(dropout=v)),
-    "wd": ((0.0, 0.4), lambda v: dict(weight_decay=v))
-}) | arms_of("block", of=((2, 4, 8, 16), lambda v: dict(diffusion_block=v)))
-CAUSES = {
-    **{f"ar in {name} orders": dict(objective="block", diffusion_block=1, recipe=[f"orders={n}"])
-       for name, n in {"1": 1, "4": 4, "16": 16, "all": 2 ** 31}.items()},
-    "mdm causal": dict(objective="mdm", set=["causal=true"]),
-    "mdm rate 0.5": dict(objective="mdm", recipe=["rate=0.5"])
-}
+REGULARISED = arms_of("""
+    ar wd 0.4: --weight_decay 0.4
+    ar wd 0.8: --weight_decay 0.8
+    ar wd 1.6: --weight_decay 1.6
+    ar dropout 0.1: --dropout 0.1
+    ar dropout 0.2: --dropout 0.2
+    ar dropout 0.3: --dropout 0.3
+    ar mlp dropout 0.1: --set mlp_dropout=0.1
+    ar input mask 0.1: --recipe mask=0.1
+    ar input mask 0.3: --recipe mask=0.3
+    ar random 0.15: --recipe random=0.15
+    ar reverse 0.5: --recipe reverse=0.5
+    ar offset 5: --recipe offset=5
+    ar mir 0.4: --recipe mir=0.4
+    mixed: --objective mixed
+""")
+DIFFUSION = arms_of("""
+    mdm rate 0.3: --objective mdm --recipe rate=0.3
+    mdm rate 0.7: --objective mdm --recipe rate=0.7
+    mdm rate 0.5 dropout 0.1: --objective mdm --recipe rate=0.5 --dropout 0.1
+    mdm rate 0.5 dropout 0.2: --objective mdm --recipe rate=0.5 --dropout 0.2
+    mdm dropout 0.1: --objective mdm --dropout 0.1
+    mdm dropout 0.2: --objective mdm --dropout 0.2
+    mdm wd 0: --objective mdm --weight_decay 0.0
+    mdm wd 0.4: --objective mdm --weight_decay 0.4
+    block of 2: --objective block --diffusion_block 2
+    block of 4: --objective block --diffusion_block 4
+    block of 8: --objective block --diffusion_block 8
+    block of 16: --objective block --diffusion_block 16
+""")
+CAUSES = arms_of("""
+    ar in 1 orders: --objective block --diffusion_block 1 --recipe orders=1
+    ar in 4 orders: --objective block --diffusion_block 1 --recipe orders=4
+    ar in 16 orders: --objective block --diffusion_block 1 --recipe orders=16
+    ar in all orders: --objective block --diffusion_block 1 --recipe orders=2147483648
+    mdm causal: --objective mdm --set causal=true
+    mdm rate 0.5: --objective mdm --recipe rate=0.5
+""")
 ARMS = OBJECTIVES | REGULARISED | DIFFUSION | CAUSES
 MEASURED = {"ar": "exact", "mdm": "bound", "block": "bound", "mixed": "smaller of exact and bound"}
 AXES = {
@@ -802,19 +813,19 @@ def crossing(ar, mdm, level=None):
     level, None where it does not fall}.
     """
     at = {a["step"]: a["loss"] for a in ar or ()}
-    goal = lambda d: at.get(d["step"], math.nan) if level is None else level
-    mdm = [d for d in mdm if math.isfinite(d["loss"] + goal(d))]
+    goal = lambda d: at.get(d["step"], nan) if level is None else level
+    mdm = [d for d in mdm if isfinite(d["loss"] + goal(d))]
+    out = dict(first=None, gap=None, se=None, extrapolated=None)
     if not mdm:
-        return dict(first=None, gap=None, se=None, extrapolated=None)
-    gap = [goal(d) - d["loss"] for d in mdm]
-    error = [SURE * d["se"] for d in mdm]
-    out = dict(first=None, gap=gap[-1], se=mdm[-1]["se"], extrapolated=None)
+        return out
+    gap = np.array([goal(d) - d["loss"] for d in mdm])
+    error = np.array([SURE * d["se"] for d in mdm])
+    out |= dict(gap=gap[-1], se=mdm[-1]["se"])
+    last = lambda which: max(np.flatnonzero(which), default=-1)
     if gap[-1] > error[-1]:
-        above = [i for i, (g, e) in enumerate(zip(gap, error)) if g < -e]
-        i = next(i for i in range(above[-1] + 1 if above else 0, len(gap)) if gap[i] > error[i])
-        while i > 0 and gap[i - 1] > 0:                         # the change of sign lies before
-            i -= 1
-        out["first"] = crossed_at(mdm, gap, i)
+        tail = last(gap < -error) + 1
+        sure = tail + np.argmax((gap > error)[tail:])
+        out["first"] = crossed_at(mdm, gap, last(gap[:sure] <= 0) + 1)
     elif level is not None:
         out["extrapolated"] = extrapolate(mdm, level)
     return out
@@ -825,8 +836,7 @@ def crossed_at(mdm, gap, i):
     units = ("epoch", "step", "tokens", "flops")
     if i == 0:
         return {"before": True, **{k: mdm[0][k] for k in units}}
-    w = gap[i - 1] / (gap[i - 1] - gap[i])                      # 0: at i - 1, 1: at i
-    epoch = math.exp((1 - w) * math.log(mdm[i - 1]["epoch"]) + w * math.log(mdm[i]["epoch"]))
+    epoch = exp(np.interp(0, gap[i - 1:i + 1], np.log([d["epoch"] for d in mdm[i - 1:i + 1]])))
     return {"epoch": epoch, **{k: round(mdm[i][k] * epoch / mdm[i]["epoch"]) for k in units[1:]}}
 
 
@@ -836,9 +846,9 @@ def extrapolate(evals, level):
     tail = evals[len(evals) // 2:]
     if len(tail) < 3:
         return None
-    c, a = np.polyfit([math.log(e["epoch"]) for e in tail], [math.log(e["loss"]) for e in tail], 1)
-    epoch = (math.log(level) - a) / c if c < 0 else math.inf
-    return math.exp(epoch) if epoch < 20 else None
+    c, a = np.polyfit(np.log([e["epoch"] for e in tail]), np.log([e["loss"] for e in tail]), 1)
+    epoch = (log(level) - a) / c if c < 0 else inf
+    return exp(epoch) if epoch < 20 else None
 
 
 def tell(c, until):
@@ -870,30 +880,28 @@ def law(U, N, flops_per_epoch):
 
 
 def few_runs(name, few, arms, probe=0):
-    """(folder, flags): of the runs of an experiment with few unique tokens. flags(arm, seed, rate, epochs,
-    **more) are those of one of them. probe: 1 for about `evals` probes on the way."""
+    """flags(arm, seed, rate, epochs, **more): those of a run of an experiment with few unique tokens.
+    probe: 1 for about `evals` probes on the way."""
     data = data_folder(few["dataset"])
     root = Path(few["out"] or f"out/{name}-{few['scale']}")
     root /= f"{data.name}-U{few['unique_tokens']}-{few['n_layer']}x{few['n_embd']}"
-    same = ("dataset", "unique_tokens", "n_layer", "n_head", "n_embd", "block_size", "batch_tokens")
+    same = "dataset unique_tokens n_layer n_head n_embd block_size batch_tokens".split()
+    constant = settings("schedule=constant eval_windows=256 log_every=100 save_every=500")
 
     def flags(arm, seed, rate, epochs=None, folder="", **more):
         epochs = epochs or few["epochs"]
         unique = few["unique_tokens"] // few["block_size"] * few["block_size"]
-        steps = math.ceil(epochs * unique / few["batch_tokens"])
+        steps = ceil(epochs * unique / few["batch_tokens"])
         dense = {"ar": 4, "mixed": 2, "mdm": 2}.get(arms[arm]["objective"], 1)    # AR's least is a narrow one
         most = max(1, min(steps, max(2, steps // 8)))       # evaluations: they are not to take the time
-        evals = most
-        for times in (1, 2, 4):                             # each grid holds the points of the one before
-            points = times * (few["evals"] - 1) + 1
-            evals = points if points <= most and times <= dense else evals
+        grids = [n * (few["evals"] - 1) + 1 for n in (1, 2, 4) if n <= dense]   # each holds the one before
+        evals = max((n for n in grids if n <= most), default=most)
         given = {k: few[k] for k in same} | dict(
-            epochs=epochs, max_steps=steps, eval_epochs=f"geometric:{evals}", schedule="constant",
-            eval_windows=256, warmup=min(100, steps // 10), log_every=100, save_every=500, seed=seed,
-            lr=rate, probe_every=dense * probe)
+            epochs=epochs, max_steps=steps, eval_epochs=f"geometric:{evals}", warmup=min(100, steps // 10),
+            seed=seed, lr=rate, probe_every=dense * probe)
         out = root / f"{file_part(arm)}-s{seed}-lr{rate:g}" / folder
-        return given | arms[arm] | more | dict(out=str(out))
-    return root, flags
+        return constant | given | arms[arm] | more | dict(out=str(out))
+    return flags
 
 
 def planned(few, flags, arms):
@@ -901,14 +909,14 @@ def planned(few, flags, arms):
     begin. Without --minutes about five, but 60 epochs at least: before that the curves do not cross."""
     if few["scale"] == "gpu" and not few["minutes"]:
         return few["epochs"]
-    short = dict(max_steps=60, eval_epochs=None, eval_every=0, eval_windows=8, log_every=20, folder="speed")
+    short = settings("max_steps=60 eval_epochs=none eval_every=0 eval_windows=8 log_every=20 folder=speed")
     jobs = {f"{a} speed": flags(a, 0, few["rates"][0], **short) for a in arms}
     yield jobs
-    rows = [[r for r in train.read_log(f["out"]) if r["kind"] == "train"] for f in jobs.values()]
-    slowest = min(max(r["tok_per_s"] for r in log) for log in rows)
+    slowest = min(max(r["tok_per_s"] for r in train.read_log(job["out"]) if r["kind"] == "train")
+                  for job in jobs.values())
     reached = slowest * 60 * (few["minutes"] or 4.5) / few["unique_tokens"]
     epochs = min(few["epochs"], max(1.0, float(int(reached)), 0 if few["minutes"] else 60.0))
-    took = epochs * few["unique_tokens"] / slowest * math.ceil(len(arms) / few["workers"])
+    took = epochs * few["unique_tokens"] / slowest * ceil(len(arms) / few["workers"])
     print(f"{slowest:,} tokens/s in the slowest arm: {epochs:g} epochs each, about {train.clock(took)}")
     return epochs
 
@@ -920,33 +928,31 @@ def tuned(arms, rates, seeds, flags, epochs, anneal=()):
     Returns {(arm, seed): row}. epochs: {arm: epochs}."""
     best = dict.fromkeys(arms, rates[0])
     if len(rates) > 1:
-        tries = list(itertools.product(arms, rates))
-        evals = yield {f"{a} lr {r:g}": flags(a, seeds[0], r, epochs[a]) for a, r in tries}
-        best = {a: min(rates, key=lambda r: lowest(evals[f"{a} lr {r:g}"])["loss"]) for a in arms}
-    runs = {(a, s): flags(a, s, best[a], epochs[a]) for a, s in itertools.product(arms, seeds)}
-    evals = yield {f"{a} s{s}": run for (a, s), run in runs.items()}
-    rows = {(a, s): outcome(evals[f"{a} s{s}"]) | dict(lr=run["lr"], run=run["out"])   # an arm may set lr
-            for (a, s), run in runs.items()}
-    jobs, job_of = {}, {}
-    for a, s in (run for run in runs if run[0] in anneal):
-        row = rows[a, s]
-        fell = row["best"] < row["last"]
-        for n in {max(1, round(f * row["best_epoch"])) for f in (0.7, 1, 1.4)} if fell else {epochs[a]}:
-            job_of[name := f"{a} s{s} annealed over {n:g}"] = a, s
-            jobs[name] = flags(a, s, best[a], n, schedule="wsd", eval_epochs=None, eval_every=0,
-                               folder=f"annealed-{n:g}")
-    evals = (yield jobs) if jobs else {}
-    for name, run in job_of.items():
-        end = lowest(evals[name])
-        if end["loss"] < rows[run].get("annealed", math.inf):
-            rows[run] |= dict(annealed=end["loss"], annealed_epoch=end["epoch"], annealed_flops=end["flops"],
-                              annealed_se=end["se"], annealed_run=jobs[name]["out"])
+        evals = yield {(a, "lr", r): flags(a, seeds[0], r, epochs[a]) for a, r in product(arms, rates)}
+        best = {a: min(rates, key=lambda r: lowest(evals[a, "lr", r])["loss"]) for a in arms}
+    runs = {(a, s): flags(a, s, best[a], epochs[a]) for a, s in product(arms, seeds)}
+    evals = yield runs
+    rows = {key: outcome(evals[key]) | dict(lr=run["lr"], run=run["out"])       # an arm may set lr
+            for key, run in runs.items()}
+    jobs = {}
+    for (a, s), row in rows.items():
+        overfitted = row["best"] < row["last"]
+        lengths = {max(1, round(f * row["best_epoch"])) for f in (0.7, 1, 1.4)} if overfitted else {epochs[a]}
+        for n in lengths if a in anneal else ():
+            jobs[a, s, "annealed over", n] = flags(a, s, best[a], n, schedule="wsd", eval_epochs=None,
+                                                   eval_every=0, folder=f"annealed-{n:g}")
+    evals = yield jobs
+    for key, job in jobs.items():
+        row, end = rows[key[:2]], lowest(evals[key])
+        if end["loss"] < row.get("annealed", inf):
+            row |= dict(annealed=end["loss"], annealed_run=job["out"])
+            row |= {f"annealed_{k}": end[k] for k in ("epoch", "flops", "se")}
     return rows
 
 
 def floor(row):
     """The least loss of an arm, annealed or not."""
-    return min(row["best"], row.get("annealed", math.inf))
+    return min(row["best"], row.get("annealed", inf))
 
 
 def lowest(evals):
@@ -955,63 +961,40 @@ def lowest(evals):
 
 def outcome(evals):
     """Columns of a run."""
-    need(evals, "an arm ended before its first evaluation: give it more time with --minutes")
     best, last = lowest(evals), evals[-1]
     return dict(best=best["loss"], best_epoch=best["epoch"], best_flops=best["flops"], se=best["se"],
                 bpb=best["bpb"], last=last["loss"], train=last["train_loss"], epochs=last["epoch"],
                 flops=last["flops"], minutes=last["seconds"] / 60, evals=evals)
 
 
-def window_nats(run, windows, which="best"):
-    """(W,) nats per token of each window: exact for AR, else the bound; and its error over masks (W,)."""
-    lm, state = train.load_model(run, which)
-    flags = state["flags"]
-    with torch.no_grad():
-        if flags["objective"] == "ar":
-            nats = diffusion.ar_loss(lm, windows, lm.mask_id, reduction="none").double().mean(1)
-            return nats, torch.zeros_like(nats)
-        block = flags["diffusion_block"] if flags["objective"] == "block" else None
-        return diffusion.mdm_nll(lm, windows, lm.mask_id, 16, noise_block=block, per_row=True)
-
-
+@torch.no_grad()
 def paired_gap(ar, mdm, windows):
     """AR's best minus diffusion's end on the same windows, in nats per token, with two standard errors: over
-    the choice of windows (paired: what is hard for both cancels) and over the masks."""
-    (a, _), (d, error) = window_nats(ar, windows), window_nats(mdm, windows, "last")
-    return dict(gap=(a - d).mean().item(), se_windows=((a - d).std() / len(a) ** 0.5).item(),
-                se_masks=error.norm().item() / len(a))
+    the choice of windows (paired: what is hard for both cancels) and over the masks. ar, mdm: run folders."""
+    (ar, _), (mdm, _) = load_model(ar), load_model(mdm, "last")
+    bound, error = diffusion.mdm_nll(mdm, windows, mdm.mask_id, 16, per_row=True)
+    gap = train.ar_nats(ar, windows, 256).double().mean(1) - bound
+    return dict(gap=gap.mean().item(), se_windows=(gap.std() / len(gap) ** 0.5).item(),
+                se_masks=error.norm().item() / len(gap))
 
 
-def own_arms(texts):
-    """--arm "name: flags of train.py" -> {name: its flags}."""
-    arms = {}
-    for text in texts:
-        name, colon, flags = text.partition(":")
-        need(colon and name.strip(),
-             f"--arm '{text}': expected 'name: flags of train.py', such as 'dropout: --dropout 0.3'")
-        arms[name.strip()] = {"objective": "ar"} | train.parse_flags(shlex.split(flags))
-    return arms
-
-
-def mean_curve(runs, x, y):
-    """(xs, mean, lowest, highest): y of several runs' evaluations, at the steps that all of them have."""
-    runs = [{e["step"]: e for e in evals if e.get(y) is not None} for evals in runs]
-    steps = sorted(set.intersection(*map(set, runs)))
-    values = np.array([[run[s][y] for s in steps] for run in runs])
-    xs = [statistics.mean(run[s][x] for run in runs) for s in steps]
-    return (xs, values.mean(0), values.min(0), values.max(0)) if steps else ([],) * 4
-
-
-def draw_curves(ax, runs, x, y, **style):
-    """A line for each name, a band from the lowest to the highest seed.
-    runs: {name: [evaluations of each seed]}."""
+def draw_curves(ax, rows, x, y, by=("arm",), **style):
+    """The evaluations of all rows that are alike in the columns `by`: their mean at the steps that all of
+    them have, in a band from the lowest to the highest seed."""
+    runs = defaultdict(list)
+    for r in rows:
+        if "evals" in r:
+            evals = {e["step"]: e for e in r["evals"] if e.get(y) is not None}
+            runs[" ".join(r[column] for column in by)].append(evals)
     for i, (name, seeds) in enumerate(runs.items()):
-        xs, mean, low, high = mean_curve(seeds, x, y)
+        steps = sorted(set.intersection(*map(set, seeds)))
+        xs = [mean(evals[s][x] for evals in seeds) for s in steps]
+        ys = np.array([[evals[s][y] for s in steps] for evals in seeds])
         colour = {"ar": "tab:red", "mdm": "tab:blue"}.get(name, f"C{'45678912'[i % 8]}")
-        label = name + (f", mean of {len(seeds)} seeds" if len(seeds) > 1 else "")
-        ax.plot(xs, mean, **dict(dict(marker="o", ms=2, color=colour, label=label), **style))
+        label = name + f", mean of {len(seeds)} seeds" * (len(seeds) > 1)
+        ax.plot(xs, ys.mean(0), **dict(marker="o", ms=2, color=colour, label=label) | style)
         if len(seeds) > 1 and "label" not in style:
-            ax.fill_between(xs, low, high, color=colour, alpha=0.2, lw=0)
+            ax.fill_between(xs, ys.min(0), ys.max(0), color=colour, alpha=0.2, lw=0)
     ax.grid(alpha=0.25)
 
 
@@ -1021,15 +1004,15 @@ def draw_stars(ax, rows, x):
         ax.plot(*zip(*stars), "k*", ms=9, zorder=5, label="annealed")
 
 
-def curve_picture(plt, runs, x="epoch", y="loss", title="", level=None, rows=()):
-    """`draw_curves` as a picture; level: of a model that is not trained here; rows: with annealed runs."""
+def curve_picture(plt, result, x="epoch", y="loss", title="", level=None, by=("arm",)):
+    """`draw_curves` as a picture; level: of a model that is not trained here."""
     figure, ax = plt.subplots(figsize=(8, 5.5))
-    draw_curves(ax, runs, x, y)
-    draw_stars(ax, rows, x)
+    draw_curves(ax, result["rows"], x, y, by)
+    draw_stars(ax, result["rows"], x)
     if level:
         ax.axhline(level, color="0.45", lw=1, ls="--", label=f"the AR model itself, {level:.3f}")
     what = "nats per token (diffusion: a bound)" if y == "loss" else f"{y}, validation"
-    dress(ax, title, xlabel=AXES[x], ylabel=what, xscale="log")
+    dress(ax, title.format(**result["flags"]), xlabel=AXES[x], ylabel=what, xscale="log")
     plain_log(ax.xaxis)
     return figure
 
@@ -1038,25 +1021,23 @@ def crossover_picture(plt, result):
     """Losses of all arms and, below, whether they tell true ends of passages from others;
     x is the axis of --x. A star is an annealed run."""
     rows, x = result["rows"], result["flags"].get("x", "epoch")
-    found = [r for r in rows if r["arm"] == "crossing"]
-    arms = dict.fromkeys(r["arm"] for r in rows if r["arm"] != "crossing")
-    runs = {a: [r["evals"] for r in rows if r["arm"] == a] for a in arms}
+    plain = [r for r in rows if r["arm"] in OBJECTIVES]
     figure, (top, below) = plt.subplots(2, 1, figsize=(8, 7), sharex=True, height_ratios=(5, 2))
-    draw_curves(top, runs, x, "loss")
-    thin = dict(marker="", lw=0.8, alpha=0.7, label=None)
-    draw_curves(top, {a: runs[a] for a in OBJECTIVES}, x, "train_loss", **thin)
+    draw_curves(top, rows, x, "loss")
+    draw_curves(top, plain, x, "train_loss", marker="", lw=0.8, alpha=0.7, label=None)
     draw_stars(top, rows, x)
     best = min(floor(r) for r in rows if r["arm"] == "ar")
     top.axhline(best, color="0.45", lw=1, ls="--", label=f"AR's best, {best:.3f}")
     for kind, ls in (("curve", ":"), ("honest", "-.")):
-        if at := [r[kind]["first"][x] for r in found if (r[kind]["first"] or {}).get(x)]:
+        at = [r[kind]["first"].get(x) for r in rows if r.get(kind) and r[kind]["first"]]
+        if any(at):                             # no axis of seconds
             told = ", ".join(f"{value:,.4g}" for value in at)
             top.vlines(at, 0, 1, "0.45", ls, lw=1, label=f"{kind} crossing, {x} {told}",
                        transform=top.get_xaxis_transform())
-    draw_curves(below, runs, x, "probe_accuracy")
+    draw_curves(below, rows, x, "probe_accuracy")
     below.axhline(0.25, color="0.45", lw=1, ls="--")
     below.set(xlabel=AXES[x], ylabel="true end found (chance: 0.25)")
-    first = max(seed[0]["loss"] for a in OBJECTIVES for seed in runs[a])
+    first = max(r["evals"][0]["loss"] for r in plain)
     title = "{unique_tokens:,} unique tokens of {dataset}, {n_layer} layers of {n_embd}; thin: training text"
     dress(top, title.format(**result["flags"]), xscale="log", ylabel="nats per token (mdm: a bound)",
           ylim=(None, first * 1.05))
@@ -1066,9 +1047,10 @@ def crossover_picture(plt, result):
 
 def crossings(result):
     """The table of the arms, and where the curves cross."""
-    shown = ("arm", *["seed"] * (len(result["seeds"]) > 1), "measure", "lr", "best", "best_epoch",
-             "best_flops", "annealed", "annealed_epoch", "last", "epochs", "se", "probe_accuracy",
-             "probe_gap")
+    shown = """arm seed measure lr best best_epoch best_flops annealed annealed_epoch last epochs se
+               probe_accuracy probe_gap""".split()
+    if len(result["seeds"]) == 1:
+        shown.remove("seed")
     arms = [r for r in result["rows"] if r["arm"] != "crossing"]
     text = markdown([{k: r.get(k) for k in shown} for r in arms]) + "\n"
     kinds = {"curve": "curve crossing (diffusion below AR at the same epoch)",
@@ -1091,7 +1073,7 @@ def crossings(result):
     return text
 
 
-@experiment(named=("scale",), show=crossings, picture=crossover_picture, gpu=FEW_GPU)
+@experiment(named="scale", show=crossings, picture=crossover_picture, gpu=FEW_GPU)
 def crossover(
     arms: ARMS = ("ar", "mdm"),
     arm: list = (),
@@ -1116,7 +1098,7 @@ def crossover(
     need({"ar", "mdm"} <= set(arms), f"--arms {','.join(arms)} must hold ar and mdm")
     arms = {name: ARMS[name] for name in arms} | own_arms(arm)
     seeds, pure = range(seed, seed + seeds), [a for a in arms if arms[a]["objective"] == "ar"]
-    _, flags = few_runs("crossover", few, arms, probe=1)
+    flags = few_runs("crossover", few, arms, probe=1)
     print("AR untuned, one seed, unless you ask for more: see results/README.md")
     epochs = yield from planned(few, flags, arms)
     rows = yield from tuned(arms, few["rates"], seeds, flags, dict.fromkeys(arms, epochs),
@@ -1134,7 +1116,7 @@ def crossover(
                      honest=crossing(None, mdm["evals"], floor(ar)))
         if len(pure) > 1:
             found["honest_tuned"] = crossing(None, mdm["evals"], min(floor(rows[a, s]) for a in pure))
-        size = train.load_model(mdm["run"])[0].num_params(False)
+        size = load_model(mdm["run"])[0].num_params(False)
         said = law(few["unique_tokens"], size, mdm["flops"] / mdm["epochs"])
         first = found["honest"]["first"]
         measured = first["epoch"] if first else mdm["epochs"]
@@ -1150,9 +1132,7 @@ def crossover(
 # compare: any training runs
 
 def compare_picture(plt, result):
-    flags = result["flags"]
-    runs = {r["run"]: [r["evals"]] for r in result["rows"]}
-    return curve_picture(plt, runs, flags["x"], flags["y"])
+    return curve_picture(plt, result, result["flags"]["x"], result["flags"]["y"], by=("run",))
 
 
 @experiment(picture=compare_picture)
@@ -1171,24 +1151,24 @@ def compare(runs, x: AXES = "epoch", y="loss"):
 # ------------------------------------------------------------------------------------------------------------
 # sparsity: total against active parameters as an axis of the crossover
 
-def match_experts(base, match, ratio=8, k=2):
+def match_experts(base, match, ratio=8):
     """(dense, mixture): ModelConfigs on one trunk with the same active,
     or the same total, parameters (within 3%).
 
     The mixture is the same for both: as many active parameters as the dense model of `base` and `ratio` times
-    as many in all, by the width and the number of its experts, k active (1B dense, 8B with 1B active). match
+    as many in all, by the width and the number of its experts, 2 active (1B dense, 8B with 1B active). match
     active compares it with that dense model, match total with one whose MLP is wide enough to have all of
     them (8B dense)."""
     need(1 < ratio, f"--ratio {ratio:g} must be above 1: the mixture's parameters in all, to its active ones")
     with torch.device("meta"):
         model = lambda **given: LM(ModelConfig(**base, **given))
         goal = model().num_params()
-        mixture = dict(n_expert=4 * k, n_expert_active=k)
+        mixture = dict(n_expert=8, n_expert_active=2)
         for _ in range(3):  # the router grows with the experts
             active = lambda n: model(**mixture | dict(expert_inner=n)).active_params()
             mixture |= dict(expert_inner=fitting(goal, active, 8))
             total = lambda n: model(**mixture | dict(n_expert=n)).num_params()
-            mixture |= dict(n_expert=fitting(ratio * goal, total, k))
+            mixture |= dict(n_expert=fitting(ratio * goal, total, 2))
         lm = model(**mixture)
         dense = {}
         need(
@@ -1209,12 +1189,11 @@ def fitting(goal, size, step):
 
 def sparsity_picture(plt, result):
     title = "dense against experts, equal {match} parameters, {unique_tokens:,} unique tokens"
-    runs = {f"{r['objective']} {r['model']}": [r["evals"]] for r in result["rows"]}
-    return curve_picture(plt, runs, title=title.format(**result["flags"]))
+    return curve_picture(plt, result, title=title, by=("objective", "model"))
 
 
 def sparsity_table(result):
-    rows = without("minutes", "flops", "best_flops", "bpb", "train")(result)
+    rows = without("minutes flops best_flops bpb train")(result)
     text = markdown(rows) + "\n"
     for ar, mdm in (rows[:2], rows[2:]):
         curve, honest = crossing(ar["evals"], mdm["evals"]), crossing(None, mdm["evals"], ar["best"])
@@ -1223,7 +1202,7 @@ def sparsity_table(result):
     return text
 
 
-@experiment(named=("scale", "match"), show=sparsity_table, picture=sparsity_picture, gpu=FEW_GPU)
+@experiment(named="scale match", show=sparsity_table, picture=sparsity_picture, gpu=FEW_GPU)
 def sparsity(match: ("active", "total") = "active", ratio=8.0, **few):
     """Dense against mixture of experts with the same active or total parameters,
     AR and diffusion, few unique tokens.
@@ -1232,19 +1211,19 @@ def sparsity(match: ("active", "total") = "active", ratio=8.0, **few):
     ratio: total to active parameters of the mixture
     """
     base = {k: few[k] for k in ("n_layer", "n_head", "n_embd", "block_size")}
-    base["vocab_size"] = prepare.load_tokenizer(data_folder(few["dataset"])).n_vocab
+    base["vocab_size"] = load_tokenizer(data_folder(few["dataset"])).n_vocab
     dense, mixture = match_experts(base, match, ratio)
     arms = {f"{o} {kind}": dict(objective=o, set=[f"{k}={v}" for k, v in values.items()])
             for kind, values in {"dense": dense, "mixture": mixture}.items() for o in OBJECTIVES}
-    root, flags = few_runs("sparsity", few, arms)
+    flags = few_runs("sparsity", few, arms)
     epochs = yield from planned(few, flags, arms)
     jobs = {a: flags(a, 1337, few["rates"][0], epochs) for a in arms}
-    for a in arms:                                          # both matches share the mixture's runs
-        jobs[a]["out"] = str(root / file_part("_".join([a, *arms[a]["set"]])))
+    for a, job in jobs.items():                             # both matches share the mixture's runs
+        job["out"] = str(Path(job["out"]).with_name(file_part("_".join([a, *job["set"]]))))
     evals = yield jobs
     for name, job in jobs.items():
         objective, kind = name.split()
-        lm, _ = train.load_model(job["out"], "last")
+        lm, _ = load_model(job["out"], "last")
         yield dict(model=kind, objective=objective), dict(
             measure=MEASURED[objective], total=lm.num_params(), active=lm.active_params(),
             **outcome(evals[name]))
@@ -1253,24 +1232,24 @@ def sparsity(match: ("active", "total") = "active", ratio=8.0, **few):
 # ------------------------------------------------------------------------------------------------------------
 # study: the crossover taken apart; each part is a file of its own
 
-def study_arms(names):
+def study_arms(table):
     def part(few, rates, seeds):
         """Arms beside plain AR and diffusion, each at its best rate. Annealed: all AR arms, plain diffusion
         and the best three of the other arms."""
-        arms = {name: ARMS[name] for name in dict.fromkeys([*OBJECTIVES, *names])} | own_arms(few["arm"])
-        _, flags = few_runs("study", few, arms)
+        arms = OBJECTIVES | table | own_arms(few["arm"])
+        flags = few_runs("study", few, arms)
         short = [a for a in arms if arms[a]["objective"] == "ar"]
         epochs = {a: few["ar_epochs"] if a in short else few["epochs"] for a in arms}
         rows = yield from tuned(arms, rates, seeds, flags, epochs, short)
-        if names is DIFFUSION:                                  # and diffusion that begins where AR was best
+        if table is DIFFUSION:                                  # and diffusion that begins where AR was best
             begun = {f"{a} from ar": ARMS[a] | dict(init_from=rows["ar", seeds[0]]["run"])
                      for a in ("mdm", "block of 4")}
-            arms, epochs = arms | begun, epochs | dict.fromkeys(begun, few["epochs"])
-            _, flags = few_runs("study", few, arms)
+            arms |= begun
+            epochs |= dict.fromkeys(begun, few["epochs"])
             rows |= yield from tuned(begun, rates, seeds, flags, epochs)
         long = sorted((a for a in arms if a not in short), key=lambda a: floor(rows[a, seeds[0]]))
         long = dict.fromkeys(["mdm", *long[:3]])
-        rows |= yield from tuned({a: arms[a] for a in long}, rates, seeds, flags, epochs, long)
+        rows |= yield from tuned(long, rates, seeds, flags, epochs, long)
         for (a, s), row in sorted(rows.items(), key=lambda item: floor(item[1])):
             one = arms[a].get("diffusion_block") == 1            # AR in an order
             measure = "exact" if one else MEASURED[arms[a]["objective"]]
@@ -1281,18 +1260,19 @@ def study_arms(names):
 def study_map(few, rates, seeds):
     """The honest gap over texts, unique tokens and width, with equal FLOPs for every diffusion run where its
     epochs allow: few's epochs at few's tokens and width."""
-    grid = itertools.product(few["texts"], few["budgets"], few["widths"], seeds)
+    grid = product(few["texts"], few["budgets"], few["widths"], seeds)
     for text, U, width, s in grid:
         here = few | dict(dataset=text, unique_tokens=U, n_embd=width)
-        _, flags = few_runs("study", here, OBJECTIVES)
-        same_work = few["epochs"] * few["unique_tokens"] / U * (few["n_embd"] / width) ** 2
+        flags = few_runs("study", here, OBJECTIVES)
+        shorter, narrower = few["unique_tokens"] / U, few["n_embd"] / width
+        same_work = few["epochs"] * shorter * narrower ** 2
         epochs = float(round(min(max(same_work, 32), 8 * few["epochs"])))
-        longer = max(1, few["unique_tokens"] / U)             # the fewer tokens, the more epochs to AR's best
-        times = {"ar": min(few["ar_epochs"] * longer, epochs), "mdm": epochs}
-        rate = [rates[len(rates) // 2] * min(1, (few["n_embd"] / width) ** 0.5)]
+        # The fewer tokens, the more epochs to AR's best.
+        times = {"ar": min(few["ar_epochs"] * max(1, shorter), epochs), "mdm": epochs}
+        rate = [rates[len(rates) // 2] * min(1, narrower ** 0.5)]
         rows = yield from tuned(OBJECTIVES, rate, [s], flags, times, ["ar"])
         ar, mdm = rows["ar", s], rows["mdm", s]
-        c, N = crossing(None, mdm["evals"], floor(ar)), train.load_model(mdm["run"])[0].num_params(False)
+        c, N = crossing(None, mdm["evals"], floor(ar)), load_model(mdm["run"])[0].num_params(False)
         said = law(U, N, mdm["flops"] / mdm["epochs"])["critical_epoch"]
         until = c["first"]["epoch"] if c["first"] else mdm["best_epoch"]
         yield dict(text=text, unique_tokens=U, width=width, seed=s), dict(
@@ -1310,9 +1290,9 @@ def with_fits(rows):
     for r in rows:
         if "gap" in r:
             same = [o for o in rows if all(o[k] == r[k] for k in ("text", "width", "seed"))]
-            points = sorted((o["ar"], math.log(o["unique_tokens"])) for o in same)
+            points = sorted((o["ar"], log(o["unique_tokens"])) for o in same)
             if len(points) > 1 and points[0][0] <= r["mdm"] <= points[-1][0]:
-                r["worth"] = math.exp(np.interp(r["mdm"], *zip(*points))) / r["unique_tokens"]
+                r["worth"] = exp(np.interp(r["mdm"], *zip(*points))) / r["unique_tokens"]
             for a in OBJECTIVES if len(same) > 1 and "curves" in r else ():
                 R, low, high = half_life([(o["unique_tokens"], o["curves"][a]) for o in same])
                 r[f"{a}_repeats"] = f"{R:.3g} ({low:.2g} to {high:.2g})"
@@ -1332,8 +1312,8 @@ def half_life(curves):
     grid, errors = np.geomspace(1, 1e4, 100), []
     for R in grid:
         D = U * (1 - R * np.expm1(-(e - 1) / R))
-        fits = [np.stack([np.ones_like(D), D ** -b], 1) for b in np.linspace(0.05, 1.5, 30)]
-        errors.append(min(((X @ np.linalg.lstsq(X, loss, rcond=None)[0] - loss) ** 2).sum() for X in fits))
+        fit = lambda b: np.polyfit(D ** -b, loss, 1, full=True)         # its second item is the error
+        errors.append(min(fit(b)[1].sum() for b in np.linspace(0.05, 1.5, 30)))
     near = grid[np.array(errors) <= min(errors) * (1 + 3.84 / max(1, len(points) - 4))]
     return grid[np.argmin(errors)], near.min(), near.max()
 
@@ -1341,28 +1321,26 @@ def half_life(curves):
 def study_curve(few, rates, seeds):
     """Along the epochs: how loose the bound is, what is memorised, how sure a model is of what is right."""
     data, T = data_folder(few["dataset"]), few["block_size"]
-    text, val, _ = prepare.load_dataset(data)
+    text, val, _ = load_dataset(data)
     text = np.asarray(text[:few["unique_tokens"]])
     held = train.fixed_windows(val, T, 128).long()
     seen = train.fixed_windows(text, T, 128).long()
-    _, flags = few_runs("study", few, OBJECTIVES)
-    for a, part in itertools.product(OBJECTIVES, (16, 4, 1)):
+    flags = few_runs("study", few, OBJECTIVES)
+    for a, part in product(OBJECTIVES, (16, 4, 1)):
         epochs = few["epochs"] / part
         job = flags(a, seeds[0], rates[len(rates) // 2], epochs, folder=f"until-{epochs:g}")
-        evals = (yield {f"{a} until {epochs:g}": job})[f"{a} until {epochs:g}"]
+        evals = (yield {(a, epochs): job})[a, epochs]
 
         def measure():
-            lm, _ = train.load_model(job["out"], "last")
+            lm, _ = load_model(job["out"], "last")
+            ends = {}
+            for name, x in dict(train=seen, held_out=held).items():
+                canvas = torch.where(torch.arange(T) < T // 4, x, lm.mask_id)
+                ends[name] = getattr(diffusion, f"sample_{a}")(lm, canvas, lm.mask_id, generator=seeded(0))
+            ends["text"] = held
             out = dict(loss=evals[-1]["loss"], se=evals[-1]["se"], train=evals[-1]["train_loss"])
-            for name, windows in dict(train=seen, held_out=held).items():
-                x = windows.clone()
-                x[:, T // 4:] = lm.mask_id
-                gen = torch.Generator().manual_seed(0)
-                draw = diffusion.sample_ar if a == "ar" else diffusion.sample_mdm
-                with torch.no_grad():
-                    x = draw(lm, x, lm.mask_id, generator=gen)
-                out |= {f"{name}_{n}": copied(x[:, T // 4:], text, n) for n in (8, 16, 32)}
-            out |= {f"text_{n}": copied(held[:, T // 4:], text, n) for n in (8, 16, 32)}
+            for (name, x), n in product(ends.items(), (8, 16, 32)):
+                out[f"{name}_{n}"] = copied(x[:, T // 4:], text, n)
             return out | (calibration(lm, held, a) if a == "ar" else looseness(lm, held, a))
         yield dict(arm=a, until=epochs), measure
 
@@ -1371,7 +1349,7 @@ def copied(x, text, n):
     """Share of the n-grams of x (B, T) that stand in the text word for word."""
     grams = lambda row: map(bytes, np.lib.stride_tricks.sliding_window_view(row.astype(np.uint16), n))
     known = set(grams(text))
-    return statistics.mean(gram in known for row in x.numpy() for gram in grams(row))
+    return mean(gram in known for row in x.numpy() for gram in grams(row))
 
 
 @torch.no_grad()
@@ -1381,43 +1359,41 @@ def calibration(lm, x, objective, share=None):
     if objective == "ar":
         logits, where = lm(diffusion.shift_right(x, lm.mask_id)), torch.ones_like(x, dtype=torch.bool)
     else:
-        gen = torch.Generator().manual_seed(0)
         masks = torch.full((len(x),), int(share * x.size(1)))
-        where = diffusion.smallest(torch.rand(x.shape, generator=gen), masks)
+        where = diffusion.smallest(torch.rand(x.shape, generator=seeded(0)), masks)
         logits = lm(torch.where(where, lm.mask_id, x), causal=False)
     sure, guess = logits.softmax(-1)[where].max(-1)
-    hit, bins = (guess == x[where]).float(), (sure * 10).long().clamp(max=9)
-    total = lambda value: torch.zeros(10).index_add_(0, bins, value)
+    bins = (sure * 10).long().clamp(max=9)
+    excess = torch.zeros(10).index_add_(0, bins, sure - (guess == x[where]).float())
     nats = diffusion.token_nll(logits, x)[where].mean().item()
-    return dict(ece=((total(sure) - total(hit)).abs().sum() / len(hit)).item(), nats=nats)
+    return dict(ece=(excess.abs().sum() / len(sure)).item(), nats=nats)
 
 
 def looseness(lm, x, objective):
-    """The bound beside two exact chains of the same model on the same windows, and the loss by mask rate."""
-    bound, se = diffusion.mdm_nll(lm, x, lm.mask_id, 16)
+    """The bound beside exact likelihoods of the same model on the same windows, and the loss by mask rate."""
+    likelihoods = [f() for _, f in sample.panel(lm, dict(objective=objective), x, 16)]
+    bound, left, surest, any_order = (nats.mean().item() for nats, _ in likelihoods)
     rates = {rate: calibration(lm, x, objective, rate) for rate in (0.1, 0.3, 0.5, 0.7, 0.9)}
-    chains = {f"chain_{order}": diffusion.chain_nll(lm, x, lm.mask_id, order).mean().item()
-              for order in ("left", "confidence")}
     by_rate = {f"nats_at_{rate}": row["nats"] for rate, row in rates.items()}
-    return dict(bound=bound, bound_se=se, **chains, ece=rates[0.5]["ece"], **by_rate)
+    return dict(bound=bound, bound_se=likelihoods[0][1], chain_left=left, chain_confidence=surest,
+                any_order=any_order, ece=rates[0.5]["ece"], **by_rate)
 
 
 def study_capacity(few, rates, seeds):
     """Bits that a model holds of random letters, where nothing but memory helps: per parameter."""
     root = Path(few["out"] or "out/study-random")
-    rng = np.random.default_rng(0)
-    letters = "".join(map(chr, 97 + rng.integers(26, size=max(40_000, few["unique_tokens"] * 2))))
-    write(root / "letters.txt", letters)
-    if not (root / "data" / "meta.json").exists():
-        prepare.prepare(name="data", text=[str(root / "letters.txt")], out_dir=str(root), tokenizer="byte")
-    here = few | dict(dataset=str(root / "data"), out=str(root))
-    _, flags = few_runs("study", here, OBJECTIVES)
+    data, text = root / "data", root / "letters.txt"
+    letters = 97 + np.random.default_rng(0).integers(26, size=max(40_000, few["unique_tokens"] * 2))
+    write(text, bytes(letters.tolist()))
+    if not (data / "meta.json").exists():
+        prepare.prepare(name="data", text=[str(text)], out_dir=str(root), tokenizer="byte")
+    flags = few_runs("study", few | dict(dataset=str(data), out=str(root)), OBJECTIVES)
     epochs = dict.fromkeys(OBJECTIVES, few["epochs"])
     rows = yield from tuned(OBJECTIVES, rates[-1:], seeds[:1], flags, epochs)
     for (a, s), row in rows.items():
-        N = train.load_model(row["run"])[0].num_params()
+        N = load_model(row["run"])[0].num_params()
         for e in row["evals"]:
-            bits = few["unique_tokens"] * (math.log2(26) - e["train_loss"] / math.log(2))
+            bits = few["unique_tokens"] * (log2(26) - e["train_loss"] / log(2))
             yield dict(arm=a, epoch=e["epoch"]), dict(
                 train=e["train_loss"], bits=bits, bits_per_parameter=bits / N)
 
@@ -1426,26 +1402,26 @@ def study_ensembles(few, rates, seeds):
     """K models of different seeds, each at its best checkpoint, their probabilities averaged. Diffusion at
     equal FLOPs in all, each for 1/K of the epochs; AR, which overfits, each for all of its own."""
     windows = validation(few["dataset"], few["block_size"], 256)
-    _, flags = few_runs("study", few, OBJECTIVES)
-    for a, K in itertools.product(OBJECTIVES, (1, 2, 4)):
+    flags = few_runs("study", few, OBJECTIVES)
+    for a, K in product(OBJECTIVES, (1, 2, 4)):
         epochs = few["ar_epochs"] if a == "ar" else few["epochs"] / K
         how = dict(rate=rates[len(rates) // 2], epochs=epochs, folder=f"until-{epochs:g}")
-        jobs = {f"{a} {i} of {K}": flags(a, seeds[0] + i, **how) for i in range(K)}
+        jobs = {(a, i, "of", K): flags(a, seeds[0] + i, **how) for i in range(K)}
         yield jobs
 
+        @torch.no_grad()
         def measure():
-            models = [train.load_model(job["out"], "best")[0] for job in jobs.values()]
-            each = lambda idx, **k: torch.stack([m(idx, **k).log_softmax(-1) for m in models])
-            f = lambda idx, **k: each(idx, **k).logsumexp(0)
-            with torch.no_grad():
-                if a == "ar":
-                    return dict(loss=diffusion.ar_loss(f, windows, models[0].mask_id).item(), se=0.0)
-                return dict(zip(("loss", "se"), diffusion.mdm_nll(f, windows, models[0].mask_id, 8)))
+            models = [load_model(job["out"])[0] for job in jobs.values()]
+            f = lambda *x, **how: torch.stack([m(*x, **how).log_softmax(-1) for m in models]).logsumexp(0)
+            mask_id = models[0].mask_id
+            if a == "ar":
+                return dict(loss=diffusion.ar_loss(f, windows, mask_id).item(), se=0.0)
+            return dict(zip(("loss", "se"), diffusion.mdm_nll(f, windows, mask_id, 8)))
         yield dict(arm=a, models=K, epochs=epochs), measure
 
 
 PARTS = {
-    "own": study_arms(()),
+    "own": study_arms({}),
     "ar": study_arms(REGULARISED),
     "diffusion": study_arms(DIFFUSION),
     "causes": study_arms(CAUSES),
@@ -1458,34 +1434,32 @@ PARTS = {
 
 def study_picture(plt, result):
     """map: the gap as coloured cells. curve, capacity, ensembles: nothing is drawn. Else the best curves."""
-    rows, flags = result["rows"], result["flags"]
-    if flags["part"] in ("curve", "capacity", "ensembles"):
-        return None
-    if flags["part"] == "map":
+    rows = result["rows"]
+    if "gap" in rows[0]:
         figure, ax = plt.subplots(figsize=(8, 5.5))
         rows = [r for r in rows if r["text"] == rows[0]["text"] and r["seed"] == rows[0]["seed"]]
         tokens, widths = (sorted({r[k] for r in rows}) for k in ("unique_tokens", "width"))
-        size = {r["width"]: f"{r['params'] / 1e6:.2f}M" for r in rows}
-        cell = {(r["unique_tokens"], r["width"]): r for r in rows}
-        gap = [[cell.get((U, w), {}).get("gap", math.nan) for w in widths] for U in tokens]
+        gap = np.full((len(tokens), len(widths)), nan)
+        for r in rows:
+            y, x = tokens.index(r["unique_tokens"]), widths.index(r["width"])
+            gap[y, x] = r["gap"]
+            told = "{gap:+.3f}\nAR {ar:.3f}\nmdm {mdm:.3f} at {mdm_epoch:.0f}".format(**r)
+            ax.text(x, y, told, ha="center", va="center", fontsize=9)
         ax.imshow(gap, cmap="RdBu", vmin=-0.6, vmax=0.6, aspect="auto")
-        told = "{gap:+.3f}\nAR {ar:.3f}\nmdm {mdm:.3f} at {mdm_epoch:.0f}"
-        for (U, w), r in cell.items():
-            ax.text(widths.index(w), tokens.index(U), told.format(**r), ha="center", va="center", fontsize=9)
+        size = {r["width"]: f"{r['params'] / 1e6:.2f}M" for r in rows}
         ax.set_xticks(range(len(widths)), [size[w] for w in widths])
         ax.set_yticks(range(len(tokens)), [f"{U:,}" for U in tokens])
         ax.set(xlabel="parameters without the embedding", ylabel="unique tokens")
         ax.set_title("AR's best minus diffusion's best, nats per token (blue: diffusion below)", fontsize=10)
         return figure
-    best = list(dict.fromkeys(r["arm"] for r in rows))[:5]
-    runs = {a: [r["evals"] for r in rows if r["arm"] == a] for a in dict.fromkeys([*best, *OBJECTIVES])}
-    title = "the best five arms, AR and diffusion: {unique_tokens:,} unique tokens of {dataset}"
-    shown = [r for r in rows if r["arm"] in runs]
-    return curve_picture(plt, runs, title=title.format(**flags), rows=shown)
+    if "evals" in rows[0]:
+        shown = [*dict.fromkeys(r["arm"] for r in rows)][:5] + [*OBJECTIVES]
+        title = "the best five arms, AR and diffusion: {unique_tokens:,} unique tokens of {dataset}"
+        return curve_picture(plt, result | dict(rows=[r for r in rows if r["arm"] in shown]), title=title)
 
 
-@experiment(named=("part", "dataset", "unique_tokens"), finish=with_fits, picture=study_picture,
-            show=without("run", "annealed_run", "flops", "minutes", "bpb", "annealed_flops", "annealed_se"))
+@experiment(named="part dataset unique_tokens", finish=with_fits, picture=study_picture,
+            show=without("run annealed_run flops minutes bpb annealed_flops annealed_se"))
 def study(part: PARTS = "ar", arm: list = (), rates=(1e-3, 2e-3, 4e-3), seeds=1, seed=1337, ar_epochs=64.0,
           texts=(), budgets=(10_000, 30_000, 100_000), widths=(64, 96, 192), **few):
     """The crossover taken apart, for hours: what AR and diffusion are owed, where diffusion wins, and why.
@@ -1505,24 +1479,27 @@ def study(part: PARTS = "ar", arm: list = (), rates=(1e-3, 2e-3, 4e-3), seeds=1,
 # ------------------------------------------------------------------------------------------------------------
 # adapt: a diffusion model from an AR one
 
-ADAPTED = {
-    "mdm": dict(objective="mdm"),
-    "mdm from ar": dict(objective="mdm"),
-    "mdm from ar, shifted": dict(objective="mdm", set=["shift=true"]),
-    "block of 4": dict(objective="block", diffusion_block=4),
-    "block of 4 from ar": dict(objective="block", diffusion_block=4),
-    "block of 16 from ar": dict(objective="block", diffusion_block=16)
-}
+ADAPTED = arms_of("""
+    mdm: --objective mdm
+    mdm from ar: --objective mdm
+    mdm from ar, shifted: --objective mdm --set shift=true
+    block of 4: --objective block --diffusion_block 4
+    block of 4 from ar: --objective block --diffusion_block 4
+    block of 16 from ar: --objective block --diffusion_block 16
+""")
 
 
 def adapt_picture(plt, result):
-    own, *rows = result["rows"]
-    return curve_picture(plt, {r["arm"]: [r["evals"]] for r in rows}, "step", level=own["best"])
+    return curve_picture(plt, result, "step", level=result["rows"][0]["best"])
 
 
-@experiment(picture=adapt_picture, show=without("bpb", "train", "minutes"))
-def adapt(ar="", dataset="docs-byte", ar_steps=2000, steps=2000, n_layer=3, n_head=4, n_embd=96,
-          block_size=64, batch_tokens=2048, lr=2e-3, windows=256, workers=2, out="out/adapt"):
+SHARED["adapted"] = settings("""
+    dataset=docs-byte n_layer=3 n_head=4 n_embd=96 block_size=64 batch_tokens=2048 lr=2e-3
+""")
+
+
+@experiment(picture=adapt_picture, show=without("bpb train minutes"))
+def adapt(ar="", ar_steps=2000, steps=2000, windows=256, workers=2, out="out/adapt", **adapted):
     """A diffusion model from the weights of an AR one, and from scratch: the bound against steps.
 
     Shifted: as in AR the state that has read token i predicts token i + 1 (Dream, 2508.15487). After 30%: of
@@ -1531,19 +1508,18 @@ def adapt(ar="", dataset="docs-byte", ar_steps=2000, steps=2000, n_layer=3, n_he
     ar: run of train.py or folder of published weights; none: one is trained for --ar_steps
     windows: validation windows
     """
-    size = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size)
-    common = dict(dataset=str(data_folder(dataset)), batch_tokens=batch_tokens, lr=lr, eval_windows=windows,
-                  warmup=min(100, steps // 10), log_every=100)
+    common = adapted | dict(dataset=str(data_folder(adapted["dataset"])), eval_windows=windows,
+                            warmup=min(100, steps // 10), log_every=100)
     begun = 0 if ar else 3 * steps // 10
     if not ar:
         ar = f"{out}/ar"
-        plain = lambda n, out: common | size | dict(max_steps=n, eval_every=0, out=out)
+        plain = lambda n, out: common | dict(max_steps=n, eval_every=0, out=out)
         yield {"ar": plain(ar_steps, ar), "ar, 30%": plain(begun, f"{out}/ar_30")}
-    own = train.evaluate(train.load_model(ar)[0], validation(dataset, block_size, windows), "ar")
-    yield dict(arm="ar"), dict(best=own["loss"], measure="exact")
+    held = validation(adapted["dataset"], adapted["block_size"], windows)
+    yield dict(arm="ar"), dict(best=train.evaluate(load_model(ar)[0], held, "ar")["loss"], measure="exact")
     common |= dict(max_steps=steps, eval_every=max(1, steps // 16))
-    jobs = {a: common | flags | dict(out=f"{out}/{file_part(a)}")
-            | (dict(init_from=ar, block_size=block_size) if "from" in a else size)
+    weights = dict(init_from=ar, n_layer=None, n_head=None, n_embd=None)        # whose size they have
+    jobs = {a: common | flags | (weights if "from" in a else {}) | dict(out=f"{out}/{file_part(a)}")
             for a, flags in ADAPTED.items()}
     if begun:
         jobs["block of 4 after 30% ar"] = jobs["block of 4 from ar"] | dict(
@@ -1572,23 +1548,22 @@ def published_costs():
     """Published figures beside ours: bytes per token of a cache in bf16 (DeepSeek-AI, 2505.09343 table 1),
     and how many times fewer keys NSA reads than dense attention (2502.11089 table 4: compressed + selected +
     window)."""
-    layer = lambda kind, **values: ATTENTION[kind](override(ModelConfig(), values))
+    layer = lambda kind, values: ATTENTION[kind](override(ModelConfig(), values))
+    cache = lambda n, *of: n * layer(*of).cache_bytes(1, torch.bfloat16)
     mla = {k: v for k, v in PRESETS["deepseek-v3"].items() if k not in ("layers", "n_layer")}
-    gqa8 = dict(n_kv_head=8, head_dim=128)
+    qwen = settings("n_embd=8192 n_head=64 n_kv_head=8 head_dim=128")
+    llama = settings("n_embd=16384 n_head=128 n_kv_head=8 head_dim=128")
     with torch.device("meta"):
-        nsa = layer("nsa", n_embd=2560, n_head=64, n_kv_head=4, head_dim=128)
-        caches = {
-            "DeepSeek-V3": (70_272, 61, layer("mla", **mla)),
-            "Qwen2.5-72B": (327_680, 80, layer("full", n_embd=8192, n_head=64, **gqa8)),
-            "Llama-3.1-405B": (516_096, 126, layer("full", n_embd=16384, n_head=128, **gqa8))
-        }
-    rows = []
-    for name, (published, n, mixer) in caches.items():
-        rows.append((name, "cache, bytes per token", published, n * mixer.cache_bytes(1, torch.bfloat16)))
+        caches = [("DeepSeek-V3", 70_272, cache(61, "mla", mla)),
+                  ("Qwen2.5-72B", 327_680, cache(80, "full", qwen)),
+                  ("Llama-3.1-405B", 516_096, cache(126, "full", llama))]
+        nsa = layer("nsa", settings("n_embd=2560 n_head=64 n_kv_head=4 head_dim=128"))
+    rows = [dict(model=name, what="cache, bytes per token", published=published, ours=ours)
+            for name, published, ours in caches]
     for T, published in {8192: 4.0, 16384: 6.4, 32768: 9.1, 65536: 11.6}.items():
-        what = f"keys read, dense / sparse at {T // 1024}k"
-        rows.append(("NSA 27B", what, published, round(T / nsa.reads(T), 1)))
-    return [dict(zip(("model", "what", "published", "ours"), row)) for row in rows]
+        rows.append(dict(model="NSA 27B", what=f"keys read, dense / sparse at {T // 1024}k",
+                         published=published, ours=round(T / nsa.reads(T), 1)))
+    return rows
 
 
 def preset_table(result):
@@ -1624,12 +1599,10 @@ def longest(result):
 
 
 @experiment(
-    named=("device", "bidirectional"),
-    finish=compared("layer", "full", ("forward_ms", "both_ms")),
+    named="device bidirectional",
+    finish=beside_full("forward_ms", "both_ms"),
     show=longest,
-    picture=lines(
-        "T", "both_ms", "layer", "tokens", "ms, forward + backward", "one layer, {n_head} heads of {head_dim}"
-    )
+    picture=layer_lines("both_ms", "tokens", "ms, forward + backward", "one layer")
 )
 def attention(
     lengths=(512, 1024, 2048, 4096, 8192),
@@ -1648,7 +1621,7 @@ def attention(
     bidirectional: as a diffusion model uses it
     """
     width = n_head * head_dim
-    for T, name in itertools.product(lengths, dict.fromkeys(["full", *layers])):
+    for T, name in product(lengths, dict.fromkeys(["full", *layers])):
 
         def measure():
             layer = make_layer(name, T, n_head, head_dim, device)
@@ -1669,16 +1642,9 @@ def attention(
 
 
 @experiment(
-    named=("device",),
-    finish=compared("layer", "full", ("ms",)),
-    picture=lines(
-        "T",
-        "tok_per_s",
-        "layer",
-        "tokens in the cache",
-        "tokens/s",
-        "decoding by one layer, {n_head} heads of {head_dim}"
-    )
+    named="device",
+    finish=beside_full("ms"),
+    picture=layer_lines("tok_per_s", "tokens in the cache", "tokens/s", "decoding by one layer")
 )
 def context(
     lengths=(1024, 4096, 16384, 65536),
@@ -1698,7 +1664,7 @@ def context(
     """
     cuda = device.startswith("cuda")
     dtype = dtype_on(device)
-    for T, name, B in itertools.product(lengths, layers, batches):
+    for T, name, B in product(lengths, layers, batches):
 
         def measure():
             layer = make_layer(name, T, n_head, head_dim, device).eval()
@@ -1733,6 +1699,7 @@ def context(
 # train: speed and memory of training
 
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+SHARED["sizes"] = dict.fromkeys(SIZES)
 
 
 def to_train(kind, config, device, folder):
@@ -1759,7 +1726,7 @@ def throughput(kind, values, batch, iters, warmup, device, threads, vs):
     """Times optimizer steps of one model on random tokens; in a process of its own."""
     cuda = device.startswith("cuda")
     clock = clock_of(device)
-    gen = torch.Generator().manual_seed(0)
+    gen = seeded(0)
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")  # as train.py and nanoGPT do
@@ -1778,46 +1745,35 @@ def throughput(kind, values, batch, iters, warmup, device, threads, vs):
         x, *noise = (pin(a).to(device, non_blocking=True) for a in (x, *diffusion.mdm_noise(batch, T, gen)))
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=cuda):
             loss = loss_of(x, noise)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
-        for o in optimizers:
-            o.step()
-            o.zero_grad()
+        update(lm, optimizers, loss)
     seconds = (clock() - tic) / iters
     params = sum(p.numel() for p in lm.parameters())
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if cuda:
         memory = torch.cuda.max_memory_allocated()
     speed = batch * T / seconds
-    mfu = None
-    if peak := train.peak_flops(device):
-        mfu = speed * (6 * params + 12 * config.n_layer * config.n_embd * T) / peak
+    peak = train.peak_flops(device)
+    mfu = peak and speed * (6 * params + 12 * config.n_layer * config.n_embd * T) / peak
     return dict(params=params, ms=1e3 * seconds, tok_per_s=speed, peak_mib=memory / 2 ** 20, mfu=mfu)
 
 
 def speed_table(result):
     """The median of the rounds, and beside nanoGPT the ratios of these medians."""
-    table = {}
+    table, columns = [], "params tok_per_s ms peak_mib mfu".split()
     for model in dict.fromkeys(r["model"] for r in result["rows"]):
-        table[model] = dict(model=model)
-        for key in ("params", "tok_per_s", "ms", "peak_mib", "mfu"):
-            values = [value for _, value in points(result["rows"], "model", key, model=model)]
-            table[model][key] = statistics.median(values) if values else None
-    if peer := table.get("nanoGPT"):
-        for row in table.values():
+        rounds = [r for r in result["rows"] if r["model"] == model]
+        middle = lambda key: rounds[0][key] and median(r[key] for r in rounds)   # mfu may be None
+        table.append({"model": model, **{key: middle(key) for key in columns}})
+    for peer in (row for row in table if row["model"] == "nanoGPT"):
+        for row in table:
             row["speed_vs_nanoGPT"] = peer["ms"] / row["ms"]
             row["memory_vs_nanoGPT"] = row["peak_mib"] / peer["peak_mib"]
-    return list(table.values())
+    return table
 
 
-@experiment(named=("device",), show=speed_table)
+@experiment(named="device", show=speed_table)
 def train_(
     preset: PRESETS = "gpt2",
-    n_layer: int = None,
-    n_head: int = None,
-    n_embd: int = None,
-    block_size: int = None,
-    vocab_size: int = None,
     objectives: OBJECTIVES = ("ar", "mdm"),
     batch=12,
     iters=40,
@@ -1825,7 +1781,8 @@ def train_(
     rounds=3,
     vs=None,
     device="auto",
-    threads=1
+    threads=1,
+    **sizes: int
 ):
     """Training speed, memory and MFU, with --vs beside nanoGPT: alternating runs in processes of their own.
     On a GPU all are compiled; MFU is nanoGPT's, 6 N + 12 L C T per token over the dense bf16 peak.
@@ -1837,9 +1794,8 @@ def train_(
     rounds: alternating runs of each model
     vs: folder of a nanoGPT checkout to run beside
     """
-    sizes = zip(SIZES, (n_layer, n_head, n_embd, block_size, vocab_size))
     how = dict(
-        values=PRESETS[preset] | {k: v for k, v in sizes if v is not None},
+        values=PRESETS[preset] | {k: v for k, v in sizes.items() if v is not None},
         batch=batch,
         iters=iters,
         warmup=warmup,
@@ -1848,7 +1804,7 @@ def train_(
         vs=vs and str(Path(vs).resolve(strict=True))
     )
     code = "import bench, json, sys; print(json.dumps(bench.throughput(**json.loads(sys.argv[1]))))"
-    for i, kind in itertools.product(range(rounds), [*objectives, *["nanoGPT"] * bool(vs)]):
+    for i, kind in product(range(rounds), [*objectives, *["nanoGPT"] * bool(vs)]):
 
         def measure():
             command = [sys.executable, "-c", code, json.dumps(how | dict(kind=kind))]
@@ -1862,12 +1818,12 @@ def train_(
 # quality: the same small model with every mixer
 
 # Muon, QK norm and small batches: with them a few minutes of training buy most.
-QUICK = dict(
-    n_head=4, optimizer="muon", lr=4e-3, set=["qk_norm=true"], eval_every=0, log_every=100, save_every=200
-)
-SHARED["small"] = dict(
-    dataset="docs-byte", n_layer=4, n_embd=128, block_size=512, batch_tokens=512, device="auto"
-)
+QUICK = train.parse_flags(shlex.split("""
+    --n_head 4 --optimizer muon --lr 4e-3 --set qk_norm=true --eval_every 0 --log_every 100 --save_every 200
+"""))
+SHARED["small"] = settings("""
+    dataset=docs-byte n_layer=4 n_embd=128 block_size=512 batch_tokens=512 device=auto
+""")
 
 
 def same_size(pattern, base):
@@ -1891,29 +1847,29 @@ def joined(result):
 def ratio_picture(plt, result):
     """Loss against the share of `full` layers beside one other kind, AR and diffusion; dotted where the full
     layer is the first of its period. None without such mixtures."""
-    lines = collections.defaultdict(list)
+    lines = defaultdict(list)
     for r in result["rows"]:
         names = [name for name, _ in parse_layers(pattern_of(r["mixer"]), result["flags"]["n_layer"])]
         share = names.count("full") / len(names)
         places = ["first" if names[0] == "full" else "last"] if 0 < share < 1 else ["first", "last"]
         others = {*names} - {"full"} or ATTENTION           # full alone is an end of every line
         if len({*names, "full"}) < 3 and r["mixer"] not in OPTIONS and "bidir" not in r["mixer"]:
-            for kind, place in itertools.product(others, places):
+            for kind, place in product(others, places):
                 lines[r["objective"], kind, place].append((share, r["loss"], r["std"] or 0))
     lines = {key: sorted(line) for key, line in lines.items() if len({share for share, *_ in line}) > 2}
+    if not lines:
+        return None
     found = list(dict.fromkeys(objective for objective, *_ in lines))
-    if found:
-        figure, axes = plt.subplots(1, len(found), figsize=(8, 4.5), squeeze=False)
-        for (objective, kind, place), line in lines.items():
-            style = dict(ls="-" if place == "last" else ":", label=f"{kind}, full {place}")
-            axes[0, found.index(objective)].errorbar(*zip(*line), marker="o", **style)
-        for objective, ax in zip(found, axes[0]):
-            unit = f"nats per token ({MEASURED[objective]})"
-            dress(ax, objective, xlabel="share of full layers", ylabel=unit)
-        return figure
+    figure, axes = plt.subplots(1, len(found), figsize=(8, 4.5), squeeze=False)
+    for (objective, kind, place), line in lines.items():
+        ax = axes[0, found.index(objective)]
+        dots = "-" if place == "last" else ":"
+        ax.errorbar(*zip(*line), marker="o", ls=dots, label=f"{kind}, full {place}")
+        dress(ax, objective, xlabel="share of full layers", ylabel=f"nats per token ({MEASURED[objective]})")
+    return figure
 
 
-@experiment(named=("device", "dtype"), show=joined, picture=ratio_picture)
+@experiment(named="device dtype", show=joined, picture=ratio_picture)
 def quality(
     mixers=(*ATTENTION, "full window", "gated_deltanet alternate", "gated_deltanet forward", *MIXTURES),
     objectives: OBJECTIVES = ("ar", "mdm"),
@@ -1931,44 +1887,42 @@ def quality(
     steps: of training: of each AR run, three times as many for diffusion
     dtype: auto (bfloat16 on a GPU) | bfloat16 | float32
     """
-    folder = data_folder(small["dataset"])
-    T = small["block_size"]
-    V = prepare.load_tokenizer(folder).n_vocab
+    folder, T = data_folder(small["dataset"]), small["block_size"]
+    V = load_tokenizer(folder).n_vocab
     base = {k: small[k] for k in ("n_layer", "n_embd", "block_size")}
     base |= dict(n_head=4, vocab_size=V, qk_norm=True)
     patterns = {name: pattern_of(name, T // 4, 16) for name in mixers}
     inner = {name: same_size(pattern, base) for name, pattern in patterns.items()}
     steps_of = {"ar": steps, "mdm": 3 * steps}  # diffusion learns slowly
+    kinds = [(o, name) for o, name in product(objectives, patterns)
+             if o == "mdm" or "bidir" not in patterns[name]]            # causal they are all the same
     jobs = {}
-    for s, name, o in itertools.product(range(seed, seed + seeds), patterns, objectives):
+    for s, (o, name) in product(range(seed, seed + seeds), kinds):
         run = f"{file_part(name)}-{o}-{steps_of[o]}-s{s}" + f"-{dtype}" * (dtype != "auto")
-        if o == "mdm" or "bidir" not in patterns[name]:  # causal they are all the same
-            jobs[f"{name} {o} {s}"] = QUICK | small | dict(
-                dataset=str(folder),
-                objective=o,
-                layers=patterns[name],
-                set=[*QUICK["set"], f"n_inner={inner[name]}"],
-                seed=s,
-                max_steps=steps_of[o],
-                eval_windows=64,
-                dtype=dtype,
-                out=f"{out}/{run}"
-            )
+        jobs[name, o, s] = QUICK | small | dict(
+            dataset=str(folder),
+            objective=o,
+            layers=patterns[name],
+            set=[*QUICK["set"], f"n_inner={inner[name]}"],
+            seed=s,
+            max_steps=steps_of[o],
+            eval_windows=64,
+            dtype=dtype,
+            out=f"{out}/{run}"
+        )
     evals = yield jobs
-    for o, name in itertools.product(objectives, patterns):
-        runs = [f"{name} {o} {s}" for s in range(seed, seed + seeds)]
-        losses = [evals[run][-1]["loss"] for run in runs if run in evals]
-        if losses:
-            lm, _ = train.load_model(jobs[f"{name} {o} {seed}"]["out"], "last")
-            yield dict(mixer=name, objective=o), dict(
-                loss=statistics.mean(losses),
-                std=statistics.stdev(losses) if len(losses) > 1 else None,
-                seeds=len(losses),
-                losses=losses,
-                params=lm.num_params(),
-                reads=max(b.mixer.reads(T, o == "ar") for b in lm.blocks)
-            )
-    ids = prepare.load_dataset(folder)[0]
+    for o, name in kinds:
+        losses = [evals[name, o, s][-1]["loss"] for s in range(seed, seed + seeds)]
+        lm, _ = load_model(jobs[name, o, seed]["out"], "last")
+        yield dict(mixer=name, objective=o), dict(
+            loss=mean(losses),
+            std=stdev(losses) if seeds > 1 else None,
+            seeds=seeds,
+            losses=losses,
+            params=lm.num_params(),
+            reads=max(b.mixer.reads(T, o == "ar") for b in lm.blocks)
+        )
+    ids = load_dataset(folder)[0]
     x = validation(small["dataset"], T, 64).numpy()
     pairs = np.ones((V, V))  # counts of a bigram model, add-one smoothing
     np.add.at(pairs, (ids[:-1], ids[1:]), 1)
@@ -2030,14 +1984,14 @@ def recall_accuracy(f, T, n, mask_id, causal, text=None, device="cpu"):
     """(share of right answers, its standard error over sequences, nats per answer). Guessing gives
     1 / VALUES, among values seen 1 / n."""
     right, nats = [], []
-    gen = torch.Generator().manual_seed(T * KEYS + n)
+    gen = seeded(T * KEYS + n)
     for _ in range(4):
         x, answer = (a.to(device) for a in draw_recall(max(1, 4096 // T), T, n, gen, text))
         z, y = recall_logits(f, x, answer, mask_id, causal)
         # Each sequence asks equally often.
         right += (z.argmax(-1) == y).double().view(len(x), -1).mean(1).tolist()
         nats.append(F.cross_entropy(z, y).item())
-    return *mean_se(right), statistics.mean(nats)
+    return *mean_se(right), mean(nats)
 
 
 def learn_recall(config, causal, steps, tokens, lengths, path, device):
@@ -2055,17 +2009,15 @@ def learn_recall(config, causal, steps, tokens, lengths, path, device):
         stage = "warmup" if done < 0.6 else "sparse"
         return recall_loss(lm, x.to(device), answer.to(device), causal, stage)
 
-    return learn(config, loss_of, steps, path, device, lr=4e-3, optimizer="muon")
+    return learn(config, loss_of, steps, path, device)
 
 
-def recall_table(result):
-    def cells(r):
-        task = f"pairs {r['pairs']}" if r["task"] == "pairs" else f"needle {r['T']}"
-        return {task: f"{100 * r['accuracy']:.0f}"}
-    return merged(result["rows"], ("objective", "layers"), cells)
+def recall_cells(r):
+    task = f"pairs {r['pairs']}" if r["task"] == "pairs" else f"needle {r['T']}"
+    return {task: f"{100 * r['accuracy']:.0f}"}
 
 
-@experiment(show=recall_table)
+@experiment(show=pivot("objective layers", recall_cells))
 def recall(
     layers=(*ATTENTION, *MIXTURES),
     objectives: OBJECTIVES = ("ar", "mdm"),
@@ -2088,7 +2040,7 @@ def recall(
     need(fits, f"--lengths {asked}: expected multiples of 8, at least 16")
     folder = Path(out) / f"{asked}-steps{steps}-tokens{batch_tokens}"
     grid = [("pairs", 512, n) for n in PAIRS] + [("needle", T, NEEDLES) for T in lengths]
-    for name, objective in itertools.product(layers, objectives):
+    for name, objective in product(layers, objectives):
         pattern = "linear(linear_decay=none)" if name == "linear" else pattern_of(name, 128)
         period = parse_layers(pattern)
         config = ModelConfig(
@@ -2099,15 +2051,13 @@ def recall(
         )
         ar = objective == "ar"
         path = folder / f"{objective}-{file_part(name)}.pt"
-        model = functools.cache(lambda: learn_recall(config, ar, steps, batch_tokens, lengths, path, device))
         sparse = any(ATTENTION[layer].family == "sparse" for layer, _ in period)
         for task, T, n in grid:
 
             def measure():
-                lm = model()
+                lm = learn_recall(config, ar, steps, batch_tokens, lengths, path, device)
                 text = Bigram(TEXT) if task == "needle" else None
-                accuracy, se, _ = recall_accuracy(lm, T, n, lm.mask_id, ar, text, device)
-                return dict(accuracy=accuracy, se=se)
+                return dict(zip(("accuracy", "se"), recall_accuracy(lm, T, n, lm.mask_id, ar, text, device)))
 
             if T >= 512 or not sparse:
                 yield dict(layers=name, objective=objective, task=task, T=T, pairs=n), measure
@@ -2129,7 +2079,7 @@ def switch_arms(keys):
     }
 
 
-@experiment(named=("device",))
+@experiment(named="device")
 def switch(length=1024, keys=128, steps=600, adapt=100, batch_tokens=2048, device="auto", threads=1,
            out="out/switch"):
     """InfLLM-V2's claim (2509.24663) in small: a dense AR checkpoint run sparse at once, and after N steps of
@@ -2146,7 +2096,6 @@ def switch(length=1024, keys=128, steps=600, adapt=100, batch_tokens=2048, devic
     """
     folder = Path(out) / f"{length}-steps{steps}-tokens{batch_tokens}"
     text = Bigram(TEXT)
-    how = dict(lr=1e-3, warmup=adapt // 10, optimizer="muon")
     config_of = lambda layer: ModelConfig(
         **RECALL, block_size=length, n_layer=2, layers=f"full(window=2, position=rotary) {layer}")
 
@@ -2155,7 +2104,7 @@ def switch(length=1024, keys=128, steps=600, adapt=100, batch_tokens=2048, devic
         stage = "warmup" if 2 * step < adapt else "sparse"
         return recall_loss(lm, x.to(device), answer.to(device), True, stage)
 
-    @functools.cache
+    @cache
     def asked(dense, layer, N):
         """The dense checkpoint with this layer after N steps: (model, right answers, their error, nats)."""
         def begun(config):
@@ -2166,7 +2115,7 @@ def switch(length=1024, keys=128, steps=600, adapt=100, batch_tokens=2048, devic
             return lm
 
         path = folder / f"{file_part(layer)}-{N}.pt"
-        lm = learn(config_of(layer), loss_of, N, path, device, begun, **how)
+        lm = learn(config_of(layer), loss_of, N, path, device, begun, lr=1e-3, warmup=adapt // 10)
         return lm, *recall_accuracy(lm, length, NEEDLES, lm.mask_id, True, text, device)
 
     for arm, layer in switch_arms(keys).items():
@@ -2187,41 +2136,30 @@ def switch(length=1024, keys=128, steps=600, adapt=100, batch_tokens=2048, devic
 # track: what a state can keep count of (arXiv 2411.12537, 2502.10297)
 
 GROUPS = {"parity": 2, "s3": 3, "s5": 5}    # all permutations of so many things: 2, 6 and 120 tokens
-DELTA = ("", "(neg_eigval=true)", "(neg_eigval=true,writes=2)", "(neg_eigval=true,writes=4)")
-RULES = ("full", "linear", "linear(linear_decay=channel)", *("deltanet" + settings for settings in DELTA),
-         *("gated_deltanet" + settings for settings in DELTA), "kda(neg_eigval=true)",
-         "kda(neg_eigval=true,channel_beta=true)")
+RULES = tuple("""
+    full linear linear(linear_decay=channel)
+    deltanet deltanet(neg_eigval=true) deltanet(neg_eigval=true,writes=2) deltanet(neg_eigval=true,writes=4)
+    gated_deltanet gated_deltanet(neg_eigval=true) gated_deltanet(neg_eigval=true,writes=2)
+    gated_deltanet(neg_eigval=true,writes=4) kda(neg_eigval=true) kda(neg_eigval=true,channel_beta=true)
+""".split())
 
 
 def draw_words(B, T, things, generator):
     """x (B, T): random permutations, by number; y (B, T): the number of the product of all up to there."""
-    all_of = list(itertools.permutations(range(things)))
-    number = {p: i for i, p in enumerate(all_of)}
-    times = torch.tensor([[number[tuple(a[i] for i in b)] for b in all_of] for a in all_of])
+    all_of = torch.tensor(list(permutations(range(things))))
     x = torch.randint(len(all_of), (B, T), generator=generator)
-    y = [x[:, 0]]
-    for t in range(1, T):
-        y.append(times[y[-1], x[:, t]])
+    y, order = [], torch.arange(things).expand(B, things)
+    for t in range(T):
+        order = order.gather(1, all_of[x[:, t]])
+        y.append((order[:, None] == all_of).all(-1).int().argmax(1))
     return x, torch.stack(y, dim=1)
 
 
-def learn_words(config, things, steps, length, path):
-    """A model that names the product so far; texts of 4 tokens first."""
-    def loss_of(lm, step, generator):
-        T = min(4 << int(8 * step / steps), length)
-        x, y = draw_words(2048 // T, T, things, generator)
-        return F.cross_entropy(lm(x).flatten(0, 1), y.flatten())
-
-    return learn(config, loss_of, steps, path, lr=4e-3, optimizer="muon")
+def track_cells(r):
+    return {"layer": f"`{r['layer']}`", f"{r['group']} {r['T']}": f"{100 * r['accuracy']:.0f}"}
 
 
-def track_table(result):
-    def cells(r):
-        return {"layer": f"`{r['layer']}`", f"{r['group']} {r['T']}": f"{100 * r['accuracy']:.0f}"}
-    return merged(result["rows"], ["layer"], cells)
-
-
-@experiment(show=track_table)
+@experiment(show=pivot("layer", track_cells))
 def track(layers=RULES, groups: GROUPS = tuple(GROUPS), steps=1000, length=32, times=(1, 4, 16),
           out="out/track"):
     """State tracking: one layer reads permutations and names their product after each, right answers in %.
@@ -2233,20 +2171,25 @@ def track(layers=RULES, groups: GROUPS = tuple(GROUPS), steps=1000, length=32, t
     length: of the texts at the end of training; they begin with 4 tokens
     times: tested at so many times that length
     """
-    for name, group in itertools.product(layers, groups):
+    for name, group in product(layers, groups):
         things = GROUPS[group]
         path = Path(out) / f"{group}-{file_part(name)}-{length}-steps{steps}.pt"
-        size = dict(vocab_size=math.factorial(things), n_layer=1, block_size=length * max(times))
+        size = dict(vocab_size=factorial(things), n_layer=1, block_size=length * max(times))
         config = ModelConfig(**RECALL | size, layers=name)
-        model = functools.cache(lambda: learn_words(config, things, steps, length, path))
+
+        def loss_of(lm, step, generator):
+            T = min(4 << int(8 * step / steps), length)
+            x, y = draw_words(2048 // T, T, things, generator)
+            return F.cross_entropy(lm(x).flatten(0, 1), y.flatten())
+
         for T in (n * length for n in times):
 
             def measure():
-                x, y = draw_words(max(4, 8192 // T), T, things, torch.Generator().manual_seed(T))
-                f = torch.no_grad()(model())
-                right = (f(x).argmax(-1) == y).double().mean(1)
-                accuracy, se = mean_se(right.tolist())
-                return dict(accuracy=accuracy, se=se)
+                lm = learn(config, loss_of, steps, path)
+                x, y = draw_words(max(4, 8192 // T), T, things, seeded(T))
+                with torch.no_grad():
+                    right = lm(x).argmax(-1) == y
+                return accuracy(right.double().mean(1).tolist())
 
             yield dict(layer=name, group=group, T=T), measure
 
@@ -2331,14 +2274,12 @@ def learn_reading(config, kind, per, page, ids, objective, steps, tokens, path):
         f = lambda y, causal: lm(torch.cat([seen, y], dim=1), causal=causal, pos=pos)[:, n:]
         return diffusion.mdm_loss(f, x, lm.mask_id, generator=gen)
 
-    make = functools.partial(Reader, kind=kind, per=per, page=page)
-    return learn(config, loss_of, steps, path, model=make, lr=4e-3, optimizer="muon")
+    make = partial(Reader, kind=kind, per=per, page=page)
+    return learn(config, loss_of, steps, path, model=make)
 
 
-def optical_table(result):
-    def cells(r):
-        return {f"{r['per']}": f"{100 * r['text']:.0f} / {100 * r['random']:.0f}"}
-    return merged(result["rows"], ("reader", "passes"), cells)
+def optical_cells(r):
+    return {f"{r['per']}": f"{100 * r['text']:.0f} / {100 * r['random']:.0f}"}
 
 
 def optical_picture(plt, result):
@@ -2358,11 +2299,11 @@ def optical_picture(plt, result):
             axes[2].plot(*zip(*mine), marker="o", color=f"C{i}", **style)
     axes[2].plot([10, 20], [0.97, 0.6], "k*", ms=10, label="DeepSeek-OCR")
     dress(axes[2], "", xlabel="characters per token of the page", ylabel="right characters")
-    log_ticks(axes[2].xaxis, [r["per"] for r in rows])
+    log_ticks(axes[2], [r["per"] for r in rows])
     return figure
 
 
-@experiment(show=optical_table, picture=optical_picture)
+@experiment(show=pivot("reader passes", optical_cells), picture=optical_picture)
 def optical(per=(4, 10, 16, 20, 64), readers: READERS = tuple(READERS), page=128, steps=500, pages=64,
             n_layer=2, n_embd=96, batch_tokens=1280, dataset="docs-byte", threads=1, out="out/optical"):
     """A page of text as a picture, read back by AR and by masked diffusion: right characters, in %, of text /
@@ -2374,30 +2315,30 @@ def optical(per=(4, 10, 16, 20, 64), readers: READERS = tuple(READERS), page=128
     steps: of training, for each reader
     pages: to read, of held-out text and of random characters each
     """
-    ids, val, _ = prepare.load_dataset(data_folder(dataset))
-    random = torch.randint(64, (pages, page), generator=torch.Generator().manual_seed(0))
+    ids, val, _ = load_dataset(data_folder(dataset))
+    random = torch.randint(64, (pages, page), generator=seeded(0))
     held = dict(text=glyph_ids(train.fixed_windows(val, page, pages).long()), random=random)
-    for n, reader in itertools.product(per, readers):
+    for n, reader in product(per, readers):
         kind, objective = reader.split()
         config = ModelConfig(vocab_size=len(GLYPHS), n_layer=n_layer, n_head=4, n_embd=n_embd, qk_norm=True,
                              position="learned", block_size=page - (-page // n))
         path = Path(out) / f"{kind}-{objective}-{n}-{page}-{n_layer}x{n_embd}-{steps}.pt"
-        given = config, kind, n, page, ids, objective, steps, batch_tokens, path
-        model = functools.cache(functools.partial(learn_reading, *given))
         for passes in READERS[reader]:
 
+            @torch.no_grad()
+            def read(lm, x):
+                canvas = torch.cat([lm.see(x), torch.full_like(x, lm.mask_id)], dim=1)
+                how = dict(steps=passes) if objective == "mdm" else {}
+                draw = getattr(diffusion, f"sample_{objective}")
+                return draw(lm, canvas, lm.mask_id, temperature=0, **how)[:, lm.n:]
+
             def measure():
-                lm, row = model(), {}
+                lm = learn_reading(config, kind, n, page, ids, objective, steps, batch_tokens, path)
+                found = {name: read(lm, x) for name, x in held.items()}
+                row = dict(page=held["text"][0].tolist(), reading=found["text"][0].tolist())
                 for name, x in held.items():
-                    with torch.no_grad():
-                        canvas = torch.cat([lm.see(x), torch.full_like(x, lm.mask_id)], dim=1)
-                        if objective == "ar":
-                            y = diffusion.sample_ar(lm, canvas, lm.mask_id, temperature=0)
-                        else:
-                            y = diffusion.sample_mdm(lm, canvas, lm.mask_id, passes, temperature=0)
-                    y = y[:, lm.n:]
-                    row[name], row[f"{name}_se"] = mean_se((y == x).double().mean(1).tolist())
-                    row |= dict(page=x[0].tolist(), reading=y[0].tolist()) if name == "text" else {}
+                    right = (found[name] == x).double().mean(1)
+                    row[name], row[f"{name}_se"] = mean_se(right.tolist())
                 return row
 
             yield dict(per=n, reader=reader, passes=passes), measure
@@ -2421,10 +2362,11 @@ class Parity:
 
     def __call__(self, x, causal=False):
         x = x.view(len(x), -1, 3)
-        known = x < 2
-        others = known.sum(-1, keepdim=True) - known.long() == 2  # both others of the triple are there
-        parity = ((x * known).sum(-1, keepdim=True) - x * known) % 2
-        one = torch.where(others, parity, 0.5).flatten(1)
+        hidden = x == 2
+        bits = x.masked_fill(hidden, 0)
+        parity = (bits.sum(-1, keepdim=True) - bits) % 2            # of the two others of a triple
+        known = hidden.sum(-1, keepdim=True) == hidden              # both are there
+        one = torch.where(known, parity, 0.5).flatten(1)
         return torch.stack([1 - one, one], dim=-1).log()
 
     def theory(self, N, L):
@@ -2441,7 +2383,7 @@ class Bigram:
 
     def __init__(self, V=8, seed=0):
         self.V = V
-        gen = torch.Generator().manual_seed(seed)
+        gen = seeded(seed)
         p = -torch.rand(V, V, generator=gen, dtype=torch.float64).log()
         p[torch.rand(V, V, generator=gen).argsort(1) >= V // 2] = 0
         self.p = p / p.sum(1, keepdim=True)  # (V, V): letter to next letter
@@ -2495,44 +2437,43 @@ def in_steps(f, x, N, mask_id, generator):
 
 
 def learn_language(language, objective, lengths, steps, path):
-    """A small model of the language, trained on fresh sequences of alternating lengths. It reads letters of
-    their own for each place of a period, so that it need not count."""
+    """A small model of the language, trained on fresh sequences of alternating lengths, as AR for a quarter
+    of the steps. It reads letters of their own for each place of a period, so that it need not count."""
     places = 3 * (torch.arange(max(lengths)) % language.period)
     read = lambda lm, x, **how: lm(x + places[:x.size(1)], **how)
 
     def loss_of(lm, step, gen):
         L = lengths[step % len(lengths)]
-        f = functools.partial(read, lm)
+        f = partial(read, lm)
         x = language.draw(1536 // L, L, gen)
         if objective == "ar":
             return diffusion.ar_loss(f, x, lm.mask_id)
         return diffusion.mdm_loss(f, x, lm.mask_id, generator=gen)
 
-    size = dict(vocab_size=language.V, block_size=max(lengths), n_layer=2, n_head=4, n_embd=64)
-    lm = learn(ModelConfig(**size, layers=language.layers), loss_of, steps, path, lr=3e-3)
-    return functools.partial(read, lm)
+    config = ModelConfig(vocab_size=language.V, block_size=max(lengths), n_layer=2, n_head=4, n_embd=64,
+                         layers=language.layers)
+    steps = max(1, steps // 4) if objective == "ar" else steps
+    return partial(read, learn(config, loss_of, steps, path, lr=3e-3, optimizer="adamw"))
 
 
 def theory_picture(plt, result):
     """Above token errors, which do not grow with length, below wrong sequences, which do;
     a column for each language."""
-    rows, lengths = result["rows"], result["flags"]["lengths"]
-    languages = dict.fromkeys(r["language"] for r in rows)
-    figure, axes = plt.subplots(2, len(languages), figsize=(8, 7), sharex=True, squeeze=False)
-    kinds = {
-        "closed form": ("oracle", "theory_", dict(lw=1)),
-        "oracle": ("oracle", "", dict(marker="o", ls="", ms=5)),
-        "trained mdm": ("mdm", "", dict(marker="x", ls="--", lw=1)),
-        "trained ar": ("ar", "", dict(marker="*", ls="", ms=10))
-    }
+    rows = result["rows"]
+    figure, axes = plt.subplots(2, 2, figsize=(8, 7), sharex=True)
+    kinds = [
+        ("closed form", "oracle", "theory_", dict(lw=1)),
+        ("oracle", "oracle", "", dict(marker="o", ls="", ms=5)),
+        ("trained mdm", "mdm", "", dict(marker="x", ls="--", lw=1)),
+        ("trained ar", "ar", "", dict(marker="*", ls="", ms=10))
+    ]
     labels = {"ter": "token error rate (a perplexity)", "ser": "share of wrong sequences"}
-    for (what, language), ax in zip(itertools.product(labels, languages), axes.flat):
-        for (n, L), name in itertools.product(enumerate(lengths), kinds):
-            model, prefix, style = kinds[name]
+    for (what, language), ax in zip(product(labels, (Parity.name, Bigram.name)), axes.flat):
+        for (n, L), (kind, model, prefix, style) in product(enumerate(result["flags"]["lengths"]), kinds):
             mine = points(rows, "N", prefix + what, language=language, model=model, L=L)
-            ax.plot(*zip(*mine), color=f"C{n}", label=f"length {L}, {name}", **style)
+            ax.plot(*zip(*mine), color=f"C{n}", label=f"length {L}, {kind}", **style)
         dress(ax, language if what == "ter" else "", xlabel="sampling steps" if what == "ser" else "")
-        log_ticks(ax.xaxis, [r["N"] for r in rows if r["model"] == "oracle"])
+        log_ticks(ax, [r["N"] for r in rows if r["model"] == "oracle"])
         ax.set_ylabel(labels[what] if ax in axes[:, 0] else "")
         if ax is not axes[0, 0]:
             ax.get_legend().remove()
@@ -2540,7 +2481,7 @@ def theory_picture(plt, result):
 
 
 def theory_table(result):
-    shown = ("language", "model", "L", "N", "ter", "theory_ter", "ser", "theory_ser")
+    shown = "language model L N ter theory_ter ser theory_ser".split()
     rows = [r for r in result["rows"] if r["N"] in (1, 16, 256) or r["model"] == "ar"]
     return [{k: r.get(k) for k in shown} for r in rows]
 
@@ -2561,42 +2502,37 @@ def theory(lengths=(24, 96), steps=1000, sequences=128, threads=1, out="out/theo
     need(all(L % 3 == 0 for L in lengths), f"--lengths {asked}: expected multiples of 3, such as 24,96")
     grid = [4**i for i in range(6)]
     kinds = {"oracle": grid, "mdm": grid[:-1], "ar": [None]}
-    for language, kind in itertools.product((Parity(), Bigram()), kinds):
+    for language, kind in product((Parity(), Bigram()), kinds):
+        path = Path(out) / f"{asked}-steps{steps}" / f"{language.name}-{kind}.pt"
+        for L, N in product(lengths, kinds[kind]):
 
-        @functools.cache
-        def model():
-            if kind == "oracle":
-                return language
-            path = Path(out) / f"{asked}-steps{steps}" / f"{language.name}-{kind}.pt"
-            return learn_language(language, kind, lengths, max(1, steps // (4 if kind == "ar" else 1)), path)
+            def measure():
+                f = language if kind == "oracle" else learn_language(language, kind, lengths, steps, path)
+                gen = seeded(L)
+                V = language.V
+                x = language.draw(8 * sequences if kind == "oracle" else sequences, L, gen)
+                if kind == "ar":
+                    y = diffusion.sample_ar(f, torch.full_like(x, V), V, generator=gen, cache=False)
+                    nats = diffusion.ar_loss(f, x, V, reduction="none").detach()
+                else:
+                    y, nats = in_steps(f, x, N, V, gen)
+                nats = nats.double().mean(1)
+                ter = nats.mean().exp().item()
+                ser, error = mean_se((~language.valid(y)).double().tolist())
+                closed = language.theory(N, L) if N else {}
+                return closed | dict(ter=ter, ser=ser, sequences=len(x), ser_se=error,
+                                     ter_se=ter * mean_se(nats.tolist())[1])
 
-        def measure(L, N):
-            gen = torch.Generator().manual_seed(L)
-            V = language.V
-            x = language.draw(8 * sequences if kind == "oracle" else sequences, L, gen)
-            if kind == "ar":
-                y = diffusion.sample_ar(model(), torch.full_like(x, V), V, generator=gen, cache=False)
-                nats = diffusion.ar_loss(model(), x, V, reduction="none").detach()
-            else:
-                y, nats = in_steps(model(), x, N, V, gen)
-            nats = nats.double().mean(1)
-            ter = nats.mean().exp().item()
-            ser, error = mean_se((~language.valid(y)).double().tolist())
-            closed = language.theory(N, L) if N else {}
-            return closed | dict(ter=ter, ser=ser, sequences=len(x), ser_se=error,
-                                 ter_se=ter * mean_se(nats.tolist())[1])
-
-        for L, N in itertools.product(lengths, kinds[kind]):
-            point = dict(language=language.name, model=kind, L=L, N=N or L)
-            yield point, functools.partial(measure, L, N)
+            yield dict(language=language.name, model=kind, L=L, N=N or L), measure
 
 # ------------------------------------------------------------------------------------------------------------
 # tools: a calculator and a look-up inside an answer
 
 # With AdamW the step from guessing to copying, which all this needs, comes several times later.
-ARITHMETIC = QUICK | dict(
-    dataset="arithmetic", n_layer=2, n_embd=96, block_size=128, batch_tokens=2048, eval_every=400
-)
+ARITHMETIC = QUICK | settings("""
+    dataset=arithmetic n_layer=2 n_embd=96 block_size=128 batch_tokens=2048 eval_every=400
+    diffusion_block=4
+""")
 
 
 def solve(prompt, call):
@@ -2613,45 +2549,44 @@ def tools(steps=1000, problems=200, seeds=3, seed=1337, workers=1, device="auto"
     steps: of training for AR, three times as many for block diffusion
     problems: held-out ones of each kind to solve
     """
-    _, val, _ = prepare.load_dataset(prepare.prepare("arithmetic"))
-    tokenizer = prepare.load_tokenizer("data/arithmetic")
+    _, val, _ = load_dataset(prepare.prepare("arithmetic"))
+    tokenizer = load_tokenizer("data/arithmetic")
     texts = [t for t in tokenizer.decode(val.tolist()).split(prepare.EOT) if t]
     kinds = {"plain": [t for t in texts if "=" not in t], "look-up": [t for t in texts if "=" in t]}
     need(all(kinds.values()), "data/arithmetic holds one kind of problem: delete it, it is made anew")
-    job = lambda o, n, s: ARITHMETIC | dict(
-        objective=o, max_steps=n, diffusion_block=4, seed=s, out=f"{out}/{o}-{n}-s{s}")
     runs = range(seed, seed + seeds)
-    jobs = {f"{o} s{s}": job(o, n, s) for o, n in dict(ar=steps, block=3 * steps).items() for s in runs}
+    jobs = {}
+    for (o, n), s in product([("ar", steps), ("block", 3 * steps)], runs):
+        jobs[o, s] = ARITHMETIC | dict(objective=o, max_steps=n, seed=s, out=f"{out}/{o}-{n}-s{s}")
     yield jobs
+    answer = lambda text: text.rpartition(" ")[2]
     cases = [("ar", "left"), ("block", "left"), ("block", "max_prob")]
+    for (objective, order), kind, tool in product(cases, kinds, ("none", "tools")):
 
-    def measure(objective, order, kind, tool):
-        texts = kinds[kind][:problems]
-        prompts = [t[:t.index("?") + 1] for t in texts]
-        wanted = [re.findall("<tool>(.*?)</tool>", t) for t in texts]
-        answer = lambda text: text.rpartition(" ")[2]
-        right, calls = [], []
-        for s in runs:
-            lm, _ = train.load_model(jobs[f"{objective} s{s}"]["out"], "last", device)
-            canvas = diffusion.canvas([tokenizer.encode(p) for p in prompts], 80, lm.mask_id)
-            x, valid = (a.to(device) for a in canvas)
-            call = [functools.partial(solve, p) for p in prompts] if tool == "tools" else lambda call: ""
-            hook = sample.ToolCalls(call, tokenizer, lm.mask_id, valid.sum(1))
-            how = dict(temperature=0, eot_id=tokenizer.eot, valid=valid)
-            if objective == "ar":
-                y = diffusion.sample_ar(lm, x, lm.mask_id, on_token=hook, **how)
-            else:
-                y = diffusion.sample_block(lm, x, lm.mask_id, 4, order=order, on_block=hook, **how)
-            written = [tokenizer.decode(row).split(prepare.EOT)[0] for row in y.tolist()]
-            right.append(statistics.mean(answer(t) == answer(w) for t, w in zip(texts, written)))
-            made = [[call for row, call, *_ in hook.calls if row == i] for i in range(len(texts))]
-            calls.append(statistics.mean(a == b for a, b in zip(made, wanted)))
-        accuracy, se = mean_se(right)
-        return dict(accuracy=accuracy, se=se, right_calls=statistics.mean(calls), seeds=seeds)
+        def measure():
+            texts = kinds[kind][:problems]
+            prompts = [t[:t.index("?") + 1] for t in texts]
+            calls = [partial(solve, p) for p in prompts] if tool == "tools" else lambda call: ""
+            draw = getattr(diffusion, f"sample_{objective}")
+            right, right_calls = [], []
+            for s in runs:
+                lm, _ = load_model(jobs[objective, s]["out"], "last", device)
+                canvas = diffusion.canvas([*map(tokenizer.encode, prompts)], 80, lm.mask_id)
+                x, valid = (a.to(device) for a in canvas)
+                hook = sample.ToolCalls(calls, tokenizer, lm.mask_id, valid.sum(1))
+                how = dict(fill_block=4, order=order, on_block=hook)
+                if objective == "ar":
+                    how = dict(on_token=hook)
+                y = draw(lm, x, lm.mask_id, temperature=0, eot_id=tokenizer.eot, valid=valid, **how)
+                for i, (text, ids) in enumerate(zip(texts, y.tolist())):
+                    written = tokenizer.decode(ids).split(prepare.EOT)[0]
+                    right.append(answer(text) == answer(written))
+                    made = [call for row, call, *_ in hook.calls if row == i]
+                    right_calls.append(made == re.findall("<tool>(.*?)</tool>", text))
+            each = np.reshape(right, (seeds, -1)).mean(1)
+            return accuracy(each.tolist()) | dict(right_calls=mean(right_calls), seeds=seeds)
 
-    for (objective, order), kind, tool in itertools.product(cases, kinds, ("none", "tools")):
-        point = dict(model=objective, order=order, problem=kind, tool=tool)
-        yield point, functools.partial(measure, objective, order, kind, tool)
+        yield dict(model=objective, order=order, problem=kind, tool=tool), measure
 
 # ------------------------------------------------------------------------------------------------------------
 # moe: speed against dense, load with and without the bias rule
@@ -2688,7 +2623,7 @@ def moe_tables(result):
     return "\n\n".join(markdown([r for r in result["rows"] if key in r]) for key in ("experts", "router"))
 
 
-@experiment(named=("device",), show=moe_tables)
+@experiment(named="device", show=moe_tables)
 def moe(scenes=("docs-byte", "pysrc-byte"), steps=600, repeat=12, device="auto", threads=1, out="out/moe"):
     """Mixture of experts: speed against a dense MLP of the same active parameters; with and without the bias
     rule, how even the load is, and how many experts a scene alone leaves unused.
@@ -2699,11 +2634,11 @@ def moe(scenes=("docs-byte", "pysrc-byte"), steps=600, repeat=12, device="auto",
     for E, k in ((64, 8), (128, 8)) if device.startswith("cuda") else ((8, 2), (32, 4), (128, 8)):
         yield dict(experts=E, active=k), lambda: moe_speed(E, k, device, repeat)
     folders = [data_folder(name) for name in scenes]
-    texts = [prepare.load_dataset(folder)[0] for folder in folders]
+    texts = [load_dataset(folder)[0] for folder in folders]
     held = {folder.name: validation(str(folder), 64, 128).to(device) for folder in folders}
     held["all"] = torch.cat(list(held.values()))
-    size = dict(vocab_size=prepare.load_tokenizer(folders[0]).n_vocab, n_layer=2, n_embd=64, block_size=64,
-                n_expert=32, n_expert_active=4, expert_inner=64)
+    size = settings("n_layer=2 n_embd=64 block_size=64 n_expert=32 n_expert_active=4 expert_inner=64")
+    size["vocab_size"] = load_tokenizer(folders[0]).n_vocab
 
     def loss_of(lm, step, gen):
         for layer in lm.moes():
@@ -2716,7 +2651,7 @@ def moe(scenes=("docs-byte", "pysrc-byte"), steps=600, repeat=12, device="auto",
         def measure():
             config = ModelConfig(**size, router_bias_step=bias_step)
             path = Path(out) / f"{file_part(router)}-{'-'.join(held)}-{steps}.pt"
-            lm = learn(config, loss_of, steps, path, device, lr=2e-3)
+            lm = learn(config, loss_of, steps, path, device, lr=2e-3, optimizer="adamw")
             row = dict(loss=diffusion.ar_loss(lm, held["all"], lm.mask_id).item())
             for name, x in held.items():
                 row[f"load {name}"], row[f"unused {name}"] = load_of(lm, x)
@@ -2730,33 +2665,19 @@ def moe(scenes=("docs-byte", "pysrc-byte"), steps=600, repeat=12, device="auto",
 # Bytes again; of 256 the first 32 are a prompt and 7 blocks of 32 are filled. Small batches and qk_norm:
 # masked diffusion leaves the plateau of single-byte frequencies three times sooner than with 1,024 tokens and
 # without.
-SHARED["models"] = dict(
-    scale="auto",
-    dataset="docs-byte",
-    n_layer=4,
-    n_head=4,
-    n_embd=128,
-    block_size=256,
-    batch_tokens=512,
-    lr=2e-3,
-    max_steps=2000,
-    run_ar=None,
-    run_mdm=None,
-    run_block=None,
-    workers=2,
-    device="auto",
-    threads=1,
-    out=None
-)
-MODELS_GPU = dict(n_layer=6, n_head=6, n_embd=384, batch_tokens=16_384, max_steps=1500, lr=1e-3)
-ROLES = {
-    "ar": dict(objective="ar"),
-    "judge": dict(objective="ar", seed=1),
-    "mdm": dict(objective="mdm"),
-    "mixed": dict(objective="mixed"),
-    "mtp": dict(objective="ar", set=["mtp=0.3"]),
-    "block": dict(objective="block", diffusion_block=16)
-}
+SHARED["models"] = settings("""
+    scale=auto dataset=docs-byte n_layer=4 n_head=4 n_embd=128 block_size=256 batch_tokens=512 lr=2e-3
+    max_steps=2000 run_ar=none run_mdm=none run_block=none workers=2 device=auto threads=1 out=none
+""")
+MODELS_GPU = settings("n_layer=6 n_head=6 n_embd=384 batch_tokens=16_384 max_steps=1500 lr=1e-3")
+ROLES = arms_of("""
+    ar:
+    judge: --seed 1
+    mdm: --objective mdm
+    mixed: --objective mixed
+    mtp: --set mtp=0.3
+    block: --objective block --diffusion_block 16
+""")
 LONGER = {"mdm": 3, "mixed": 3, "block": 1.5}  # times max_steps: diffusion learns slowly
 
 
@@ -2764,13 +2685,13 @@ def decode_runs(roles, models):
     """{role: run folder}: those given by a flag, the others trained, from where they were left. ValueError
     for a given run of another objective, before anything is trained. A part of a generator."""
     root = Path(models["out"] or f"out/decode-{models['scale']}")
-    same = ("dataset", "n_layer", "n_head", "n_embd", "block_size", "batch_tokens", "lr")
+    same = "dataset n_layer n_head n_embd block_size batch_tokens lr".split()
     folders, jobs = {}, {}
     for role in roles:
         want, given = ROLES[role]["objective"], models[f"run_{role}"]
         folders[role] = given or str(root / role)
         if given:
-            objective = train.load_model(given, "last")[1]["flags"]["objective"]
+            objective = load_model(given, "last")[1]["flags"]["objective"]
             need(
                 objective == want or objective == "mixed" and want != "block",
                 f"{given} is a run of --objective {objective}, and one of {want} is needed as --run_{role}"
@@ -2801,13 +2722,9 @@ def decoders(n):
         "diffusion, threshold": ("mdm", [dict(threshold=p) for p in (0.9, 0.7, 0.5)]),
         "diffusion in blocks": ("mdm", steps(1, 4, fill_block=32)),
         "diffusion in blocks, dual cache": (
-            "mdm",
-            [*steps(1, 2, 4, 8, **cached), dict(cached, threshold=0.7)]
-        ),
+            "mdm", [*steps(1, 2, 4, 8, **cached), dict(cached, threshold=0.7)]),
         "block diffusion, exact cache": (
-            "block",
-            [*(dict(steps=k) for k in (16, 8, 4, 2)), dict(threshold=0.7)]
-        )
+            "block", [*(dict(steps=k) for k in (16, 8, 4, 2)), dict(threshold=0.7)])
     }
 
 
@@ -2817,8 +2734,7 @@ def judged(judge, x, start):
 
     Entropy (nats, of the counts of one row, mean over rows) stands beside the loss because a sampler that
     repeats itself gets a low loss."""
-    losses = [diffusion.ar_loss(judge, w, judge.mask_id, reduction="none") for w in x.split(32)]
-    loss, se = mean_se(torch.cat(losses)[:, start:].mean(1).tolist())
+    loss, se = mean_se(train.ar_nats(judge, x, 32)[:, start:].mean(1).tolist())
     p = F.one_hot(x[:, start:], judge.V).float().mean(1)  # (N, V)
     return dict(loss=loss, se=se, entropy=-torch.xlogy(p, p).sum(-1).mean().item())
 
@@ -2846,7 +2762,7 @@ def decode_picture(plt, result):
     return figure
 
 
-@experiment(named=("scale",), show=without("cache"), picture=decode_picture, gpu=MODELS_GPU)
+@experiment(named="scale", show=without("cache"), picture=decode_picture, gpu=MODELS_GPU)
 def decode(batches=(1, 8, 64), run_judge=None, **models):
     """Tokens/s and FLOPs per token against quality of every sampler on trained models, by batch size.
 
@@ -2858,7 +2774,7 @@ def decode(batches=(1, 8, 64), run_judge=None, **models):
     device = models["device"]
     most = max(batches)
     clock = clock_of(device)
-    trained = {role: train.load_model(folder, "last", device) for role, folder in folders.items()}
+    trained = {role: load_model(folder, "last", device) for role, folder in folders.items()}
     judge, state = trained["judge"]
     T = judge.config.block_size
     P = T // 8                              # the first P tokens are the prompt
@@ -2875,21 +2791,18 @@ def decode(batches=(1, 8, 64), run_judge=None, **models):
 
     def measure(role, setting):
         lm, state = trained[role]
-        if role == "block":
-            setting = setting | dict(fill_block=state["flags"]["diffusion_block"])
-        generator = lambda: torch.Generator("cpu" if device.startswith("mps") else device).manual_seed(0)
-        sampler = getattr(diffusion, f"sample_{role}")
-        draw = lambda x: sampler(lm, x, lm.mask_id, generator=generator(), **setting)
+        more = dict(fill_block=state["flags"]["diffusion_block"]) if role == "block" else {}
+
+        def draw(x):
+            gen = torch.Generator("cpu" if device.startswith("mps") else device).manual_seed(0)
+            return getattr(diffusion, f"sample_{role}")(lm, x, lm.mask_id, generator=gen, **setting, **more)
         row = {}
         for B in sorted(batches, reverse=True):
-            texts = []
-            seconds = 0.0
             # Fewer than 4 rows say little about a threshold: then other prompts follow.
-            for x in canvas[: max(B, min(4, most))].split(B):
-                tic = clock()
-                texts.append(draw(x))
-                seconds += clock() - tic
-            texts = torch.cat(texts)
+            prompts = canvas[:max(B, min(4, most))].split(B)
+            tic = clock()
+            texts = torch.cat([draw(x) for x in prompts])
+            seconds = clock() - tic
             row = row or judged(judge, texts, P)
             row[f"tokens/s, batch {B}"] = round(len(texts) * (T - P) / seconds)
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as count:     # no fused one counts
@@ -2899,11 +2812,11 @@ def decode(batches=(1, 8, 64), run_judge=None, **models):
     yield dict(sampler="real text"), lambda: judged(judge, data, P)
     for family, (role, settings) in decoders(T - P).items():
         for setting in settings:
-            yield dict(sampler=family, **setting), functools.partial(measure, role, setting)
+            yield dict(sampler=family, **setting), partial(measure, role, setting)
     return dict(prompt=P, new=T - P)
 
 
-@experiment(named=("scale",), gpu=MODELS_GPU)
+@experiment(named="scale", gpu=MODELS_GPU)
 def drafts(batches=(1, 8), lengths=(1, 2, 4, 8), run_mixed=None, run_mtp=None, **models):
     """AR with its cache where the run proposes tokens itself, by turns with the same run that does not.
 
@@ -2915,16 +2828,16 @@ def drafts(batches=(1, 8), lengths=(1, 2, 4, 8), run_mixed=None, run_mtp=None, *
     folders = yield from decode_runs(("mixed", "mtp"), models | dict(run_mixed=run_mixed, run_mtp=run_mtp))
     device, clock = models["device"], clock_of(models["device"])
     for role, folder in folders.items():
-        lm, state = train.load_model(folder, "last", device)
+        lm, state = load_model(folder, "last", device)
         canvas = validation(state["flags"]["dataset"], lm.config.block_size, 8).to(device)
         canvas[:, lm.config.block_size // 8:] = lm.mask_id
         new = (canvas == lm.mask_id).sum().item()
-        for draft, B in itertools.product(lengths if role == "mixed" else (1,), batches):
+        for draft, B in product(lengths if role == "mixed" else (1,), batches):
 
             def measure():
                 torch.manual_seed(0)
                 seconds, passes, steps = [0.0, 0.0], 0, []
-                for x, own in itertools.product(canvas.split(B), (False, True)):
+                for x, own in product(canvas.split(B), (False, True)):
                     tic = clock()
                     seen = lambda step, _: steps.append(step)
                     diffusion.sample_ar(lm, x, lm.mask_id, draft=own * draft, callback=seen)
@@ -2940,7 +2853,7 @@ def drafts(batches=(1, 8), lengths=(1, 2, 4, 8), run_mixed=None, run_mtp=None, *
             yield dict(run=role, draft=draft, batch=B), measure
 
 
-@experiment(named=("scale",), gpu=MODELS_GPU)
+@experiment(named="scale", gpu=MODELS_GPU)
 def panel(runs: list = (), windows=16, n_mc=64, fill_blocks=(4,), **models):
     """All likelihoods of the decode runs, or of others, on the same validation windows:
     exact, bounds, chains; bits per byte.
@@ -2957,16 +2870,16 @@ def panel(runs: list = (), windows=16, n_mc=64, fill_blocks=(4,), **models):
     folders = {run: run for run in runs} or (yield from decode_runs(("ar", "mdm", "block"), models))
     ar = None
     for role, folder in folders.items():
-        lm, state = train.load_model(folder, "best" if runs else "last", models["device"])
+        lm, state = load_model(folder, "best" if runs else "last", models["device"])
         x = validation(state["flags"]["dataset"], lm.config.block_size, windows)
-        size = prepare.load_tokenizer(folder).token_bytes[x.numpy()].mean()  # bytes per token
+        size = load_tokenizer(folder).token_bytes[x.numpy()].mean()  # bytes per token
         for name, likelihood in sample.panel(lm, state["flags"], x.to(models["device"]), n_mc, fill_blocks):
-            likelihood = functools.cache(likelihood)
+            likelihood = cache(likelihood)
             ar = likelihood if name.startswith("AR") else ar
 
             def measure():
                 nats, se = likelihood()
-                out = dict(nats=nats.mean().item(), bits_per_byte=nats.mean().item() / math.log(2) / size)
+                out = dict(nats=nats.mean().item(), bits_per_byte=nats.mean().item() / log(2) / size)
                 if ar and ar is not likelihood:
                     out["over_ar"], out["over_se"] = mean_se((nats - ar()[0]).tolist())
                 return out | dict(se=se or None)
@@ -2982,14 +2895,14 @@ def mixtures(folder):
     Losses in nats per token and right answers in %, AR / diffusion; decoding of one token with the longest
     cache and training at the longest length, how many times faster than full. A mixture's are the mean over
     its layers."""
-    def rows_of(file, *key):
+    def rows_of(file, key):
         path = Path(folder) / f"{file}.json"
         rows = json.loads(path.read_text())["rows"] if path.exists() else []
-        return {tuple(r[k] for k in key): r for r in rows}
-    quality = rows_of("quality_cpu", "mixer", "objective")
-    recalls = rows_of("recall", "layers", "objective", "task", "pairs", "T")
-    training = rows_of("attention_cpu", "layer", "T")
-    decoding = rows_of("context_cpu", "layer", "batch", "T")
+        return {tuple(r[k] for k in key.split()): r for r in rows}
+    quality = rows_of("quality_cpu", "mixer objective")
+    recalls = rows_of("recall", "layers objective task pairs T")
+    training = rows_of("attention_cpu", "layer T")
+    decoding = rows_of("context_cpu", "layer batch T")
     if not all((quality, recalls, training, decoding)):
         return []
     far, length, cached = (max(key[-1] for key in found) for found in (recalls, training, decoding))
@@ -3006,7 +2919,7 @@ def mixtures(folder):
             return " / ".join(cell(found[key]) if key in found else "-" for key in keys)
 
         def times(found, column, *at):
-            return found["full", *at][column] / statistics.mean(found[n, *at][column] for n in layers)
+            return found["full", *at][column] / mean(found[n, *at][column] for n in layers)
         percent = lambda r: f"{100 * r['accuracy']:.0f}"
         rows.append({
             "mixer": f"`{name}`",
@@ -3129,7 +3042,7 @@ def read_items(path, tokenizer, limit=None):
 def probe_as_items(flags, tokenizer, T, limit):
     """train.py's probe as items: true ends of passages
     of the run's own validation text among three others."""
-    val = prepare.load_dataset(data_folder(flags["dataset"]))[1]
+    val = load_dataset(data_folder(flags["dataset"]))[1]
     passages = train.probe_items(val, T, min(limit or 512, len(val) // T))
     K = max(1, min(16, T // 4))  # tokens of an end
     return [item_of(p[0, :-K].tolist(), p[:, -K:].tolist(), 0, tokenizer) for p in passages]
@@ -3157,20 +3070,19 @@ def diffusion_nats(lm, context, ends, measure, n_mc=32, seed=0, block=None):
     same n_mc masks (as far as they have places in common), or the exact chain from left to right. block: of a
     block-diffusion model; the last block's places behind an end stay hidden."""
     x, real, scored = laid_out(lm, context, ends)
-    mask = lm.mask_id
-    how = {} if real.all() else {"valid": real}
+    how = dict(scored=scored, noise_block=block)
     if block:
-        more = -x.size(1) % block
-        x = F.pad(x.where(real, mask), (0, more), value=mask)
-        scored = F.pad(scored, (0, more))
-        how = {}
+        places = 0, -x.size(1) % block
+        x = F.pad(x.where(real, lm.mask_id), places, value=lm.mask_id)
+        how["scored"] = F.pad(scored, places)
+    elif not real.all():
+        how["valid"] = real
     if measure == "bound":
         rows = max(1, (65536 if x.is_cuda else 4096) // x.size(1))
-        nats, _ = diffusion.mdm_nll(
-            lm, x, mask, n_mc, torch.Generator().manual_seed(seed), batch_size=rows, noise_block=block,
-            scored=scored, per_row=True, group=torch.zeros(len(x), dtype=torch.int64), **how)
+        nats, _ = diffusion.mdm_nll(lm, x, lm.mask_id, n_mc, seeded(seed), batch_size=rows, per_row=True,
+                                    group=torch.zeros(len(x), dtype=torch.int64), **how)
     else:
-        nats = diffusion.chain_nll(lm, x, mask, "left", scored, block, **how)
+        nats = diffusion.chain_nll(lm, x, lm.mask_id, **how)
     return (nats.cpu() * scored.sum(1).cpu()).tolist()
 
 
@@ -3205,22 +3117,25 @@ def summary(items, results):
 
     accuracy: the right answer has the smallest -log p; accuracy_norm: the smallest per byte. gap: the mean
     -log p of the wrong answers minus that of the right one, nats. loss: the right answer's, per token."""
-    judged = [(item, r) for item, r in zip(items, results) if "failed" not in r]
-    hits, norm, gaps, right = [], [], [], []
-    for item, r in judged:
+    hits, norm, gaps, right, tokens = [], [], [], [], 0
+    for item, r in zip(items, results):
+        if "failed" in r:
+            continue
         g, nats = item["gold"], np.array(r["nats"])
-        others, density = np.delete(nats, g), nats / item["bytes"]
+        least = lambda values: float(values[g] < np.delete(values, g).min())
         right.append(nats[g])
-        hits.append(float(nats[g] < others.min() if len(others) else r["greedy"]))
-        if len(others):
-            norm.append(float(density[g] < np.delete(density, g).min()))
-            gaps.append(others.mean() - nats[g])
+        tokens += len(item["ends"][g])
+        if len(nats) == 1:
+            hits.append(float(r["greedy"]))
+        else:
+            hits.append(least(nats))
+            norm.append(least(nats / item["bytes"]))
+            gaps.append(np.delete(nats, g).mean() - nats[g])
     out = dict(items=len(hits), failed=len(items) - len(hits))
     if hits:
-        out["accuracy"], out["se"] = mean_se(hits)
-        out["loss"] = sum(right) / sum(len(item["ends"][item["gold"]]) for item, _ in judged)
+        out |= accuracy(hits) | dict(loss=sum(right) / tokens)
     if gaps:
-        out["accuracy_norm"] = statistics.mean(norm)
+        out["accuracy_norm"] = mean(norm)
         out["gap"], out["gap_se"] = mean_se(gaps)
     return out
 
@@ -3234,7 +3149,7 @@ def choice_table(result):
 
 def judge_file(run, device, threads, items, measure, n_mc, journal):
     """The rates of one run on one file. Each item is written down when it is done."""
-    lm, state = train.load_model(run, device=device)
+    lm, state = load_model(run, device=device)
     train.set_threads(threads, lm)
     flags = train.DEFAULTS | state["flags"]
     masks = n_mc if measure == "bound" else None
@@ -3278,11 +3193,10 @@ def choices(
     """
     work = []
     for run in runs:  # all input is read before the work begins
-        lm, state = train.load_model(run, device=device)
-        folder = Path(run) if Path(run).is_dir() else Path(run).parent
+        lm, state = load_model(run, device=device)
         flags = train.DEFAULTS | state["flags"]
-        tokenizer = prepare.load_tokenizer(folder)
-        objective = flags["objective"]
+        folder = Path(run) if Path(run).is_dir() else Path(run).parent
+        tokenizer, objective = load_tokenizer(folder), flags["objective"]
         known = [m for m in MEASURES[objective] if m in measures]
         need(
             known,
@@ -3298,8 +3212,7 @@ def choices(
             for m in known:
                 key = dict(run=folder.name, objective=objective, step=state["step"], file=label, measure=m)
                 journal = Path(out) / f"{folder.name}-{label}-{m}"
-                given = run, device, threads, items, m, n_mc, journal
-                work.append((key, functools.partial(judge_file, *given)))
+                work.append((key, partial(judge_file, run, device, threads, items, m, n_mc, journal)))
     yield from work
 
 # ------------------------------------------------------------------------------------------------------------
@@ -3354,7 +3267,7 @@ def gpu(minutes=9.0, results="results"):
         print(f"\n=== {shlex.join(words)}   ({train.clock(left)} left)", flush=True)
         limit = ["timeout", "--signal=INT", "--kill-after=30", str(left - 40)]  # runs save, to go on later
         subprocess.run([*limit, sys.executable, *words], cwd=HERE)
-    print("\nnot measured yet: " + (", ".join(itertools.filterfalse(there, queue)) or "nothing"))
+    print("\nnot measured yet: " + (", ".join(filterfalse(there, queue)) or "nothing"))
 
 # ------------------------------------------------------------------------------------------------------------
 # Command line

@@ -3983,7 +3983,7 @@ def test_gpu_queue(tmp_path, monkeypatch, capsys):
 def test_ratios_are_to_the_reference_of_the_same_point():
     points = (("full", 1, 2.0), ("kda", 1, 1.0), ("full", 2, 9.0), ("kda", 2, 3.0), ("kda", 3, 1.0))
     rows = [dict(layer=n, T=T, ms=ms) for n, T, ms in points]
-    assert [r["vs_full"] for r in bench.compared("layer", "full", ("ms",))(rows)] == [1, 2, 1, 3, None]
+    assert [r["vs_full"] for r in bench.beside_full("ms")(rows)] == [1, 2, 1, 3, None]
     table = bench.merged(rows, ["layer"], lambda r: {r["T"]: r["ms"]})
     assert table[1] == {"layer": "kda", 1: 1.0, 2: 3.0, 3: 1.0}
 
