@@ -90,6 +90,11 @@ exactly = pytest.mark.usefixtures("float64")
 
 def close(a, b, tol=None):
     """Equal to tol of the largest value of b: rounding differs between processors and grows with values."""
+    if not torch.is_tensor(b):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            close(x, y, tol)
+        return
     tol = tol or (1e-10 if b.dtype == torch.float64 else 1e-5)
     size = b.detach().nan_to_num(posinf=0, neginf=0).abs().max().item()
     torch.testing.assert_close(a, b, rtol=0, atol=tol * size)
@@ -108,8 +113,7 @@ def same_gradients(a, b, inputs, tol=None):
         y = f(*inputs)
         w = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
         results.append([y, *torch.autograd.grad((y * w).sum(), inputs)])
-    for x, y in zip(*results):
-        close(x, y, tol)
+    close(*results, tol)
 
 
 def refused(words):
@@ -161,6 +165,11 @@ def named(text):
 def pairs(text):
     """[(left, right)] of lines "left => right"."""
     return [tuple(map(str.strip, line.rsplit("=>", 1))) for line in text.split("\n") if line]
+
+
+def up_to(*lengths):
+    """(B, T), T the largest length: True at the first tokens of each row."""
+    return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
 
 
 BLOCKS = "sel_block=8 sel_topk=4 cmp_block=8 cmp_stride=4"
@@ -266,7 +275,7 @@ def test_layers_see_the_past_or_everything(case, monkeypatch):
 def test_padding_changes_nothing(case, causal):
     """Rows of different lengths: each as it is alone, parallel, cached, and going on behind its end."""
     layer, lengths = make_layer(case), (30, 17, 2)
-    valid = torch.arange(30) < torch.tensor(lengths)[:, None]
+    valid = up_to(*lengths)
     junk = math.nan if layer.family == "linear" else 1e3    # what a state took in would stay there
     x, more = torch.randn(3, 30, 32).masked_fill(~valid[..., None], junk), torch.randn(3, 3, 32)
     cache, aux, total = layer.init_cache(3, 33), {}, 0
@@ -340,6 +349,9 @@ valid=torch.arange(8).view(2, 4) > 0     => right only
 mask=torch.ones(4, 4) > 0                => not both
 pos=torch.arange(4)                      => reads its cache in order
 pos=torch.arange(4), commit=False        => reads its cache in order
+cache=None, mask=torch.ones(4, 4) > 0    => NAME takes no mask
+x=x[:, :7]                               => 7 more do not fit, make it with init_cache
+x=x[:1, :1]                              => the cache has 2 rows, and the batch 1
 """)
 
 
@@ -349,18 +361,12 @@ def test_layers_refuse_calls(case):
     layer, x = make_layer(case), torch.randn(2, 10, 32)
     cache = layer.init_cache(2, 12)
     layer(x[:, :6], cache=cache)
+    taken = {"reads its cache in order": layer.rewrites, "NAME takes no mask": layer.takes_mask}
     for keywords, words in CALLS:
-        if "in order" not in words or not layer.rewrites:
-            with refused(words):
-                layer(x[:, 6:], cache=cache, **eval(f"dict({keywords})"))
-    if not layer.takes_mask:
-        with refused(f"{type(layer).__name__} takes no mask"):
-            layer(x, mask=torch.ones(10, 10) > 0)
+        if not taken.get(words):
+            with refused(words.replace("NAME", type(layer).__name__)):
+                layer(**dict(x=x[:, 6:], cache=cache) | eval(f"dict({keywords})"))
     assert cache.pos.tolist() == [6, 6], "a refused call counts nothing"
-    with refused("7 more do not fit, make it with init_cache"):
-        layer(x[:, :7], cache=cache)
-    with refused("the cache has 2 rows, and the batch 1"):
-        layer(x[:1, :1], cache=cache)
 
 
 @each_case
@@ -391,7 +397,7 @@ def test_slots_in_use_are_computed_anew(case, causal, max_len):
     before, canvas = tensors(), torch.cat([x[:, :3], new, x[:, 7:]], dim=1)
     anew = partial(layer, new, cache=cache, causal=causal, pos=torch.arange(3, 7))
     close(anew(commit=False), layer(canvas, causal=causal)[:, 3:7])
-    padded = anew(commit=False, valid=torch.arange(4) < torch.tensor([[4], [3]]))
+    padded = anew(commit=False, valid=up_to(4, 3))
     assert all(map(torch.equal, before, tensors()))
     close(anew(), layer(canvas, causal=causal)[:, 3:7])
     one = layer(canvas[:, 8:9], cache=cache, causal=causal, pos=torch.tensor([8]))
@@ -425,7 +431,8 @@ def test_layers_in_bfloat16(case):
 @exactly
 @each("case", {case.split()[0]: case for case in CASES}.values())
 def test_layers_compile_to_one_graph(case):
-    """With gradients, in both directions; then a decode step. Other values, the same graph."""
+    """With gradients, in both directions; then decode steps, the last not compiled. Other values, the same
+    graph, and what fits the cache is taken: compiled steps know its size alone."""
     layer = make_layer(case)
     linear = layer.family == "linear"
     T = 128 if linear else 33
@@ -438,12 +445,14 @@ def test_layers_compile_to_one_graph(case):
         x = torch.randn(1, T, 32, requires_grad=True)
         same_gradients(f, partial(layer, causal=causal), [x])
         assert counter.frame_count == 1
-    counter, cache = CompileCounterWithBackend("eager"), layer.init_cache(1, 64)
+    counter, cache = CompileCounterWithBackend("eager"), layer.init_cache(1, 20)
     step = torch.compile(layer, backend=counter, fullgraph=True)
     with torch.no_grad():
         layer(x[:, :15], cache=cache)
-        out = [step(part, cache=cache) for part in x[:, 15:20].split(1, dim=1)]
+        out = [f(part, cache=cache) for f, part in zip([step] * 4 + [layer], x[:, 15:20].split(1, dim=1))]
         close(torch.cat(out, dim=1), layer(x[:, :20])[:, 15:])
+        with refused("holds 20 tokens and 20 are taken"):
+            layer(x[:, :1], cache=cache)
     assert counter.frame_count == 1 and cache.pos.item() == 20
 
 
@@ -499,76 +508,6 @@ def test_settings_belong_to_layers():
         from_preset("small", layers="kda*3 full", window=5, position="none", bias=True)
 
 
-# Layers with settings that cannot be, and what the refusal says
-REFUSED = pairs("""
-full(n_kv_head=3)                           => n_head 4 must be a multiple of n_kv_head 3
-full(n_head=5)                              => n_embd 32 must be a multiple of n_head 5
-full(window=0)                              => window 0
-full(rotary_fraction=0.4)                   => must be an even number
-full(rotary_fraction=1.5)                   => rotary_fraction 1.5
-full(n_kv_head=0)                           => n_kv_head 0
-full(head_dim=0)                            => head_dim 0
-full(position=rotery)                       => one of rotary, learned, none
-mla(kv_lora_rank=0)                         => kv_lora_rank 0
-mla(qk_rope_head_dim=3)                     => qk_rope_head_dim 3 must be even
-mla(n_head=5)                               => n_head 5
-nsa(cmp_stride=5)                           => cmp_stride 5 must divide
-nsa(sel_topk=2)                             => sel_topk 2 must be at least sel_init
-infllm(sel_topk=0)                          => sel_topk 0
-msa(sel_block=0)                            => sel_block 0
-msa(index_head_dim=2)                       => index_head_dim 2
-msa(sel_tile=0)                             => sel_tile 0
-dsa(sel_topk=0)                             => sel_topk 0
-dsa(index_n_head=0)                         => index_n_head 0
-dsa(index_head_dim=2)                       => index_head_dim 2
-linear(linear_n_head=2, linear_n_v_head=3)  => must be a multiple of the 2 heads
-linear(n_head=5)                            => must be a multiple of 5 heads
-linear(bidir=both)                          => bidir=both is no choice: one of sum
-linear(decay_gate=hard)                     => decay_gate=hard
-linear(linear_decay=x)                      => linear_decay=x
-linear(out_gate=tanh)                       => out_gate=tanh
-linear(linear_decay=head, decay_gate=none)  => decay_gate=None
-linear(linear_decay=head, g_min=3.0)        => g_min 3
-linear(conv_size=0)                         => conv_size 0
-linear(linear_key_dim=-2)                   => linear_key_dim -2
-linear(linear_n_head=0)                     => linear_n_head 0
-""")
-BAD_PATTERNS = pairs("""
-ful                            => did you mean 'full'
-(full                          => unbalanced
-full)                          => unbalanced
-)full(                         => unbalanced
-full(window=8                  => unbalanced
-()                             => no layer
-full*                          => count
-*3                             => count
-full*3*2                       => count
-full*0                         => count
-full*٣                         => count
-full*999999999                 => more than 10,000
-(full*5000)*3                  => more than 10,000
-full(window)                   => 'window' is not a setting
-full(n_embd=64)                => not a setting
-full(window=8, window=9)       => not a setting
-full(windw=3)                  => did you mean 'window'
-full(window=٣)                 => window ٣: expected a whole number
-""") + [
-    ("", "no layer"), ("(" * 3000 + "full" + ")" * 3001, "unbalanced"),
-    ("full*" + "9" * 5000, "more than 10,000")]
-
-
-@each("pattern, words", REFUSED + BAD_PATTERNS)
-def test_patterns_are_refused(pattern, words):
-    """By a sentence, short however long the pattern is; by a layer too, which may have been copied alone."""
-    with refused(re.escape(words)) as error:
-        LM(tiny(layers=pattern))
-    assert len(str(error.value)) < 400
-    if (pattern, words) in REFUSED:
-        name, given = re.split(r"[()]", pattern)[:2]
-        with refused(re.escape(words)):
-            ATTENTION[name](LayerConfig(n_embd=32, **model.settings(given.replace(",", ""))))
-
-
 @exactly
 @each("case", cases("softmax"))
 @no_grad
@@ -577,7 +516,7 @@ def test_softmax_layers_are_their_definition(case):
     layer = make_layer(case)
     x, slots = torch.randn(4, 12, 32), torch.arange(12)     # 4 rows, 4 heads: neither may pass for the other
     pos = slots + torch.randint(3, (4, 12)).cumsum(1)
-    valid = slots < torch.tensor([7, 12, 9, 12])[:, None]
+    valid = up_to(7, 12, 9, 12)
     near = (pos[:, :, None] - pos[:, None]).abs() < CASES[case].get("window", math.inf)
     every, given = torch.ones(12, 12) > 0, (torch.rand(12, 12) < 0.7) | (slots[:, None] == slots)
     for causal, mask, seen in ((True, None, every.tril()), (False, None, every), (True, given, given)):
@@ -605,8 +544,8 @@ def test_mla_normed_knows_no_size():
 
 # slots taken (None: no cache), new tokens, keywords of a call that hides nothing but what is causal
 UNMASKED = """
-None 4 valid=torch.arange(4) < torch.tensor([[4], [2]])
-0 4 valid=torch.arange(4) < torch.tensor([[4], [2]])
+None 4 valid=up_to(4, 2)
+0 4 valid=up_to(4, 2)
 0 4 causal=False
 4 2 causal=False
 4 1 causal=True
@@ -626,21 +565,6 @@ def test_no_mask_where_nothing_is_hidden(case, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr("attention.Step.below", None)             # which makes it
             layer(torch.randn(2, int(T), 32), cache=cache, commit=False, **eval(f"dict({how})"))
-
-
-@exactly
-@no_grad
-def test_cache_bound_after_padding_and_compiled_steps():
-    """`used` is a bound, which padding and compiled steps make loose: what fits is taken."""
-    layer, x = make_layer("full gqa"), torch.randn(2, 12, 32)
-    cache, y = layer.init_cache(2, 12), layer(x)
-    layer(x[:, :10], cache=cache, valid=(torch.arange(10) < 5).expand(2, -1))
-    close(layer(x[:, 5:8], cache=cache), y[:, 5:8])
-    step = torch.compile(layer, backend="eager", fullgraph=True)
-    close(step(x[:, 8:10], cache=cache), y[:, 8:10])
-    close(layer(x[:, 10:], cache=cache), y[:, 10:])
-    with refused("holds 12 tokens and 12 are taken"):
-        layer(x[:, :1], cache=cache)
 
 
 def test_examples_in_docstrings():
@@ -1233,42 +1157,6 @@ def test_patterns_and_values_are_read():
               "true": True, "None": None} | {text: text for text in ("nan", "\u0663", "sigmoid", "9" * 5000)}
     for text, value in values.items():
         assert parse_value(text) == value and type(parse_value(text)) is type(value)
-
-
-BAD_SETTINGS = """
-n_expert abc 8.5 true none -1
-qk_norm maybe 1
-dropout x -0.1 1.0 nan
-mlp 3 swigloo
-n_inner -8 0 inf
-logit_softcap 0 -1.0
-norm_eps 0 -1e-6 nan
-router_scale 0
-router_aux -1
-rope_base 0 inf
-rotary_fraction -0.1 1.1
-dense_len -1
-n_layer 0 10000000
-n_embd 0 1000000
-n_head 1000000000000
-n_expert_active 0
-n_expert_group 0
-norm rm
-router none top
-position rotery
-"""
-
-
-
-def test_settings_have_types_and_ranges():
-    for line in BAD_SETTINGS.strip().split("\n"):
-        field, *texts = line.split()
-        for text in texts:
-            value = float(text) if text in ("nan", "inf") else parse_value(text)
-            with refused(f"model setting {field} .*expected"):
-                tiny(**{field: value})
-    with refused("model setting rope_base .*expected"):
-        tiny(rope_base=10 ** 400)
     tiny(dropout=0, rope_base=10, window=None, linear_decay="head", g_min=-1, dense_len=0)
 
 
@@ -2083,7 +1971,31 @@ def diffuse(f, *more, x=None, mask_id=3, **how):
     return f(DiffTable(3, 4), x, mask_id, *more, **how)
 
 
+def pattern(text):
+    LM(tiny(layers=text))
+
+
+def alone(text):
+    """The layer itself, which may have been copied alone."""
+    name, given, _ = re.split(r"[()]", text)
+    ATTENTION[name](LayerConfig(n_embd=32, **model.settings(given.replace(",", ""))))
+
+
+def export(setting):
+    lm = LM(tiny(**model.settings(setting)))
+    sample.export(types.SimpleNamespace(export="out", run="."), lm, prepare.Tokenizer("byte"), train.DEFAULTS)
+
+
 WRONG_CALLS = """
+pattern("")                                                 => no layer
+pattern("(" * 3000 + "full" + ")" * 3001)                   => unbalanced
+pattern("full*" + "9" * 5000)                               => more than 10,000
+export("logit_softcap=1")                                   => computes something else
+export("layers=kda")                                        => computes something else
+export("n_expert=4")                                        => computes something else
+export("position=none")                                     => computes something else
+export("window=9")                                          => computes something else
+export("mlp=gelu")                                          => computes something else
 delta(chunk_size=48)                                        => power of two
 delta(g_min=-8.0)                                           => g_min -8.0 must lie in
 delta(k=torch.zeros(2, 3, 9, 6))                            => k has shape
@@ -2126,10 +2038,101 @@ prepare.load_dataset("none")                                => prepare.py --text
 """
 
 
-@each("call, words", pairs(WRONG_CALLS))
-def test_calls_are_refused(call, words):
-    with refused(re.escape(words)):
+# Layers with settings that cannot be
+REFUSED = """
+full(n_kv_head=3)                           => n_head 4 must be a multiple of n_kv_head 3
+full(n_head=5)                              => n_embd 32 must be a multiple of n_head 5
+full(window=0)                              => window 0
+full(rotary_fraction=0.4)                   => must be an even number
+full(rotary_fraction=1.5)                   => rotary_fraction 1.5
+full(n_kv_head=0)                           => n_kv_head 0
+full(head_dim=0)                            => head_dim 0
+full(position=rotery)                       => one of rotary, learned, none
+mla(kv_lora_rank=0)                         => kv_lora_rank 0
+mla(qk_rope_head_dim=3)                     => qk_rope_head_dim 3 must be even
+mla(n_head=5)                               => n_head 5
+nsa(cmp_stride=5)                           => cmp_stride 5 must divide
+nsa(sel_topk=2)                             => sel_topk 2 must be at least sel_init
+infllm(sel_topk=0)                          => sel_topk 0
+msa(sel_block=0)                            => sel_block 0
+msa(index_head_dim=2)                       => index_head_dim 2
+msa(sel_tile=0)                             => sel_tile 0
+dsa(sel_topk=0)                             => sel_topk 0
+dsa(index_n_head=0)                         => index_n_head 0
+dsa(index_head_dim=2)                       => index_head_dim 2
+linear(linear_n_head=2, linear_n_v_head=3)  => must be a multiple of the 2 heads
+linear(n_head=5)                            => must be a multiple of 5 heads
+linear(bidir=both)                          => bidir=both is no choice: one of sum
+linear(decay_gate=hard)                     => decay_gate=hard
+linear(linear_decay=x)                      => linear_decay=x
+linear(out_gate=tanh)                       => out_gate=tanh
+linear(linear_decay=head, decay_gate=none)  => decay_gate=None
+linear(linear_decay=head, g_min=3.0)        => g_min 3
+linear(conv_size=0)                         => conv_size 0
+linear(linear_key_dim=-2)                   => linear_key_dim -2
+linear(linear_n_head=0)                     => linear_n_head 0
+"""
+BAD_PATTERNS = """
+ful                            => did you mean 'full'
+(full                          => unbalanced
+full)                          => unbalanced
+)full(                         => unbalanced
+full(window=8                  => unbalanced
+()                             => no layer
+full*                          => count
+*3                             => count
+full*3*2                       => count
+full*0                         => count
+full*٣                         => count
+full*999999999                 => more than 10,000
+(full*5000)*3                  => more than 10,000
+full(window)                   => 'window' is not a setting
+full(n_embd=64)                => not a setting
+full(window=8, window=9)       => not a setting
+full(windw=3)                  => did you mean 'window'
+full(window=٣)                 => window ٣: expected a whole number
+"""
+# a field of the configuration, and values that it cannot have
+BAD_SETTINGS = """
+n_expert "abc" 8.5 True None -1
+qk_norm "maybe" 1
+dropout "x" -0.1 1.0 math.nan
+mlp 3 "swigloo"
+n_inner -8 0 math.inf
+logit_softcap 0 -1.0
+norm_eps 0 -1e-6 math.nan
+router_scale 0
+router_aux -1
+rope_base 0 math.inf 10**400
+rotary_fraction -0.1 1.1
+dense_len -1
+n_layer 0 10000000
+n_embd 0 1000000
+n_head 1000000000000
+n_expert_active 0
+n_expert_group 0
+norm "rm"
+router None "top"
+position "rotery"
+"""
+
+
+def calls(form, text):
+    """The rows of a table, which begin with what stands for X in a call."""
+    return [(form.replace("X", repr(what)), words) for what, words in pairs(text)]
+
+
+@each("call, words", [
+    *pairs(WRONG_CALLS), *calls("pattern(X)", BAD_PATTERNS + REFUSED), *calls("alone(X)", REFUSED),
+    *((f"tiny({field}={value})", f"model setting {field} .*expected")
+      for field, *values in map(str.split, BAD_SETTINGS.strip().split("\n")) for value in values)])
+def test_calls_are_refused(call, words, tmp_path, monkeypatch):
+    """By a sentence, short however long the input is; nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    with refused(words) as error:
         eval(call)
+    assert len(str(error.value)) < 400 and not any(tmp_path.iterdir())
+
 
 # ------------------------------------------------------------------------------------------------------------
 # train.py
@@ -4623,15 +4626,6 @@ def test_export_is_read_by_transformers_and_us(dataset, tmp_path, flags):
     assert sample.main([f"{tmp_path}/out", "--prompt", "a", "--max_new_tokens", "3", "--device", "cpu"]) == 0
     theirs = pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     close(theirs(x).logits[..., :257], lm(x), 1e-5)
-
-
-@each("setting", ["logit_softcap=1", "layers=kda", "n_expert=4", "position=none", "window=9", "mlp=gelu"])
-def test_export_refuses_what_nobody_computes(tmp_path, setting):
-    lm = LM(tiny(**model.settings(setting))).eval()
-    args = types.SimpleNamespace(export=str(tmp_path / "out"), run=".")
-    with refused("computes something else"):
-        sample.export(args, lm, prepare.Tokenizer("byte"), train.DEFAULTS)
-    assert not (tmp_path / "out").exists()
 
 
 @each("objective", ["ar", "mdm"])
