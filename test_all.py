@@ -167,6 +167,11 @@ def pairs(text):
     return [tuple(map(str.strip, line.rsplit("=>", 1))) for line in text.split("\n") if line]
 
 
+def sizes(text):
+    """[(1, 2), (3, 4)] of "1 2 | 3 4"."""
+    return [tuple(map(int, row.split())) for row in text.split("|")]
+
+
 def up_to(*lengths):
     """(B, T), T the largest length: True at the first tokens of each row."""
     return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
@@ -667,8 +672,7 @@ def keys_of(sel, block, S, group=1):
 
 @exactly
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
-@each("G, block, tile", [(1, 8, 1), (2, 1, 1), (2, 8, 8), (4, 64, 64), (2, 128, 128),
-                                            (2, 16, 64), (4, 128, 16), (1, 5, 3)])
+@each("G, block, tile", sizes("1 8 1 | 2 1 1 | 2 8 8 | 4 64 64 | 2 128 128 | 2 16 64 | 4 128 16 | 1 5 3"))
 def test_block_sparse_paths_are_their_definition(G, block, tile):
     """Outputs and gradients; T no multiple of anything, rows that read nothing, flex's tiles."""
     for T, S, causal in ((1, 40, True), (131, 131, True), (131, 131, False), (261, 300, True)):
@@ -749,7 +753,7 @@ def test_select_blocks_is_its_definition(tile):
 
 
 @exactly
-@each("size, stride, block", [(32, 16, 64), (8, 4, 8), (16, 4, 8), (4, 4, 12), (8, 8, 8)])
+@each("size, stride, block", sizes("32 16 64 | 8 4 8 | 16 4 8 | 4 4 12 | 8 8 8"))
 def test_compressed_scores_are_the_papers(size, stride, block):
     """NSA's double sum (eq. 9) over strides of windows; InfLLM-V2: the best window that touches the block."""
     T = 3 * block + 5
@@ -996,14 +1000,12 @@ def test_recurrences_are_their_definition():
     """A reset is a fresh start; from both ends, by the sum over distances, or two scans, the second of which
     reads before it writes."""
     *x, S = rule_inputs(40, "head", B=1)
-    cuts = [0, 1, 13, 14, 40]
-    reset = torch.isin(torch.arange(40), torch.tensor(cuts[1:-1]))[None]
+    reset = torch.isin(torch.arange(40), torch.tensor([1, 13, 14]))[None]
+    parts = list(zip(*(a.split([1, 12, 1, 26], dim=2) for a in x)))
     for causal in (True, False):
-        o, last = delta_rule_recurrent(*x, S, causal, reset=reset)
-        parts = [[a[:, :, i:j] for a in x] for i, j in zip(cuts, cuts[1:])]
-        alone = [delta_rule_recurrent(*part, None if i else S, causal) for i, part in enumerate(parts)]
-        close(o, torch.cat([y for y, _ in alone], dim=2))
-        close(last, alone[-1][1])
+        alone = [delta_rule_recurrent(*part, S, causal) for part, S in zip(parts, (S, None, None, None))]
+        want = torch.cat([y for y, _ in alone], dim=2), alone[-1][1]
+        close(delta_rule_recurrent(*x, S, causal, reset=reset), want)
 
     T, gamma = 12, torch.tensor([0.9, 0.99])
     q, k, v, beta, _, S = rule_inputs(T)
@@ -1020,18 +1022,21 @@ def test_recurrences_are_their_definition():
 
 
 @each("rule", [rule for rule in RULES if "delta" in rule])
-@each("regime, tol", [
-    (dict(keys="silu", beta=1.99), 1e-5), (dict(keys="correlated", beta=1.99), 1e-5),
-    (dict(keys="same", beta=1.0), 5e-6), (dict(keys="same", beta=1.99), 2e-4), (dict(gmax=100.0), 1e-5)])
+@each("regime, tol", pairs("""
+gmax=0.01 keys=silu beta=1.99       => 1e-5
+gmax=0.01 keys=correlated beta=1.99 => 1e-5
+gmax=0.01 keys=same beta=1.0        => 5e-6
+gmax=0.01 keys=same beta=1.99       => 2e-4
+gmax=100.0                          => 1e-5"""))
 def test_delta_rule_is_exact(rule, regime, tol):
     """Where nothing is forgotten, with hostile keys, and where everything is."""
-    x = rule_inputs(200, RULES[rule][2], **dict(gmax=0.01, B=1) | regime)
-    if "gmax" in regime and x[4] is not None:
+    x = rule_inputs(200, RULES[rule][2], B=1, **model.settings(regime))
+    if regime == "gmax=100.0" and x[4] is not None:
         if rule == "delta bounded":
             x[4].clamp_(min=-5)
         else:
             x[4][:, :, ::7] = -torch.inf            # the softplus gate can come close
-    same_as_recurrence(rule, x, tol)
+    same_as_recurrence(rule, x, float(tol))
 
 
 @each_rule
@@ -1153,10 +1158,11 @@ def test_patterns_and_values_are_read():
     assert [name for name, _ in parse_layers("(full mla*2)*2", 7)] == "full mla mla full mla mla full".split()
     with pytest.warns(UserWarning, match=r"4 layers, the model 2: the last 2 are left out \(mla, kda\)"):
         assert parse_layers("full*2 mla kda", 2) == [("full", {})] * 2
-    values = {"8": 8, "1e-3": 0.001, "1e6": 10 ** 6, "1_000": 1000, "30M": 30_000_000, ".5": 0.5,
-              "true": True, "None": None} | {text: text for text in ("nan", "\u0663", "sigmoid", "9" * 5000)}
-    for text, value in values.items():
-        assert parse_value(text) == value and type(parse_value(text)) is type(value)
+    values = "8=8 1e-3=0.001 1e6=1000000 1_000=1000 30M=30000000 .5=0.5 true=True None=None"
+    for text, value in (pair.split("=") for pair in values.split()):
+        assert repr(parse_value(text)) == value
+    for text in ("nan", "\u0663", "sigmoid", "9" * 5000):
+        assert parse_value(text) == text
     tiny(dropout=0, rope_base=10, window=None, linear_decay="head", g_min=-1, dense_len=0)
 
 
@@ -1320,8 +1326,7 @@ def test_moe_is_its_definition(case):
         y = moe(x, aux)
         loss = y.square().sum() + sum(aux.values())
         results.append([y, *torch.autograd.grad(loss, [x, *moe.parameters()])])
-    for a, b in zip(*results):
-        close(a, b)
+    close(*results)
     del moe.grouped
     x = x.detach()
     near = copy.deepcopy(moe).bfloat16()(x.bfloat16())
@@ -1386,8 +1391,8 @@ def test_moe_compiles_once(dtype, path, tol, monkeypatch):
     with torch.compiler.set_stance("fail_on_recompile"):
         compiled = torch.autograd.grad(f(x).sum(), [x, *moe.parameters()])
     monkeypatch.undo()
-    for a, b in zip(compiled, torch.autograd.grad(moe(x).sum(), [x, *moe.parameters()])):
-        close(a, b, tol)                            # compiled, products are rounded before the sum
+    eager = torch.autograd.grad(moe(x).sum(), [x, *moe.parameters()])
+    close(compiled, eager, tol)                     # compiled, products are rounded before the sum
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1548,19 +1553,16 @@ def test_mdm_noise_is_uniform_and_stratified():
     assert torch.equal(corrupt(x, 50), x)
 
 
-def test_losses_split_into_micro_batches():
-    """Sums over any cut of the batch, by its tokens, are the mean of the whole; so is that of "none"."""
+def test_losses_are_means_and_sums():
+    """Of the tokens of the batch, or of each objective's; the parts of any cut add up."""
     f, x, noise = DiffTable(3, 5), torch.randint(3, (12, 5)), mdm_noise(12, 5)
-    part = lambda a, b, reduction: mdm_loss(f, x[a:b], 3, [z[a:b] for z in noise], reduction=reduction)
-    whole = mdm_loss(f, x, 3, noise)
-    close(sum(part(a, b, "sum") for a, b in ((0, 1), (1, 7), (7, 12))) / 60, whole)
-    close(part(0, 12, "none").mean(), whole)
-    loss, ar, mdm = mixed_loss(f, x, 3, 3, 0.25, noise)
-    close(ar, ar_loss(f, x[:3], 3))
-    close(mdm, part(3, 12, "mean"))
-    close(loss, (3 * ar + 9 * mdm) / 12)
-    sums = mixed_loss(f, x, 3, 3, 0.25, noise, reduction="sum")
-    close(torch.stack(sums), torch.stack([60 * loss, 15 * ar, 45 * mdm]))
+    ar = ar_loss(f, x[:3], 3, reduction="none")
+    mdm = mdm_loss(f, x[3:], 3, [a[3:] for a in noise], reduction="none")
+    for reduction in ("mean", "sum"):
+        want = [getattr(nats, reduction)() for nats in (torch.cat([ar, mdm]), ar, mdm)]
+        close(mixed_loss(f, x, 3, 3, 0.25, noise, reduction=reduction), want)
+    whole = mdm_loss(f, x, 3, noise, reduction="sum")
+    close(whole, sum(mdm_loss(f, x[i:i + 1], 3, [a[i:i + 1] for a in noise], reduction="sum") for i in range(12)))
 
 
 @no_grad
@@ -1575,8 +1577,10 @@ def test_ar_loss_is_its_definition():
 
 
 @each("order", ["left", "confidence"])
+@no_grad
 def test_chain_nll_is_a_distribution(order):
-    """p sums to 1 over all texts, and over the scored tokens in every context, known in part or whole."""
+    """p sums to 1 over all texts, and over the scored tokens in every context, known in part or whole; block
+    by block too, and a block of all tokens is the whole chain."""
     f, every = DiffTable(3, 4), all_texts(3, 4)
     for scored, contexts in (([True] * 4, (1, 81, 1)), ([False, True, True, False], (3, 9, 3))):
         nll = chain_nll(f, every, 3, order, scored=torch.tensor(scored).expand(81, 4))
@@ -1588,6 +1592,11 @@ def test_chain_nll_is_a_distribution(order):
     close(nll[1:], chains(f, hidden[1:], [2])[0])
     if order == "left":
         close(chain_nll(f, every, 3), chains(f, every, range(4))[0] / 4)
+    lm, texts = LM(tiny(vocab_size=2)).double().eval(), all_texts(2, 6)
+    for S in (1, 2, 3, 6):
+        nll = chain_nll(lm, texts, 2, order, noise_block=S)
+        assert torch.exp(-6 * nll).sum().item() == approx(1, abs=1e-9)
+    close(nll, chain_nll(lm, texts, 2, order))
 
 
 @each("drawn", (diffusion.DRAWN, 30))
@@ -1611,7 +1620,7 @@ def test_mdm_nll_estimates_the_bound(drawn, monkeypatch):
     assert max(sizes) <= max(drawn, 1024 * 5), "a window's own"
 
 
-@each("kind, V", (("uint16", 50_000), ("int16", 50_000), ("int32", 200), ("uint8", 200)))
+@each("kind, V", [("uint16", 50_000), ("int16", 50_000), ("int32", 200), ("uint8", 200)])
 def test_mdm_nll_reads_token_files(kind, V, tmp_path):
     """Any integer dtype, memory-mapped and in pieces: as if it were int64 and whole; groups stay together."""
     lm = lambda idx, causal, **_: F.one_hot(idx % V, V).float().cumsum(1)
@@ -1704,11 +1713,11 @@ def test_drafts_keep_the_law(how):
 
 
 @each("fields", [{}, dict(layers="mla full", mtp=0.3)], ids=str)
-@each("prompts", ([[1, 2, 3]], [[1], [2, 3, 4, 5, 6, 7, 8], [9, 13, 10]]), ids=len)
+@each("prompts", ("even", "uneven"))
 def test_drafts_change_no_greedy_text(fields, prompts):
     """With a cache and without: what is left in it of the drafts that were refused is never read."""
     lm, passes = count_passes(diff_lm(**fields))
-    x, valid = canvas(prompts, 19, 13)
+    x, valid = canvas(PROMPTS[prompts], 19, 13)
     go = lambda **how: sample_ar(lm, x, 13, temperature=0, valid=valid, **how)
     sample.check_rewrites(lm.config, "--draft")
     plain, n = go(), len(passes)
@@ -1745,10 +1754,10 @@ def test_mtp_loss_is_its_definition():
     assert lm.flops_per_token(9) - plain.flops_per_token(9) > 6 * (lm.num_params() - plain.num_params())
 
 
-@each("prompts", ([[1, 2, 3]], [[1], [2, 3, 4, 5, 6, 7, 8], [9, 13, 10]]), ids=len)
+@each("prompts", ("even", "uneven"))
 def test_mtp_draft_is_its_definition(prompts):
     """From a cache in which drafts were refused == computed anew from the text."""
-    lm, (x, valid) = diff_lm("full mla", mtp=0.3), canvas(prompts, 15, 13)
+    lm, (x, valid) = diff_lm("full mla", mtp=0.3), canvas(PROMPTS[prompts], 15, 13)
     draft, calls = lm.draft, []
 
     def spy(canvas, at, cache, pick):
@@ -1930,27 +1939,9 @@ def test_block_diffusion_equals_its_definition(layers):
     nll, se = mdm_nll(lm, x, 13, 4, noise_block=1)
     loss = block_diffusion_loss(lm, x, 13, 1).item()
     assert nll == approx(loss, rel=1e-6) and se < 1e-9
-
-
-def test_block_hook_pauses():
-    """What a hook writes is given text, into the next block too; what it hides is filled again. Without one,
-    a single block is a whole canvas."""
-    lm, calls = diff_lm(), []
-    x, _ = canvas([[1, 2, 3]], 13, 13)
-
-    def hook(x, given, start, stop):
-        calls.append(start)
-        if calls == [0, 4]:
-            x[0, 6:10], given[0, 6:10] = 7, True
-        elif calls == [0, 4, 8]:
-            x[0, 11] = 13
-    plain, y = (sample_block(lm, x, 13, 4, temperature=0, on_block=on_block) for on_block in (None, hook))
-    assert torch.equal(y[0, :6], plain[0, :6]) and (y[0, 6:10] == 7).all() and (y < 13).all()
-    again, _ = canvas([y[0, :10].tolist()], 6, 13)
-    assert torch.equal(sample_block(lm, again, 13, 4, temperature=0), y)
     empty = torch.full((4, 12), 13)
-    whole = sample_mdm(lm, empty, 13, generator=seeded(0))
-    assert torch.equal(sample_block(lm, empty, 13, 12, generator=seeded(0)), whole)
+    blocks, whole = (f(lm, empty, 13, fill_block=12, generator=seeded(0)) for f in (sample_block, sample_mdm))
+    assert torch.equal(blocks, whole), "a single block is a whole canvas"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2205,7 +2196,7 @@ def same_run(a, b):
 
 # Data, optimizers, schedule, evaluation
 
-@each("U, T, per_step", [(320, 16, 4), (333, 16, 7), (64, 64, 2)])
+@each("U, T, per_step", sizes("320 16 4 | 333 16 7 | 64 64 2"))
 def test_loader_sees_every_token_once_an_epoch(U, T, per_step):
     """In an order of its own, a pure function of seed and epoch; ids above 2^15 are not read as signed."""
     data = np.arange(64000, 65000, dtype=np.uint16)
@@ -2248,12 +2239,17 @@ def test_biases_of_experts_are_vectors():
 
 def test_eval_steps():
     """Which steps are evaluated, and at what rate one learns."""
-    steps = lambda **f: sorted(train.eval_steps({**train.DEFAULTS, **f}, 100, 5.0))
-    assert steps(eval_every=40) == [40, 80, 100] and steps(eval_every=0) == [100]
-    assert steps(eval_epochs="1,2.4,4") == [5, 12, 20, 100] and steps(eval_epochs="0.01") == [1, 100]
-    assert steps(eval_epochs="geometric")[0] == 5 and len(steps(eval_epochs="geometric")) == 12
-    assert len(steps(eval_epochs="geometric:3")) == 3
-    assert steps(eval_epochs="1e308") == [100], "beyond the end, and beyond what an int is made of"
+    steps = lambda line: sorted(train.eval_steps(train.DEFAULTS | train.parse_flags(line.split()), 100, 5.0))
+    for line, want in pairs("""
+--eval_every 40              => 40 80 100
+--eval_every 0               => 100
+--eval_epochs 1,2.4,4        => 5 12 20 100
+--eval_epochs 0.01           => 1 100
+--eval_epochs 1e308          => 100
+"""):
+        assert steps(line) == [*map(int, want.split())]
+    assert steps("--eval_epochs geometric")[0] == 5 and len(steps("--eval_epochs geometric")) == 12
+    assert len(steps("--eval_epochs geometric:3")) == 3
     rates = lambda kind, *steps: [train.learning_rate(
         step, 100, {**train.DEFAULTS, "lr": 1.0, "warmup": 10, "schedule": kind}) for step in steps]
     assert rates("wsd", 0, 50, 90, 100) == approx([0.1, 1, 0.5, 0])
@@ -3108,17 +3104,6 @@ def test_gif_shows_both_runs(runs, tmp_path):
     assert frames == 10 and size("ar --max_new_tokens 4")[1] < 0.6 * wide
 
 
-def test_block_chain_is_a_distribution():
-    """exp(-nll) sums to 1 over all texts; a block of size T is the whole chain."""
-    lm, x = LM(tiny(vocab_size=2)).double().eval(), all_texts(2, 6)
-    with torch.no_grad():
-        for order in ("left", "confidence"):
-            for S in (1, 2, 3, 6):
-                nll = chain_nll(lm, x, 2, order, noise_block=S)
-                assert torch.exp(-6 * nll).sum().item() == approx(1, abs=1e-9)
-            close(nll, chain_nll(lm, x, 2, order))
-
-
 # ------------------------------------------------------------------------------------------------------------
 # bench.py
 
@@ -3236,6 +3221,7 @@ adapt --dataset DATASET --ar_steps 2 --steps 4 --n_layer 1 --n_embd 16 --batch_t
 sparsity FEW --match total                                                               => 4 rows, picture
 presets                                                                                  => 7 rows
 switch --steps 2 --adapt 2 --length 256 --batch_tokens 512 --device cpu                   => 8 rows
+switch --steps 2 --adapt 2 --length 64 --batch_tokens 512 --device cpu                    => 8 rows
 optical --dataset DATASET --per 10,64 --page 32 --steps 2 --pages 2 --n_embd 16          => 10 rows, picture
 recall --layers full,dsa --steps 2 --lengths 64,512 --batch_tokens 512                   => 14 rows
 track --layers full,deltanet --groups parity,s3 --steps 2 --length 8 --times 1,2         => 8 rows
@@ -3246,15 +3232,12 @@ panel TRIO --windows 2 --n_mc 4                                                 
 choices RUNS/ar RUNS/mdm --files probe --limit 4 --n_mc 4                                => 3 rows
 compare RUNS/ar RUNS/mdm                                                                 => 2 rows, picture
 theory --steps 4 --sequences 2 --lengths 3,6                                             => 48 rows, picture
-tools --steps 2 --problems 3 --seeds 1                                                   => 12 rows
+tools --steps 2 --problems 3 --seeds 2                                                   => 12 rows
 context SIZES --lengths 64,300 --batches 1,2 --layers full,infllm,kda                    => 12 rows, picture
 attention SIZES --lengths 64,96 --layers full,msa,linear                                 => 6 rows, picture
 quality SMALL --mixers 'full,msa full,msa' --n_layer 2 --steps 2 --seeds 2               => 6 rows, picture
+quality SMALL --mixers full --steps 2 --seeds 2 --objectives ar --dtype bfloat16         => 1 rows
 """
-
-
-def toy(name):
-    return next(row for row in TOYS.split("\n") if row.startswith(name)).split("=>")[0]
 
 
 def spelt(line, dataset, runs):
@@ -3303,7 +3286,7 @@ def found(name):
 @each("row", table(TOYS))
 def test_every_experiment_runs_stops_and_goes_on(row, lab, monkeypatch):
     """Interrupted at its second point, or before its runs; the same command measures the rest, once; JSON and
-    PNG are whole."""
+    PNG are whole, and runs and tables of another number format stand apart."""
     line, expected = row.split("=>")
     monkeypatch.setattr("bench.PAIRS", (4, 8))
     for table in (bench.REGULARISED, bench.DIFFUSION, bench.CAUSES):
@@ -3330,6 +3313,45 @@ def test_every_experiment_runs_stops_and_goes_on(row, lab, monkeypatch):
     assert whole == expected.strip() and "\n|--" in out and not list(Path("out").glob("*.points.jsonl"))
     assert len(measured) == len(set(measured)) + (len(measured) > 1), "the interrupted point comes twice"
     assert {"command", "date", "device", "versions", "seed", "seeds", "flags"} <= set(result)
+    assert all(("bfloat16" in str(name)) == ("bfloat16" in line) for name in (file, *lab.trained))
+    SAID.get(result["experiment"], quiet)(result, lab.trained)
+
+
+def quality_says(result, trained):
+    """Means over seeds."""
+    rows = {(r["mixer"], r["objective"]): r for r in result["rows"]}
+    losses = [bench.evaluations(out)[-1]["loss"] for out in sorted(set(trained)) if "/full-ar" in out]
+    assert rows["full", "ar"]["losses"] == losses and all(r["seeds"] == 2 for r in result["rows"])
+    assert rows["full", "ar"]["loss"] == approx(sum(losses) / 2)
+
+
+def switch_says(result, trained):
+    """Where a layer reads all keys it is the dense one under another name, but for nsa, which mixes what it
+    reads by gates of its own; where it does not, it is not."""
+    T, keys = (result["flags"][name] for name in ("length", "keys"))
+    for r in result["rows"]:
+        same = "dense" in r["arm"] or T <= keys and r["arm"] != "nsa"
+        assert (abs(r["gap_before"]) < 1e-5) == same
+        assert r["reads"] == T if same else r["reads"] < 256
+
+
+def tools_say(result, trained):
+    """With sample.py, which goes on from there."""
+    rows = [(r["model"], r["problem"], r["tool"]) for r in result["rows"]]
+    points = product(("plain", "look-up"), ("none", "tools"))
+    assert rows == [(m, *point) for m, point in product(("ar", "block", "block"), points)]
+    folder = prepare.prepare("arithmetic")
+    *parts, meta = prepare.load_dataset(folder)
+    texts = [prepare.load_tokenizer(folder).decode(ids).split(prepare.EOT)[:-1] for ids in parts]
+    train, val = ({text.split("?")[0] for text in part} for part in texts)
+    assert folder.name == "arithmetic" and meta["tokenizer"] == "byte"
+    assert (len(train), len(val)) == (270, 30) and not train & val
+    for run in ("ar-2-s1338", "block-6-s1337"):
+        line = f"out/tools/{run} --prompt '2+(3*4)? <tool>2+' --tool calculator --max_new_tokens 20"
+        assert "never closed" in works(sample, line)[1]
+
+
+SAID = {"quality": quality_says, "switch": switch_says, "tools": tools_say}
 
 
 def test_crossover_is_what_its_runs_say(lab, tmp_path, monkeypatch):
@@ -3370,7 +3392,7 @@ def test_decode_is_what_was_timed(lab, runs, monkeypatch):
             return x.masked_fill(x == mask_id, 0)
         monkeypatch.setattr(diffusion, f"sample_{name}", sampler)
     monkeypatch.setattr("bench.judged", lambda *given: read.append(called[-1:]) or judged(*given))
-    assert lab(toy("decode"))[0] == 0
+    assert lab("decode TRIO --run_judge RUNS/ar --batches 1,2")[0] == 0
     timed = [r for r in found("decode_cpu") if "tokens/s, batch 2" in r]
     assert all(r["tokens/s, batch 1"] > 0 and r["loss"] > 0 for r in timed)
     lm, _ = train.load_model(runs / "mdm")
@@ -3441,31 +3463,6 @@ def test_quality_compares_equals():
                 assert all(mixer.reads(512, causal) <= 128 for causal in (True, False)), name
 
 
-def test_quality_shows_means_over_seeds(lab):
-    line = toy("quality")
-    assert lab(line)[0] == 0
-    rows = {(r["mixer"], r["objective"]): r for r in found("quality_cpu")}
-    assert [rows[m, o]["seeds"] for o in ("ar", "mdm") for m in ("full", "msa")] == [2] * 4
-    losses = [bench.evaluations(out)[-1]["loss"] for out in lab.trained if "/full-ar" in out]
-    assert rows["full", "ar"]["losses"] == losses
-    assert rows["full", "ar"]["loss"] == approx(sum(losses) / 2)
-    assert lab(f"{line} --objectives ar --dtype bfloat16")[0] == 0, "runs and a table of their own"
-    assert found("quality_cpu_bfloat16") and "bfloat16" in lab.trained[-1]
-
-
-def test_switch_changes_nothing_but_the_layer(lab):
-    """Where a layer reads all keys it is the dense one under another name, but for nsa, which mixes what it
-    reads by gates of its own; where it does not, it is not."""
-    for length, keys in ((64, 128), (256, 128)):
-        line = f"switch --steps 3 --adapt 2 --length {length} --keys {keys} --batch_tokens 512 --device cpu"
-        assert lab(line)[0] == 0
-        for r in found("switch_cpu"):
-            if "dense" in r["arm"] or length <= keys and r["arm"] != "nsa":
-                assert abs(r["gap_before"]) < 1e-5 and r["reads"] == length
-            else:
-                assert abs(r["gap_before"]) > 1e-5 and r["reads"] < 256
-
-
 def test_tables_join_what_was_measured(tmp_path):
     """A mixture's time and cache are the mean over its layers; prose stays, a table changes with its file."""
     page, line = tmp_path / "README.md", f"tables --results {tmp_path}"
@@ -3515,14 +3512,12 @@ def random_item(context, *ends):
 
 @each("layers", ["full", "full(window=4) gated_deltanet", "mla", "nsa"])
 def test_exact_choices_are_the_models_own_sum(layers):
-    """Through the cache, a context read once == one pass a choice."""
+    """All ends of a context at once == a pass for each."""
     lm = diff_lm(layers)
     for context, ends in (random_item(9, 3, 7, 1, 2), random_item(9, 1), random_item(0, 4, 1)):
-        for end, value, hit in zip(ends, *bench.exact_nats(lm, context, ends)):
-            with torch.no_grad():
-                logits = lm(torch.tensor([[13] + context + end[:-1]]))[:, len(context):]
-            assert value == approx(token_nll(logits, torch.tensor([end])).sum().item(), abs=1e-6)
-            assert hit == (logits.argmax(-1)[0].tolist() == end)
+        for end, value in zip(ends, bench.exact_nats(lm, context, ends)[0]):
+            nats = ar_loss(lm, torch.tensor([context + end]), 13, reduction="none")
+            assert value == approx(nats[:, len(context):].sum().item(), abs=1e-6)
     assert sum(bench.exact_nats(lm, [1, 2], [[a] for a in range(13)])[1]) == 1
 
 
@@ -3540,6 +3535,7 @@ def test_diffusion_choices_are_their_definition():
         assert abs(left - values[0]) < 1e-8
 
 
+@no_grad
 def test_block_choices_are_their_definition():
     """Block diffusion: a chain of blocks, the places behind an end hidden for good; blocks of 1 have no masks
     to draw."""
@@ -3553,8 +3549,7 @@ def test_block_choices_are_their_definition():
             for i in range(len(context), len(tokens)):
                 x = torch.tensor([tokens[:i] + [13] * (S - i % S)])
                 block = torch.arange(x.size(1)) // S
-                with torch.no_grad():
-                    logits = lm(x, causal=False, mask=block[:, None] >= block)
+                logits = lm(x, causal=False, mask=block[:, None] >= block)
                 want += F.cross_entropy(logits[0, i], torch.tensor(tokens[i])).item()
             assert left == approx(want, abs=1e-8) and (S > 1 or value == approx(want, abs=1e-8))
     a, b = (bench.diffusion_nats(lm, context, [[3, 4, 5]], "bound", 200, seed, block=4)[0]
@@ -3562,28 +3557,25 @@ def test_block_choices_are_their_definition():
     assert a != b and a == approx(b, rel=0.05)
 
 
-def test_greedy_end_is_argmax_from_the_left():
-    lm, x = diff_lm(), torch.tensor([[1, 2, 3] + [13] * 4])
-    for block in (None, 4):
-        sampler = partial(sample_block, fill_block=4) if block else sample_mdm
-        end = sampler(lm, x, 13, order="left", temperature=0)[0, 3:].tolist()
-        other = [(end[0] + 1) % 13, *end[1:]]
-        assert bench.greedy_end(lm, [1, 2, 3], end, block)
-        assert not bench.greedy_end(lm, [1, 2, 3], other, block)
-
-
-def test_choices_are_cut_on_the_left_or_failed():
-    lm = diff_lm()                                                  # its window: 64 tokens
-    for objective, measure in (("ar", "exact"), ("mdm", "chain")):
-        judge = lambda context, ends: bench.judge_item(
-            lm, {"objective": objective}, {"context": context, "ends": ends}, measure, 4, 0)
-        context, ends = random_item(100, 4, 9)
-        nats = judge(context, ends)["nats"]
-        assert nats == judge(context[-55:], ends)["nats"] and len(nats) == 2
-        failed = judge(*random_item(5, 65, 3))["failed"]
-        assert "65 tokens" in failed and "window of 64" in failed
-        context, ends = random_item(70, 64, 2)
-        assert judge(context, ends) == judge([], ends), "an end that fills the window leaves no context"
+@each("objective, measure, sampler", [
+    ("ar", "exact", sample_ar), ("mdm", "chain", partial(sample_mdm, order="left")),
+    ("block", "chain", partial(sample_block, order="left", fill_block=4))])
+def test_an_item_is_judged(objective, measure, sampler):
+    """An end that the model itself writes is told; what does not fit is cut on the left, or failed."""
+    lm, flags = diff_lm(), {"objective": objective, "diffusion_block": 4}   # its window: 64 tokens
+    judge = lambda context, ends: bench.judge_item(
+        lm, flags, {"context": context, "ends": ends}, measure, 4, 0)
+    x, _ = canvas([[1, 2, 3]], 4, 13)
+    first, *rest = sampler(lm, x, 13, temperature=0)[0, 3:].tolist()
+    for start in range(13):
+        assert judge([1, 2, 3], [[start, *rest]])["greedy"] == (start == first)
+    context, ends = random_item(100, 4, 9)
+    nats = judge(context, ends)["nats"]
+    assert nats == judge(context[-55:], ends)["nats"] and len(nats) == 2
+    failed = judge(*random_item(5, 65, 3))["failed"]
+    assert "65 tokens" in failed and "window of 64" in failed
+    context, ends = random_item(70, 64, 2)
+    assert judge(context, ends) == judge([], ends), "an end that fills the window leaves no context"
 
 
 def test_summary_is_its_definition():
@@ -3697,7 +3689,7 @@ def test_probe_is_that_of_bench_choices(runs):
 # ------------------------------------------------------------------------------------------------------------
 # bench.py theory
 
-@each("L, N", [(24, 1), (24, 4), (96, 16), (96, 64), (384, 1024)])
+@each("L, N", sizes("24 1 | 24 4 | 96 16 | 96 64 | 384 1024"))
 def test_parity_closed_forms(L, N):
     """TER follows from the chance that both others of a triple are open when n of L are, each of the other
     L - 1 with probability t = j / N; the sampler's rates are the closed forms."""
@@ -3753,7 +3745,7 @@ def test_matched_models_have_equal_parameters(base, match):
 # recall
 
 @each("text", [None, bench.Bigram(bench.TEXT)])
-@each("T, n", [(32, 8), (64, 1), (512, 128)])
+@each("T, n", sizes("32 8 | 64 1 | 512 128"))
 def test_recall_tasks_have_one_answer_each(text, T, n):
     """Read token by token: keys are distinct, every key asked for came before, and its answer is the value
     that stood behind it."""
@@ -3925,23 +3917,6 @@ def test_tool_calls_that_fail():
         assert answer(text, None, given=given) == (text + "______", []), "never closed or opened, or given"
     for text, made in (("(c)(d)e", ["c", "d"]), ("(c)d)e", ["c"])):
         assert [c[1] for c in answer(text, lambda call: None)[1]] == made, "no result, no pause"
-
-
-def test_arithmetic_and_tools_end_to_end(lab):
-    assert lab("tools --steps 2 --problems 3 --seeds 2")[0] == 0
-    rows = [(r["model"], r["problem"], r["tool"]) for r in found("tools")]
-    points = product(("plain", "look-up"), ("none", "tools"))
-    assert rows == [(m, *point) for m, point in product(("ar", "block", "block"), points)]
-    folder = prepare.prepare("arithmetic")
-    *parts, meta = prepare.load_dataset(folder)
-    texts = [prepare.load_tokenizer(folder).decode(ids).split(prepare.EOT)[:-1] for ids in parts]
-    train, val = ({text.split("?")[0] for text in part} for part in texts)
-    assert folder.name == "arithmetic" and meta["tokenizer"] == "byte"
-    assert (len(train), len(val)) == (270, 30) and not train & val
-    for run in ("ar-2-s1338", "block-6-s1337"):
-        line = f"out/tools/{run} --prompt '2+(3*4)? <tool>2+' --tool calculator --max_new_tokens 20"
-        status, _, error = typed(sample, line)
-        assert status == 0 and "never closed" in error
 
 
 # ------------------------------------------------------------------------------------------------------------
