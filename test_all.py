@@ -68,9 +68,10 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # for the bit-ex
 
 
 @pytest.fixture(autouse=True)
-def cpu_only(request, monkeypatch):
-    """Where there is a GPU, `auto` would choose it: only the tests marked gpu may see it. Every test begins
-    with the same random numbers, and compiles anew."""
+def alike(request, monkeypatch, tmp_path):
+    """Every test begins in an empty folder with the same random numbers, and compiles anew. Where there is a
+    GPU, `auto` would choose it: only the tests marked gpu may see it."""
+    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     torch._dynamo.reset()
     if "gpu" not in request.keywords:
@@ -1231,7 +1232,7 @@ def test_init_knows_every_parameter(monkeypatch):
 
 @each("objective", ["ar", "mdm"])
 @each("without", [(), ("flops", "state")], ids=["as it stands", "without flops and state"])
-def test_readme_layer_works(monkeypatch, dataset, tmp_path, objective, without):
+def test_readme_layer_works(monkeypatch, dataset, objective, without):
     """The layer that the README tells readers to write: in a model, and by the real commands, to the end."""
     readme = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
     monkeypatch.setitem(ATTENTION, "mean", None)    # taken out again behind the test
@@ -1248,7 +1249,7 @@ def test_readme_layer_works(monkeypatch, dataset, tmp_path, objective, without):
             sample_ar(lm, x, 11, cache=True)
     else:
         close(decode(lm, x, [5, 1, 3], lm.init_cache(2, 9)), y)
-    run = tmp_path / "run"
+    run = Path("run")
     works(train, f"""--dataset {dataset} --out {run} --objective {objective} --layers 'mean full' --device cpu
         --n_layer 2 --n_embd 16 --n_head 2 --block_size 16 --batch_tokens 32 --max_steps 2
         --eval_windows 4""")
@@ -1562,7 +1563,8 @@ def test_losses_are_means_and_sums():
         want = [getattr(nats, reduction)() for nats in (torch.cat([ar, mdm]), ar, mdm)]
         close(mixed_loss(f, x, 3, 3, 0.25, noise, reduction=reduction), want)
     whole = mdm_loss(f, x, 3, noise, reduction="sum")
-    close(whole, sum(mdm_loss(f, x[i:i + 1], 3, [a[i:i + 1] for a in noise], reduction="sum") for i in range(12)))
+    rows = [mdm_loss(f, x[i:i + 1], 3, [a[i:i + 1] for a in noise], reduction="sum") for i in range(12)]
+    close(whole, sum(rows))
 
 
 @no_grad
@@ -1621,12 +1623,12 @@ def test_mdm_nll_estimates_the_bound(drawn, monkeypatch):
 
 
 @each("kind, V", [("uint16", 50_000), ("int16", 50_000), ("int32", 200), ("uint8", 200)])
-def test_mdm_nll_reads_token_files(kind, V, tmp_path):
+def test_mdm_nll_reads_token_files(kind, V):
     """Any integer dtype, memory-mapped and in pieces: as if it were int64 and whole; groups stay together."""
     lm = lambda idx, causal, **_: F.one_hot(idx % V, V).float().cumsum(1)
     x = torch.randint(V, (9, 4))
-    x.numpy().astype("uint16" if V > 200 else kind).tofile(tmp_path / "tokens")
-    mapped = torch.from_numpy(np.memmap(tmp_path / "tokens", dtype=kind, mode="c").reshape(9, 4))
+    x.numpy().astype("uint16" if V > 200 else kind).tofile("tokens")
+    mapped = torch.from_numpy(np.memmap("tokens", dtype=kind, mode="c").reshape(9, 4))
     group, scored = torch.tensor([0, 0, 0, 1, 1, 2, 4, 4, 4]), torch.ones(9, 4, dtype=torch.bool).tril(2)
     for more in (dict(noise_block=2), dict(scored=scored, group=group)):
         a, b = (mdm_nll(lm, ids, V, 8, batch_size=n, per_row=True, **more)[0]
@@ -2117,12 +2119,11 @@ def calls(form, text):
     *pairs(WRONG_CALLS), *calls("pattern(X)", BAD_PATTERNS + REFUSED), *calls("alone(X)", REFUSED),
     *((f"tiny({field}={value})", f"model setting {field} .*expected")
       for field, *values in map(str.split, BAD_SETTINGS.strip().split("\n")) for value in values)])
-def test_calls_are_refused(call, words, tmp_path, monkeypatch):
+def test_calls_are_refused(call, words):
     """By a sentence, short however long the input is; nothing is written."""
-    monkeypatch.chdir(tmp_path)
     with refused(words) as error:
         eval(call)
-    assert len(str(error.value)) < 400 and not any(tmp_path.iterdir())
+    assert len(str(error.value)) < 400 and not os.listdir()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2148,9 +2149,15 @@ TOY_RUN = model.settings("""
     eval_every=6 eval_windows=8 save_every=100 log_every=1 warmup=2""")
 
 
-def go(dataset, out, log=quiet, **flags):
+def trained(dataset, out, log=quiet, **flags):
     """A run of a very small model, five steps per epoch; the keywords are train.py's flags."""
     return train.train({**TOY_RUN, **dict(dataset=dataset, out=str(out)), **flags}, log=log)
+
+
+@pytest.fixture
+def go(dataset):
+    """The same on the small dataset."""
+    return partial(trained, dataset)
 
 
 def at_step(patch, step, act):
@@ -2165,13 +2172,13 @@ def at_step(patch, step, act):
     patch.setattr("train.Batch.gradient", acting)
 
 
-def go_until(step, dataset, out, number=signal.SIGTERM, **flags):
+def go_until(step, go, out, number=signal.SIGTERM, **flags):
     """The same, stopped by a signal during the given step: the run saves at its end and names the command to
     go on."""
     lines = []
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, step, lambda *_: os.kill(os.getpid(), number))
-        result = go(dataset, out, lines.append, **flags)
+        result = go(out, lines.append, **flags)
     assert result["stopped"] and result["step"] == step == train.load_checkpoint(out)["step"]
     assert f"--resume auto --out {out}" in lines[-1]
 
@@ -2287,7 +2294,7 @@ def test_recipes_are_what_they_say():
     assert abs(rates.mean() - 0.25) < 0.03 and rates.max() < 0.75
 
 
-def test_each_step_has_noise_of_its_own(dataset, tmp_path, monkeypatch):
+def test_each_step_has_noise_of_its_own(go, monkeypatch):
     """And dropout. A rate of the masks is kept, and so is the largest norm of a gradient."""
     seen, mdm_pass = [], train.Batch.mdm_pass
 
@@ -2295,8 +2302,7 @@ def test_each_step_has_noise_of_its_own(dataset, tmp_path, monkeypatch):
         seen.append((torch.initial_seed(), u.tolist(), n.tolist()))
         return mdm_pass(batch, x, n, u)
     monkeypatch.setattr("train.Batch.mdm_pass", spy)
-    lm = go(dataset, tmp_path / "run", objective="mdm", recipe=["rate=0.5"], max_steps=2, grad_clip=1e-12,
-            weight_decay=0.0)["lm"]
+    lm = go("run", objective="mdm", recipe=["rate=0.5"], max_steps=2, grad_clip=1e-12, weight_decay=0.0)["lm"]
     (seed, u, n), (other_seed, other_u, other_n) = seen
     assert seed != other_seed and u != other_u and n == other_n == [8] * 4
     torch.manual_seed(1337)
@@ -2310,53 +2316,53 @@ def test_each_step_has_noise_of_its_own(dataset, tmp_path, monkeypatch):
     "--objective mixed --log_every 3 --set mtp=0.3", "--objective mdm --init_from RUNS/mixed",
     "--objective block --diffusion_block 4 --set n_expert=4 --log_every 5",
     "--layers gated_deltanet --set n_expert=4 router=softmax --log_every 4"])
-def test_resume_is_bit_exact(dataset, runs, tmp_path, kind):
+def test_resume_is_bit_exact(go, runs, kind):
     """Stopped mid-epoch (7) and at an epoch boundary (10), with dropout: every later row, weight and moment
     is the same."""
     kind = train.parse_flags(f"--dropout 0.1 {kind}".replace("RUNS", str(runs)).split())
-    go(dataset, tmp_path / "whole", **kind)
+    go("whole", **kind)
     for cut, number in ((7, signal.SIGINT), (10, signal.SIGHUP)):
-        out = tmp_path / str(cut)
-        go_until(cut, dataset, out, number, **kind)
-        go(dataset, out, resume="auto", **kind)
-        same_run(out, tmp_path / "whole")
+        go_until(cut, go, f"cut{cut}", number, **kind)
+        go(f"cut{cut}", resume="auto", **kind)
+        same_run(f"cut{cut}", "whole")
     with refused("--micro_batch"):          # with dropout that would be another run
-        go(dataset, out, **{**kind, "resume": "auto", "micro_batch": 2})
+        go("cut7", resume="auto", micro_batch=2, **kind)
 
 
 @each("objective", ["ar", "mdm", "mixed", "block"])
-def test_looking_does_not_disturb_training(dataset, tmp_path, monkeypatch, objective):
+def test_looking_does_not_disturb_training(go, monkeypatch, objective):
     """Evaluations, also where they draw, probes, lines of the log, checkpoints."""
     kind, evaluate = dict(objective=objective, dropout=0.1, diffusion_block=4), train.evaluate
     drawing = lambda *a, **k: evaluate(*a, **k) | {"drawn": torch.rand(()).item()}
     monkeypatch.setattr("train.evaluate", drawing)
-    a = go(dataset, tmp_path / "a", eval_every=0, log_every=5, save_every=2, **kind)
-    b = go(dataset, tmp_path / "b", eval_every=3, probe_every=2, **kind)
+    a = go("a", eval_every=0, log_every=5, save_every=2, **kind)
+    b = go("b", eval_every=3, probe_every=2, **kind)
     assert train.digest(a["lm"].state_dict()) == train.digest(b["lm"].state_dict())
-    both = history(tmp_path / "b"), history(tmp_path / "b", "ar_loss"), history(tmp_path / "b", "mdm_loss")
-    for (_, loss), (_, ar), (_, mdm) in zip(*both) if objective == "mixed" else ():
-        assert loss == approx((ar + mdm) / 2)
+    if objective == "mixed":
+        loss, ar, mdm = (np.array(history("b", name)) for name in ("loss", "ar_loss", "mdm_loss"))
+        np.testing.assert_allclose(loss, (ar + mdm) / 2, rtol=1e-6)
     ar, mdm = (64 * b["lm"].flops_per_token(16, causal=causal) for causal in (True, False))
     cost = dict(ar=ar, mdm=mdm, mixed=(ar + mdm) / 2, block=2 * ar)[objective]
     assert b["evals"][-1]["flops"] == approx(12 * cost)
     assert ["probe_accuracy" in r and "probe_gap" in r for r in b["evals"]] == [False, True] * 2
 
 
-def one_of_two(rank, dataset, out, flags):
+def one_of_two(rank, go, out, flags):
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{out}.init", rank=rank, world_size=2)
+    meeting = f"file://{os.getcwd()}/init"
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
     if rank:
         train.load_model = None         # what rank 0 writes, the other does not wait for
-    go(dataset, out, threads=1, **flags)
+    go(out, threads=1, **flags)
 
 
-def divided(dataset, out, flags):
+def divided(go, out, flags):
     """A run whose batches two processes share, or, where there is no fork, one process in parts."""
     if not sys.platform.startswith("linux"):
-        return go(dataset, out, **{**flags, "fsdp": "off", "micro_batch": 1})
+        return go(out, **{**flags, "fsdp": "off", "micro_batch": 1})
     fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=one_of_two, args=(rank, dataset, out, flags)) for rank in range(2)]
+    ranks = [fork.Process(target=one_of_two, args=(rank, go, out, flags)) for rank in range(2)]
     for p in ranks:
         p.start()
     for p in ranks:
@@ -2377,46 +2383,46 @@ def divided(dataset, out, flags):
     "--objective block --micro_batch 1 --diffusion_block 1 --recipe orders=4",
     "--objective block --micro_batch 1 --diffusion_block 8 --set n_expert=4",
     "--fsdp", "--fsdp --objective mdm --set n_expert=4", "--fsdp --optimizer muon"])
-def test_a_divided_batch_is_the_same(dataset, tmp_path, kind):
+def test_a_divided_batch_is_the_same(go, kind):
     """Two processes, in parts of one window, where one has rows of one objective only, and sharded: the same
     losses, weights and experts' biases after 20 steps; and the checkpoint goes on as one process."""
     kind, whole = train.parse_flags(kind.split()), dict(fsdp="off", micro_batch=None)
     kind |= dict(max_steps=20, lr=1e-3)
-    one = go(dataset, tmp_path / "one", **kind | whole)
-    divided(dataset, tmp_path / "two", kind)
-    lm, _ = train.load_model(tmp_path / "two", "last")
+    one = go("one", **kind | whole)
+    divided(go, "two", kind)
+    lm, _ = train.load_model("two", "last")
     for name, a in one["lm"].state_dict().items():
         close(a, lm.state_dict()[name], 1e-6)
     for loss in ("loss", "mtp_loss"):
-        both = [history(tmp_path / run, loss) for run in ("one", "two")]
+        both = [history(run, loss) for run in ("one", "two")]
         np.testing.assert_allclose(*both, rtol=1e-5)
-    assert all(n < 4 for row in train.read_log(tmp_path / "two") for n in row.get("dead_experts", ()))
+    assert all(n < 4 for row in train.read_log("two") for n in row.get("dead_experts", ()))
     more = kind | whole | dict(max_steps=22, resume="auto")
-    a, b = (go(dataset, tmp_path / out, **more)["evals"][-1]["loss"] for out in ("one", "two"))
+    a, b = (go(out, **more)["evals"][-1]["loss"] for out in ("one", "two"))
     assert a == approx(b, rel=1e-5)
 
 
-def test_the_mtp_module_comes_and_goes(dataset, tmp_path):
+def test_the_mtp_module_comes_and_goes(go):
     """--init_from takes the model; a module for the loss of --set mtp is the run's own affair."""
-    go(dataset, tmp_path / "a", max_steps=2, set=["mtp=0.3"])
-    go(dataset, tmp_path / "b", max_steps=2, init_from=str(tmp_path / "a"), objective="mdm")
-    go(dataset, tmp_path / "c", max_steps=2, init_from=str(tmp_path / "b"), set=["mtp=0.1"])
-    kept = [train.load_model(tmp_path / out)[0].config.mtp for out in "abc"]
+    go("a", max_steps=2, set=["mtp=0.3"])
+    go("b", max_steps=2, init_from="a", objective="mdm")
+    go("c", max_steps=2, init_from="b", set=["mtp=0.1"])
+    kept = [train.load_model(out)[0].config.mtp for out in "abc"]
     assert kept == [0.3, 0.0, 0.1]
 
 
 @each("router", ("sigmoid", "softmax"))
-def test_indexer_stages(dataset, tmp_path, router):
+def test_indexer_stages(go, router):
     """Dense steps leave the indexer alone, the warm-up leaves everything else alone, routers too, and sparse
     steps train both. A checkpoint is read in the stage that it was trained in."""
-    out, weights, stages = tmp_path / "run", [], []
+    weights, stages = [], []
     kind = train.parse_flags(f"""--layers dsa --dense_steps 2 --indexer_warmup 2 --schedule constant
                                  --set sel_topk=4 n_expert=4 router={router}""".split())
     for n in (1, 2, 4, 6):
-        weights.append(go(dataset, out, resume="auto", max_steps=n, **kind)["lm"].state_dict())
-        stages.append(train.load_model(out, "last")[0].blocks[0].mixer.stage)
+        weights.append(go("run", resume="auto", max_steps=n, **kind)["lm"].state_dict())
+        stages.append(train.load_model("run", "last")[0].blocks[0].mixer.stage)
     assert stages == ["dense", "dense", "warmup", "sparse"]
-    assert [r["step"] for r in train.read_log(out) if "indexer_kl" in r] == [3, 4, 5, 6]
+    assert [r["step"] for r in train.read_log("run") if "indexer_kl" in r] == [3, 4, 5, 6]
     for before, after, moved in zip(weights, weights[1:], ({False}, {True}, {False, True})):
         assert {"index" in k for k in after if not torch.equal(before[k], after[k])} == moved
 
@@ -2427,23 +2433,23 @@ RUN_FILES = {"config.json", "meta.json", "metrics.jsonl", "lock",
              "ckpt_last.pt", "ckpt_prev.pt", "ckpt_best.pt"}
 
 
-def test_log_lines_and_metrics_say_the_same(dataset, tmp_path, monkeypatch):
+def test_log_lines_and_metrics_say_the_same(go, dataset, monkeypatch):
     """A line is the mean since the last one; the first step has a line of its own."""
-    lines, out, tok = [], tmp_path / "run", prepare.load_tokenizer(dataset)
+    lines, tok = [], prepare.load_tokenizer(dataset)
     tok.token_bytes *= 3
     monkeypatch.setattr("prepare.load_tokenizer", lambda path: tok)
-    go(dataset, out, lines.append, objective="mdm", log_every=5)
-    go(dataset, tmp_path / "each", objective="mdm")
+    go("run", lines.append, objective="mdm", log_every=5)
+    go("each", objective="mdm")
     seen = re.findall(r"^step (\d+)/\d+ \| epoch [\d.]+ \| loss ([\d.]+) \|", "\n".join(lines), re.M)
-    np.testing.assert_allclose(np.array(seen, float), history(out), rtol=0, atol=1e-4)        # four digits
-    each = [loss for _, loss in history(tmp_path / "each")]
+    np.testing.assert_allclose(np.array(seen, float), history("run"), rtol=0, atol=1e-4)        # four digits
+    each = [loss for _, loss in history("each")]
     means = [(j, approx(np.mean(each[i:j]), rel=1e-9)) for i, j in ((0, 1), (1, 5), (5, 10), (10, 12))]
-    assert history(out) == means and lines[-2].endswith("eta 0s")
-    row = train.read_log(out)[-1]
+    assert history("run") == means and lines[-2].endswith("eta 0s")
+    row = train.read_log("run")[-1]
     assert (row["kind"], row["tokens"], row["epoch"]) == ("eval", 12 * 64, approx(12 * 64 / 320))
     assert row["se"] > 0
     assert row["bpb"] == approx(row["loss"] / math.log(2) / 3), "nats per token to bits per byte"
-    assert {f.name for f in out.iterdir()} == RUN_FILES
+    assert set(os.listdir("run")) == RUN_FILES
 
 
 def raising(error):
@@ -2474,25 +2480,25 @@ TROUBLE = {     # what is told: what happened in the 9th step, after which the m
 
 
 @each("told", TROUBLE)
-def test_nothing_bad_is_saved_and_nothing_good_is_lost(dataset, tmp_path, monkeypatch, told):
+def test_nothing_bad_is_saved_and_nothing_good_is_lost(go, monkeypatch, told):
     """Neither a half file nor a bad number gets a checkpoint's name; what is too large for an evaluation has
     been trained."""
-    out, saved = tmp_path / "run", 9 if "memory" in told else 6
     for module, name in ((train, "evaluate"), (torch, "save")):     # put back afterwards
         monkeypatch.setattr(module, name, getattr(module, name))
     at_step(monkeypatch, 9, lambda batch, losses: TROUBLE[told](batch.lm, losses))
     with refused(told):
-        go(dataset, out, eval_every=3, save_every=9, log_every=5)
-    state = train.load_checkpoint(out)
-    assert state["step"] == saved and all(p.isfinite().all() for p in state["model"].values())
-    assert {f.name for f in out.iterdir()} == RUN_FILES
+        go("run", eval_every=3, save_every=9, log_every=5)
+    state = train.load_checkpoint("run")
+    assert state["step"] == (9 if "memory" in told else 6)
+    assert all(p.isfinite().all() for p in state["model"].values())
+    assert set(os.listdir("run")) == RUN_FILES
     if DIVERGED in told:
-        assert max(r["step"] for r in train.read_log(out)) < 9 + ("evaluation" in told)
+        assert max(r["step"] for r in train.read_log("run")) < 9 + ("evaluation" in told)
 
 
-def test_every_flipped_bit_of_a_checkpoint_is_seen(dataset, tmp_path):
-    go(dataset, tmp_path / "run", max_steps=2)
-    path = tmp_path / "run/ckpt_last.pt"
+def test_every_flipped_bit_of_a_checkpoint_is_seen(go):
+    go("run", max_steps=2)
+    path = Path("run/ckpt_last.pt")
     state = train.load_checkpoint(path)
     contents = lambda: train.digest(train.load_checkpoint(path))
     assert refusals(path, contents, flipped(path.read_bytes(), 150)) > 75           # the rest: names, padding
@@ -2513,24 +2519,24 @@ DAMAGE = {  # what befell a run that was stopped: the file, what it holds then o
 
 
 @each("damage", DAMAGE)
-def test_a_damaged_run_goes_on_as_if_nothing_had_been(dataset, tmp_path, monkeypatch, damage):
+def test_a_damaged_run_goes_on_as_if_nothing_had_been(go, monkeypatch, damage):
     """From the checkpoint before, where the last is lost. Where none is left, a run does not begin by itself.
     """
-    out, lines, (file, change, told) = tmp_path / "run", [], DAMAGE[damage]
+    out, lines, (file, change, told) = Path("run"), [], DAMAGE[damage]
     scripted_losses(monkeypatch, {4: 1.0, 8: 2.0, 10: 3.0, 12: 3.0})  # the best is older than the one before
-    go(dataset, tmp_path / "whole", eval_every=4)
-    go_until(10, dataset, out, eval_every=4)
+    go("whole", eval_every=4)
+    go_until(10, go, out, eval_every=4)
     raw = change((out / file).read_bytes())
     (out / file).unlink() if raw is None else (out / file).write_bytes(raw)
     (out / "ckpt_best.pt.part").touch()                              # what a kill has left
-    go(dataset, out, lines.append, resume="auto", eval_every=4)
-    same_run(out, tmp_path / "whole")
+    go(out, lines.append, resume="auto", eval_every=4)
+    same_run(out, "whole")
     assert not any(out.glob("*.part"))
     assert told in "\n".join(lines)
     for path in out.glob("ckpt_*.pt"):
         path.write_bytes(path.read_bytes()[:-500])
     with refused("ckpt_best.pt is truncated"):
-        go(dataset, out, resume="auto", eval_every=4)
+        go(out, resume="auto", eval_every=4)
 
 
 def scripted_losses(patch, losses):
@@ -2541,10 +2547,10 @@ def scripted_losses(patch, losses):
 
 
 @each("which", ("best", "last", "gone"))
-def test_best_is_the_least_of_the_log(dataset, tmp_path, monkeypatch, which):
+def test_best_is_the_least_of_the_log(go, monkeypatch, which):
     """Killed before the one or the other checkpoint of a step: no worse model takes the best's place. Where
     its file is gone, the loss of a model that is no more does not count, at the next resume either."""
-    out, best, save = tmp_path / "run", tmp_path / "run/ckpt_best.pt", train.save_atomic
+    best, save = Path("run/ckpt_best.pt"), train.save_atomic
     scripted_losses(monkeypatch, {3: 4.0, 6: 3.0, 9: 5.0 if which == "gone" else 3.0, 12: 4.5})
 
     def killed(state, path, keep=None):
@@ -2553,7 +2559,7 @@ def test_best_is_the_least_of_the_log(dataset, tmp_path, monkeypatch, which):
         save(state, path, keep)
 
     def bests(**flags):
-        result, state = go(dataset, out, resume="auto", eval_every=3, **flags), train.load_checkpoint(best)
+        result, state = go("run", resume="auto", eval_every=3, **flags), train.load_checkpoint(best)
         assert [r["step"] for r in result["evals"]] == [*range(3, result["step"] + 1, 3)]
         return state["step"], state["best"], result["best"]
     if which == "gone":
@@ -2565,23 +2571,22 @@ def test_best_is_the_least_of_the_log(dataset, tmp_path, monkeypatch, which):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("train.save_atomic", killed)
         bests()
-    steps = [train.load_checkpoint(path)["step"] for path in (best, out)]
+    steps = [train.load_checkpoint(path)["step"] for path in (best, "run")]
     assert steps == [3 if which == "best" else 6, 3]
     assert bests() == (6, 3.0, 3.0)
 
 
-def test_runs_without_a_name(dataset, tmp_path, monkeypatch):
+def test_runs_without_a_name(go, dataset):
     """Each has a folder of its own, of one kind of name, begun at the same moment too; a finished one has
     nothing to do, one that trains lets no other in, and of its log readers name the damaged lines."""
-    monkeypatch.chdir(tmp_path)
     lines, flags = [], {**TOY_RUN, "dataset": dataset, "epochs": 0.3}                   # 1.5 steps
     assert [train.train(flags, quiet)["out"] for _ in range(2)] == ["out/toy-ar-1x16", "out/toy-ar-1x16-2"]
     out = Path("out/toy-ar-1x16-2")
-    again = go(dataset, out, lines.append, epochs=0.3, resume="auto")
+    again = go(out, lines.append, epochs=0.3, resume="auto")
     assert (again["out"], again["step"], again["finished"]) == (str(out), 2, True)
     assert "nothing to do" in "\n".join(lines)
     with train.lock(out), refused("another process is training in out/toy-ar-1x16-2"):
-        go(dataset, out, resume="auto", max_steps=4)
+        go(out, resume="auto", max_steps=4)
     with ThreadPoolExecutor(4) as pool:
         flags = {**train.DEFAULTS, "dataset": dataset}
         assert len(set(pool.map(lambda _: train.Run(flags, None, None, 0).folder, range(4)))) == 4
@@ -2606,10 +2611,10 @@ def prep_bpe():
     return prepare.learn_bpe([(PREP_TEXT, True, 1)], 300)
 
 
-def prep_make(tmp_path, line, text=PREP_TEXT):
-    """(status, stdout, stderr) of prepare.py with a text, into tmp_path/data."""
-    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-    return typed(prepare, f"--text {tmp_path}/a.txt --out_dir {tmp_path}/data {line}")
+def prep_make(line, text=PREP_TEXT):
+    """(status, stdout, stderr) of prepare.py with a text, into the folder data."""
+    Path("a.txt").write_text(text, encoding="utf-8")
+    return typed(prepare, f"--text a.txt --out_dir data {line}")
 
 
 # Tokenizers
@@ -2683,7 +2688,7 @@ def documents_of(path):
     return out
 
 
-def test_one_reader_of_text(tmp_path, runs):
+def test_one_reader_of_text(runs):
     """However a text is stored, prepare.py and sample.py score read the same documents."""
     documents = ["the cat sat. " * 9 + "\n", "one\ntwo <|endoftext|> not alone\n", "Zoë\n\n\n"]
     marked = "".join(d + "<|endoftext|>\n" for d in documents).encode()
@@ -2692,27 +2697,27 @@ def test_one_reader_of_text(tmp_path, runs):
              "bom.txt": b"\xef\xbb\xbf" + marked + b"\n<|endoftext|>\n\n",
              "a.jsonl": lines, "a.json.gz": gzip.compress(lines), "b.jsonl.bz2": bz2.compress(lines),
              "many/x.png": b"\xff\xd8"}
-    (tmp_path / "many").mkdir()
+    Path("many").mkdir()
     for name, raw in [*forms.items(), *((f"many/{i}.txt", d.encode()) for i, d in enumerate(documents))]:
-        (tmp_path / name).write_bytes(raw)
-    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as z:
+        Path(name).write_bytes(raw)
+    with zipfile.ZipFile("a.zip", "w", zipfile.ZIP_DEFLATED) as z:
         z.writestr("a", marked)
     scores = set()
-    for path in sorted(tmp_path.iterdir()):
+    for path in sorted(Path().iterdir()):
         assert documents_of(path) == documents, path
         scores.add(typed(sample, f"score {runs}/ar --text {path} --windows 0"))
     assert scores.pop()[0] == 0 and not scores
-    (tmp_path / "half.jsonl").write_text('{"text": "half \\ud83d a pair"}')
-    assert documents_of(tmp_path / "half.jsonl") == ["half ? a pair"]
+    Path("half.jsonl").write_text('{"text": "half \\ud83d a pair"}')
+    assert documents_of("half.jsonl") == ["half ? a pair"]
 
 
 @each("text", [
     PREP_TEXT * 3, "and the cat sat on the mat " * 40, "x" * 500 + " \n \n" * 50 + "y" * 500, " a" * 400],
     ids=len)
-def test_pieces_change_no_token(tmp_path, monkeypatch, text):
-    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+def test_pieces_change_no_token(monkeypatch, text):
+    Path("a.txt").write_text(text, encoding="utf-8")
     monkeypatch.setattr("prepare.PIECE", 64)
-    pieces, tok = list(prepare.read_text([tmp_path / "a.txt"])), prep_bpe()
+    pieces, tok = list(prepare.read_text([Path("a.txt")])), prep_bpe()
     assert len(pieces) > 5 and [last for _, last, _ in pieces] == [False] * (len(pieces) - 1) + [True]
     assert [i for piece, _, _ in pieces for i in tok.encode(piece)] == tok.encode(text)
 
@@ -2743,9 +2748,9 @@ def test_corruption():
 
 # Python documentation
 
-def prep_roots(tmp_path, monkeypatch):
+def prep_roots(monkeypatch):
     """Twenty small modules, each with its own English docstring, code and junk; some things come twice."""
-    root, rng = tmp_path / "lib", random.Random(0)
+    root, rng = Path("lib"), random.Random(0)
     nouns = ["".join(rng.choices("abcdefghijklmnop", k=6)) for _ in range(3000)]
     form = "the %s of a %s is in the %s and it can be used for that %s."
     prose = lambda n: " ".join(form % tuple(rng.choices(nouns, k=4)) for _ in range(n))
@@ -2787,10 +2792,10 @@ add_newdoc("m", ("g", """This is of the new documentation. {prose(40)}
     monkeypatch.setattr("prepare.python_roots", lambda: {"python": Path("none"), "numpy": root})
 
 
-def test_docs(tmp_path, monkeypatch):
-    prep_roots(tmp_path, monkeypatch)
+def test_docs(monkeypatch):
+    prep_roots(monkeypatch)
     monkeypatch.setattr("prepare.HELD_OUT", 0.3)
-    make = lambda out, source="docs": prepare.prepare(source, tokenizer="byte", out_dir=tmp_path / out)
+    make = lambda out, source="docs": prepare.prepare(source, tokenizer="byte", out_dir=out)
     folder = make("one")
     train, val, meta = prepare.load_dataset(folder)
     assert folder.name == "docs-byte" and meta == prepare.load_dataset(make("two"))[2], "the same every time"
@@ -2834,12 +2839,12 @@ def test_default_roots_hold_the_promised_packages():
 # Datasets
 
 @each("tokenizer, kept", [("byte", []), ("bpe:300", ["tokenizer.tiktoken"])])
-def test_prepare_own_text(tmp_path, tokenizer, kept):
+def test_prepare_own_text(tokenizer, kept):
     """The last document is divided. The same again is there at once; nothing else is passed off as it, or
     overwrites it."""
     text = PREP_TEXT + prepare.EOT + "\n" + PREP_TEXT.upper()
-    line, folder = f"--name mine --tokenizer {tokenizer}", tmp_path / "data" / "mine"
-    assert prep_make(tmp_path, line, text)[0] == 0
+    line, folder = f"--name mine --tokenizer {tokenizer}", Path("data/mine")
+    assert prep_make(line, text)[0] == 0
     train, val, meta = prepare.load_dataset(folder)
     tok = prepare.load_tokenizer(folder / "meta.json")
     assert (meta["vocab_size"], meta["tokenizer"], train.dtype) == (tok.n_vocab, tokenizer, np.uint16)
@@ -2858,25 +2863,23 @@ def test_prepare_own_text(tmp_path, tokenizer, kept):
     before = {f.name: f.stat().st_mtime_ns for f in folder.iterdir()}
     for more, words, status in (("", text, 0), ("--tokenizer bpe:280", text, 2),
                                 ("", text.replace("cat", "dog"), 2)):
-        code, _, error = prep_make(tmp_path, f"{line} {more}", words)
+        code, _, error = prep_make(f"{line} {more}", words)
         assert code == status and ("--name" in error) == (status == 2)
     assert before == {f.name: f.stat().st_mtime_ns for f in folder.iterdir()}
     (folder / ".env").write_text("secret")
     assert [f.name for f in prepare.run_files(folder)] == ["meta.json", *kept]
 
 
-def test_prepare_options(tmp_path, monkeypatch):
+def test_prepare_options(monkeypatch):
     """Another dataset's tokenizer, given validation text, a length, damage to the training text."""
     monkeypatch.setattr("prepare.PIECE", 16)
-    (tmp_path / "v.txt").write_text("validation text\n")
+    Path("v.txt").write_text("validation text\n")
 
     def make(name, tokenizer, line=""):
-        assert prep_make(tmp_path,
-                         f"--val {tmp_path}/v.txt --name {name} --tokenizer {tokenizer} {line}")[0] == 0
-        folder = tmp_path / "data" / name
-        return prepare.load_tokenizer(folder), *prepare.load_dataset(folder)
+        assert prep_make(f"--val v.txt --name {name} --tokenizer {tokenizer} {line}")[0] == 0
+        return prepare.load_tokenizer(f"data/{name}"), *prepare.load_dataset(f"data/{name}")
     learnt, *_ = make("a", "bpe:260")
-    tok, train, val, meta = make("c", tmp_path / "data" / "a", "--max_tokens 50")
+    tok, train, val, meta = make("c", "data/a", "--max_tokens 50")
     assert len(train) == 50 == meta["train_tokens"] and tok.ranks == learnt.ranks
     assert tok.decode(val) == "validation text\n" + prepare.EOT
     tok, clean, v1, _ = make("clean", "bpe:300")
@@ -2884,23 +2887,24 @@ def test_prepare_options(tmp_path, monkeypatch):
     assert np.array_equal(v1, v2) and not np.array_equal(clean[:99], dirty[:99])
     assert meta["settings"]["corrupt"] == 0.5
     assert tok.ranks == tok2.ranks, "learnt from clean text"
-    named = prepare.prepare(text=[tmp_path / "a.txt"], tokenizer="byte", corrupt=0.5, out_dir=tmp_path)
+    named = prepare.prepare(text=["a.txt"], tokenizer="byte", corrupt=0.5)
     assert named.name == "a-corrupt0.5-byte"
 
 
-def test_byte_needs_no_tiktoken(tmp_path):
-    (tmp_path / "a.txt").write_text(PREP_TEXT)
+def test_byte_needs_no_tiktoken():
+    Path("a.txt").write_text(PREP_TEXT)
     code = ("import sys; sys.modules['tiktoken'] = None; import prepare\n"
-            f"f = prepare.prepare(text=['{tmp_path}/a.txt'], tokenizer='byte', out_dir='{tmp_path}/d')\n"
+            "f = prepare.prepare(text=['a.txt'], tokenizer='byte', out_dir='d')\n"
             "t, v, m = prepare.load_dataset(f); assert len(t) + len(v) > 100 and 'torch' not in sys.modules\n"
             "assert prepare.load_tokenizer(f).decode(t[:3]) == 'The'")
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(prepare.__file__).parent)
+    subprocess.run([sys.executable, "-c", code], check=True,
+                   env=os.environ | {"PYTHONPATH": os.path.dirname(prepare.__file__)})
 
 
-def test_load_bin_forms(tmp_path):
+def test_load_bin_forms():
     sizes = 1 << 16, (1 << 16) + 1
     assert [prepare.Tokenizer("byte", n_vocab=n).dtype for n in sizes] == ["uint16", "uint32"]
-    ids, path = np.arange(3000), tmp_path / "h.bin"
+    ids, path = np.arange(3000), Path("h.bin")
     for magic, dtype in [*prepare.HEADERS.items(), (None, "uint16")]:
         header = np.zeros(256 if magic else 0, np.int32)
         header[:3] = (magic, 1, len(ids)) if magic else ()
@@ -2914,11 +2918,11 @@ def test_load_bin_forms(tmp_path):
                 prepare.load_bin(path)
 
 
-def test_damage_is_one_line_that_names_the_file(tmp_path):
+def test_damage_is_one_line_that_names_the_file():
     """Every byte of every file of a dataset changed in turn (a sample of them): refused, or the same tokens
     and tokenizer."""
-    assert prep_make(tmp_path, "--tokenizer bpe:280 --name d")[0] == 0
-    folder = tmp_path / "data" / "d"
+    assert prep_make("--tokenizer bpe:280 --name d")[0] == 0
+    folder = Path("data/d")
 
     def contents():
         tok, (train, val, _) = prepare.load_tokenizer(folder), prepare.load_dataset(folder)
@@ -2940,9 +2944,8 @@ def test_damage_is_one_line_that_names_the_file(tmp_path):
     assert contents() == good
 
 
-def test_dataset_folder(tmp_path, monkeypatch):
+def test_dataset_folder():
     """data/NAME, or a path; another folder of that name is no dataset."""
-    monkeypatch.chdir(tmp_path)
     Path("docs").mkdir()
     Path("made").mkdir()
     Path("made/meta.json").touch()
@@ -2971,11 +2974,11 @@ class Answers(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_downloads_are_whole_and_checked(tmp_path, monkeypatch):
+def test_downloads_are_whole_and_checked(monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     sha, there = hashlib.sha256(Answers.body).hexdigest(), f"http://127.0.0.1:{server.server_port}/"
-    here, raw = tmp_path.as_uri() + "/", tmp_path / "raw"
+    here, raw = Path.cwd().as_uri() + "/", Path("raw")
     for url, digest, message in [
             (there + "half.txt", None, "99 of 1,980 bytes"), (there + "half.txt", sha, "sha256"),
             (there + "no_length.txt", None, "of 0 bytes"), (there + "whole.txt", "0" * 64, sha),
@@ -2987,7 +2990,7 @@ def test_downloads_are_whole_and_checked(tmp_path, monkeypatch):
         assert prepare.download(there + name, raw, sha).read_bytes() == Answers.body
     monkeypatch.setitem(prepare.URLS, "shakespeare", [there + "whole.txt"])
     monkeypatch.setitem(prepare.SHA256, "shakespeare", sha)
-    meta = prepare.load_dataset(prepare.prepare("shakespeare", tokenizer="byte", out_dir=tmp_path))[2]
+    meta = prepare.load_dataset(prepare.prepare("shakespeare", tokenizer="byte", out_dir="."))[2]
     assert meta["train_bytes"] + meta["val_bytes"] == len(Answers.body)
     server.shutdown()
     server.server_close()
@@ -2998,20 +3001,20 @@ def test_downloads_are_whole_and_checked(tmp_path, monkeypatch):
     assert parts == [(0, 90_000_000), (90_000_000, 95_000_000)], "by convention"
 
 
-def test_shards(tmp_path, monkeypatch):
+def test_shards(monkeypatch):
     """As many tokens as asked for, from no more shards than they need."""
     ids = np.r_[256, np.arange(999) % 256].astype(np.uint16)
     for name in ("val_000000", "train_000001", "train_000002"):
         header = np.r_[20240520, 1, 1000, [0] * 253].astype(np.int32)
-        (tmp_path / f"{name}.bin").write_bytes(header.tobytes() + ids.tobytes())
-    monkeypatch.setitem(prepare.SHARDS, "fineweb10B", (tmp_path.as_uri() + "/{}_{:06d}.bin", 2))
+        Path(f"{name}.bin").write_bytes(header.tobytes() + ids.tobytes())
+    monkeypatch.setitem(prepare.SHARDS, "fineweb10B", (Path.cwd().as_uri() + "/{}_{:06d}.bin", 2))
     # gpt2 is a download
     monkeypatch.setattr("prepare.find_tokenizer", lambda spec: prepare.Tokenizer("byte"))
     for n, second in ((900, False), (1500, True)):
-        folder = prepare.prepare("fineweb10B", str(n), out_dir=tmp_path / "data", max_tokens=n)
+        folder = prepare.prepare("fineweb10B", str(n), max_tokens=n)
         train, val, meta = prepare.load_dataset(folder)
         assert (len(train), len(val)) == (n, 1000)
-        assert (tmp_path / "data/raw/fineweb10B/train_000002.bin").exists() == second
+        assert Path("data/raw/fineweb10B/train_000002.bin").exists() == second
 
 # ------------------------------------------------------------------------------------------------------------
 # sample.py
@@ -3020,11 +3023,11 @@ def test_shards(tmp_path, monkeypatch):
 def runs(dataset, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     for objective in ("ar", "mdm", "mixed", "block"):
-        go(dataset, folder / objective, objective=objective, diffusion_block=4)
+        trained(dataset, folder / objective, objective=objective, diffusion_block=4)
     return folder
 
 
-def test_sample_fills_in_and_scores(runs, tmp_path):
+def test_sample_fills_in_and_scores(runs):
     say = lambda line: works(sample, line)[0]
     for objective in ("mdm", "mixed"):
         out = say(f"{runs}/{objective} --prompt 'the [MASK:3] sat' --watch --pause 0")
@@ -3036,12 +3039,12 @@ def test_sample_fills_in_and_scores(runs, tmp_path):
     assert drawn("--seed 1")[0] == drawn("--seed 1")[0] != drawn("--seed 2")[0]
     greedy, told = drawn("--temperature 0")
     assert drawn("--top_k 1")[0] == drawn("--top_p 1e-9")[0] == greedy and told.startswith("10 tokens in")
-    shutil.copytree(runs / "mdm", tmp_path / "run")
-    (tmp_path / "run/ckpt_best.pt").write_bytes(b"")
-    assert drawn("--temperature 0 --which last", tmp_path / "run")[0] == greedy, "the best is the last"
-    (tmp_path / "text").write_text("the cat sat on a mat. " * 10)
+    shutil.copytree(runs / "mdm", "run")
+    Path("run/ckpt_best.pt").write_bytes(b"")
+    assert drawn("--temperature 0 --which last", "run")[0] == greedy, "the best is the last"
+    Path("text").write_text("the cat sat on a mat. " * 10)
     for objective, measures in (("ar", 1), ("mdm", 3), ("mixed", 4), ("block", 3)):
-        out = say(f"score {runs}/{objective} --text {tmp_path}/text --n_mc 8 --windows 2")
+        out = say(f"score {runs}/{objective} --text text --n_mc 8 --windows 2")
         assert out.count("nats/token") == measures
         nats, bits = re.search(r" ([\d.]+)(?: \+- [\d.]+)? nats/token, ([\d.]+) bits/byte", out).groups()
         assert float(bits) == approx(float(nats) / math.log(2), rel=1e-3)
@@ -3092,8 +3095,8 @@ def test_sample_prints_nothing_after_end_of_text(runs, monkeypatch):
     assert sample.canvas_text([*"é".encode(), 300, 300, 97, tok.eot, tok.eot], tok, 300) == "é░░a"
 
 
-def test_gif_shows_both_runs(runs, tmp_path):
-    Image, path = pytest.importorskip("PIL.Image"), tmp_path / "a.gif"
+def test_gif_shows_both_runs(runs):
+    Image, path = pytest.importorskip("PIL.Image"), Path("a.gif")
 
     def size(line):
         works(sample, f"{runs}/{line} --gif {path}")
@@ -3247,12 +3250,11 @@ def spelt(line, dataset, runs):
 
 
 @pytest.fixture
-def lab(dataset, runs, tmp_path, monkeypatch):
+def lab(dataset, runs, monkeypatch):
     """bench.py in an empty folder: lab(line) -> (status, stdout, stderr). Training takes place in this
     process: lab.trained lists the run folders; where it is ["stop"], the next training is interrupted before
     it begins."""
     problems = prepare.arithmetic
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("prepare.arithmetic", lambda n, seed=0: problems(300, seed))
     monkeypatch.setattr("bench.ARITHMETIC",
                         {**bench.ARITHMETIC, "n_layer": 1, "n_embd": 16, "eval_windows": 8})
@@ -3354,7 +3356,7 @@ def tools_say(result, trained):
 SAID = {"quality": quality_says, "switch": switch_says, "tools": tools_say}
 
 
-def test_crossover_is_what_its_runs_say(lab, tmp_path, monkeypatch):
+def test_crossover_is_what_its_runs_say(lab, monkeypatch):
     """Own arms with any flags of train.py, rates, annealed runs, which are the best here; compare reads the
     same logs."""
     evals = bench.evaluations
@@ -3368,10 +3370,10 @@ def test_crossover_is_what_its_runs_say(lab, tmp_path, monkeypatch):
     assert rows["fast"]["lr"] == 0.01, "its own"
     for last in (rows[arm]["evals"][-1] for arm in ("ar", "mdm", "own")):
         assert 0 <= last["probe_accuracy"] <= 1 and "probe_gap" in last
-    losses = lambda pattern: [e["loss"] for out in tmp_path.rglob(pattern) for e in bench.evaluations(out)]
+    losses = lambda pattern: [e["loss"] for out in Path().rglob(pattern) for e in bench.evaluations(out)]
     sweep = {lr: min(losses(f"own-s1337-lr{lr:g}")) for lr in (1e-3, 2e-3, 4e-3)}
     assert rows["own"]["lr"] == min(sweep, key=sweep.get) and rows["own"]["best"] <= min(sweep.values())
-    run, = tmp_path.rglob(f"own-s1337-lr{rows['own']['lr']:g}")
+    run, = Path().rglob(f"own-s1337-lr{rows['own']['lr']:g}")
     assert train.load_model(run, "last")[0].config.layers == "linear"
     annealed, ar = losses(f"ar-s1337-lr{rows['ar']['lr']:g}/annealed-*"), rows["ar"]
     assert ar["annealed"] == min(annealed) and ar["best"] == min(e["loss"] for e in ar["evals"])
@@ -3426,8 +3428,8 @@ def test_load_of_experts():
     assert bench.load_of(lm, torch.randint(11, (2, 16))) == (4.0, 0.75)
 
 
-def test_finished_arms_start_no_process(dataset, tmp_path, monkeypatch):
-    job, started = TOY_RUN | dict(dataset=dataset, out=str(tmp_path / "run"), max_steps=2), []
+def test_finished_arms_start_no_process(dataset, monkeypatch):
+    job, started = TOY_RUN | dict(dataset=dataset, out="run", max_steps=2), []
 
     class Process:
         returncode, stdout = -signal.SIGINT, ["Traceback\n"]        # Ctrl-C while it still imported torch
@@ -3438,7 +3440,7 @@ def test_finished_arms_start_no_process(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr("bench.subprocess.Popen", Process)
     assert not bench.run_arms({"a": job}, 1) and len(started) == 1
     train.train(job, log=quiet)
-    with open(tmp_path / "run" / "metrics.jsonl", "a") as f:
+    with open("run/metrics.jsonl", "a") as f:
         f.write('{"kind": "ev')                                     # killed while it wrote
     assert bench.run_arms({"a": {**job, "lr": None}}, 1) and len(started) == 1
     for other in (dict(max_steps=3), dict(lr=0.5)):                 # more to do; train.py will refuse
@@ -3463,9 +3465,9 @@ def test_quality_compares_equals():
                 assert all(mixer.reads(512, causal) <= 128 for causal in (True, False)), name
 
 
-def test_tables_join_what_was_measured(tmp_path):
+def test_tables_join_what_was_measured():
     """A mixture's time and cache are the mean over its layers; prose stays, a table changes with its file."""
-    page, line = tmp_path / "README.md", f"tables --results {tmp_path}"
+    page, line = Path("README.md"), "tables --results ."
     layers = {"full": 8.0, "gated_deltanet": 2.0}
     context = [dict(layer=n, T=T, batch=B, ms=B * T * ms, cache_mib=T * ms) for n, ms in layers.items()
                for T in (1, 4) for B in (1, 64)]
@@ -3480,8 +3482,8 @@ def test_tables_join_what_was_measured(tmp_path):
                  **model.settings("command=python device=d date=now"))
     for name, rows in files.items():
         result = dict(about, experiment=name.split("_")[0], rows=rows)
-        (tmp_path / f"{name}.json").write_text(json.dumps(result))
-    assert [list(r.values()) for r in bench.mixtures(tmp_path)] == [
+        Path(f"{name}.json").write_text(json.dumps(result))
+    assert [list(r.values()) for r in bench.mixtures(Path())] == [
         ["`full`", "- / -", "- / 64", "- / 4", "1.0x", "100.0%", "1.00x"],
         ["`gated_deltanet*3 full`", "1.500 / -", "- / -", "- / -", f"{8 / 3.5:.1f}x", f"{3.5 / 8:.1%}",
          f"{8 / 3.5:.2f}x"]]
@@ -3591,8 +3593,8 @@ def test_summary_is_its_definition():
     assert "accuracy" not in bench.summary(one[:1], [{"failed": ""}])
 
 
-def test_read_items_forms(tmp_path):
-    path, tok = tmp_path / "a.jsonl", prepare.Tokenizer("byte")
+def test_read_items_forms():
+    path, tok = Path("a.jsonl"), prepare.Tokenizer("byte")
     path.write_text("""{"ctx": "A man ", "endings": ["sits.", "runs."], "label": "1", "ind": 7}
 {"query": "Question: why?\\n", "choices": ["a", "b", "c"], "gold": [2]}
 {"context": "It was", "continuation": "so"}
@@ -3606,14 +3608,14 @@ def test_read_items_forms(tmp_path):
     assert items[0]["bytes"] == [6, 6] and len(bench.read_items(path, tok, 2)) == 2
 
 
-def test_choices_stop_and_go_on(lab, tmp_path, monkeypatch):
+def test_choices_stop_and_go_on(lab, monkeypatch):
     """All kinds of runs and of files. Interrupted in a file, with damaged results, with a larger --limit:
     only what is missing is judged, and all is as in one run."""
     kinds, judged, judge = ("ar", "mdm", "mixed", "block"), [], bench.judge_item
     measures = [m for kind in kinds for m in bench.MEASURES[kind]]
     rows = [{**GOOD, "ctx": "the cat " * n, "endings": ["sat on", "ran"], "label": n % 2} for n in range(6)]
-    write_jsonl(tmp_path / "many.jsonl", *rows, {**GOOD, "endings": ["b", "c" * 99]})
-    write_jsonl(tmp_path / "last.jsonl", {"context": "the red", "continuation": "bird"})
+    write_jsonl(Path("many.jsonl"), *rows, {**GOOD, "endings": ["b", "c" * 99]})
+    write_jsonl(Path("last.jsonl"), {"context": "the red", "continuation": "bird"})
 
     def judging(*given):
         judged.append(given[3])
@@ -3877,12 +3879,12 @@ BAD_TOOLS = [
 
 
 @each("objective", ["ar", "block"])
-def test_bad_tools_leave_a_sentence(dataset, tmp_path, objective, monkeypatch):
+def test_bad_tools_leave_a_sentence(go, objective, monkeypatch):
     """sample.py with a tool that misbehaves: the text goes on, one line says what failed, the status is 0."""
     hook = sample.ToolCalls
     monkeypatch.setattr("sample.ToolCalls", lambda *a: hook(*a, seconds=0.05))
-    go(dataset, tmp_path, objective=objective, diffusion_block=4, block_size=64, max_steps=2)
-    line = f"{tmp_path} --prompt '2+1? <tool>2+' --tool calculator --max_new_tokens 24"
+    go("run", objective=objective, diffusion_block=4, block_size=64, max_steps=2)
+    line = "run --prompt '2+1? <tool>2+' --tool calculator --max_new_tokens 24"
     for tool, reason in BAD_TOOLS:
         text = iter(b"1</tool>")                                    # a model that closes its call
         write = lambda rows, *_, **how: torch.tensor([next(text, 46)] * len(rows))
@@ -3922,19 +3924,19 @@ def test_tool_calls_that_fail():
 # ------------------------------------------------------------------------------------------------------------
 # bench.py on a GPU, and its clocks
 
-def test_gpu_queue(tmp_path, monkeypatch, capsys):
+def test_gpu_queue(monkeypatch, capsys):
     """Without a GPU: every command of the queue is one that bench.py understands, and leaves the file that
     the queue looks for."""
     def leave(command, typed):
         about = bench.EXPERIMENTS[command]
-        (tmp_path / f"{bench.file_name(command, about, bench.settle(about, typed))}.json").write_text("{}")
+        Path(f"{bench.file_name(command, about, bench.settle(about, typed))}.json").write_text("{}")
 
     def run(command, **_):
         assert bench.main(command[command.index("bench.py") + 1:]) == 0
     for module, name, stand_in in ((bench, "perform", leave), (torch.cuda, "is_available", lambda: True),
                                    (bench.subprocess, "run", run)):
         monkeypatch.setattr(module, name, stand_in)
-    bench.gpu(results=str(tmp_path))
+    bench.gpu(results=".")
     assert capsys.readouterr().out.rstrip().endswith("not measured yet: nothing")
 
 
@@ -3985,10 +3987,10 @@ class GPT(torch.nn.Linear):
 """
 
 
-def test_train_speed_beside_a_peer(lab, tmp_path, monkeypatch):
+def test_train_speed_beside_a_peer(lab, monkeypatch):
     """bench.py train --vs: the same shapes, ratios of the medians of alternating runs; the children run in
     this process here."""
-    (tmp_path / "model.py").write_text(PEER)
+    Path("model.py").write_text(PEER)
 
     def child(command, **_):
         out = json.dumps(bench.throughput(**json.loads(command[-1])))
@@ -4003,7 +4005,7 @@ def test_train_speed_beside_a_peer(lab, tmp_path, monkeypatch):
     flags = "--n_layer 1 --n_head 2 --n_embd 16 --block_size 8"
     sizes = train.parse_flags(flags.split())
     line = f"train --preset small {flags} --batch 2 --iters 1 --warmup 0 --device cpu"
-    assert lab(f"{line} --vs {tmp_path}")[0] == 0
+    assert lab(f"{line} --vs .")[0] == 0
     result = json.loads(Path("out/train_cpu.json").read_text())
     rows = {r["model"]: r for r in bench.speed_table(result)}
     speeds = [rows[k]["speed_vs_nanoGPT"] for k in ("ar", "mdm", "nanoGPT")]
@@ -4233,9 +4235,8 @@ bench ITEMS => items.jsonl line 2 must have one right     <= {"context": "a", "c
 
 
 @each("row", table(REFUSALS))
-def test_refusals(row, dataset, runs, tmp_path, monkeypatch):
+def test_refusals(row, dataset, runs, monkeypatch):
     """One line that names what is wrong and the exit status 2; nothing is trained, lost or overwritten."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("bench.run_arms", None)
     Path("folder").mkdir()
     for name, raw in FILES.items():
@@ -4243,13 +4244,13 @@ def test_refusals(row, dataset, runs, tmp_path, monkeypatch):
     line, word, *bad = re.split("=>|<=", row)
     write_jsonl(Path("items.jsonl"), GOOD, *bad, GOOD)
     script, line = spelt(line, dataset, runs).split(maxsplit=1)
-    before = contents(tmp_path, runs, dataset)
+    before = contents(".", runs, dataset)
     monkeypatch.setattr(sys, "argv", [f"{script}.py"])
     status, _, error = typed(globals()[script], line)
     *others, error = error.splitlines()
     assert status == 2 and error.startswith(f"{script}.py: ") and word.strip() in error, error
     assert len(others) == ("--gif" in line), "of what was sampled"
-    assert before.items() <= contents(tmp_path, runs, dataset).items() and not list(Path().glob("data/*"))
+    assert before.items() <= contents(".", runs, dataset).items() and not list(Path().glob("data/*"))
 
 
 @each("script, line", [(train, ""), (sample, ""), (prepare, ""), (bench, "choices")])
@@ -4275,26 +4276,25 @@ def test_numbers():
                 prepare.number(text, kind)
 
 
-def test_no_run_goes_on_as_another(dataset, tmp_path):
+def test_no_run_goes_on_as_another(go):
     """With a flag that train.py no longer has, or in the same folder on other tokens of the same length."""
-    run = tmp_path / "run"
-    go(dataset, run, max_steps=1)
-    state = train.load_checkpoint(run)
+    go("run", max_steps=1)
+    state = train.load_checkpoint("run")
     for value, end in ((0.1, refused("--input_mask")), (0.0, contextlib.nullcontext())):
         state["flags"]["input_mask"] = value                # what was off changes nothing
-        train.save_atomic(state, run / "ckpt_last.pt")
+        train.save_atomic(state, Path("run/ckpt_last.pt"))
         with end:
-            go(dataset, run, resume="auto", max_steps=2)
-    (tmp_path / "a.txt").write_text("the cat sat. " * 200)
+            go("run", resume="auto", max_steps=2)
+    Path("a.txt").write_text("the cat sat. " * 200)
     make = lambda name="d", tokenizer="byte": str(prepare.prepare(
-        text=[tmp_path / "a.txt"], name=name, tokenizer=tokenizer, out_dir=tmp_path))
-    go(make(), tmp_path / "other", max_steps=1)
+        text=["a.txt"], name=name, tokenizer=tokenizer, out_dir="."))
+    trained(make(), "other", max_steps=1)
     with refused("was trained on tokens of byte, and .* holds tokens of bpe:260"):
-        go(make("e", "bpe:260"), tmp_path / "new", init_from=str(run), unique_tokens=None)
-    (tmp_path / "d").rename(tmp_path / "before")
-    (tmp_path / "a.txt").write_text("the dog ran. " * 200)
+        trained(make("e", "bpe:260"), "new", init_from="run", unique_tokens=None)
+    Path("d").rename("before")
+    Path("a.txt").write_text("the dog ran. " * 200)
     with refused("holds other tokens"):
-        go(make(), tmp_path / "other", resume="auto", max_steps=2)
+        trained(make(), "other", resume="auto", max_steps=2)
 
 
 def test_every_command_has_help():
@@ -4353,6 +4353,7 @@ def random_weights(config, seed=0):
 def published(folder, config, weights={}, edit=lambda header: None):
     """A folder as it is published, in two shards, with a byte-level tokenizer of 300 tokens. weights: other
     tensors, None: missing; edit: what is done to the header of a shard."""
+    folder = Path(folder)
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     weights = {name: w for name, w in (random_weights(config) | weights).items() if w is not None}
@@ -4371,12 +4372,11 @@ def published(folder, config, weights={}, edit=lambda header: None):
     return folder
 
 
-def test_published_folder_works_in_every_command(tmp_path, monkeypatch):
+def test_published_folder_works_in_every_command():
     """prepare --tokenizer, sample, score, choices and train --init_from take it; its weights are where they
     belong."""
-    monkeypatch.chdir(tmp_path)
     weights, x = random_weights(LLAMA), torch.arange(9)[None]
-    published(tmp_path / "llama", LLAMA)
+    published("llama", LLAMA)
     lm, objective = model.from_pretrained("llama")
     assert objective == "ar" and lm.head.weight is lm.embed.weight
     assert torch.equal(lm.embed.weight[300], weights["model.embed_tokens.weight"][299])
@@ -4402,20 +4402,20 @@ def test_published_folder_works_in_every_command(tmp_path, monkeypatch):
           lm.blocks[1].mixer.qkv_proj.weight, 1e-4)
 
 
-def test_published_diffusion_models(tmp_path):
+def test_published_diffusion_models():
     """LLaDA is Llama under other names; Dream is Qwen2 whose logits are of the next token. Row V is that of
     the mask token."""
     x, logits = torch.randint(298, (2, 20)), {}
     qwen2, dream = (LLAMA | dict(model_type=kind, mask_token_id=298) for kind in ("qwen2", "Dream"))
     for c in (LLAMA, LLADA, qwen2, dream):
         kind = c["model_type"]
-        lm, objective = model.from_pretrained(published(tmp_path / kind, c))
+        lm, objective = model.from_pretrained(published(kind, c))
         assert objective == ("mdm" if kind in ("llada", "Dream") else "ar")
         assert kind == "llama" or torch.equal(lm.embed.weight[300], lm.embed.weight[298])
         logits[kind] = lm(x, causal=False)
     close(logits["llada"], logits["llama"])
     close(logits["Dream"][:, 1:], logits["qwen2"][:, :-1])
-    line = f"{tmp_path}/Dream --prompt 'the [MASK:4]' --device cpu"
+    line = "Dream --prompt 'the [MASK:4]' --device cpu"
     assert typed(sample, line)[0] == 0 and typed(sample, f"{line} --cache --fill_block 2")[0] == 2
 
 
@@ -4449,7 +4449,7 @@ tokenizer.json: {"added_tokens": [{"id": 999, "content": "x"}]} => cannot read .
 
 
 @each("wrong, message", pairs(WRONG_ENTRIES))
-def test_published_folder_refused(tmp_path, wrong, message):
+def test_published_folder_refused(wrong, message):
     """One line, exit status 2."""
     (where, change), weights = wrong.split(": ", 1), {}
 
@@ -4462,7 +4462,7 @@ def test_published_folder_refused(tmp_path, wrong, message):
             header.popitem()
     if where == "weights":
         weights = {name: shape and torch.ones(shape) for name, shape in json.loads(change).items()}
-    folder = published(tmp_path / "m", LLAMA, weights, edit if where == "header" else lambda header: None)
+    folder = published("m", LLAMA, weights, edit if where == "header" else lambda header: None)
     if (file := folder / where).exists():
         file.write_text(json.dumps(json.loads(file.read_text()) | json.loads(change)))
     status, _, error = typed(sample, f"{folder} --device cpu")
@@ -4470,7 +4470,7 @@ def test_published_folder_refused(tmp_path, wrong, message):
 
 
 @each("steps", ["Digits", "Split"])
-def test_tokenizer_json_equals_tokenizers(tmp_path, steps):
+def test_tokenizer_json_equals_tokenizers(steps):
     """The package `tokenizers` on text with everything in it, for GPT-2's split behind single digits, and
     Qwen's with NFC."""
     peer = pytest.importorskip("tokenizers")
@@ -4486,9 +4486,9 @@ def test_tokenizer_json_equals_tokenizers(tmp_path, steps):
     theirs.train_from_iterator([Path(__file__).read_text(encoding="utf-8")], peer.trainers.BpeTrainer(
         vocab_size=900, special_tokens=["<|endoftext|>"],
         initial_alphabet=peer.pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    theirs.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "config.json").write_text(json.dumps(dict(vocab_size=900, eos_token_id=[0, 1])))
-    ours, rng = prepare.load_tokenizer(tmp_path), random.Random(0)
+    theirs.save("tokenizer.json")
+    Path("config.json").write_text(json.dumps(dict(vocab_size=900, eos_token_id=[0, 1])))
+    ours, rng = prepare.load_tokenizer(Path()), random.Random(0)
     parts = ("a|the | |  |\n|\r\n|\t|7|1984|'s|'LL|é|e\u0301|日本|😀|👩\u200d👧|²|Ⅷ|\xa0|\u3000|-|...|_|\x00|"
              "\U000f0000|٣|ﬁ|def ").split("|")
     for _ in range(2000):
@@ -4532,7 +4532,7 @@ def fill(module, mean=lambda name: 0.0):
 
 
 @each("kind, given", pairs(THEIRS))
-def test_published_models_equal_transformers(tmp_path, kind, given):
+def test_published_models_equal_transformers(kind, given):
     """What transformers saves, read by us: the same logits, and the preset is the same kind of model."""
     tf = pytest.importorskip("transformers")
     kind, name = kind.split()
@@ -4545,8 +4545,8 @@ def test_published_models_equal_transformers(tmp_path, kind, given):
     theirs = theirs(config).eval()
     around = lambda name: kind != "qwen3-next" or "linear_attn" in name     # elsewhere it is x (1 + w)
     fill(theirs, lambda name: 1.0 * ("norm" in name and around(name)) - 3.0 * ("A_log" in name))
-    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
-    lm, x = model.from_pretrained(tmp_path)[0], torch.randint(100, (2, 60))
+    theirs.save_pretrained(".", max_shard_size="20KB")
+    lm, x = model.from_pretrained(".")[0], torch.randint(100, (2, 60))
     with torch.no_grad():
         close(lm(x), theirs(x, use_cache=False).logits, 1e-4)
     assert not any(isinstance(v, (str, bool)) and k not in ("layers", "tied") and getattr(lm.config, k) != v
@@ -4586,20 +4586,19 @@ def test_config_json_is_the_preset(preset, published):
 @each("flags",
                          ["--preset gpt2 --n_layer 2 --n_embd 32 --n_head 2",
                           "--set qk_norm=true n_kv_head=2 head_dim=8 tied=false", "--set norm_eps=1e-5"])
-def test_export_is_read_by_transformers_and_us(dataset, tmp_path, flags):
+def test_export_is_read_by_transformers_and_us(dataset, flags):
     """The same logits, and the tokenizer beside them."""
     pytest.importorskip("safetensors")
-    run = f"--dataset {dataset} --out {tmp_path}/run --max_steps 2 --eval_windows 8 --batch_tokens 64"
+    run = f"--dataset {dataset} --out run --max_steps 2 --eval_windows 8 --batch_tokens 64"
     sizes = "--block_size 32 --n_embd 32 --n_layer 2 --device cpu"
-    assert train.main(f"{run} {sizes} {flags}".split()) == 0
-    assert sample.main([f"{tmp_path}/run", "--export", f"{tmp_path}/out", "--device", "cpu"]) == 0
-    assert sample.main([f"{tmp_path}/run", "--export", f"{tmp_path}/out", "--device", "cpu"]) == 2
-    lm, x = train.load_model(tmp_path / "run")[0], torch.randint(257, (2, 32))
+    works(train, f"{run} {sizes} {flags}")
+    assert [typed(sample, "run --export out --device cpu")[0] for _ in "ab"] == [0, 2]
+    lm, x = train.load_model("run")[0], torch.randint(257, (2, 32))
     x[:, 0] = lm.mask_id
-    back, state = train.load_model(tmp_path / "out")
+    back, state = train.load_model("out")
     assert back.V == lm.V and torch.equal(back(x), lm(x)) and state["flags"]["objective"] == "ar"
-    assert sample.main([f"{tmp_path}/out", "--prompt", "a", "--max_new_tokens", "3", "--device", "cpu"]) == 0
-    theirs = pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    works(sample, "out --prompt a --max_new_tokens 3 --device cpu")
+    theirs = pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained("out")
     close(theirs(x).logits[..., :257], lm(x), 1e-5)
 
 
@@ -4827,12 +4826,12 @@ def test_grouped_experts_on_cuda():
 @on_gpu
 @each("preset, objective, settings", [
     ("gpt2", "ar", {}), ("gpt2", "mdm", {}), ("qwen3-next", "ar", dict(set=["n_expert=16"]))])
-def test_compiled_training_on_cuda(preset, objective, settings, dataset, tmp_path):
+def test_compiled_training_on_cuda(preset, objective, settings, go):
     """bf16: the compiled run's losses are the eager one's, and its speed is below the GPU's peak."""
     lines, losses = [], []
     for compiled in ("off", "on"):
         torch._dynamo.reset()
-        run = go(dataset, tmp_path / compiled, log=lines.append, preset=preset, objective=objective,
+        run = go(compiled, lines.append, preset=preset, objective=objective,
                  compile=compiled, device="cuda", n_layer=4, n_embd=64, block_size=64, batch_tokens=256,
                  **settings)
         losses.append([line["loss"] for line in run["evals"]])
@@ -4841,15 +4840,14 @@ def test_compiled_training_on_cuda(preset, objective, settings, dataset, tmp_pat
 
 
 @on_gpu
-def test_resume_on_cuda_is_bit_exact(dataset, tmp_path):
+def test_resume_on_cuda_is_bit_exact(go):
     """With torch's deterministic algorithms; dropout too, whose random state lives on the GPU."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         how = dict(device="cuda", compile="off", dropout=0.1, objective="mdm")
-        whole = go(dataset, tmp_path / "whole", **how)
-        go_until(7, dataset, tmp_path / "cut", **how)
-        resumed = go(dataset, tmp_path / "cut", resume="auto", **how)
-        assert history(tmp_path / "cut") == history(tmp_path / "whole")
-        assert train.digest(whole["lm"].state_dict()) == train.digest(resumed["lm"].state_dict())
+        go("whole", **how)
+        go_until(7, go, "cut", **how)
+        go("cut", resume="auto", **how)
+        same_run("cut", "whole")
     finally:
         torch.use_deterministic_algorithms(False)
