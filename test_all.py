@@ -177,6 +177,15 @@ def sizes(text):
     return [tuple(map(int, row.split())) for row in text.split("|")]
 
 
+def write(path, content):
+    """A file, and its folder, of bytes, of text, or of an object as JSON."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not isinstance(content, (bytes, str)):
+        content = json.dumps(content)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
 def up_to(*lengths):
     """(B, T), T the largest length: True at the first tokens of each row."""
     return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
@@ -427,7 +436,8 @@ def test_layers_in_bfloat16(case):
         with torch.autocast("cpu", torch.bfloat16):
             cached = decode(layer, x, [90] + [1] * 10, cache())
         whole = decode(layer.bfloat16(), x.bfloat16(), [90] + [1] * 10, cache())
-    assert whole.dtype == torch.bfloat16 and (layer.family != "linear" or cache().state.dtype == torch.float32)
+    assert whole.dtype == torch.bfloat16
+    assert layer.family != "linear" or cache().state.dtype == torch.float32
     for y in (y, cached, whole):
         assert y.isfinite().all()
         assert off(y[:, near], want.double()) < 0.03
@@ -1131,17 +1141,6 @@ def test_short_convolution_is_conv1d(T, symmetric, compiled, monkeypatch):
         return F.conv1d(F.pad(x.mT, (0, ahead)), w.unsqueeze(1), groups=5).mT
     same_gradients(partial(attention.short_conv, symmetric=symmetric), conv1d, inputs)
 
-
-@each("name", ("linear", "deltanet"))
-def test_graphs_grow_slowly(name):
-    """16 times the chunks, less than 1.6 times the nodes: the grouped scan."""
-    sizes = []
-    for T in (256, 4096):
-        torch._dynamo.reset()
-        counter = CompileCounterWithBackend("eager")
-        torch.compile(make_layer(name), backend=counter, fullgraph=True)(torch.randn(1, T, 32))
-        sizes.append(len(counter.graphs[0].graph.nodes))
-    assert sizes[1] < 1.6 * sizes[0]
 
 # ------------------------------------------------------------------------------------------------------------
 # model.py
@@ -1891,6 +1890,33 @@ def test_block_diffusion_equals_its_definition(layers):
 # ------------------------------------------------------------------------------------------------------------
 # Calls that have one value, and calls that are refused. Commands stand in REFUSALS.
 
+def nodes(layer, T):
+    """Of the graph of T tokens: 16 times the chunks must not be as many more."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    torch.compile(make_layer(layer), backend=counter, fullgraph=True)(torch.randn(1, T, 32))
+    return len(counter.graphs[0].graph.nodes)
+
+
+def topics():
+    """Lengths of the documents in Python's longest docstring."""
+    path = prepare.python_roots()["python"] / "pydoc_data" / "topics.py"
+    return [len(text) for text in prepare.documentation(path.read_text(), set())]
+
+
+def data_of(name):
+    """The folder of a dataset, beside one that is none and one that is."""
+    for file in ("docs/x", "made/meta.json"):
+        write(file, "")
+    return str(prepare.dataset_folder(name))
+
+
+def complaint(script, *given):
+    """(exit status, lines, are they short?) of words that mean nothing."""
+    status, _, error = typed(script, "", *given)
+    return status, len(error.splitlines()), len(error) < 600
+
+
 def words(*ids):
     """Bytes, and what they say of a text as sample.py shows it."""
     return sample.canvas_text(ids, prepare.Tokenizer("byte"), 300)
@@ -1964,6 +1990,8 @@ parse_value("nan")                           => "nan"
 parse_value("\u0663")                        => "\u0663"
 parse_value("sigmoid")                       => "sigmoid"
 parse_value("9" * 5000)                      => "9" * 5000
+nodes("linear", 4096) < 1.6 * nodes("linear", 256)                       => True
+nodes("deltanet", 4096) < 1.6 * nodes("deltanet", 256)                   => True
 parse_layers("full(window=4, sink=true)*2 full", 4) => [WINDOW, WINDOW, ("full", {}), WINDOW]
 " ".join(name for name, _ in parse_layers("(full mla*2)*2", 7))          => "full mla mla full mla mla full"
 LM(tiny(layers="full full(position=none)")).blocks[1].mixer.rope_dim     => 0
@@ -2010,6 +2038,16 @@ repr(prepare.number(".5", float))            => "0.5"
 repr(prepare.number("1B", float))            => "1000000000.0"
 prepare.Tokenizer("byte", n_vocab=1 << 16).dtype                         => "uint16"
 prepare.Tokenizer("byte", n_vocab=(1 << 16) + 1).dtype                   => "uint32"
+list(prepare.python_roots())[:3]             => ["python", "numpy", "torch"]
+{"sympy", "networkx", "mpmath"} <= set(prepare.python_roots())           => True
+all(path.exists() for path in prepare.python_roots().values())           => True
+sum(topics()) > 200_000                      => True
+max(topics()) < 10_000                       => True
+data_of("docs")                              => "data/docs"
+data_of("made")                              => "made"
+data_of("data/s")                            => "data/s"
+data_of("../s")                              => "../s"
+data_of("x\\\\s")                            => "x\\\\s"
 words(*"é".encode(), 300, 300, 97, 256, 256) => "é░░a"
 sample.calculator("3/2")                     => "1.5"
 sample.calculator("6/3")                     => "2"
@@ -2046,6 +2084,18 @@ len(bench.GLYPHS.flatten(1).unique(dim=0))   => 64
 (bench.drawn(torch.tensor([[33, 34]]))[0, 0, :, 8:16] - bench.GLYPHS[34] * 2).unique().item() => approx(-0.6)
 [r["vs_full"] for r in bench.compared("layer", "full", ("ms",))(TIMES)]  => [1, 1, 2, 3, None]
 bench.merged(TIMES, ["layer"], lambda r: {r["T"]: r["ms"]})[1] => {"layer": "kda", 1: 1.0, 2: 3.0, 3: 1.0}
+complaint(train, "--n\\nope=a")              => (2, 1, True)
+complaint(train, "a\\nb" * 999, "--device=cpu\\n")                       => (2, 1, True)
+complaint(train, "--seed=" + "9" * 5000)     => (2, 1, True)
+complaint(sample, "--n\\nope=a")             => (2, 1, True)
+complaint(sample, "a\\nb" * 999, "--device=cpu\\n")                      => (2, 1, True)
+complaint(sample, "--seed=" + "9" * 5000)    => (2, 1, True)
+complaint(prepare, "--n\\nope=a")            => (2, 1, True)
+complaint(prepare, "a\\nb" * 999, "--device=cpu\\n")                     => (2, 1, True)
+complaint(prepare, "--seed=" + "9" * 5000)   => (2, 1, True)
+complaint(bench, "choices", "--n\\nope=a")   => (2, 1, True)
+complaint(bench, "choices", "a\\nb" * 999, "--device=cpu\\n")            => (2, 1, True)
+complaint(bench, "choices", "--seed=" + "9" * 5000)                      => (2, 1, True)
 """
 
 
@@ -2252,7 +2302,7 @@ def dataset(tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp("corpus"), np.random.default_rng(0)
     words = "the cat dog sat on a mat and saw one red bird then it ran far away from here to there".split()
     text = "\n".join(" ".join(rng.choice(words, 12)) + "." for _ in range(300))
-    (folder / "text.txt").write_text(text)
+    write(folder / "text.txt", text)
     return str(prepare.prepare(text=[str(folder / "text.txt")], name="toy", tokenizer="byte",
                                out_dir=str(folder / "data")))
 
@@ -2710,7 +2760,7 @@ def prep_bpe():
 
 def prep_make(line, text=PREP_TEXT):
     """(status, stdout, stderr) of prepare.py with a text, into the folder data."""
-    Path("a.txt").write_text(text, encoding="utf-8")
+    write("a.txt", text)
     return typed(prepare, f"--text a.txt {line}")
 
 
@@ -2794,9 +2844,8 @@ def test_one_reader_of_text(runs):
              "bom.txt": b"\xef\xbb\xbf" + marked + b"\n<|endoftext|>\n\n",
              "a.jsonl": lines, "a.json.gz": gzip.compress(lines), "b.jsonl.bz2": bz2.compress(lines),
              "many/x.png": b"\xff\xd8"}
-    Path("many").mkdir()
     for name, raw in [*forms.items(), *((f"many/{i}.txt", d.encode()) for i, d in enumerate(documents))]:
-        Path(name).write_bytes(raw)
+        write(name, raw)
     with zipfile.ZipFile("a.zip", "w", zipfile.ZIP_DEFLATED) as z:
         z.writestr("a", marked)
     scores = set()
@@ -2804,7 +2853,7 @@ def test_one_reader_of_text(runs):
         assert documents_of(path) == documents, path
         scores.add(typed(sample, f"score {runs}/ar --text {path} --windows 0"))
     assert scores.pop()[0] == 0 and not scores
-    Path("half.jsonl").write_text('{"text": "half \\ud83d a pair"}')
+    write("half.jsonl", {"text": "half \ud83d a pair"})
     assert documents_of("half.jsonl") == ["half ? a pair"]
 
 
@@ -2812,7 +2861,7 @@ def test_one_reader_of_text(runs):
     PREP_TEXT * 3, "and the cat sat on the mat " * 40, "x" * 500 + " \n \n" * 50 + "y" * 500, " a" * 400],
     ids=len)
 def test_pieces_change_no_token(monkeypatch, text):
-    Path("a.txt").write_text(text, encoding="utf-8")
+    write("a.txt", text)
     monkeypatch.setattr("prepare.PIECE", 64)
     pieces, tok = list(prepare.read_text([Path("a.txt")])), prep_bpe()
     assert len(pieces) > 5 and [last for _, last, _ in pieces] == [False] * (len(pieces) - 1) + [True]
@@ -2853,9 +2902,8 @@ def prep_roots(monkeypatch):
     prose = lambda n: " ".join(form % tuple(rng.choices(nouns, k=4)) for _ in range(n))
     common = "In some modules it is as it was, and it can be used for the one that is of it. "
     shared = "Copied into every module, this is the one paragraph that is in all of them. " + prose(3)
-    (root / "tests").mkdir(parents=True)
     for i in range(20):
-        (root / f"m{i}.py").write_text(f'''r"""{prose(5)}
+        write(root / f"m{i}.py", f'''r"""{prose(5)}
 
 {shared}
 
@@ -2882,10 +2930,10 @@ add_newdoc("m", ("g", """This is of the new documentation. {prose(40)}
 
 {prose(40)}"""))
 ''' + "x = 1\n" * 60)
-    (root / "copy.py").write_text((root / "m0.py").read_text())
-    (root / "tests" / "test_m.py").write_text(f'"""A wordlist of the tests. {prose(9)}"""')
-    (root / "broken.py").write_text("def (:\n")
-    (root / "latin.py").write_bytes(b'"""caf\xe9"""')
+    write(root / "copy.py", (root / "m0.py").read_text())
+    write(root / "tests/test_m.py", f'"""A wordlist of the tests. {prose(9)}"""')
+    write(root / "broken.py", "def (:\n")
+    write(root / "latin.py", b'"""caf\xe9"""')
     monkeypatch.setattr("prepare.python_roots", lambda: {"python": Path("none"), "numpy": root})
 
 
@@ -2925,14 +2973,6 @@ def test_overlap_is_dropped():
     assert kept == [val[0], val[2], val[4]], "12 common words pass, 13 do not"
 
 
-def test_default_roots_hold_the_promised_packages():
-    roots = prepare.python_roots()
-    assert list(roots)[:3] == ["python", "numpy", "torch"] and {"sympy", "networkx", "mpmath"} <= set(roots)
-    assert all(path.exists() for path in roots.values())
-    topics = list(prepare.documentation((roots["python"] / "pydoc_data" / "topics.py").read_text(), set()))
-    assert sum(map(len, topics)) > 200_000 and max(map(len, topics)) < 10_000
-
-
 # Datasets
 
 @each("tokenizer, kept", [("byte", []), ("bpe:300", ["tokenizer.tiktoken"])])
@@ -2963,14 +3003,14 @@ def test_prepare_own_text(tokenizer, kept):
         code, _, error = prep_make(f"{line} {more}", words)
         assert code == status and ("--name" in error) == (status == 2)
     assert before == {f.name: f.stat().st_mtime_ns for f in folder.iterdir()}
-    (folder / ".env").write_text("secret")
+    write(folder / ".env", "secret")
     assert [f.name for f in prepare.run_files(folder)] == ["meta.json", *kept]
 
 
 def test_prepare_options(monkeypatch):
     """Another dataset's tokenizer, given validation text, a length, damage to the training text."""
     monkeypatch.setattr("prepare.PIECE", 16)
-    Path("v.txt").write_text("validation text\n")
+    write("v.txt", "validation text\n")
 
     def make(name, tokenizer, line=""):
         assert prep_make(f"--val v.txt --name {name} --tokenizer {tokenizer} {line}")[0] == 0
@@ -2989,7 +3029,7 @@ def test_prepare_options(monkeypatch):
 
 
 def test_byte_needs_no_tiktoken():
-    Path("a.txt").write_text(PREP_TEXT)
+    write("a.txt", PREP_TEXT)
     code = ("import sys; sys.modules['tiktoken'] = None; import prepare\n"
             "f = prepare.prepare(text=['a.txt'], tokenizer='byte', out_dir='d')\n"
             "t, v, m = prepare.load_dataset(f); assert len(t) + len(v) > 100 and 'torch' not in sys.modules\n"
@@ -3031,22 +3071,12 @@ def test_damage_is_one_line_that_names_the_file():
     good, file = contents(), folder / "meta.json"
     meta = json.loads(file.read_bytes())
     for key, value in (("pattern", ""), ("tokenizer", "byte"), ("train_tokens", 7), ("dtype", None)):
-        file.write_text(json.dumps(meta | {key: value}))
+        write(file, meta | {key: value})
         with refused("it is damaged"):
             prepare.load_tokenizer(folder)
     del meta["checksum"]                                            # an older prepare.py wrote none
-    file.write_text(json.dumps(meta))
+    write(file, meta)
     assert contents() == good
-
-
-def test_dataset_folder():
-    """data/NAME, or a path; another folder of that name is no dataset."""
-    Path("docs").mkdir()
-    Path("made").mkdir()
-    Path("made/meta.json").touch()
-    assert prepare.dataset_folder("docs") == Path("data/docs")
-    for name in ("made", "data/s", "../s", "x\\s"):
-        assert prepare.dataset_folder(name) == Path(name)
 
 
 # Downloads
@@ -3106,7 +3136,7 @@ def test_shards(monkeypatch):
     ids = np.r_[256, np.arange(999) % 256].astype(np.uint16)
     for name in ("val_000000", "train_000001", "train_000002"):
         header = np.r_[20240520, 1, 1000, [0] * 253].astype(np.int32)
-        Path(f"{name}.bin").write_bytes(header.tobytes() + ids.tobytes())
+        write(f"{name}.bin", header.tobytes() + ids.tobytes())
     monkeypatch.setitem(prepare.SHARDS, "fineweb10B", (Path.cwd().as_uri() + "/{}_{:06d}.bin", 2))
     # gpt2 is a download
     monkeypatch.setattr("prepare.find_tokenizer", lambda spec: prepare.Tokenizer("byte"))
@@ -3140,9 +3170,9 @@ def test_sample_fills_in_and_scores(runs):
     greedy, told = drawn("--temperature 0")
     assert drawn("--top_k 1")[0] == drawn("--top_p 1e-9")[0] == greedy and told.startswith("10 tokens in")
     shutil.copytree(runs / "mdm", "run")
-    Path("run/ckpt_best.pt").write_bytes(b"")
+    write("run/ckpt_best.pt", b"")
     assert drawn("--temperature 0 --which last", "run")[0] == greedy, "the best is the last"
-    Path("text").write_text("the cat sat on a mat. " * 10)
+    write("text", "the cat sat on a mat. " * 10)
     for objective, measures in (("ar", 1), ("mdm", 3), ("mixed", 4), ("block", 3)):
         out = say(f"score {runs}/{objective} --text text --n_mc 8 --windows 2")
         assert out.count("nats/token") == measures
@@ -3490,8 +3520,7 @@ def test_decode_is_what_was_timed(lab, runs, monkeypatch):
         assert any((name, n) == (role, B) and setting.items() <= how.items() for name, n, how in called)
     assert read[0] == [] and len(read) > 9 and all(n == 2 for ((_, n, _),) in read[1:])
     monkeypatch.setattr("bench.run_arms", lambda asked, workers: jobs.update(asked) and False)
-    Path("here/ar").mkdir(parents=True)
-    write_jsonl(Path("here/ar/metrics.jsonl"), dict(kind="eval", step=5, epoch=1.0, loss=1.0))
+    write("here/ar/metrics.jsonl", dict(kind="eval", step=5, epoch=1.0, loss=1.0))
     given = "--run_mdm RUNS/mdm --run_block RUNS/block --dataset DATASET --max_steps 5 --n_embd 16"
     assert lab(f"panel {given} --out here")[0] == 130 and list(jobs) == ["ar"] and jobs["ar"]["n_embd"] == 16
 
@@ -3550,7 +3579,7 @@ def test_tables_join_what_was_measured():
                  **model.settings("command=python device=d date=now"))
     for name, rows in files.items():
         result = dict(about, experiment=name.split("_")[0], rows=rows)
-        Path(f"{name}.json").write_text(json.dumps(result))
+        write(f"{name}.json", result)
     assert [list(r.values()) for r in bench.mixtures(Path())] == [
         ["`full`", "- / -", "- / 64", "- / 4", "1.0x", "100.0%", "1.00x"],
         ["`gated_deltanet*3 full`", "1.500 / -", "- / -", "- / -", f"{8 / 3.5:.1f}x", f"{3.5 / 8:.1%}",
@@ -3569,8 +3598,7 @@ def test_tables_join_what_was_measured():
 # bench.py choices, and the probe of train.py
 
 def write_jsonl(path, *rows):
-    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
-    return path
+    write(path, "".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
 
 
 def random_item(context, *ends):
@@ -3682,8 +3710,8 @@ def test_choices_stop_and_go_on(lab, monkeypatch):
     kinds, judged, judge = ("ar", "mdm", "mixed", "block"), [], bench.judge_item
     measures = [m for kind in kinds for m in bench.MEASURES[kind]]
     rows = [{**GOOD, "ctx": "the cat " * n, "endings": ["sat on", "ran"], "label": n % 2} for n in range(6)]
-    write_jsonl(Path("many.jsonl"), *rows, {**GOOD, "endings": ["b", "c" * 99]})
-    write_jsonl(Path("last.jsonl"), {"context": "the red", "continuation": "bird"})
+    write_jsonl("many.jsonl", *rows, {**GOOD, "endings": ["b", "c" * 99]})
+    write("last.jsonl", {"context": "the red", "continuation": "bird"})
 
     def judging(*given):
         judged.append(given[3])
@@ -3978,7 +4006,7 @@ def test_gpu_queue(monkeypatch, capsys):
     the queue looks for."""
     def leave(command, typed):
         about = bench.EXPERIMENTS[command]
-        Path(f"{bench.file_name(command, about, bench.settle(about, typed))}.json").write_text("{}")
+        write(f"{bench.file_name(command, about, bench.settle(about, typed))}.json", {})
 
     def run(command, **_):
         assert bench.main(command[command.index("bench.py") + 1:]) == 0
@@ -4031,7 +4059,7 @@ class GPT(torch.nn.Linear):
 def test_train_speed_beside_a_peer(lab, monkeypatch):
     """bench.py train --vs: the same shapes, ratios of the medians of alternating runs; the children run in
     this process here."""
-    Path("model.py").write_text(PEER)
+    write("model.py", PEER)
 
     def child(command, **_):
         out = json.dumps(bench.throughput(**json.loads(command[-1])))
@@ -4279,11 +4307,10 @@ bench ITEMS => items.jsonl line 2 must have one right     <= {"context": "a", "c
 def test_refusals(row, dataset, runs, monkeypatch):
     """One line that names what is wrong and the exit status 2; nothing is trained, lost or overwritten."""
     monkeypatch.setattr("bench.run_arms", None)
-    Path("folder").mkdir()
     for name, raw in FILES.items():
-        Path(name).write_bytes(raw)
+        write(name, raw)
     line, word, *bad = re.split("=>|<=", row)
-    write_jsonl(Path("items.jsonl"), GOOD, *bad, GOOD)
+    write_jsonl("items.jsonl", GOOD, *bad, GOOD)
     script, line = spelt(line, dataset, runs).split(maxsplit=1)
     before = contents(".", runs, dataset)
     monkeypatch.setattr(sys, "argv", [f"{script}.py"])
@@ -4292,14 +4319,6 @@ def test_refusals(row, dataset, runs, monkeypatch):
     assert status == 2 and error.startswith(f"{script}.py: ") and word.strip() in error, error
     assert len(others) == ("--gif" in line), "of what was sampled"
     assert before.items() <= contents(".", runs, dataset).items() and not list(Path().glob("data/*"))
-
-
-@each("script, line", [(train, ""), (sample, ""), (prepare, ""), (bench, "choices")])
-def test_whatever_was_typed(script, line):
-    for more in (["--n\nope=a"], ["a\nb" * 999, "--device=cpu\n"],
-                 ["--seed=" + "9" * 5000]):
-        status, _, error = typed(script, line, *more)
-        assert status == 2 and len(error.splitlines()) == 1 and len(error) < 600, error
 
 
 def test_no_run_goes_on_as_another(go):
@@ -4311,14 +4330,14 @@ def test_no_run_goes_on_as_another(go):
         train.save_atomic(state, Path("run/ckpt_last.pt"))
         with end:
             go("run", resume="auto", max_steps=2)
-    Path("a.txt").write_text("the cat sat. " * 200)
+    write("a.txt", "the cat sat. " * 200)
     make = lambda name="d", tokenizer="byte": str(prepare.prepare(
         text=["a.txt"], name=name, tokenizer=tokenizer, out_dir="."))
     trained(make(), "other", max_steps=1)
     with refused("was trained on tokens of byte, and .* holds tokens of bpe:260"):
         trained(make("e", "bpe:260"), "new", init_from="run", unique_tokens=None)
     Path("d").rename("before")
-    Path("a.txt").write_text("the dog ran. " * 200)
+    write("a.txt", "the dog ran. " * 200)
     with refused("holds other tokens"):
         trained(make(), "other", resume="auto", max_steps=2)
 
@@ -4380,8 +4399,7 @@ def published(folder, config, weights={}, edit=lambda header: None):
     """A folder as it is published, in two shards, with a byte-level tokenizer of 300 tokens. weights: other
     tensors, None: missing; edit: what is done to the header of a shard."""
     folder = Path(folder)
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
+    write(folder / "config.json", config)
     weights = {name: w for name, w in (random_weights(config) | weights).items() if w is not None}
     for i, edit in enumerate((lambda header: None, edit)):
         part = {name: weights[name] for name in [*weights][i::2]}
@@ -4392,9 +4410,9 @@ def published(folder, config, weights={}, edit=lambda header: None):
     words = [*(char.get(b, chr(b)) for b in range(256)), *map("".join, merges)]
     special = [dict(id=299, content="<|endoftext|>"), dict(id=0, content="<|im_start|>")]
     steps = [dict(type="Digits", individual_digits=True), dict(type="ByteLevel", add_prefix_space=False)]
-    (folder / "tokenizer.json").write_text(json.dumps(dict(
+    write(folder / "tokenizer.json", dict(
         added_tokens=special, normalizer=None, pre_tokenizer=dict(type="Sequence", pretokenizers=steps),
-        model=dict(type="BPE", vocab={word: i for i, word in enumerate(words, 1)}, merges=merges))))
+        model=dict(type="BPE", vocab={word: i for i, word in enumerate(words, 1)}, merges=merges)))
     return folder
 
 
@@ -4415,8 +4433,8 @@ def test_published_folder_works_in_every_command():
     assert tok.eot == 299
     assert sample.encode("a<|im_start|>b<|endoftext|>", tok) == [ord("a") + 1, 0, ord("b") + 1, 299]
     assert tok.token_bytes[[0, 299]].sum() == 0
-    Path("a.txt").write_text("the cat sat then the end 1 été\n" * 300)
-    write_jsonl(Path("q.jsonl"), dict(query="the cat", choices=[" sat", " end"], gold=0))
+    write("a.txt", "the cat sat then the end 1 été\n" * 300)
+    write("q.jsonl", dict(query="the cat", choices=[" sat", " end"], gold=0))
     works(prepare, "--text a.txt --name toy --tokenizer llama")
     works(train, "--init_from llama --dataset toy --out out/r --max_steps 2 --lr 1e-9 --eval_windows 8 "
                  "--batch_tokens 128 --block_size 32 --device cpu --compile off")
@@ -4490,7 +4508,7 @@ def test_published_folder_refused(wrong, message):
         weights = {name: shape and torch.ones(shape) for name, shape in json.loads(change).items()}
     folder = published("m", LLAMA, weights, edit if where == "header" else lambda header: None)
     if (file := folder / where).exists():
-        file.write_text(json.dumps(json.loads(file.read_text()) | json.loads(change)))
+        write(file, json.loads(file.read_text()) | json.loads(change))
     status, _, error = typed(sample, f"{folder} --device cpu")
     assert status == 2 and re.search(message, error) and error.count("\n") == 1, error
 
@@ -4513,7 +4531,7 @@ def test_tokenizer_json_equals_tokenizers(steps):
         vocab_size=900, special_tokens=["<|endoftext|>"],
         initial_alphabet=peer.pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     theirs.save("tokenizer.json")
-    Path("config.json").write_text(json.dumps(dict(vocab_size=900, eos_token_id=[0, 1])))
+    write("config.json", dict(vocab_size=900, eos_token_id=[0, 1]))
     ours, rng = prepare.load_tokenizer(Path()), random.Random(0)
     parts = ("a|the | |  |\n|\r\n|\t|7|1984|'s|'LL|é|e\u0301|日本|😀|👩\u200d👧|²|Ⅷ|\xa0|\u3000|-|...|_|\x00|"
              "\U000f0000|٣|ﬁ|def ").split("|")
