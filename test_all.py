@@ -1478,9 +1478,6 @@ def test_orders_by_enumeration():
             uniforms = torch.where(torch.tensor([masked]), 0.25, 0.75)              # they hide exactly these
             mean += mdm_loss(f, x, 3, (torch.tensor([n]), uniforms)).item() / T / math.comb(T, n)
     assert mean == approx(want, rel=1e-6)
-    orders = diffusion.reading_order(torch.tensor([0, 5, 5, 9]), 8)
-    assert (orders.sort(1).values == orders[0]).all() and orders[0].tolist() == list(range(8))
-    assert torch.equal(orders[1], orders[2]) and not torch.equal(orders[1], orders[3])
 
 
 def test_mdm_noise_is_uniform_and_stratified():
@@ -1491,8 +1488,6 @@ def test_mdm_noise_is_uniform_and_stratified():
             == torch.arange(1, T + 1).repeat_interleave(B // T)).all(), "each n equally often"
     first = torch.bincount(n[:, 0], minlength=T + 1)[1:]
     assert ((first - 250) ** 2 / 250).sum() < 24.3, "uniform in one row: chi-square, 7 degrees, p = 0.001"
-    tied = torch.rand(50, 9).round(decimals=1)
-    assert (smallest(tied, torch.full((50,), 4)).sum(1) == 4).all()
     x = torch.randint(50, (200, 500))
     y = corrupt(x, 50, 0.1, 0.05)
     assert abs((y == 50).float().mean() - 0.1) < 0.005
@@ -1960,12 +1955,21 @@ def token_at(u, *logits):
 
 RARE = math.exp(-16.7)      # 5.6e-8: from float32 uniforms, multiples of 6.0e-8, it would never be drawn
 TAIL = math.log1p(-RARE), -16.7
+ORDERS = diffusion.reading_order(torch.tensor([0, 5, 5, 9]), 8)
 POWER = [3 * 2 ** (-i / 10) for i in range(6)]
 TOKENS = np.arange(4000, dtype=np.uint16)
 
 
 def reaches(level, *losses):
     return bench.crossing(None, curve(*losses), level=level)
+
+
+def items(*rows, limit=None):
+    """(context, ends, index of the right one, bytes of the ends) of each row of a .jsonl file."""
+    tok = prepare.Tokenizer("byte")
+    write_jsonl("a.jsonl", *rows, "")
+    return [(tok.decode(i["context"]), [*map(tok.decode, i["ends"])], i["gold"], i["bytes"])
+            for i in bench.read_items(Path("a.jsonl"), tok, limit)]
 
 
 def kept(f):
@@ -2006,6 +2010,11 @@ published_size("qwen3-next")[0]              => 79674391296
 published_size("gpt-oss")[0]                 => 20914757184
 published_size("kimi-linear")[0]             => 49122675072
 diffusion.draw(torch.tensor([[1.0, 2.0, 0.0]]), temperature=0).tolist()  => [1]
+ORDERS.sort(1).values.unique(dim=0).tolist() => [[*range(8)]]
+ORDERS[0].tolist()                           => [*range(8)]
+torch.equal(ORDERS[1], ORDERS[2])            => True
+torch.equal(ORDERS[1], ORDERS[3])            => False
+smallest(torch.rand(50, 9).round(decimals=1), torch.full((50,), 4)).sum(1).unique().tolist() => [4]
 token_at(1 - 2.0 ** -53, *TAIL)              => 1
 token_at(1 - 0.99 * RARE, *TAIL)             => 1
 token_at(1 - 1.01 * RARE, *TAIL)             => 0
@@ -2074,6 +2083,12 @@ reaches(1.5, *POWER)["first"]                => None
 reaches(1.5, *POWER)["extrapolated"]         => approx(2 ** 10)
 reaches(1.5, 2.0, 2.1, 2.2, 2.3, 2.4)["extrapolated"]                    => None
 reaches(1.5)["gap"]                          => None
+items(dict(ctx="A man ", endings=["sat", "ran"], label="1", i=7)) => [("A man", [" sat", " ran"], 1, [4, 4])]
+items(dict(query="Question: a?\\n", choices=["b", "c"], gold=[1]))[0][0] => "Question: a?\\nAnswer:"
+items(dict(query="Question: a?\\n", choices=["b", "c"], gold=[1]))[0][1:] => ([" b", " c"], 1, [2, 2])
+items(dict(context="It was", continuation="so"))                         => [("It was", [" so"], 0, [3])]
+items(dict(ctx="", endings=["x", "y"], label=0))                         => [("", ["x", "y"], 0, [1, 1])]
+len(items(GOOD, GOOD, GOOD, GOOD, limit=2))  => 2
 kept(lambda a, b: a * b)                     => 80
 kept(lambda a, b: a * a)                     => 40
 kept(lambda a, b: a + b)                     => 0
@@ -2979,7 +2994,8 @@ def test_overlap_is_dropped():
 def test_prepare_own_text(tokenizer, kept):
     """The last document is divided. The same again is there at once; nothing else is passed off as it, or
     overwrites it."""
-    text = PREP_TEXT + prepare.EOT + "\n" + PREP_TEXT.upper()
+    other = PREP_TEXT.upper()
+    text = PREP_TEXT + prepare.EOT + "\n" + other
     line, folder = f"--name mine --tokenizer {tokenizer}", Path("data/mine")
     assert prep_make(line, text)[0] == 0
     train, val, meta = prepare.load_dataset(folder)
@@ -2988,8 +3004,8 @@ def test_prepare_own_text(tokenizer, kept):
     assert tok.eot == tok.n_vocab - 1 and tok.decode([97, tok.eot, 98, 0xc3]) == "a<|endoftext|>b\ufffd"
     assert {"python", "numpy", "torch"} <= set(meta["versions"])
     joined = tok.decode(train).rsplit(prepare.EOT, 1)[0] + tok.decode(val)
-    assert joined == PREP_TEXT + prepare.EOT + PREP_TEXT.upper() + prepare.EOT
-    size = len((PREP_TEXT + PREP_TEXT.upper()).encode())
+    assert joined == PREP_TEXT + prepare.EOT + other + prepare.EOT
+    size = len((PREP_TEXT + other).encode())
     assert meta["train_bytes"] + meta["val_bytes"] == size
     assert meta["val_bytes"] == approx(size / 10, abs=4)
     for split, ids in (("train", train), ("val", val)):
@@ -3689,24 +3705,9 @@ def test_summary_is_its_definition():
     assert "accuracy" not in bench.summary(one[:1], [{"failed": ""}])
 
 
-def test_read_items_forms():
-    path, tok = Path("a.jsonl"), prepare.Tokenizer("byte")
-    path.write_text("""{"ctx": "A man ", "endings": ["sits.", "runs."], "label": "1", "ind": 7}
-{"query": "Question: why?\\n", "choices": ["a", "b", "c"], "gold": [2]}
-{"context": "It was", "continuation": "so"}
-{"ctx": "", "endings": ["x", "y"], "label": 0}
-
-""")
-    items = bench.read_items(path, tok)
-    assert [(tok.decode(i["context"]), "|".join(map(tok.decode, i["ends"])), i["gold"]) for i in items] == [
-        ("A man", " sits.| runs.", 1), ("Question: why?\nAnswer:", " a| b| c", 2), ("It was", " so", 0),
-        ("", "x|y", 0)]
-    assert items[0]["bytes"] == [6, 6] and len(bench.read_items(path, tok, 2)) == 2
-
-
-def test_choices_stop_and_go_on(lab, monkeypatch):
+def test_choices_stop_and_go_on(lab, runs, monkeypatch):
     """All kinds of runs and of files. Interrupted in a file, with damaged results, with a larger --limit:
-    only what is missing is judged, and all is as in one run."""
+    only what is missing is judged, and all is as in one run. The probe is that of train.py."""
     kinds, judged, judge = ("ar", "mdm", "mixed", "block"), [], bench.judge_item
     measures = [m for kind in kinds for m in bench.MEASURES[kind]]
     rows = [{**GOOD, "ctx": "the cat " * n, "endings": ["sat on", "ran"], "label": n % 2} for n in range(6)]
@@ -3741,6 +3742,11 @@ def test_choices_stop_and_go_on(lab, monkeypatch):
     assert choices("b", 9)[0] == 0 and at_last == results() and len(at_last) == 3 * len(measures)
     assert all(r["loss"] > 0 for r in at_last)
     assert [(r["items"], r["failed"]) for r in at_last if r["file"] == "many"] == [(6, 1)] * len(measures)
+    lm, state = train.load_model(runs / "ar")
+    _, val, _ = prepare.load_dataset(state["flags"]["dataset"])
+    want = train.probe(lm, train.probe_items(val, 16, 9), "ar")
+    row, *_ = [r for r in at_last if r["file"] == "probe"]
+    assert [row["accuracy"], row["gap"]] == approx([want["probe_accuracy"], want["probe_gap"]], abs=1e-4)
 
 
 class Cyclic(nn.Module):
@@ -3774,15 +3780,6 @@ def test_probe_picks_the_truth(objective):
         assert got["probe_accuracy"] == knows and (got["probe_gap"] > 1) == knows and lm.training
         assert got == train.probe(lm, items[clear], objective, rows=3, diffusion_block=4)
 
-
-def test_probe_is_that_of_bench_choices(runs):
-    lm, state = train.load_model(runs / "ar", "last")
-    flags, val = state["flags"], prepare.load_dataset(state["flags"]["dataset"])[1]
-    got = train.probe(lm, train.probe_items(val, 16, 20), "ar")
-    items = bench.probe_as_items(flags, prepare.load_tokenizer(runs / "ar"), 16, 20)
-    s = bench.summary(items, [bench.judge_item(lm, flags, item, "exact", 0, 0) for item in items])
-    assert s["gap"] == approx(got["probe_gap"], abs=1e-4)
-    assert s["accuracy"] == approx(got["probe_accuracy"])
 
 # ------------------------------------------------------------------------------------------------------------
 # bench.py theory
@@ -3826,10 +3823,10 @@ def test_bigram_oracle_is_enumeration(V, L):
 # sparsity
 
 @each("match", ["active", "total"])
-@each("base", [dict(n_layer=3, n_head=4, n_embd=96),
-                                  dict(n_layer=6, n_head=6, n_embd=384, vocab_size=4096)])
+@each("base", ["n_layer=3 n_head=4 n_embd=96", "n_layer=6 n_head=6 n_embd=384 vocab_size=4096"])
 def test_matched_models_have_equal_parameters(base, match):
     """Counted on real models: the same active or total within 3%, and 8 times as many in all as active."""
+    base = model.settings(base)
     with torch.device("meta"):
         dense, mixture = (LM(ModelConfig(**base, **values)) for values in bench.match_experts(base, match))
         same = LM(ModelConfig(**base))
