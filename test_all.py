@@ -4752,17 +4752,17 @@ def test_rules_equal_fla():
         f = getattr(fla_naive(name), f"naive_recurrent_{name}")
         o, S = f(*(a.transpose(1, 2) for a in x), output_final_state=True)      # their order is (B, T, H, .)
         return o.transpose(1, 2), S
-    for ours, theirs in (
-            (delta_rule(q, k, v, beta), fla_naive("delta_rule").delta_rule_recurrence(q, k, v, beta)),
-            (delta_rule(q, k, v, beta, g), fla("gated_delta_rule", q, k, v, beta, g)),
-            (delta_rule(q, k, v, beta, channel, g_min=-5.0), fla("kda", q, k, v, channel, beta)),
-            (delta_rule(q, k, v, erase, channel, write=write), fla("gdn2", q, k, v, channel, erase, write)),
-            (linear_attention(q, k, v), fla("linear_attn", q, k, v)),
-            (linear_attention(q, k, v, g), fla("simple_gla", q, k, v, g)),
-            (linear_attention(q, k, v, channel), fla("gla", q, k, v, channel))):
-        close(ours[0], theirs[0])
-        close(ours[1], theirs[1])
-    close(linear_attention(q, k, v, fixed)[0], fla_naive("retention").naive_retention(q, k, v))
+    for ours, theirs in pairs("""
+delta_rule(q, k, v, beta) => fla_naive("delta_rule").delta_rule_recurrence(q, k, v, beta)
+delta_rule(q, k, v, beta, g)                        => fla("gated_delta_rule", q, k, v, beta, g)
+delta_rule(q, k, v, beta, channel, g_min=-5.0)      => fla("kda", q, k, v, channel, beta)
+delta_rule(q, k, v, erase, channel, write=write)    => fla("gdn2", q, k, v, channel, erase, write)
+linear_attention(q, k, v)                           => fla("linear_attn", q, k, v)
+linear_attention(q, k, v, g)                        => fla("simple_gla", q, k, v, g)
+linear_attention(q, k, v, channel)                  => fla("gla", q, k, v, channel)
+linear_attention(q, k, v, fixed)[0]                 => fla_naive("retention").naive_retention(q, k, v)
+"""):
+        close(eval(ours), eval(theirs))
 
 
 # ------------------------------------------------------------------------------------------------------------
