@@ -137,7 +137,7 @@ BUDGET = {
     "sample.py": 4_852,
     "prepare.py": 6_890,
     "bench.py": 30_826,
-    "test_all.py": 50_635,
+    "test_all.py": 46_000,
 }
 
 
@@ -1209,14 +1209,14 @@ def test_init_knows_every_parameter(monkeypatch):
 
 
 @each("objective", ["ar", "mdm"])
-@each("without", [(), ("flops", "state")], ids=["as it stands", "without flops and state"])
+@each("without", ["", "flops state"])
 def test_readme_layer_works(monkeypatch, dataset, objective, without):
     """The layer that the README tells readers to write: in a model, and by the real commands, to the end."""
     readme = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
     monkeypatch.setitem(ATTENTION, "mean", None)    # taken out again behind the test
     scope = {}
     exec(re.search(r"```python\n(.*?)```", readme, re.S)[1], scope)
-    for method in without:
+    for method in without.split():
         delattr(scope["Mean"], method)
     lm, x = LM(tiny(layers="mean full")), torch.randint(11, (2, 9))
     y = lm(x)
@@ -1641,11 +1641,12 @@ def test_samples_follow_the_likelihood(name):
     assert chi_square(y, torch.exp(-nats(f, every))) < 145
 
 
-@each("how", [{}, dict(temperature=0.7), dict(top_k=2), dict(top_p=0.8)], ids=str)
+@each("how", ["", "temperature=0.7", "top_k=2", "top_p=0.8"])
 def test_drafts_keep_the_law(how):
     """Also with the third token given. The drafts, from another table, are far from right."""
     f, every = DiffTable(3, 4), all_texts(3, 4)
     f.table *= 0.5
+    how = model.settings(how)
     logits = f(diffusion.shift_right(every, 3), causal=True)
     free = diffusion.probabilities(logits, **how).gather(2, every[..., None])[..., 0]
     given = free.clone()
@@ -1655,11 +1656,11 @@ def test_drafts_keep_the_law(how):
         assert chi_square(y, law.prod(1)) < 145
 
 
-@each("fields", [{}, dict(layers="mla full", mtp=0.3)], ids=str)
+@each("fields", ["", "layers='mla full' mtp=0.3"])
 @each("prompts", ("even", "uneven"))
 def test_drafts_change_no_greedy_text(fields, prompts):
     """With a cache and without: what is left in it of the drafts that were refused is never read."""
-    lm, passes = count_passes(diff_lm(**fields))
+    lm, passes = count_passes(diff_lm(**model.settings(fields)))
     x, valid = canvas(PROMPTS[prompts], 19, 13)
     go = lambda **how: sample_ar(lm, x, 13, temperature=0, valid=valid, **how)
     sample.check_rewrites(lm.config, "--draft")
@@ -1809,12 +1810,18 @@ def test_nothing_is_generated_after_end_of_text(name):
     assert len(steps) == 1, "every row has ended"
 
 
+def drawn_from(patch, more=0):
+    """The logits of all draws from now on, to which more is added."""
+    draw, seen = diffusion.draw, []
+    spy = lambda logits, *a, **kw: seen.append(logits) or draw(logits + more, *a, **kw)
+    patch.setattr("diffusion.draw", spy)
+    return seen
+
+
 @each("name", SAMPLERS)
 def test_batch_invariance(name, monkeypatch):
     """Alone and beside longer and shorter rows: the same tokens at temperature 0, from the same logits."""
-    lm, draw, seen = diff_lm(), diffusion.draw, []
-    spy = lambda logits, *a, **kw: seen.append(logits) or draw(logits, *a, **kw)
-    monkeypatch.setattr("diffusion.draw", spy)
+    lm, seen = diff_lm(), drawn_from(monkeypatch)
 
     def run(*prompts):
         seen.clear()
@@ -2624,37 +2631,36 @@ def full_disk(error):
     def save(state, file):
         file.write(b"half")
         raise error
-    return lambda *_: setattr(torch, "save", save)
+    torch.save = save
 
 
-DIVERGED = " by step 9.*last good checkpoint is .*ckpt_last.pt \\(step 6\\)"
-TROUBLE = {     # what is told: what happened in the 9th step, after which the model is evaluated and saved
-    f"the loss became nan{DIVERGED}": lambda lm, losses: losses["ar"].fill_(math.nan),
-    f"the gradient became nan{DIVERGED}": lambda lm, losses: lm.embed.weight.grad[0].fill_(math.nan),
-    f"the norm of the weights became inf{DIVERGED}": lambda lm, losses: lm.embed.weight.data[0].fill_(1e30),
-    f"loss of the evaluation became nan{DIVERGED}":
-        lambda *_: setattr(train, "evaluate", lambda *_, **__: {"loss": math.nan}),
-    "out of memory.*--micro_batch":
-        lambda *_: setattr(train, "evaluate", raising(torch.OutOfMemoryError("Tried to allocate"))),
-    "cannot write .*ckpt_best.pt: No space left": full_disk(OSError(28, "No space left on device")),
-    "cannot write .*ckpt_best.pt: the disk or a limit": full_disk(RuntimeError("PytorchStreamWriter")),
-}
+STEP_9 = "by step 9.*last good checkpoint is .*ckpt_last.pt \\(step 6\\)"
+# what happens in the 9th step, after which the model is evaluated and saved => what is told
+TROUBLE = f"""
+losses["ar"].fill_(math.nan)                                => the loss became nan {STEP_9}
+lm.embed.weight.grad[0].fill_(math.nan)                     => the gradient became nan {STEP_9}
+lm.embed.weight.data[0].fill_(1e30)                         => the norm of the weights became inf {STEP_9}
+setattr(train, "evaluate", lambda *_, **__: dict(loss=math.nan)) => loss of the evaluation became nan {STEP_9}
+setattr(train, "evaluate", raising(torch.OutOfMemoryError("too large"))) => out of memory.*--micro_batch
+full_disk(OSError(28, "No space left on device"))           => cannot write .*ckpt_best.pt: No space left
+full_disk(RuntimeError("PytorchStreamWriter"))             => cannot write .*ckpt_best.pt: the disk or a limit
+"""
 
 
-@each("told", TROUBLE)
-def test_nothing_bad_is_saved_and_nothing_good_is_lost(go, monkeypatch, told):
+@each("trouble, told", pairs(TROUBLE))
+def test_nothing_bad_is_saved_and_nothing_good_is_lost(go, monkeypatch, trouble, told):
     """Neither a half file nor a bad number gets a checkpoint's name; what is too large for an evaluation has
     been trained."""
     for module, name in ((train, "evaluate"), (torch, "save")):     # put back afterwards
         monkeypatch.setattr(module, name, getattr(module, name))
-    at_step(monkeypatch, 9, lambda batch, losses: TROUBLE[told](batch.lm, losses))
+    at_step(monkeypatch, 9, lambda batch, losses: eval(trouble, globals(), dict(lm=batch.lm, losses=losses)))
     with refused(told):
         go("run", eval_every=3, save_every=9, log_every=5)
     state = train.load_checkpoint("run")
     assert state["step"] == (9 if "memory" in told else 6)
     assert all(p.isfinite().all() for p in state["model"].values())
     assert set(os.listdir("run")) == RUN_FILES
-    if DIVERGED in told:
+    if STEP_9 in told:
         assert max(r["step"] for r in train.read_log("run")) < 9 + ("evaluation" in told)
 
 
@@ -2671,25 +2677,28 @@ def test_every_flipped_bit_of_a_checkpoint_is_seen(go):
             train.load_checkpoint(path)
 
 
-DAMAGE = {  # what befell a run that was stopped: the file, what it holds then or None, what is told
-    "truncated": ("ckpt_last.pt", lambda raw: raw[:-500], "ckpt_last.pt is truncated"),
-    "missing": ("ckpt_last.pt", lambda raw: None, "step 8 from"),
-    "torn": ("metrics.jsonl", lambda raw: raw[:-30], "step 10 from"),
-    "doubled": ("metrics.jsonl", lambda raw: raw * 2, "step 10 from"),
-    "gone": ("metrics.jsonl", lambda raw: None, "step 10 from"),
-}
+# what befell a run that was stopped: a file, and what it holds then or None => what is told
+DAMAGE = """
+ckpt_last.pt raw[:-500]     => ckpt_last.pt is truncated
+ckpt_last.pt None           => step 8 from
+metrics.jsonl raw[:-30]     => step 10 from
+metrics.jsonl raw * 2       => step 10 from
+metrics.jsonl None          => step 10 from
+"""
 
 
-@each("damage", DAMAGE)
-def test_a_damaged_run_goes_on_as_if_nothing_had_been(go, monkeypatch, damage):
+@each("damage, told", pairs(DAMAGE))
+def test_a_damaged_run_goes_on_as_if_nothing_had_been(go, monkeypatch, damage, told):
     """From the checkpoint before, where the last is lost. Where none is left, a run does not begin by itself.
     """
-    out, lines, (file, change, told) = Path("run"), [], DAMAGE[damage]
+    out, lines, (file, change) = Path("run"), [], damage.split(" ", 1)
     scripted_losses(monkeypatch, {4: 1.0, 8: 2.0, 10: 3.0, 12: 3.0})  # the best is older than the one before
     go("whole", eval_every=4)
     go_until(10, go, out, eval_every=4)
-    raw = change((out / file).read_bytes())
-    (out / file).unlink() if raw is None else (out / file).write_bytes(raw)
+    raw = (out / file).read_bytes()
+    (out / file).unlink()
+    if (left := eval(change)) is not None:
+        write(out / file, left)
     (out / "ckpt_best.pt.part").touch()                              # what a kill has left
     go(out, lines.append, resume="auto", eval_every=4)
     same_run(out, "whole")
@@ -3925,10 +3934,8 @@ def test_calculator():
     (sample_ar, "on_token"), (partial(sample_block, fill_block=4), "on_block")])
 def test_tool_calls_pause_and_resume(sampler, hooked, monkeypatch):
     """An empty result is no pause, bit for bit; after a result all is as in a start from scratch."""
-    lm, draw, seen, tok = diff_lm(), diffusion.draw, [], Letters()
-    likes = 4 * torch.eye(13)[1]                                    # to close calls
-    spy = lambda logits, *a, **kw: seen.append(logits) or draw(logits + likes, *a, **kw)
-    monkeypatch.setattr("diffusion.draw", spy)
+    lm, tok = diff_lm(), Letters()
+    seen = drawn_from(monkeypatch, 4 * torch.eye(13)[1])            # it likes to close calls
 
     def run(prompts, new, tool=None, **how):
         x = canvas(prompts, new, 13)[0][:, :40]
@@ -3955,13 +3962,16 @@ def test_tool_calls_pause_and_resume(sampler, hooked, monkeypatch):
     assert resumed > 2
 
 
-fails = raising(ZeroDivisionError)
-BAD_TOOLS = [
-    (fails, "raised ZeroDivisionError"), (raising(SystemExit), "raised SystemExit"),
-    (lambda call: threading.Event().wait(), "longer than 0.05 seconds"),
-    (lambda call: "9" * 99, "99 tokens, and there is room for"),
-    (lambda call: type("Odd", (), {"__str__": fails})(), "raised ZeroDivisionError"),
-    (lambda call: "\ud800", None), (lambda call: 42, None), (lambda call: None, None)]
+BAD_TOOLS = """
+raising(ZeroDivisionError)                  => raised ZeroDivisionError
+raising(SystemExit)                         => raised SystemExit
+lambda call: threading.Event().wait()       => longer than 0.05 seconds
+lambda call: "9" * 99                       => 99 tokens, and there is room for
+lambda call: type("Odd", (), {"__str__": raising(ZeroDivisionError)})()     => raised ZeroDivisionError
+lambda call: "\\ud800"                      =>
+lambda call: 42                             =>
+lambda call: None                           =>
+"""
 
 
 @each("objective", ["ar", "block"])
@@ -3971,11 +3981,11 @@ def test_bad_tools_leave_a_sentence(go, objective, monkeypatch):
     monkeypatch.setattr("sample.ToolCalls", lambda *a: hook(*a, seconds=0.05))
     go("run", objective=objective, diffusion_block=4, block_size=64, max_steps=2)
     line = "run --prompt '2+1? <tool>2+' --tool calculator --max_new_tokens 24"
-    for tool, reason in BAD_TOOLS:
+    for tool, reason in pairs(BAD_TOOLS):
         text = iter(b"1</tool>")                                    # a model that closes its call
-        write = lambda rows, *_, **how: torch.tensor([next(text, 46)] * len(rows))
-        monkeypatch.setattr("diffusion.draw", write)
-        monkeypatch.setitem(sample.TOOLS, "calculator", tool)
+        draw = lambda rows, *_, **how: torch.tensor([next(text, 46)] * len(rows))
+        monkeypatch.setattr("diffusion.draw", draw)
+        monkeypatch.setitem(sample.TOOLS, "calculator", eval(tool))
         status, out, err = typed(sample, line + " --order left" * (objective == "block"))
         assert status == 0 and "<tool>2+1</tool>" in out and "calculator('2+1')" in err
         assert "Traceback" not in err
