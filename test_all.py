@@ -1382,6 +1382,7 @@ def test_preset_twins_train_and_decode(name):
     with torch.no_grad():
         close(decode(lm, x, [9] + [1] * 15, lm.init_cache(2, 24)), lm(x))
 
+
 # ------------------------------------------------------------------------------------------------------------
 # diffusion.py
 
@@ -2125,7 +2126,6 @@ complaint(bench, "choices", "--seed=" + "9" * 5000)                      => (2, 
 def test_calls_have_these_values(call, value):
     """By hand or published: of Quokka's table 3, its printed formula gives what is here to 7%."""
     assert eval(call) == eval(value)
-
 
 
 def delta(rule=delta_rule, **given):
@@ -3171,6 +3171,7 @@ def test_shards(monkeypatch):
         assert (len(train), len(val)) == (n, 1000)
         assert Path("data/raw/fineweb10B/train_000002.bin").exists() == second
 
+
 # ------------------------------------------------------------------------------------------------------------
 # sample.py
 
@@ -3828,6 +3829,7 @@ def test_bigram_oracle_is_enumeration(V, L):
             want = torch.stack([p[fits & (x[:, i] == v)].sum() for v in range(V)]) / p[fits].sum()
             close(language(canvas[None])[0, i].exp().double(), want, 1e-6)
 
+
 # ------------------------------------------------------------------------------------------------------------
 # sparsity
 
@@ -3844,6 +3846,7 @@ def test_matched_models_have_equal_parameters(base, match):
     assert mixture.num_params() / mixture.active_params() == approx(8, rel=0.06)
     active, dense = mixture.active_params(), same.num_params()
     assert active == approx(dense, rel=0.03), "one mixture for both matches"
+
 
 # ------------------------------------------------------------------------------------------------------------
 # recall
@@ -4090,6 +4093,7 @@ def test_train_speed_beside_a_peer(lab, monkeypatch):
     assert rows["ar"]["mfu"] is None
     assert rows["ar"]["params"] == LM(override(ModelConfig(), sizes)).num_params()
     assert rows["nanoGPT"]["params"] == 257 * 258
+
 
 # ------------------------------------------------------------------------------------------------------------
 # Commands: what is refused, help, Ctrl-C
