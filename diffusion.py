@@ -349,14 +349,15 @@ def chain_nll(f, x, mask_id, order="left", scored=None, noise_block=None, **keyw
 
 @torch.no_grad()
 def any_order_nll(f, x, mask_id, fill_block=8, noise_block=None):
-    """Exact -log p(x) of `sample_mdm(..., order="random", fill_block=S)`: blocks of S tokens from left to right,
-    inside a block one token a pass, in an order drawn at random. Returns (B,) float64 nats per token.
+    """Exact -log p(x) of `sample_mdm(..., order="random", fill_block=S)`: blocks of S tokens from left to
+    right, inside a block one token per pass in an order drawn at random. (B,) float64 nats per token.
 
-    p of a block is the mean over all S! orders. They share their steps, so a sum over the 2 ** S sets of known
-    places does: with p(set) the probability that exactly these have been filled so far, with these tokens,
-        p(set) = sum over i in set of p(set - i) * p(x_i | set - i) / (places open before)
-    2 ** S - 1 passes per block. The bound of `mdm_nll` is the mean of log p over orders, this the log of the
-    mean, never above it on average (Jensen); mixing orders is EoNADE's idea (1310.1757). S = 1 is `chain_nll`.
+    p of a block is the mean over all S! orders. They share their steps, so a sum over the 2 ** S sets of
+    known places does, in 2 ** S - 1 passes per block. With p(set) the probability that exactly these places
+    have been filled so far, and with these tokens,
+        p(set) = sum over i in set of p(set - i) * p(x_i | set - i) / (places that were open then)
+    The bound of `mdm_nll` is the mean of log p over orders; this is the log of the mean, which is never less
+    (Jensen). An ensemble of orders in one network: EoNADE (1310.1757). S = 1 is `chain_nll`.
     noise_block: of a block-diffusion model, a multiple of S.
     """
     need(1 <= fill_block <= 12, f"fill_block is {fill_block}: 2 ** fill_block passes allow 1 to 12")
@@ -364,7 +365,7 @@ def any_order_nll(f, x, mask_id, fill_block=8, noise_block=None):
     B, T = x.shape
     keywords = {}
     if noise_block:
-        need(noise_block % fill_block == 0, f"fill_block {fill_block} must divide the blocks of {noise_block}")
+        need(noise_block % fill_block == 0, f"fill_block {fill_block} does not divide {noise_block}")
         block = torch.arange(T, device=x.device).div(noise_block, rounding_mode="floor")
         keywords["mask"] = block[:, None] >= block              # what sees what: (T, T)
     nats = torch.zeros(B, dtype=torch.float64, device=x.device)
@@ -380,7 +381,7 @@ def any_order_nll(f, x, mask_id, fill_block=8, noise_block=None):
             z[:, start:] = mask_id
             z[:, start:start + S] = torch.where(hidden, mask_id, here)
             logits = predict(f, z, mask_id, causal=False, **keywords)[:, start:start + S]
-            step = reached[known, :, None] - token_nll(logits, here) - math.log(hidden.sum())     # (B, S)
+            step = reached[known, :, None] - token_nll(logits, here) - hidden.sum().double().log()   # (B, S)
             for i in hidden.nonzero()[:, 0].tolist():
                 bigger = known | 1 << i
                 reached[bigger] = torch.logaddexp(reached[bigger], step[:, i])

@@ -727,7 +727,7 @@ def processes(flags):
         yield types.SimpleNamespace(rank=rank, world=world, device=device, cuda=cuda, bf16=bf16,
                                     compiled=compiled)
     except RuntimeError as e:
-        if re.search("out of memory|(to|can't) allocate", str(e)):
+        if isinstance(e, torch.OutOfMemoryError) or re.search("out of memory|(to|can't) allocate", str(e)):
             raise ValueError("out of memory in a pass: use a smaller --micro_batch") from None
         raise
     finally:
