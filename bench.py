@@ -2853,7 +2853,24 @@ def drafts(batches=(1, 8), lengths=(1, 2, 4, 8), run_mixed=None, run_mtp=None, *
             yield dict(run=role, draft=draft, batch=B), measure
 
 
-@experiment(named="scale", gpu=MODELS_GPU)
+def panel_picture(plt, result):
+    """How far each run is above AR, against the tokens whose orders are mixed; the bound at the left edge."""
+    rows = [r for r in result["rows"] if "over_ar" in r]
+    figure, ax = plt.subplots(figsize=(7, 4.5))
+    for run in dict.fromkeys(r["run"] for r in rows):
+        size = {"bound": 0.5, "(left)": 1}                                  # one order; else the last word is S
+        gaps = {r["measure"].split()[-1]: (r["over_ar"], r["over_se"]) for r in rows if r["run"] == run}
+        points = [(size.get(last) or int(last), *gap) for last, gap in gaps.items() if last != "(confidence)"]
+        ax.errorbar(*zip(*points), marker="o", capsize=3, label=run.replace("/", "\n"))
+    ax.axhline(0, color="black", lw=1)
+    dress(ax, "diffusion above AR (the black line) on the same windows, standard errors over windows",
+          xlabel="tokens in a block that is filled in any order, all orders summed", ylabel="nats per token")
+    ax.set_xscale("log", base=2)
+    ax.set_xticks([0.5, 1, 2, 4, 8], ["bound", "1: left to right", "2", "4", "8"])
+    return figure if rows else None
+
+
+@experiment(named="scale", picture=panel_picture, gpu=MODELS_GPU)
 def panel(runs: list = (), windows=16, n_mc=64, fill_blocks=(4,), **models):
     """All likelihoods of the decode runs, or of others, on the same validation windows:
     exact, bounds, chains; bits per byte.

@@ -136,7 +136,7 @@ BUDGET = {
     "train.py": 10_510,
     "sample.py": 4_845,
     "prepare.py": 6_815,
-    "bench.py": 28_910,
+    "bench.py": 29_155,
     "test_all.py": 46_295,
 }
 
@@ -3388,8 +3388,8 @@ track --layers full,deltanet --groups parity,s3 --steps 2 --length 8 --times 1,2
 moe --scenes DATASET,DATASET --steps 2 --repeat 1                                        => 5 rows
 decode TRIO --run_judge RUNS/ar --batches 1,2                                            => 25 rows, picture
 drafts SMALL --block_size 64 --lengths 2 --max_steps 2                                   => 4 rows
-panel TRIO --windows 2 --n_mc 4                                                          => 9 rows
-panel --runs RUNS/ar RUNS/mdm --windows 2 --n_mc 4 --fill_blocks 2,4                      => 6 rows
+panel TRIO --windows 2 --n_mc 4                                                          => 9 rows, picture
+panel --runs RUNS/ar RUNS/mdm --windows 2 --n_mc 4 --fill_blocks 2,4                      => 6 rows, picture
 choices RUNS/ar RUNS/mdm --files probe --limit 4 --n_mc 4                                => 3 rows
 compare RUNS/ar RUNS/mdm                                                                 => 2 rows, picture
 theory --steps 4 --sequences 2 --lengths 3,6                                             => 48 rows, picture
