@@ -2858,7 +2858,7 @@ def panel_picture(plt, result):
     rows = [r for r in result["rows"] if "over_ar" in r]
     figure, ax = plt.subplots(figsize=(7, 4.5))
     for run in dict.fromkeys(r["run"] for r in rows):
-        size = {"bound": 0.5, "(left)": 1}                                  # one order; else the last word is S
+        size = {"bound": 0.5, "(left)": 1}                      # where the last word is not S itself
         gaps = {r["measure"].split()[-1]: (r["over_ar"], r["over_se"]) for r in rows if r["run"] == run}
         points = [(size.get(last) or int(last), *gap) for last, gap in gaps.items() if last != "(confidence)"]
         ax.errorbar(*zip(*points), marker="o", capsize=3, label=run.replace("/", "\n"))
