@@ -900,7 +900,7 @@ def few_runs(name, few, arms, probe=0):
             epochs=epochs, max_steps=steps, eval_epochs=f"geometric:{evals}", warmup=min(100, steps // 10),
             seed=seed, lr=rate, probe_every=dense * probe)
         out = root / f"{file_part(arm)}-s{seed}-lr{rate:g}" / folder
-        return constant | given | arms[arm] | more | dict(out=str(out))
+        return constant | given | arms[arm] | dict(epochs=epochs) | more | dict(out=str(out))
     return flags
 
 
@@ -925,7 +925,8 @@ def tuned(arms, rates, seeds, flags, epochs, anneal=()):
     """A generator: trains every arm at each rate with the first seed, at its best rate with all seeds, and
     the arms `anneal` once more with a rate that falls to 0: an arm that has overfitted over 0.7, 1 and 1.4
     times the epochs of its best evaluation, another over all epochs.
-    Returns {(arm, seed): row}. epochs: {arm: epochs}."""
+    Returns {(arm, seed): row}. epochs: {arm: epochs}, but for those that an arm sets itself."""
+    epochs = epochs | {a: own["epochs"] for a, own in arms.items() if "epochs" in own}
     best = dict.fromkeys(arms, rates[0])
     if len(rates) > 1:
         evals = yield {(a, "lr", r): flags(a, seeds[0], r, epochs[a]) for a, r in product(arms, rates)}

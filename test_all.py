@@ -136,8 +136,8 @@ BUDGET = {
     "train.py": 10_510,
     "sample.py": 4_845,
     "prepare.py": 6_815,
-    "bench.py": 29_155,
-    "test_all.py": 46_295,
+    "bench.py": 29_190,
+    "test_all.py": 46_355,
 }
 
 
@@ -3521,11 +3521,13 @@ def test_crossover_is_what_its_runs_say(lab, monkeypatch):
     better = lambda out: [e | {"loss": e["loss"] - ("annealed" in str(out))} for e in evals(out)]
     monkeypatch.setattr("bench.evaluations", better)
     line = "crossover FEW --rates 1e-3,2e-3,4e-3 --x tokens --arm 'own: --layers linear --dropout 0.1'"
-    status, out, _ = lab(line + " 'fast: --lr 0.01'")
+    status, out, _ = lab(line + " 'fast: --lr 0.01 --epochs 2'")
     assert status == 0 and "curve crossing" in out and "honest crossing" in out
     rows = {r["arm"]: r for r in found("crossover_cpu")["rows"]}
     assert list(rows) == ["ar", "mdm", "own", "fast", "crossing"] and "honest_tuned" in rows["crossing"]
-    assert rows["fast"]["lr"] == 0.01, "its own"
+    assert (rows["fast"]["lr"], rows["fast"]["epochs"]) == (0.01, 2), "its own"
+    again = bench.few_runs("again", found("crossover_cpu")["flags"], {"fast": dict(objective="ar", epochs=2.0)})
+    assert again("fast", 1, 0.01, 3.0)["epochs"] == 3, "where it is annealed, the length of that"
     for last in (rows[arm]["evals"][-1] for arm in ("ar", "mdm", "own")):
         assert 0 <= last["probe_accuracy"] <= 1 and "probe_gap" in last
     losses = lambda pattern: [e["loss"] for out in Path().rglob(pattern) for e in bench.evaluations(out)]
