@@ -137,7 +137,7 @@ BUDGET = {
     "sample.py": 4_845,
     "prepare.py": 6_815,
     "bench.py": 29_190,
-    "test_all.py": 46_355,
+    "test_all.py": 46_360,
 }
 
 
@@ -3526,7 +3526,8 @@ def test_crossover_is_what_its_runs_say(lab, monkeypatch):
     rows = {r["arm"]: r for r in found("crossover_cpu")["rows"]}
     assert list(rows) == ["ar", "mdm", "own", "fast", "crossing"] and "honest_tuned" in rows["crossing"]
     assert (rows["fast"]["lr"], rows["fast"]["epochs"]) == (0.01, 2), "its own"
-    again = bench.few_runs("again", found("crossover_cpu")["flags"], {"fast": dict(objective="ar", epochs=2.0)})
+    fast = {"fast": dict(objective="ar", epochs=2.0)}
+    again = bench.few_runs("again", found("crossover_cpu")["flags"], fast)
     assert again("fast", 1, 0.01, 3.0)["epochs"] == 3, "where it is annealed, the length of that"
     for last in (rows[arm]["evals"][-1] for arm in ("ar", "mdm", "own")):
         assert 0 <= last["probe_accuracy"] <= 1 and "probe_gap" in last
