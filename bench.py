@@ -1249,7 +1249,7 @@ def study_arms(table):
             epochs |= dict.fromkeys(begun, few["epochs"])
             rows |= yield from tuned(begun, rates, seeds, flags, epochs)
         long = sorted((a for a in arms if a not in short), key=lambda a: floor(rows[a, seeds[0]]))
-        long = dict.fromkeys(["mdm", *long[:3]])
+        long = {a: arms[a] for a in ("mdm", *long[:3])}
         rows |= yield from tuned(long, rates, seeds, flags, epochs, long)
         for (a, s), row in sorted(rows.items(), key=lambda item: floor(item[1])):
             one = arms[a].get("diffusion_block") == 1            # AR in an order
