@@ -129,7 +129,6 @@ def check_values(values):
             need(low <= value <= high, f"{field} {value} must lie in [{low}, {high}]")
 
 
-
 # ------------------------------------------------------------------------------------------------------------
 # What all layers share: a call (Step), a cache, the base class
 

@@ -973,10 +973,9 @@ def paired_gap(ar, mdm, windows):
     """AR's best minus diffusion's end on the same windows, in nats per token, with two standard errors: over
     the choice of windows (paired: what is hard for both cancels) and over the masks. ar, mdm: run folders."""
     (ar, _), (mdm, _) = load_model(ar), load_model(mdm, "last")
-    bound, error = diffusion.mdm_nll(mdm, windows, mdm.mask_id, 16, per_row=True)
+    bound, se_masks = sample.panel(mdm, dict(objective="mdm"), windows, 16)[0][1]()
     gap = train.ar_nats(ar, windows, 256).double().mean(1) - bound
-    return dict(gap=gap.mean().item(), se_windows=(gap.std() / len(gap) ** 0.5).item(),
-                se_masks=error.norm().item() / len(gap))
+    return dict(gap=gap.mean().item(), se_windows=(gap.std() / len(gap) ** 0.5).item(), se_masks=se_masks)
 
 
 def draw_curves(ax, rows, x, y, by=("arm",), **style):

@@ -333,7 +333,7 @@ def chain_nll(f, x, mask_id, order="left", scored=None, noise_block=None, **keyw
     nats = torch.zeros(B, 1, dtype=torch.float64, device=x.device)
     block = count_to(T, x) // (noise_block or T)
     if noise_block:
-        keywords["mask"] = block[:, None] >= block              # what sees what: (T, T)
+        keywords["mask"] = block[:, None] >= block
     for _ in range(int(tokens.max())):
         logits = predict(f, torch.where(live, mask_id, x), mask_id, causal=False, **keywords)
         score = torch.zeros_like(x, dtype=torch.float)
@@ -356,23 +356,23 @@ def any_order_nll(f, x, mask_id, fill_block=8, noise_block=None):
     known places does, in 2 ** S - 1 passes per block. With p(set) the probability that exactly these places
     have been filled so far, and with these tokens,
         p(set) = sum over i in set of p(set - i) * p(x_i | set - i) / (places that were open then)
-    The bound of `mdm_nll` is the mean of log p over orders; this is the log of the mean, which is never less
-    (Jensen). An ensemble of orders in one network: EoNADE (1310.1757). S = 1 is `chain_nll`.
+    The bound of `mdm_nll` is the mean of log p over the orders of a whole window. With S = T this is the log
+    of the mean over the same ones, which is never less (Jensen); with S = 1 it is `chain_nll`. An ensemble of
+    orders in one network: EoNADE (1310.1757).
     noise_block: of a block-diffusion model, a multiple of S.
     """
     need(1 <= fill_block <= 12, f"fill_block is {fill_block}: 2 ** fill_block passes allow 1 to 12")
     need(x.numel() > 0, f"{tuple(x.shape)} tokens: of no token there is no likelihood")
     B, T = x.shape
-    keywords = {}
-    if noise_block:
-        need(noise_block % fill_block == 0, f"fill_block {fill_block} does not divide {noise_block}")
-        block = torch.arange(T, device=x.device).div(noise_block, rounding_mode="floor")
-        keywords["mask"] = block[:, None] >= block              # what sees what: (T, T)
+    need(not noise_block or noise_block % fill_block == 0,
+         f"fill_block {fill_block} does not divide the blocks of {noise_block}")
+    block = count_to(T, x) // (noise_block or T)
+    keywords = {"mask": block[:, None] >= block} if noise_block else {}
     nats = torch.zeros(B, dtype=torch.float64, device=x.device)
     for start in range(0, T, fill_block):
         here = x[:, start:start + fill_block]                   # (B, S)
         S = here.size(1)
-        places = torch.arange(S, device=x.device)
+        places = count_to(S, x)
         reached = nats.new_full((2 ** S, B), -torch.inf)        # log p(set); bit i: place start + i is known
         reached[0] = 0
         for known in range(2 ** S - 1):

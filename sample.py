@@ -212,16 +212,16 @@ def panel(lm, flags, x, n_mc=64, fill_blocks=(4,)):
     def bound():
         nats, error = diffusion.mdm_nll(lm, x, mask, n_mc, noise_block=block, per_row=True)
         return nats, error.norm().item() / len(x)
-    ar = partial(exact, diffusion.ar_loss, bos_id=mask, reduction="none")
+    ar = [("AR, exact", partial(exact, diffusion.ar_loss, bos_id=mask, reduction="none"))]
     chain = partial(exact, diffusion.chain_nll, mask_id=mask, noise_block=block)
     any_order = partial(exact, diffusion.any_order_nll, mask_id=mask, noise_block=block)
-    rows = [
+    mdm = [
         (f"{name}, bound", bound),
         (f"{name}, exact chain (left)", partial(chain, order="left")),
         (f"{name}, exact chain (confidence)", partial(chain, order="confidence")),
         *((f"{name}, exact, any order in blocks of {S}", partial(any_order, fill_block=S)) for S in sizes)
     ]
-    return [("AR, exact", ar)] * (objective in ("ar", "mixed")) + rows * (objective != "ar")
+    return {"ar": ar, "mixed": ar + mdm}.get(objective, mdm)
 
 
 # ------------------------------------------------------------------------------------------------------------

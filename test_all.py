@@ -2023,6 +2023,7 @@ parse_value("sigmoid")                       => "sigmoid"
 parse_value("9" * 5000)                      => "9" * 5000
 nodes("linear", 4096) < 1.6 * nodes("linear", 256)                       => True
 nodes("deltanet", 4096) < 1.6 * nodes("deltanet", 256)                   => True
+[name for name, _ in parse_layers("(full mla*2)*2")]   => "full mla mla full mla mla".split()
 parse_layers("full(window=4, sink=true)*2 full", 4) => [WINDOW, WINDOW, ("full", {}), WINDOW]
 " ".join(name for name, _ in parse_layers("(full mla*2)*2", 7))          => "full mla mla full mla mla full"
 LM(tiny(layers="full full(position=none)")).blocks[1].mixer.rope_dim     => 0
