@@ -44,7 +44,8 @@ def ar_loss(f, x, bos_id, inputs=None, reduction="mean"):
     return reduce_loss(token_nll(logits, x), reduction)
 
 
-def mdm_loss(f, x, mask_id, noise=None, generator=None, noise_block=None, reduction="mean", pos=None):
+def mdm_loss(f, x, mask_id, noise=None, generator=None, noise_block=None, reduction="mean", pos=None,
+             inputs=None):
     """Masked diffusion: an upper bound on -log p(x), nats per token, unbiased over `noise`. x (B, T) int64.
 
     The bound is the mean over all T! orders of the chain rule, E_n E_{mask of size n} [mean CE over the n
@@ -57,7 +58,7 @@ def mdm_loss(f, x, mask_id, noise=None, generator=None, noise_block=None, reduct
     noise: from `mdm_noise`, the rows of this batch, on x's device; with it the loss is a pure function and
     compiles to one graph of static shapes (cross entropy runs on all T tokens: selecting the masked ones
     would make shapes dynamic). noise_block: see `block_diffusion_loss`. pos (B, T): where the tokens stand in
-    the text, if not in this order (see `reading_order`).
+    the text, if not in this order (see `reading_order`). inputs: as in `ar_loss`; with it no bound.
     """
     B, T = x.shape
     S = noise_length(x, noise_block)
@@ -65,7 +66,7 @@ def mdm_loss(f, x, mask_id, noise=None, generator=None, noise_block=None, reduct
         noise = [a.to(x.device) for a in mdm_noise(B * T // S, S, generator)]
     masked, weight = mdm_mask(noise)
     where = {} if pos is None else {"pos": pos}
-    nats = masked_nll(f, x, mask_id, masked.view(B, T), noise_block, **where)
+    nats = masked_nll(f, x, mask_id, masked.view(B, T), noise_block, inputs, **where)
     return reduce_loss(nats * (masked * weight[:, None]).view(B, T), reduction)
 
 
@@ -201,16 +202,18 @@ def smallest(uniforms, n):
     return rank < n[:, None]
 
 
-def masked_nll(f, x, mask_id, masked, noise_block=None, **keywords):
-    """(B, T) nats of every token of x, predicted from x with `masked` (B, T) hidden; only masked places mean
-    something. A place that holds mask_id itself is hidden from all, and its own value means nothing."""
+def masked_nll(f, x, mask_id, masked, noise_block=None, inputs=None, **keywords):
+    """(B, T) nats of every token of x, predicted from x (or `inputs`) with `masked` (B, T) hidden; only
+    masked places mean something. A place that holds mask_id itself is hidden from all, and its own value
+    means nothing."""
     T = x.size(1)
-    read = torch.where(masked, mask_id, x)
+    clean = x if inputs is None else inputs
+    read = torch.where(masked, mask_id, clean)
     if noise_block is not None:                                 # a second half, which only serves as keys
         keywords["mask"] = two_stream_mask(T, noise_block, x.device)
         pos = keywords.get("pos", count_to(T, x))
         keywords["pos"] = torch.cat([pos, pos], dim=-1)
-        read = torch.cat([read, x], dim=1)
+        read = torch.cat([read, clean], dim=1)
     logits = predict(f, read, mask_id, causal=False, **keywords)
     return token_nll(logits[:, :T], x.clamp(max=mask_id - 1))
 

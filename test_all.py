@@ -1481,6 +1481,18 @@ def test_orders_by_enumeration():
     assert mean == approx(want, rel=1e-6)
 
 
+def test_corrupted_inputs_are_read_and_never_the_target():
+    """By mdm_loss, where they are not hidden, and by the clean stream of block diffusion."""
+    x, y, read = torch.zeros(2, 8, dtype=torch.long), torch.ones(2, 8, dtype=torch.long), []
+
+    def f(idx, **_):
+        read.append(idx)
+        return torch.tensor([0.0, -torch.inf]).expand(*idx.shape, 2)            # sure of the target, 0
+    assert mdm_loss(f, x, 2, mdm_noise(2, 8), inputs=y) == 0 and read[0].unique().tolist() == [1, 2]
+    assert mdm_loss(f, x, 2, mdm_noise(4, 4), noise_block=4, inputs=y) == 0
+    assert read[1][:, :8].unique().tolist() == [1, 2] and torch.equal(read[1][:, 8:], y)
+
+
 def test_mdm_noise_is_uniform_and_stratified():
     """And what replaces tokens comes at its rates."""
     T, B = 8, 16
@@ -2485,9 +2497,10 @@ def test_each_step_has_noise_of_its_own(go, monkeypatch):
     """And dropout. A rate of the masks is kept, and so is the largest norm of a gradient."""
     seen, mdm_pass = [], train.Batch.mdm_pass
 
-    def spy(batch, x, n, u):
+    def spy(batch, x, n, u, inputs):
         seen.append((torch.initial_seed(), u.tolist(), n.tolist()))
-        return mdm_pass(batch, x, n, u)
+        assert torch.equal(x, inputs)
+        return mdm_pass(batch, x, n, u, inputs)
     monkeypatch.setattr("train.Batch.mdm_pass", spy)
     lm = go("run", objective="mdm", recipe=["rate=0.5"], max_steps=2, grad_clip=1e-12, weight_decay=0.0)["lm"]
     (seed, u, n), (other_seed, other_u, other_n) = seen
@@ -2566,10 +2579,10 @@ def divided(go, out, flags):
     "--objective mixed --micro_batch 1 --ar_frac 0.25",
     "--objective mixed --set n_expert=4",
     "--objective mixed --batch_tokens 32 --set mtp=0.3",
-    "--objective mdm --micro_batch 1 --recipe rate=0.5",
+    "--objective mdm --micro_batch 1 --recipe rate=0.5 random=0.1",
     "--objective mdm --optimizer muon",
     "--objective block --diffusion_block 4",
-    "--objective block --micro_batch 1 --diffusion_block 1 --recipe orders=4",
+    "--objective block --micro_batch 1 --diffusion_block 1 --recipe orders=4 random=0.1",
     "--objective block --micro_batch 1 --diffusion_block 8 --set n_expert=4",
     "--fsdp", "--fsdp --objective mdm --set n_expert=4", "--fsdp --optimizer muon"])
 def test_a_divided_batch_is_the_same(go, kind):

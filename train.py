@@ -49,7 +49,7 @@ from prepare import need
 # What --recipe takes: {key: (default, largest, objectives)}
 RECIPE = {
     "mask": (0.0, 1, "ar mixed"),     # share of the input tokens replaced by the mask token (2511.03276)
-    "random": (0.0, 1, "ar mixed"),   # share of the input tokens replaced by random ones (2606.16246)
+    "random": (0.0, 1, "ar mixed mdm block"),   # share of the tokens read that are random (2606.16246)
     "reverse": (0.0, 1, "ar mixed"),  # share of the windows read from right to left (2606.16246)
     "offset": (1, 16, "ar mixed"),    # a window learns to predict 1 to so many places on (2606.16246)
     "mir": (0.0, 10, "ar mixed"),     # weight of a loss on inputs masked at a rate from U(0, .5) (2606.06888)
@@ -842,11 +842,11 @@ class Batch:
             aux["mir"] = self.recipe["mir"] * diffusion.ar_loss(f, x, self.lm.mask_id, masked)
         return loss, aux
 
-    def mdm_pass(self, x, n, u, order=None):
+    def mdm_pass(self, x, n, u, inputs, order=None):
         aux = {}
         f = functools.partial(self.lm, aux=aux)
-        block = self.block if self.block < x.size(1) else None
-        return diffusion.mdm_loss(f, x, self.lm.mask_id, (n, u), noise_block=block, pos=order), aux
+        how = dict(noise_block=self.block if self.block < x.size(1) else None, pos=order, inputs=inputs)
+        return diffusion.mdm_loss(f, x, self.lm.mask_id, (n, u), **how), aux
 
     def ar_inputs(self, x, generator):
         """(targets, what is read for them, the same with masks for mir or None), each (B, T), on the CPU."""
@@ -886,7 +886,10 @@ class Batch:
             numbers = torch.randint(self.recipe["orders"], (B,), generator=gen)
             order = diffusion.reading_order(numbers, x.size(1))
             x = x.gather(1, order)
-        read = {"ar": self.ar_inputs(x, gen), "mdm": (x, *noise, order)}
+        read = {"ar": self.ar_inputs(x, gen)}
+        random = self.recipe["random"]
+        inputs = diffusion.corrupt(x, self.lm.mask_id, 0.0, random, gen) if random else x
+        read["mdm"] = x, *noise, inputs, order
         names = ["ar", "mdm", "indexer_kl", *["mtp"] * len(self.lm.mtp)]
         losses = {name: torch.zeros((), device=process.device) for name in names}
         for kind, rows in self.parts:
