@@ -3,7 +3,8 @@
   few unique tokens
     crossover   the main one: AR against masked diffusion on the same few unique tokens, for many epochs
     compare     any training runs in one picture, against steps, epochs, tokens, FLOPs or seconds
-    study       the crossover taken apart: regularised AR, tuned diffusion, causes, a map, memory; hours
+    study       the crossover taken apart: regularised AR, tuned diffusion, causes, memory; hours
+    map         what all of these say of unique tokens, width and text, in one table
     adapt       a diffusion model from the weights of an AR one, and from scratch
     sparsity    dense against mixture of experts, equal active or equal total parameters, AR and diffusion
   token mixers
@@ -1257,67 +1258,6 @@ def study_arms(table):
     return part
 
 
-def study_map(few, rates, seeds):
-    """The honest gap over texts, unique tokens and width, with equal FLOPs for every diffusion run where its
-    epochs allow: few's epochs at few's tokens and width."""
-    grid = product(few["texts"], few["budgets"], few["widths"], seeds)
-    for text, U, width, s in grid:
-        here = few | dict(dataset=text, unique_tokens=U, n_embd=width)
-        flags = few_runs("study", here, OBJECTIVES)
-        shorter, narrower = few["unique_tokens"] / U, few["n_embd"] / width
-        same_work = few["epochs"] * shorter * narrower ** 2
-        epochs = float(round(min(max(same_work, 32), 8 * few["epochs"])))
-        # The fewer tokens, the more epochs to AR's best.
-        times = {"ar": min(few["ar_epochs"] * max(1, shorter), epochs), "mdm": epochs}
-        rate = [rates[len(rates) // 2] * min(1, narrower ** 0.5)]
-        rows = yield from tuned(OBJECTIVES, rate, [s], flags, times, ["ar"])
-        ar, mdm = rows["ar", s], rows["mdm", s]
-        c, N = crossing(None, mdm["evals"], floor(ar)), load_model(mdm["run"])[0].num_params(False)
-        said = law(U, N, mdm["flops"] / mdm["epochs"])["critical_epoch"]
-        until = c["first"]["epoch"] if c["first"] else mdm["best_epoch"]
-        yield dict(text=text, unique_tokens=U, width=width, seed=s), dict(
-            params=N, ar=floor(ar), ar_epoch=ar["best_epoch"], mdm=mdm["best"], se=mdm["se"],
-            mdm_epoch=mdm["best_epoch"], epochs=mdm["epochs"], gap=floor(ar) - mdm["best"],
-            crossing=c["first"] and c["first"]["epoch"], extrapolated=c["extrapolated"], law_epoch=said,
-            measured_over_law=f"{'' if c['first'] else '> '}{until / said:.2g}",
-            curves={a: [[e["epoch"], e["loss"]] for e in rows[a, s]["evals"]] for a in OBJECTIVES})
-
-
-def with_fits(rows):
-    """Adds to a map what one cell alone does not say. `worth`: how many times as many unique tokens AR needs
-    for what diffusion reaches with these (the claim of 2511.03276 is 3), interpolated in log tokens between
-    AR's own points. `ar_repeats`, `mdm_repeats`: see `half_life`."""
-    for r in rows:
-        if "gap" in r:
-            same = [o for o in rows if all(o[k] == r[k] for k in ("text", "width", "seed"))]
-            points = sorted((o["ar"], log(o["unique_tokens"])) for o in same)
-            if len(points) > 1 and points[0][0] <= r["mdm"] <= points[-1][0]:
-                r["worth"] = exp(np.interp(r["mdm"], *zip(*points))) / r["unique_tokens"]
-            for a in OBJECTIVES if len(same) > 1 and "curves" in r else ():
-                R, low, high = half_life([(o["unique_tokens"], o["curves"][a]) for o in same])
-                r[f"{a}_repeats"] = f"{R:.3g} ({low:.2g} to {high:.2g})"
-    return rows
-
-
-def half_life(curves):
-    """(R, low, high): how many repeats of a text are worth new text, with an interval of 95%.
-
-    loss = E + B / D^b with D = U (1 + R (1 - exp(-(epochs - 1) / R))) (2305.16264, eq. 5), fitted to each
-    curve up to its least; published: 31 for AR, 500 for diffusion (2507.15857).
-    curves: [(U, [[epoch, loss], ...])].
-    """
-    points = np.array([(U, e, loss) for U, curve in curves for e, loss in curve
-                       if 1 <= e <= min(curve, key=lambda p: p[1])[0]])
-    U, e, loss = points.T
-    grid, errors = np.geomspace(1, 1e4, 100), []
-    for R in grid:
-        D = U * (1 - R * np.expm1(-(e - 1) / R))
-        fit = lambda b: np.polyfit(D ** -b, loss, 1, full=True)         # its second item is the error
-        errors.append(min(fit(b)[1].sum() for b in np.linspace(0.05, 1.5, 30)))
-    near = grid[np.array(errors) <= min(errors) * (1 + 3.84 / max(1, len(points) - 4))]
-    return grid[np.argmin(errors)], near.min(), near.max()
-
-
 def study_curve(few, rates, seeds):
     """Along the epochs: how loose the bound is, what is memorised, how sure a model is of what is right."""
     data, T = data_folder(few["dataset"]), few["block_size"]
@@ -1425,7 +1365,6 @@ PARTS = {
     "ar": study_arms(REGULARISED),
     "diffusion": study_arms(DIFFUSION),
     "causes": study_arms(CAUSES),
-    "map": study_map,
     "curve": study_curve,
     "capacity": study_capacity,
     "ensembles": study_ensembles
@@ -1433,48 +1372,118 @@ PARTS = {
 
 
 def study_picture(plt, result):
-    """map: the gap as coloured cells. curve, capacity, ensembles: nothing is drawn. Else the best curves."""
+    """The best curves. curve, capacity, ensembles: nothing is drawn."""
     rows = result["rows"]
-    if "gap" in rows[0]:
-        figure, ax = plt.subplots(figsize=(8, 5.5))
-        rows = [r for r in rows if r["text"] == rows[0]["text"] and r["seed"] == rows[0]["seed"]]
-        tokens, widths = (sorted({r[k] for r in rows}) for k in ("unique_tokens", "width"))
-        gap = np.full((len(tokens), len(widths)), nan)
-        for r in rows:
-            y, x = tokens.index(r["unique_tokens"]), widths.index(r["width"])
-            gap[y, x] = r["gap"]
-            told = "{gap:+.3f}\nAR {ar:.3f}\nmdm {mdm:.3f} at {mdm_epoch:.0f}".format(**r)
-            ax.text(x, y, told, ha="center", va="center", fontsize=9)
-        ax.imshow(gap, cmap="RdBu", vmin=-0.6, vmax=0.6, aspect="auto")
-        size = {r["width"]: f"{r['params'] / 1e6:.2f}M" for r in rows}
-        ax.set_xticks(range(len(widths)), [size[w] for w in widths])
-        ax.set_yticks(range(len(tokens)), [f"{U:,}" for U in tokens])
-        ax.set(xlabel="parameters without the embedding", ylabel="unique tokens")
-        ax.set_title("AR's best minus diffusion's best, nats per token (blue: diffusion below)", fontsize=10)
-        return figure
     if "evals" in rows[0]:
         shown = [*dict.fromkeys(r["arm"] for r in rows)][:5] + [*OBJECTIVES]
         title = "the best five arms, AR and diffusion: {unique_tokens:,} unique tokens of {dataset}"
         return curve_picture(plt, result | dict(rows=[r for r in rows if r["arm"] in shown]), title=title)
 
 
-@experiment(named="part dataset unique_tokens", finish=with_fits, picture=study_picture,
+@experiment(named="part dataset unique_tokens", picture=study_picture,
             show=without("run annealed_run flops minutes bpb annealed_flops annealed_se"))
 def study(part: PARTS = "ar", arm: list = (), rates=(1e-3, 2e-3, 4e-3), seeds=1, seed=1337, ar_epochs=64.0,
-          texts=(), budgets=(10_000, 30_000, 100_000), widths=(64, 96, 192), **few):
+          **few):
     """The crossover taken apart, for hours: what AR and diffusion are owed, where diffusion wins, and why.
 
-    part: own (--arm) | ar (regularised) | diffusion (tuned too) | causes | map | curve | capacity | ensembles
+    part: own (--arm) | ar (regularised) | diffusion (tuned too) | causes | curve | capacity | ensembles
     arm: one more, as in crossover: "both: --weight_decay 0.8 --recipe random=.15"; may be repeated
-    rates: learning rates; each arm keeps its best, map, curve and ensembles take the middle one
+    rates: learning rates; each arm keeps its best, curve and ensembles take the middle one
     ar_epochs: epochs of AR arms, which overfit early; --epochs are diffusion's
-    texts: map: data sets, such as docs-byte,docs-byte-corrupt0.3,pysrc-byte (default: --dataset)
-    budgets: map: unique tokens
-    widths: map: n_embd
     """
-    texts = texts or (few["dataset"],)
-    few |= dict(ar_epochs=ar_epochs, arm=arm, texts=texts, budgets=budgets, widths=widths)
-    yield from PARTS[part](few, rates, range(seed, seed + seeds))
+    yield from PARTS[part](few | dict(ar_epochs=ar_epochs, arm=arm), rates, range(seed, seed + seeds))
+
+# ------------------------------------------------------------------------------------------------------------
+# map: the honest gap, wherever it was measured
+
+def measured_runs(folder):
+    """The runs in the files of crossover and study, with their least loss as `ar` (exact) or `mdm` (a bound),
+    and as `exact` that of panel, all orders in its largest blocks."""
+    runs, sides = {}, {"exact": "ar", "bound": "mdm"}
+    files = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+    for result in files:
+        if result.get("experiment") in ("crossover", "study"):
+            flags, own = result["flags"], own_arms(result["flags"]["arm"])
+            text, tokens = Path(flags["dataset"]).name, flags["unique_tokens"]
+            root = f"{text}-U{tokens}-{flags['n_layer']}x{flags['n_embd']}"
+            for r in (r for r in result["rows"] if r.get("measure") in sides):
+                side, name = sides[r["measure"]], f"{root}/{file_part(r['arm'])}-s{r['seed']}"
+                width = own.get(r["arm"], flags).get("n_embd", flags["n_embd"])
+                if floor(r) < runs.get(name, {}).get(side, inf):
+                    runs[name] = {"cell": (text, tokens, width), "arm": r["arm"], "seed": r["seed"],
+                                  "flops": r["best_flops"], side: floor(r), f"{side}_se": r["se"]}
+    for result in files:
+        for path in result["flags"].get("runs", ()) if result.get("experiment") == "panel" else ():
+            name = re.search("([^/]+/[^/]+)-lr", path)
+            for r in result["rows"] if name and name[1] in runs else ():
+                if "any order" in r["measure"] and path.endswith(r["run"]):
+                    runs[name[1]] |= dict(exact=r["nats"], exact_se=r["over_se"])
+    return list(runs.values())
+
+
+def best_arm(runs, side):
+    """{seed: run} of the arm with the least mean."""
+    arms = defaultdict(dict)
+    for r in runs:
+        if side in r:
+            arms[r["arm"]][r["seed"]] = r
+    return min(arms.values(), key=lambda arm: mean(r[side] for r in arm.values()), default={})
+
+
+def with_worth(rows):
+    """Adds how many times as many unique tokens AR needs for what diffusion reaches with these (the claim of
+    2511.03276 is 3): interpolated in log tokens between AR's own points, none outside of them."""
+    for r in rows:
+        at = sorted((o["ar"], log(o["tokens"])) for o in rows
+                    if (o["text"], o["width"]) == (r["text"], r["width"]))
+        loss = r.get("exact", r["mdm"])
+        if len(at) > 1 and at[0][0] <= loss <= at[-1][0]:
+            r["worth"] = exp(np.interp(loss, *zip(*at))) / r["tokens"]
+    return rows
+
+
+def map_picture(plt, result):
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.8), sharey=True)
+    titles = dict(mdm="by the bound", exact="by the exact likelihood, all orders in a block")
+    for (side, title), ax in zip(titles.items(), axes):
+        ax.axhline(0, color="black", lw=1)
+        for i, (text, width) in enumerate(dict.fromkeys((r["text"], r["width"]) for r in result["rows"])):
+            mine = [(r["tokens"], r[f"{side}_gap"], r[f"{side}_gap_se"]) for r in result["rows"]
+                    if side in r and (r["text"], r["width"]) == (text, width)]
+            if mine:
+                ax.errorbar(*zip(*mine), marker="o", capsize=3, color=f"C{i}", label=f"{text}, {width} wide")
+        dress(ax, title, xlabel="unique tokens", ylabel="AR minus diffusion, nats per token")
+        log_ticks(ax, [r["tokens"] for r in result["rows"]])
+    return figure
+
+
+@experiment(finish=with_worth, picture=map_picture)
+def map_(results="results"):
+    """Where diffusion stands, over texts, unique tokens and width: the best arm of each side, annealed where
+    that is better, from the files of crossover, study and panel in --results.
+
+    mdm is a bound, exact the likelihood over all orders in a block; gaps are AR minus these, in nats per
+    token, errors over seeds, of one seed over masks or windows. over_law: diffusion's FLOPs over
+    191.6 U^2.174, at which it should have passed AR (2507.15857).
+    """
+    cells = defaultdict(list)
+    for r in measured_runs(Path(results)):
+        cells[r["cell"]].append(r)
+    need(cells, f"{results} holds no file of crossover or study")
+    for cell, runs in sorted(cells.items()):
+        best = {side: best_arm(runs, side) for side in ("ar", "mdm", "exact")}
+        row = dict(seeds=len(best["ar"]))
+        for side, arm in best.items():
+            if arm:
+                row |= {side: mean(r[side] for r in arm.values()), f"{side}_arm": arm[min(arm)]["arm"]}
+        for side in ("mdm", "exact"):
+            both = best[side].keys() & best["ar"].keys()
+            if both:
+                gap, se = mean_se([best["ar"][s]["ar"] - best[side][s][side] for s in sorted(both)])
+                row |= {f"{side}_gap": gap, f"{side}_gap_se": se or best[side][min(both)][f"{side}_se"]}
+        if "mdm_gap" in row:
+            row["over_law"] = best["mdm"][min(best["mdm"])]["flops"] / law(cell[1], 1, 1)["critical_flops"]
+            yield dict(zip(("text", "tokens", "width"), cell)), row
 
 # ------------------------------------------------------------------------------------------------------------
 # adapt: a diffusion model from an AR one

@@ -133,7 +133,7 @@ BUDGET = {
     "attention.py": 19_070,
     "model.py": 8_190,
     "diffusion.py": 6_015,
-    "train.py": 10_510,
+    "train.py": 10_535,
     "sample.py": 4_845,
     "prepare.py": 6_815,
     "bench.py": 29_195,
@@ -2234,8 +2234,8 @@ diffuse(ar_loss, mask_id=2)                                 => the mask token 2 
 diffuse(mdm_loss, mask_id=2)                                => the mask token 2 is one of the 3 tokens
 diffuse(sample_mdm, mask_id=2)                              => the mask token 2 is one of the 3 tokens
 diffuse(ar_loss, x=torch.zeros(2, 0).long())                => of no token
-diffuse(mdm_loss, x=torch.zeros(2, 0).long())               => of no token
-diffuse(mdm_nll, 4, x=torch.zeros(2, 0).long())             => of no token
+diffuse(mdm_loss, x=torch.zeros(2, 0).long())               => 0 tokens
+diffuse(mdm_nll, 4, x=torch.zeros(2, 0).long())             => 0 tokens
 diffuse(chain_nll, x=torch.zeros(2, 0).long())              => of no token
 sample.check_rewrites(tiny(layers="full(window=4) full"), "--cache") => leave --cache out
 sample.check_rewrites(tiny(window=8), "--cache")            => leave --cache out
@@ -3334,17 +3334,31 @@ def test_crossing(losses, expected):
     assert unsure["first"] is None, "within the error of the masks nothing is crossed"
 
 
-def test_half_life_is_found_again():
-    """And how much text AR would need."""
-    law = lambda U, e, R: 1.5 + 40 / (U * (1 + R * (1 - math.exp((1 - e) / R)))) ** 0.4
-    for R in (4, 60):
-        curves = [(U, [[e, law(U, e, R)] for e in 1.5 ** np.arange(14)]) for U in (1e3, 1e4, 1e5)]
-        found, low, high = bench.half_life(curves)
-        assert found == approx(R, rel=0.15) and low <= found <= high
-    rows = [dict(text="a", width=64, seed=1, unique_tokens=10 ** k, ar=4.0 - k, mdm=4.5 - k, gap=-0.5)
-            for k in (1, 2, 3)]
-    worth = [r.get("worth") for r in bench.with_fits(rows)]
-    assert worth[0] is None and worth[1:] == approx([10 ** -0.5] * 2), "half a step of AR's curve"
+def test_map_joins_what_was_measured(lab):
+    """The best arm of each side in each cell, seed by seed, and how much text AR would need. An arm with a
+    width of its own has its own cell; a mixture is on neither side."""
+    def study(U, *losses, seeds=(1, 2)):
+        arms = [("ar", "exact"), ("mdm", "bound"), ("own", "bound"), ("wide", "bound"), ("mixed", "smaller")]
+        rows = [dict(arm=a, seed=s, measure=m, best=9.0, annealed=loss + s / (8 if m == "exact" else 4),
+                     se=0.5, best_flops=1e9)
+                for (a, m), loss in zip(arms, losses) for s in seeds]
+        flags = dict(arm=["own: --dropout .1", "wide: --n_embd 32"], dataset="data/docs", unique_tokens=U,
+                     n_layer=1, n_embd=16)
+        write(f"out/study{U}.json", dict(experiment="study", flags=flags, rows=rows))
+    study(100, 3.0, 4.0, 3.5, 1.0, 1.0)
+    study(10000, 2.0, 2.5, 3.0, seeds=(1,))
+    name = "mdm-s1-lr1/annealed-2"
+    rows = [dict(run=name, measure=f"any order in blocks of {S}", over_se=0.1, nats=4.0 - S) for S in (1, 2)]
+    flags = dict(runs=[f"x/docs-U100-1x16/{name}", "x/docs-U100-1x16/ar-s1-lr1"])
+    write("out/panel.json", dict(experiment="panel", flags=flags, rows=rows))
+    assert lab("map --results out")[0] == 0
+    few, many = found("map")["rows"]
+    assert [few[k] for k in ("text", "tokens", "width", "seeds", "ar_arm", "mdm_arm", "exact_arm")] == [
+        "docs", 100, 16, 2, "ar", "own", "mdm"]
+    assert (few["ar"], few["mdm"], few["mdm_gap"], few["mdm_gap_se"]) == approx((3.1875, 3.875, -0.6875, 0.0625))
+    assert (few["exact"], few["exact_gap"], few["exact_gap_se"]) == approx((2.0, 1.125, 0.1))
+    assert many["mdm_gap_se"] == 0.5 and many["worth"] == approx(100 ** (-0.625 / 1.0625))
+    assert few["over_law"] == approx(1e9 / (191.6 * 100 ** 2.174)) and "worth" not in few
 
 
 def test_what_is_measured_of_models():
@@ -3384,7 +3398,6 @@ SHORT = {
 # An experiment at toy size => rows of its JSON file, is there a picture? A new one is tested by being listed.
 TOYS = """
 crossover FEW --seeds 2 --anneal all                                                     => 6 rows, picture
-study --part map FEW --budgets 160 --widths 16,32 --epochs 1                             => 2 rows, picture
 study --part ar PART                                                                     => 4 rows, picture
 study --part diffusion PART                                                              => 6 rows, picture
 study --part causes PART                                                                 => 4 rows, picture
@@ -4204,7 +4217,7 @@ train TRAIN --seed -1                                       => --seed -1
 train TRAIN --threads 100000                                => --threads
 train TRAIN --wandb_log 1                                   => see --help
 train TRAIN --fsdp                                          => torchrun
-train TRAIN --device cuda:9                                 => CUDA
+train TRAIN --device cuda:9                                 => torch sees it
 train TRAIN --device gpu                                    => cuda:0, mps or cpu
 train TRAIN --out file/x                                    => file/x
 train TRAIN --out RUNS/ar                                   => already holds a run

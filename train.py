@@ -859,8 +859,7 @@ class Batch:
             late = torch.randint(values["offset"], (B, 1), generator=generator)
             from_ = torch.arange(x.size(1)) - late
             inputs = torch.where(from_ < 0, bos, x.gather(1, from_.clamp(min=0)))
-        if values["mask"] or values["random"]:
-            inputs = diffusion.corrupt(inputs, bos, values["mask"], values["random"], generator)
+        inputs = diffusion.corrupt(inputs, bos, values["mask"], values["random"], generator)
         masked = diffusion.corrupt(x, bos, rate() / 2, 0.0, generator) if values["mir"] else None
         return x, inputs, masked
 
@@ -887,8 +886,7 @@ class Batch:
             order = diffusion.reading_order(numbers, x.size(1))
             x = x.gather(1, order)
         read = {"ar": self.ar_inputs(x, gen)}
-        random = self.recipe["random"]
-        inputs = diffusion.corrupt(x, self.lm.mask_id, 0.0, random, gen) if random else x
+        inputs = diffusion.corrupt(x, self.lm.mask_id, 0.0, self.recipe["random"], gen)
         read["mdm"] = x, *noise, inputs, order
         names = ["ar", "mdm", "indexer_kl", *["mtp"] * len(self.lm.mtp)]
         losses = {name: torch.zeros((), device=process.device) for name in names}
