@@ -1235,9 +1235,11 @@ def sparsity(match: ("active", "total") = "active", ratio=8.0, **few):
 
 def study_arms(table):
     def part(few, rates, seeds):
-        """Arms beside plain AR and diffusion, each at its best rate. Annealed: all AR arms, plain diffusion
-        and the best three of the other arms."""
-        arms = OBJECTIVES | table | own_arms(few["arm"])
+        """Arms of a table beside plain AR and diffusion, and own ones, each at its best rate. Annealed: all AR
+        arms, plain diffusion and the best three of the other arms."""
+        arms = OBJECTIVES | table if table else {}
+        arms |= own_arms(few["arm"])
+        need(arms, "--part own: name the arms by --arm, 'ar:' and 'mdm: --objective mdm' among them")
         flags = few_runs("study", few, arms)
         short = [a for a in arms if arms[a]["objective"] == "ar"]
         epochs = {a: few["ar_epochs"] if a in short else few["epochs"] for a in arms}
@@ -1249,7 +1251,7 @@ def study_arms(table):
             epochs |= dict.fromkeys(begun, few["epochs"])
             rows |= yield from tuned(begun, rates, seeds, flags, epochs)
         long = sorted((a for a in arms if a not in short), key=lambda a: floor(rows[a, seeds[0]]))
-        long = {a: arms[a] for a in ("mdm", *long[:3])}
+        long = {a: arms[a] for a in arms if a == "mdm" or a in long[:3]}
         rows |= yield from tuned(long, rates, seeds, flags, epochs, long)
         for (a, s), row in sorted(rows.items(), key=lambda item: floor(item[1])):
             one = arms[a].get("diffusion_block") == 1            # AR in an order

@@ -3401,6 +3401,7 @@ crossover FEW --seeds 2 --anneal all                                            
 study --part ar PART                                                                     => 4 rows, picture
 study --part diffusion PART                                                              => 6 rows, picture
 study --part causes PART                                                                 => 4 rows, picture
+study --part own PART --arm ar: 'block: --objective block --diffusion_block 2'           => 2 rows, picture
 study --part curve PART                                                                  => 6 rows
 study --part capacity PART                                                               => 4 rows
 study --part ensembles PART                                                              => 6 rows
