@@ -137,7 +137,7 @@ BUDGET = {
     "sample.py": 4_845,
     "prepare.py": 6_815,
     "bench.py": 29_195,
-    "test_all.py": 46_360,
+    "test_all.py": 46_000,
 }
 
 
@@ -237,8 +237,6 @@ def cases(*families):
 
 
 each_case = each("case", CASES)
-each_sparse = each("case", ("nsa", "infllm", "infllm moba", "msa", "dsa"))
-each_linear = each("case", cases("linear"))
 
 
 def make_layer(case, **more):
@@ -521,7 +519,7 @@ def test_settings_belong_to_layers():
         from_preset("small", layers="kda", window=5)
     with warnings.catch_warnings(action="error"):
         from_preset("small", layers="kda*3 full", window=5, position="none", bias=True)
-    tiny(dropout=0, rope_base=10, window=None, linear_decay="head", g_min=-1, dense_len=0)
+    tiny(dropout=0, rope_base=10, window=None, g_min=-1)
 
 
 @exactly
@@ -810,7 +808,7 @@ def index_loss(index, q, k, read, scale):
 
 
 @exactly
-@each_sparse
+@each("case", BUDGETS)
 @each("causal, tile", [(True, None), (False, None), (False, 1)])
 @each("T", (9, 100))
 @no_grad
@@ -1106,7 +1104,7 @@ def linear_formula(case, layer, x, causal):
 
 
 @exactly
-@each_linear
+@each("case", cases("linear"))
 @no_grad
 def test_linear_layers_are_their_formulas(case):
     """Causal, from both ends, and one way in a bidirectional model, where no cache can begin at the end."""
@@ -1570,7 +1568,7 @@ def test_mdm_nll_estimates_the_bound(drawn, monkeypatch):
     assert max(sizes) <= max(drawn, 1024 * 5), "a window's own"
 
 
-@each("kind, V", [("uint16", 50_000), ("int16", 50_000), ("int32", 200), ("uint8", 200)])
+@each("kind, V", [("uint16", 50_000), ("int16", 50_000), ("uint8", 200)])
 def test_mdm_nll_reads_token_files(kind, V):
     """Any integer dtype, memory-mapped and in pieces: as if it were int64 and whole; groups stay together."""
     lm = lambda idx, causal, **_: F.one_hot(idx % V, V).float().cumsum(1)
@@ -2873,7 +2871,7 @@ def test_one_reader_of_text(runs):
              "bom.txt": b"\xef\xbb\xbf" + marked + b"\n<|endoftext|>\n\n",
              "a.jsonl": lines, "a.json.gz": gzip.compress(lines), "b.jsonl.bz2": bz2.compress(lines),
              "many/x.png": b"\xff\xd8"}
-    for name, raw in [*forms.items(), *((f"many/{i}.txt", d.encode()) for i, d in enumerate(documents))]:
+    for name, raw in [*forms.items(), *((f"many/{i}.txt", d) for i, d in enumerate(documents))]:
         write(name, raw)
     with zipfile.ZipFile("a.zip", "w", zipfile.ZIP_DEFLATED) as z:
         z.writestr("a", marked)
@@ -3101,8 +3099,8 @@ def test_damage_is_one_line_that_names_the_file():
         path.write_bytes(raw)
     good, file = contents(), folder / "meta.json"
     meta = json.loads(file.read_bytes())
-    for key, value in (("pattern", ""), ("tokenizer", "byte"), ("train_tokens", 7), ("dtype", None)):
-        write(file, meta | {key: value})
+    for key in meta:
+        write(file, meta | {key: "other"})
         with refused("it is damaged"):
             prepare.load_tokenizer(folder)
     del meta["checksum"]                                            # an older prepare.py wrote none
@@ -3603,7 +3601,7 @@ def test_quality_compares_equals():
         lm = LM(ModelConfig(**base, layers=pattern, n_inner=bench.same_size(pattern, base)))
         assert lm.num_params() == approx(full, rel=0.03), name
         for mixer in (block.mixer for block in lm.blocks):
-            if type(mixer).__name__ in ("NSA", "InfLLM", "MSA", "DSA"):
+            if mixer.family == "sparse":
                 assert all(mixer.reads(512, causal) <= 128 for causal in (True, False)), name
 
 
@@ -3737,7 +3735,7 @@ def test_summary_is_its_definition():
     assert "accuracy" not in bench.summary(one[:1], [{"failed": ""}])
 
 
-def test_choices_stop_and_go_on(lab, runs, monkeypatch):
+def test_choices_stop_and_go_on(lab, dataset, runs, monkeypatch):
     """All kinds of runs and of files. Interrupted in a file, with damaged results, with a larger --limit:
     only what is missing is judged, and all is as in one run. The probe is that of train.py."""
     kinds, judged, judge = ("ar", "mdm", "mixed", "block"), [], bench.judge_item
@@ -3773,8 +3771,8 @@ def test_choices_stop_and_go_on(lab, runs, monkeypatch):
     at_last = results()
     assert choices("b", 9)[0] == 0 and at_last == results() and len(at_last) == 3 * len(measures)
     assert [(r["items"], r["failed"]) for r in at_last if r["file"] == "many"] == [(6, 1)] * len(measures)
-    lm, state = train.load_model(runs / "ar")
-    _, val, _ = prepare.load_dataset(state["flags"]["dataset"])
+    lm, _ = train.load_model(runs / "ar")
+    _, val, _ = prepare.load_dataset(dataset)
     want = train.probe(lm, train.probe_items(val, 16, 9), "ar")
     row, *_ = [r for r in at_last if r["file"] == "probe"]
     assert [row["accuracy"], row["gap"]] == approx([want["probe_accuracy"], want["probe_gap"]], abs=1e-4)
@@ -4374,8 +4372,8 @@ def test_no_run_goes_on_as_another(go):
 
 
 def test_every_command_has_help():
-    commands = [(train, ""), (prepare, ""), (sample, ""), (sample, "score"), (bench, "")]
-    for script, line in [*commands, *((bench, name) for name in bench.EXPERIMENTS)]:
+    for script, line in [(train, ""), (prepare, ""), (sample, ""), (sample, "score"), (bench, ""),
+                         *((bench, name) for name in bench.EXPERIMENTS)]:
         status, text, _ = typed(script, f"{line} --help")
         assert status == 0 and "--help" in text
         assert not [word for word in ("%%", "default: None", "default: []", "default: ()") if word in text]
