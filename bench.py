@@ -770,6 +770,7 @@ REGULARISED = arms_of("""
 DIFFUSION = arms_of("""
     mdm rate 0.3: --objective mdm --recipe rate=0.3
     mdm rate 0.7: --objective mdm --recipe rate=0.7
+    mdm rate 0.5 random 0.05: --objective mdm --recipe rate=0.5 random=0.05
     mdm rate 0.5 dropout 0.1: --objective mdm --recipe rate=0.5 --dropout 0.1
     mdm rate 0.5 dropout 0.2: --objective mdm --recipe rate=0.5 --dropout 0.2
     mdm dropout 0.1: --objective mdm --dropout 0.1
@@ -1235,7 +1236,7 @@ def sparsity(match: ("active", "total") = "active", ratio=8.0, **few):
 
 def study_arms(table):
     def part(few, rates, seeds):
-        """Arms of a table beside plain AR and diffusion, and own ones, each at its best rate. Annealed: all AR
+        """Arms of a table beside plain AR and diffusion, or own ones, each at its best rate. Annealed: all AR
         arms, plain diffusion and the best three of the other arms."""
         arms = OBJECTIVES | table if table else {}
         arms |= own_arms(few["arm"])
