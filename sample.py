@@ -15,7 +15,7 @@ What is in this file, in this order:
     generate        prompts to text: parse_prompt, sampler (the run's own sampler and the flags that fit it)
     score           panel (all likelihoods that an objective defines)
     export          to safetensors
-    to look at      watcher (--watch), moving_picture (--gif)
+    to look at      show (--watch), moving_picture (--gif)
     tools           ToolCalls, calculator
 """
 import argparse
@@ -99,7 +99,6 @@ def sampler(args, lm, flags, infill):
         return "block", dict(fill_block=size, **passes)
     need(args.refresh is None or args.cache, f"--refresh {args.refresh} needs --cache")
     if args.cache:
-        need(args.fill_block is not None, "--cache works by blocks: give --fill_block, for example 32")
         check_rewrites(lm.config, "--cache")
     return "mdm", dict(fill_block=args.fill_block, cache=args.cache, refresh=args.refresh, **passes)
 
@@ -134,15 +133,14 @@ def generate(args, lm, tokenizer, flags):
     device, tic = lm.embed.weight.device, time.perf_counter()
     x, valid = (a.to(device) for a in diffusion.canvas(rows, 0, mask))
     first, steps = [canvas_text(rows[0], tokenizer, mask)], 0
-    show = watcher(args.pause) if args.watch else None
 
     def seen(step, x):
         nonlocal steps
         steps = step
         if args.watch or args.gif:
             first.append(canvas_text(x[0, :len(rows[0])].tolist(), tokenizer, mask))
-        if show:
-            show(step, first[-1])
+        if args.watch:
+            show(step, first[-1], args.pause)
 
     hook, tool = {}, None
     if args.tool:
@@ -151,9 +149,9 @@ def generate(args, lm, tokenizer, flags):
         tool = ToolCalls(TOOLS[args.tool], tokenizer, mask, map(len, rows))
         hook = {"on_token" if kind == "ar" else "on_block": tool}
     generator = torch.Generator("cpu" if device.type == "mps" else device).manual_seed(args.seed)
-    law = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, generator=generator)
-    out = getattr(diffusion, f"sample_{kind}")(lm, x, mask, valid=valid, eot_id=tokenizer.eot, callback=seen,
-                                               **law, **fitting, **hook)
+    write = getattr(diffusion, f"sample_{kind}")
+    out = write(lm, x, mask, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, valid=valid,
+                eot_id=tokenizer.eot, generator=generator, callback=seen, **fitting, **hook)
     for i, (row, given) in enumerate(zip(out.tolist(), rows), 1):
         written = [t for t, g in zip(row, given) if g != mask or t != tokenizer.eot]  # the drawn ends at EOT
         text = tokenizer.decode(written)
@@ -181,8 +179,7 @@ def score(args, lm, tokenizer, flags):
     parts = (part.tolist() for part, _ in tokenizer.encode_stream(prepare.read_text(files)))
     ids = list(itertools.islice(itertools.chain.from_iterable(parts), args.windows * T or None))
     T = min(T, len(ids) // S * S)
-    need(size, f"{args.text[0]} is empty: there is nothing to score")
-    need(T > 0, f"{args.text[0]} is shorter than one block of the run")
+    need(size and T, f"{args.text[0]} is empty or shorter than one block of the run: nothing to score")
     x = torch.tensor(ids[:len(ids) // T * T]).view(-1, T)
     scored = int(tokenizer.token_bytes[x.numpy()].sum())
     print(f"{len(x):,} windows of {T} tokens, {scored / size:.1%} of the "
@@ -320,31 +317,20 @@ def wrap(text, width, height):
     return [row[i:i + width] for row in text.split("\n") for i in range(0, len(row) or 1, width)][:height]
 
 
-def watcher(pause):
-    """Returns show(step, text), which redraws the text in the terminal."""
-    lines = 0
-
-    def show(step, text):
-        nonlocal lines
-        size = shutil.get_terminal_size()
-        rows = wrap(text, size.columns, size.lines - 2)
-        print(f"\x1b[{lines}F\x1b[J" * bool(lines) + f"step {step}", *rows, sep="\n", flush=True)
-        lines = len(rows) + 1
-        time.sleep(pause)
-    return show
+def show(step, text, pause):
+    """Clears the terminal and writes the text there."""
+    size = shutil.get_terminal_size()
+    rows = wrap(text, size.columns, size.lines - 2)
+    print(f"\x1b[H\x1b[Jstep {step}", *rows, sep="\n")
+    time.sleep(pause)
 
 
 def moving_picture(path, panels):
     """A GIF of canvases that fill, side by side. panels: [(kind, the text after each step)] of each run."""
-    try:
-        import matplotlib                                       # for its fonts
-        from PIL import Image, ImageDraw, ImageFont
-    except ImportError:
-        raise ValueError("--gif needs matplotlib: pip install matplotlib") from None
+    import matplotlib                                           # for its fonts
+    from PIL import Image, ImageDraw, ImageFont
     names = {"ar": "autoregressive", "mdm": "masked diffusion", "block": "block diffusion"}
-    file = matplotlib.get_data_path() + "/fonts/ttf/DejaVuSansMono{}.ttf"
-    font, bold = (ImageFont.truetype(file.format(style), 15, layout_engine=ImageFont.Layout.BASIC)
-                  for style in ("", "-Bold"))
+    font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSansMono.ttf", 15)
     panels = [(names[kind], [wrap(text, 40, 16) for text in texts]) for kind, texts in panels]
     frames = min(60, max(len(pages) for _, pages in panels))
     rows, images = max(len(page) for _, pages in panels for page in pages), []
@@ -353,8 +339,8 @@ def moving_picture(path, panels):
         draw = ImageDraw.Draw(image)
         for j, (name, pages) in enumerate(panels):
             step = round(i * (len(pages) - 1) / max(1, frames - 1))
-            draw.text((420 * j + 16, 12), f"{name}, step {step}", 0, bold)
-            draw.text((420 * j + 16, 45), "\n".join(pages[step]), 0, font)
+            text = "\n".join([f"{name}, step {step}", "", *pages[step]])
+            draw.text((420 * j + 16, 12), text, 0, font)
         images.append(image.point(lambda grey: grey | 31))      # 8 greys: less than half the bytes
     with prepare.whole_file(path) as f:
         pauses = [100] * (frames - 1) + [3000]                  # milliseconds
