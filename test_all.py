@@ -2763,7 +2763,7 @@ def test_runs_without_a_name(go, dataset):
         go(out, resume="auto", max_steps=4)
     with ThreadPoolExecutor(4) as pool:
         flags = {**train.DEFAULTS, "dataset": dataset}
-        assert len(set(pool.map(lambda _: train.Run(flags, None, 0).folder, range(4)))) == 4
+        assert len(set(pool.map(lambda _: train.new_folder(flags, ModelConfig()), range(4)))) == 4
 
     row = '{"kind": "train", "step": %d, "epoch": 0.5, "loss": %s}'
     bad = ["nonsense", *(row % (9, loss) for loss in ("NaN", '"1"', "null")), '{"kind": "train", "step": 9}']

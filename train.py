@@ -157,7 +157,7 @@ def parse_flags(argv=None):
                 text = f"{default} ({text})"
             if DEFAULTS[name] not in (None, []):
                 text += f" (default: {DEFAULTS[name]})"
-            group.add_argument(f"--{name}", help=text.replace("%", "%%"), **how)
+            group.add_argument(f"--{name}", help=text, **how)
     return vars(parser.parse_args(argv))
 
 
@@ -221,11 +221,10 @@ def recipe(flags):
     return values
 
 
-def model_config(flags, vocab_size=None, trained=None):
+def model_config(flags, vocab_size, trained):
     """ModelConfig from --preset, then the model flags, then --set.
 
-    vocab_size: the tokenizer's, None keeps the preset's. trained: the config of the checkpoint of
-    --init_from, in place of the preset's.
+    vocab_size: the tokenizer's. trained: the config of a checkpoint, in place of the preset's, or None.
     """
     names = ("block_size", "layers", "n_layer", "n_head", "n_embd", "dropout")
     values = {name: flags[name] for name in names if flags[name] is not None}
@@ -233,10 +232,9 @@ def model_config(flags, vocab_size=None, trained=None):
         key, eq, value = pair.partition("=")
         need(eq, f"--set {pair} is not of the form key=value")
         values[key] = parse_value(value)
-    if vocab_size is not None:
-        asked = values.setdefault("vocab_size", vocab_size)
-        need(asked == vocab_size, f"--set vocab_size={asked}: it is the tokenizer's, {vocab_size}; leave "
-                                  "it out, or prepare the text with another --tokenizer")
+    asked = values.setdefault("vocab_size", vocab_size)
+    need(asked == vocab_size, f"--set vocab_size={asked}: it is the tokenizer's, {vocab_size}; leave it out, "
+                              "or prepare the text with another --tokenizer")
     if trained:
         return override(override(ModelConfig(), trained), values)
     return from_preset(flags["preset"], **values)
@@ -627,15 +625,15 @@ def lock(folder):
     return f
 
 
-def new_folder(flags):
+def new_folder(flags, config):
     """out/docs-ar-4x128, or the same with a number."""
-    config, data = model_config(flags), prepare.dataset_folder(flags["dataset"]).name
+    data = prepare.dataset_folder(flags["dataset"]).name
     name = f"out/{data}-{flags['objective']}-{config.n_layer}x{config.n_embd}"
     for i in itertools.count(1):
         folder = Path(name + f"-{i}" * (i > 1))
         with contextlib.suppress(FileExistsError):          # make, do not look: two may start at one moment
             folder.mkdir(parents=True)
-            return folder
+            return str(folder)
 
 
 def json_lines(rows):
@@ -648,14 +646,14 @@ class Run:
     The log is part of every checkpoint. So the metrics.jsonl of a resumed run is again what it would be
     without the interruption, whatever has happened to the file.
     """
-    def __init__(self, flags, state, rank):
+    def __init__(self, folder, state, rank):
         self.rows = [json.loads(line) for line in state["log"].splitlines()] if state else []
         self.best = state["best"] if state else math.inf    # the loss of what ckpt_best.pt holds
         self.saved = None                                   # step of a ckpt_last.pt that is known to be good
         if state and state["source"].name == "ckpt_last.pt":
             self.saved = state["step"]
         self.writes = rank == 0
-        self.folder = new_folder(flags) if self.writes and not flags["out"] else Path(flags["out"] or "")
+        self.folder = Path(folder)
 
     def open(self, state, data, **about):
         """Locks and tidies the folder, and writes what is known by now: `about` as config.json, what a reader
@@ -1170,8 +1168,9 @@ def train(given, log=print):
         evals = eval_steps(flags, total, progress.per_epoch)
         if state:
             check_resume(state, data, progress, log)
-        run = Run(flags, state, process.rank)
-        flags["out"] = str(run.folder)
+        if process.rank == 0 and not flags["out"]:
+            flags["out"] = new_folder(flags, config)
+        run = Run(flags["out"] or "", state, process.rank)
         if run.writes:
             about = dict(flags=flags, model=dataclasses.asdict(config), device=process.device)
             stack.enter_context(run.open(state, data, **about))
