@@ -628,7 +628,7 @@ def open_source(source, text, val, max_tokens, raw):
     return lambda: cut_bytes(read_text(text), 0, cut), lambda: cut_bytes(read_text(text), cut, end)
 
 
-def write_bin(path, stream, tok, limit=None):
+def write_bin(path, stream, tok, limit):
     """Encodes a stream into a file of at most `limit` ids. Returns how many tokens and bytes of text
     these are, and the file's sha256."""
     tokens, size, progress = 0, 0, Progress(f"writing {path.name}")
@@ -667,19 +667,19 @@ def load_dataset(folder):
     meta, ids = read_meta(folder), []
     for split in ("train", "val"):
         path = folder / f"{split}.bin"
-        ids.append(load_bin(path, meta["dtype"], meta[f"{split}_tokens"]))
         need(file_sha256(path) == meta[f"{split}_sha256"],          # a second for each gigabyte
              f"{path} does not hold the tokens that meta.json tells of: delete that folder and run "
              "prepare.py again")
+        ids.append(np.memmap(path, meta["dtype"], "r"))
     return *ids, meta
 
 
-def load_bin(path, dtype="uint16", tokens=None):
-    """The ids in a .bin file as a read-only memmap: raw, or, where their number is not given, with the header
-    of llm.c and modded-nanogpt. ValueError for a file that was cut off."""
-    path, offset = Path(path), 0
+def load_bin(path):
+    """The ids in a .bin file of somebody else as a read-only memmap: raw uint16, or with the header of llm.c
+    and modded-nanogpt. ValueError for a file that was cut off."""
     header = np.fromfile(path, np.int32, 256)
-    if tokens is None and len(header) == 256 and header[0] in HEADERS:
+    dtype, tokens, offset = "uint16", None, 0
+    if len(header) == 256 and header[0] in HEADERS:
         dtype, tokens, offset = HEADERS[header[0]], int(header[2]), 1024
     n, rest = divmod(path.stat().st_size - offset, np.dtype(dtype).itemsize)
     need(n and not rest and tokens in (None, n),
@@ -775,7 +775,7 @@ def whole_file(path, mode="wb", keep=None):
         raise ValueError(f"cannot write {path}: {why}") from e
     finally:
         with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+            part.unlink()
 
 
 class Progress:
