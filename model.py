@@ -540,9 +540,9 @@ def need_memory(config, layers):
     count = 2 * config.vocab_size * config.n_embd
     count += sum(p.numel() for layer in layers for p in blocks[repr(layer)].parameters())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    sizes = (f"{field} {getattr(config, field)}" for field in ("n_embd", "n_layer", "vocab_size", "n_expert"))
     need(4 * count < memory, f"the model has {count:,} parameters, {count / 2 ** 28:,.0f} GiB, the machine "
-         f"{memory / 2 ** 30:,.0f} GiB: lower {', '.join(sizes)}, or the widths of heads and MLP")
+         f"{memory / 2 ** 30:,.0f} GiB: lower n_embd {config.n_embd}, n_layer {config.n_layer}, vocab_size "
+         f"{config.vocab_size}, n_expert {config.n_expert}, or the widths of heads and MLP")
 
 
 def nearest(word, known):
@@ -625,7 +625,7 @@ def parse_layer(text, about):
     name, _, args = text.partition("(")
     need(name in ATTENTION, f"unknown layer '{name:.40}' in the {about}{nearest(name, ATTENTION)}: known are "
          f"{', '.join(ATTENTION)}")
-    reads = getattr(ATTENTION[name], "settings", ()) or MIXER       # a layer of your own may not say it
+    reads = ATTENTION[name].settings or MIXER                       # a layer of your own may not say it
     values = {}
     for pair in filter(str.strip, args.rstrip(")").split(",")):
         key, eq, value = (part.strip() for part in pair.partition("="))
@@ -737,7 +737,7 @@ def tell_unread(config, given):
     No error: one may try several patterns."""
     used = [ATTENTION[name] for name, _ in parse_layers(config.layers, config.n_layer)]
     for field in given.keys() & MIXER - {"n_head", "n_embd", "position"}:
-        if not any(field in getattr(layer, "settings", (field,)) for layer in used):
+        if not any(field in layer.settings for layer in used):
             warnings.warn(f"no layer of '{config.layers}' reads {field}: "
                           f"{field}={given[field]} changes nothing")
 
