@@ -358,9 +358,9 @@ def python_roots():
     return roots
 
 
-def python_files(label):
+def python_files():
     """Yields (module such as "torch/nn/functional.py", source text) in a fixed order, tests left out."""
-    files, progress = [], Progress(label)
+    files, progress = [], Progress("reading Python files")
     for name, root in python_roots().items():
         for path in sorted(root.rglob("*.py"), key=Path.as_posix) if root.is_dir() else [root]:
             module = Path(name) / path.relative_to(root)
@@ -611,7 +611,7 @@ def open_source(source, text, val, max_tokens, raw):
         return listed(problems[:cut]), listed(problems[cut:])
     if source in ("docs", "pysrc"):
         texts = functools.partial(documentation, seen=set()) if source == "docs" else program_text
-        pairs = ((module, t) for module, code in python_files(f"reading {source}") for t in texts(code))
+        pairs = ((module, t) for module, code in python_files() for t in texts(code))
         train, held = split_modules(pairs, HELD_OUT)
         if source == "docs":  # not pysrc: code repeats its licences and boilerplate everywhere
             held = drop_overlap(train, held)

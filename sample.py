@@ -41,7 +41,6 @@ import diffusion
 import model
 import prepare
 import train
-from model import parse_layers
 from prepare import need
 
 DIFFUSION = ("steps", "threshold", "order", "fill_block", "cache", "refresh")  # flags that AR has no use for
@@ -105,7 +104,7 @@ def sampler(args, lm, flags, infill):
 
 def check_rewrites(config, flag):
     """The dual cache and drafts write keys over others: ValueError unless every layer can."""
-    for name, values in parse_layers(config.layers, config.n_layer):
+    for name, values in model.parse_layers(config.layers, config.n_layer):
         need(name == "mla" or name == "full" and values.get("window", config.window) is None,
              f"{flag} computes tokens inside the text anew, which only the layers 'full' without window and "
              f"'mla' can do, and this run's are '{config.layers}', window {config.window}: choose another "
