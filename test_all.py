@@ -131,11 +131,11 @@ def refused(words):
 
 BUDGET = {
     "attention.py": 19_070,
-    "model.py": 8_190,
+    "model.py": 8_125,
     "diffusion.py": 6_015,
-    "train.py": 10_535,
-    "sample.py": 4_845,
-    "prepare.py": 6_815,
+    "train.py": 10_515,
+    "sample.py": 4_730,
+    "prepare.py": 6_800,
     "bench.py": 29_195,
     "test_all.py": 46_000,
 }
