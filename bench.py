@@ -682,32 +682,21 @@ OPTIONS = {"full gqa": "full(n_kv_head=1)", "full window": "full(window=HALF)",
            "gated_deltanet forward": "gated_deltanet(bidir=forward)"}
 
 
-def few_keys(name, keys, block):
-    """{field: value}: with these settings a query of the layer reads at most `keys` keys;
-    {} for a layer that is not sparse."""
-    if name == "linear":
-        return dict(linear_decay="head")
-    layer = ATTENTION[name]
-    picks = keys // block - 1
-    given = dict(n_kv_head=1, window=block, sel_block=block, sel_topk=picks, cmp_block=block,
-                 cmp_stride=block // 2, dense_len=0)
-    if "sel_block" not in layer.settings:       # it picks single tokens
-        given |= dict(sel_topk=picks * block)
-    if "window" in layer.settings:              # that and the means count, too
-        given |= dict(sel_topk=picks - 3, cmp_block=2 * block, cmp_stride=block)
-    if "dense_len" in layer.settings:
-        given |= dict(sel_local=2)
-    return {k: v for k, v in given.items() if k in layer.settings and layer.family == "sparse"}
-
-
 def pattern_of(name, keys=128, block=16):
-    """'gated_deltanet*3 msa' -> a layer pattern whose sparse layers read few keys.
-    OPTIONS have names of their own."""
-    def with_settings(match):
-        values = ", ".join(f"{k}={v}" for k, v in few_keys(match[0], keys, block).items())
-        return match[0] + f"({values})" * bool(values)
+    """'gated_deltanet*3 msa' -> a layer pattern whose sparse layers read at most `keys` keys: blocks that are
+    picked, the query's own, and what else they read. OPTIONS have names of their own."""
+    picks = keys // block - 1
+    few = {
+        "linear": "linear_decay=head",
+        "nsa": f"n_kv_head=1, window={block}, sel_block={block}, sel_topk={picks - 3}, "
+               f"cmp_block={2 * block}, cmp_stride={block}",        # the window and the means count, too
+        "infllm": f"n_kv_head=1, sel_block={block}, sel_topk={picks}, cmp_block={block}, "
+                  f"cmp_stride={block // 2}, dense_len=0, sel_local=2",
+        "msa": f"n_kv_head=1, sel_block={block}, sel_topk={picks}",
+        "dsa": f"sel_topk={picks * block}"      # it picks single tokens
+    }
     pattern = OPTIONS.get(name, name).replace("HALF", str(keys // 2))
-    return re.sub(rf"\b({'|'.join(ATTENTION)})\b(?!\()", with_settings, pattern)
+    return re.sub(rf"\b({'|'.join(few)})\b(?!\()", lambda match: f"{match[0]}({few[match[0]]})", pattern)
 
 
 def make_layer(name, T, n_head, head_dim, device):
@@ -3247,29 +3236,25 @@ def choices(
 # ------------------------------------------------------------------------------------------------------------
 # gpu: the queue
 
-# A file of results/, and the command that makes it. The words in capitals stand for those below.
+# A file of results/, and the command that makes it.
 QUEUE = """
-train_cuda              SPEED --preset gpt2 --iters 20 PEER
-train_cuda_width128     SPEED --preset gpt2 --iters 20 --n_head 6
-train_cuda_10M          SPEED MEDIUM --n_layer 6 --n_head 6 --n_embd 384
-train_cuda_40M          SPEED MEDIUM --n_layer 12 --n_head 8 --n_embd 512
-crossover_U1M           STUDY TUNED
-crossover_U1M_seeds     STUDY TUNED --seeds 3
-decode_gpu              decode
-context_cuda            context --batches 1,64 LARGE
-attention_cuda          attention --lengths 2048,4096,8192,16384,32768,65536 LARGE
-crossover_U2M           STUDY --unique_tokens 2000000
-moe_cuda                moe
-crossover_U5M           STUDY --unique_tokens 5000000 --n_layer 10 --n_embd 512 --n_head 8
+train_cuda          train --rounds 1 --batch 64 --preset gpt2 --iters 20
+train_cuda_width128 train --rounds 1 --batch 64 --preset gpt2 --iters 20 --n_head 6
+train_cuda_10M      train --rounds 1 --batch 64 --preset small --block_size 512 --vocab_size 4096 --iters 40 \
+                    --n_layer 6 --n_head 6 --n_embd 384
+train_cuda_40M      train --rounds 1 --batch 64 --preset small --block_size 512 --vocab_size 4096 --iters 40 \
+                    --n_layer 12 --n_head 8 --n_embd 512
+crossover_U1M       crossover --scale gpu --arms ar,mdm,'ar wd 0.8','ar mlp dropout 0.1',\
+'ar random 0.15','mdm rate 0.5'
+crossover_U1M_seeds crossover --scale gpu --seeds 3 --arms ar,mdm,'ar wd 0.8','ar mlp dropout 0.1',\
+'ar random 0.15','mdm rate 0.5'
+decode_gpu          decode
+context_cuda        context --batches 1,64 --n_head 16 --head_dim 128
+attention_cuda      attention --lengths 2048,4096,8192,16384,32768,65536 --n_head 16 --head_dim 128
+crossover_U2M       crossover --scale gpu --unique_tokens 2000000
+moe_cuda            moe
+crossover_U5M       crossover --scale gpu --unique_tokens 5000000 --n_layer 10 --n_embd 512 --n_head 8
 """
-WORDS = {
-    "SPEED": "train --rounds 1 --batch 64",
-    "MEDIUM": "--preset small --block_size 512 --vocab_size 4096 --iters 40",
-    "STUDY": "crossover --scale gpu",
-    "TUNED": "--arms ar,mdm,'ar wd 0.8','ar mlp dropout 0.1','ar random 0.15','mdm rate 0.5'",
-    "LARGE": "--n_head 16 --head_dim 128",
-    "PEER": "--vs data/nanoGPT" * (HERE / "data" / "nanoGPT" / "model.py").exists()
-}
 
 
 @experiment()
@@ -3290,8 +3275,8 @@ def gpu(minutes=9.0, results="results"):
         left = end - time.time()
         if there(name) or left < 60:            # compiling alone takes that
             continue
-        for word, meaning in WORDS.items():
-            command = command.replace(word, meaning)
+        if name == "train_cuda" and (HERE / "data/nanoGPT/model.py").exists():
+            command += " --vs data/nanoGPT"
         words = shlex.split(f"bench.py {command} --name {name} --results {results}")
         print(f"\n=== {shlex.join(words)}   ({train.clock(left)} left)", flush=True)
         limit = ["timeout", "--signal=INT", "--kill-after=30", str(left - 40)]  # runs save, to go on later
