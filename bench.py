@@ -492,11 +492,9 @@ def data_folder(name):
     """The folder of a data set, from its name or path as in train.py.
     The texts that every machine has are made where missing."""
     folder = prepare.dataset_folder(name)
-    known = re.fullmatch(r"(docs|pysrc)(-byte|-bpe\d+|)(?:-corrupt([\d.]+))?", name)
-    if known and not (folder / "meta.json").exists():
-        source, tokens, damage = known.groups()
-        kind = tokens[1:].replace("bpe", "bpe:") or "bpe:4096"
-        prepare.prepare(source, name=name, tokenizer=kind, corrupt=float(damage or 0))
+    known = {"docs": "bpe:4096", "docs-byte": "byte", "pysrc": "bpe:4096", "pysrc-byte": "byte"}
+    if name in known and not (folder / "meta.json").exists():
+        prepare.prepare(name.removesuffix("-byte"), name=name, tokenizer=known[name])
     return folder
 
 
@@ -879,19 +877,18 @@ def few_runs(name, few, arms, probe=0):
     same = "dataset unique_tokens n_layer n_head n_embd block_size batch_tokens".split()
     constant = settings("schedule=constant eval_windows=256 log_every=100 save_every=500")
 
-    def flags(arm, seed, rate, epochs=None, folder="", **more):
-        epochs = epochs or few["epochs"]
+    def flags(arm, seed, rate, epochs, folder="", **more):
         unique = few["unique_tokens"] // few["block_size"] * few["block_size"]
         steps = ceil(epochs * unique / few["batch_tokens"])
         dense = {"ar": 4, "mixed": 2, "mdm": 2}.get(arms[arm]["objective"], 1)    # AR's least is a narrow one
-        most = max(1, min(steps, max(2, steps // 8)))       # evaluations: they are not to take the time
+        most = min(steps, max(2, steps // 8))               # evaluations: they are not to take the time
         grids = [n * (few["evals"] - 1) + 1 for n in (1, 2, 4) if n <= dense]   # each holds the one before
         evals = max((n for n in grids if n <= most), default=most)
         given = {k: few[k] for k in same} | dict(
-            epochs=epochs, max_steps=steps, eval_epochs=f"geometric:{evals}", warmup=min(100, steps // 10),
+            max_steps=steps, eval_epochs=f"geometric:{evals}", warmup=min(100, steps // 10),
             seed=seed, lr=rate, probe_every=dense * probe)
         out = root / f"{file_part(arm)}-s{seed}-lr{rate:g}" / folder
-        return constant | given | arms[arm] | dict(epochs=epochs) | more | dict(out=str(out))
+        return constant | given | arms[arm] | more | dict(epochs=epochs, out=str(out))
     return flags
 
 
@@ -901,12 +898,13 @@ def planned(few, flags, arms):
     if few["scale"] == "gpu" and not few["minutes"]:
         return few["epochs"]
     short = settings("max_steps=60 eval_epochs=none eval_every=0 eval_windows=8 log_every=20 folder=speed")
-    jobs = {f"{a} speed": flags(a, 0, few["rates"][0], **short) for a in arms}
+    jobs = {f"{a} speed": flags(a, 0, few["rates"][0], few["epochs"], **short) for a in arms}
     yield jobs
     slowest = min(max(r["tok_per_s"] for r in train.read_log(job["out"]) if r["kind"] == "train")
                   for job in jobs.values())
     reached = slowest * 60 * (few["minutes"] or 4.5) / few["unique_tokens"]
-    epochs = min(few["epochs"], max(1.0, float(int(reached)), 0 if few["minutes"] else 60.0))
+    least = 1 if few["minutes"] else 60
+    epochs = min(few["epochs"], float(max(least, int(reached))))
     took = epochs * few["unique_tokens"] / slowest * ceil(len(arms) / few["workers"])
     print(f"{slowest:,} tokens/s in the slowest arm: {epochs:g} epochs each, about {train.clock(took)}")
     return epochs
@@ -918,10 +916,8 @@ def tuned(arms, rates, seeds, flags, epochs, anneal=()):
     times the epochs of its best evaluation, another over all epochs.
     Returns {(arm, seed): row}. epochs: {arm: epochs}, but for those that an arm sets itself."""
     epochs = epochs | {a: own["epochs"] for a, own in arms.items() if "epochs" in own}
-    best = dict.fromkeys(arms, rates[0])
-    if len(rates) > 1:
-        evals = yield {(a, "lr", r): flags(a, seeds[0], r, epochs[a]) for a, r in product(arms, rates)}
-        best = {a: min(rates, key=lambda r: lowest(evals[a, "lr", r])["loss"]) for a in arms}
+    evals = yield {(a, "lr", r): flags(a, seeds[0], r, epochs[a]) for a, r in product(arms, rates)}
+    best = {a: min(rates, key=lambda r: lowest(evals[a, "lr", r])["loss"]) for a in arms}
     runs = {(a, s): flags(a, s, best[a], epochs[a]) for a, s in product(arms, seeds)}
     evals = yield runs
     rows = {key: outcome(evals[key]) | dict(lr=run["lr"], run=run["out"])       # an arm may set lr
@@ -995,15 +991,17 @@ def draw_stars(ax, rows, x):
         ax.plot(*zip(*stars), "k*", ms=9, zorder=5, label="annealed")
 
 
-def curve_picture(plt, result, x="epoch", y="loss", title="", level=None, by=("arm",)):
-    """`draw_curves` as a picture; level: of a model that is not trained here."""
+def curve_picture(plt, result, x="epoch", title="", by=("arm",)):
+    """`draw_curves` as a picture, of x and y where these are flags; a line for what was not trained here."""
     figure, ax = plt.subplots(figsize=(8, 5.5))
-    draw_curves(ax, result["rows"], x, y, by)
-    draw_stars(ax, result["rows"], x)
-    if level:
-        ax.axhline(level, color="0.45", lw=1, ls="--", label=f"the AR model itself, {level:.3f}")
+    rows, flags = result["rows"], result["flags"]
+    x, y = flags.get("x", x), flags.get("y", "loss")
+    draw_curves(ax, rows, x, y, by)
+    draw_stars(ax, rows, x)
+    for r in (r for r in rows if "evals" not in r):
+        ax.axhline(r["best"], color="0.45", lw=1, ls="--", label=f"the {r['arm']} model, {r['best']:.3f}")
     what = "nats per token (diffusion: a bound)" if y == "loss" else f"{y}, validation"
-    dress(ax, title.format(**result["flags"]), xlabel=AXES[x], ylabel=what, xscale="log")
+    dress(ax, title.format(**flags), xlabel=AXES[x], ylabel=what, xscale="log")
     plain_log(ax.xaxis)
     return figure
 
@@ -1122,11 +1120,7 @@ def crossover(
 # ------------------------------------------------------------------------------------------------------------
 # compare: any training runs
 
-def compare_picture(plt, result):
-    return curve_picture(plt, result, result["flags"]["x"], result["flags"]["y"], by=("run",))
-
-
-@experiment(picture=compare_picture)
+@experiment(picture=partial(curve_picture, by=("run",)))
 def compare(runs, x: AXES = "epoch", y="loss"):
     """Any training runs in one table and one picture, from their metrics.jsonl.
 
@@ -1178,11 +1172,6 @@ def fitting(goal, size, step):
     return max(1, round((goal - low) / (high - low) * 4 + 4)) * step
 
 
-def sparsity_picture(plt, result):
-    title = "dense against experts, equal {match} parameters, {unique_tokens:,} unique tokens"
-    return curve_picture(plt, result, title=title, by=("objective", "model"))
-
-
 def sparsity_table(result):
     rows = without("minutes flops best_flops bpb train")(result)
     text = markdown(rows) + "\n"
@@ -1193,7 +1182,13 @@ def sparsity_table(result):
     return text
 
 
-@experiment(named="scale match", show=sparsity_table, picture=sparsity_picture, gpu=FEW_GPU)
+@experiment(
+    named="scale match",
+    show=sparsity_table,
+    picture=partial(curve_picture, by=("objective", "model"), title="dense against experts, "
+                    "equal {match} parameters, {unique_tokens:,} unique tokens"),
+    gpu=FEW_GPU
+)
 def sparsity(match: ("active", "total") = "active", ratio=8.0, **few):
     """Dense against mixture of experts with the same active or total parameters,
     AR and diffusion, few unique tokens.
@@ -1223,31 +1218,29 @@ def sparsity(match: ("active", "total") = "active", ratio=8.0, **few):
 # ------------------------------------------------------------------------------------------------------------
 # study: the crossover taken apart; each part is a file of its own
 
-def study_arms(table):
-    def part(few, rates, seeds):
-        """Arms of a table beside plain AR and diffusion, or own ones, each at its best rate. Annealed: all AR
-        arms, plain diffusion and the best three of the other arms."""
-        arms = OBJECTIVES | table if table else {}
-        arms |= own_arms(few["arm"])
-        need(arms, "--part own: name the arms by --arm, 'ar:' and 'mdm: --objective mdm' among them")
-        flags = few_runs("study", few, arms)
-        short = [a for a in arms if arms[a]["objective"] == "ar"]
-        epochs = {a: few["ar_epochs"] if a in short else few["epochs"] for a in arms}
-        rows = yield from tuned(arms, rates, seeds, flags, epochs, short)
-        if table is DIFFUSION:                                  # and diffusion that begins where AR was best
-            begun = {f"{a} from ar": ARMS[a] | dict(init_from=rows["ar", seeds[0]]["run"])
-                     for a in ("mdm", "block of 4")}
-            arms |= begun
-            epochs |= dict.fromkeys(begun, few["epochs"])
-            rows |= yield from tuned(begun, rates, seeds, flags, epochs)
-        long = sorted((a for a in arms if a not in short), key=lambda a: floor(rows[a, seeds[0]]))
-        long = {a: arms[a] for a in arms if a == "mdm" or a in long[:3]}
-        rows |= yield from tuned(long, rates, seeds, flags, epochs, long)
-        for (a, s), row in sorted(rows.items(), key=lambda item: floor(item[1])):
-            one = arms[a].get("diffusion_block") == 1            # AR in an order
-            measure = "exact" if one else MEASURED[arms[a]["objective"]]
-            yield dict(arm=a, seed=s), row | dict(measure=measure, least=floor(row))
-    return part
+def study_arms(table, few, rates, seeds):
+    """Arms of a table beside plain AR and diffusion, or own ones, each at its best rate. Annealed: all AR
+    arms, plain diffusion and the best three of the other arms."""
+    arms = OBJECTIVES | table if table else {}
+    arms |= own_arms(few["arm"])
+    need(arms, "--part own: name the arms by --arm, 'ar:' and 'mdm: --objective mdm' among them")
+    flags = few_runs("study", few, arms)
+    short = [a for a in arms if arms[a]["objective"] == "ar"]
+    epochs = {a: few["ar_epochs"] if a in short else few["epochs"] for a in arms}
+    rows = yield from tuned(arms, rates, seeds, flags, epochs, short)
+    if table is DIFFUSION:                                  # and diffusion that begins where AR was best
+        begun = {f"{a} from ar": ARMS[a] | dict(init_from=rows["ar", seeds[0]]["run"])
+                 for a in ("mdm", "block of 4")}
+        arms |= begun
+        epochs |= dict.fromkeys(begun, few["epochs"])
+        rows |= yield from tuned(begun, rates, seeds, flags, epochs)
+    long = sorted((a for a in arms if a not in short), key=lambda a: floor(rows[a, seeds[0]]))
+    long = {a: arms[a] for a in arms if a == "mdm" or a in long[:3]}
+    rows |= yield from tuned(long, rates, seeds, flags, epochs, long)
+    for (a, s), row in sorted(rows.items(), key=lambda item: floor(item[1])):
+        one = arms[a].get("diffusion_block") == 1            # AR in an order
+        measure = "exact" if one else MEASURED[arms[a]["objective"]]
+        yield dict(arm=a, seed=s), row | dict(measure=measure, least=floor(row))
 
 
 def study_curve(few, rates, seeds):
@@ -1273,7 +1266,7 @@ def study_curve(few, rates, seeds):
             out = dict(loss=evals[-1]["loss"], se=evals[-1]["se"], train=evals[-1]["train_loss"])
             for (name, x), n in product(ends.items(), (8, 16, 32)):
                 out[f"{name}_{n}"] = copied(x[:, T // 4:], text, n)
-            return out | (calibration(lm, held, a) if a == "ar" else looseness(lm, held, a))
+            return out | (calibration(lm, held, a) if a == "ar" else looseness(lm, held))
         yield dict(arm=a, until=epochs), measure
 
 
@@ -1301,11 +1294,11 @@ def calibration(lm, x, objective, share=None):
     return dict(ece=(excess.abs().sum() / len(sure)).item(), nats=nats)
 
 
-def looseness(lm, x, objective):
+def looseness(lm, x):
     """The bound beside exact likelihoods of the same model on the same windows, and the loss by mask rate."""
-    likelihoods = [f() for _, f in sample.panel(lm, dict(objective=objective), x, 16)]
+    likelihoods = [f() for _, f in sample.panel(lm, dict(objective="mdm"), x, 16)]
     bound, left, surest, any_order = (nats.mean().item() for nats, _ in likelihoods)
-    rates = {rate: calibration(lm, x, objective, rate) for rate in (0.1, 0.3, 0.5, 0.7, 0.9)}
+    rates = {rate: calibration(lm, x, "mdm", rate) for rate in (0.1, 0.3, 0.5, 0.7, 0.9)}
     by_rate = {f"nats_at_{rate}": row["nats"] for rate, row in rates.items()}
     return dict(bound=bound, bound_se=likelihoods[0][1], chain_left=left, chain_confidence=surest,
                 any_order=any_order, ece=rates[0.5]["ece"], **by_rate)
@@ -1353,10 +1346,10 @@ def study_ensembles(few, rates, seeds):
 
 
 PARTS = {
-    "own": study_arms({}),
-    "ar": study_arms(REGULARISED),
-    "diffusion": study_arms(DIFFUSION),
-    "causes": study_arms(CAUSES),
+    "own": partial(study_arms, {}),
+    "ar": partial(study_arms, REGULARISED),
+    "diffusion": partial(study_arms, DIFFUSION),
+    "causes": partial(study_arms, CAUSES),
     "curve": study_curve,
     "capacity": study_capacity,
     "ensembles": study_ensembles
@@ -1490,16 +1483,12 @@ ADAPTED = arms_of("""
 """)
 
 
-def adapt_picture(plt, result):
-    return curve_picture(plt, result, "step", level=result["rows"][0]["best"])
-
-
 SHARED["adapted"] = settings("""
     dataset=docs-byte n_layer=3 n_head=4 n_embd=96 block_size=64 batch_tokens=2048 lr=2e-3
 """)
 
 
-@experiment(picture=adapt_picture, show=without("bpb train minutes"))
+@experiment(picture=partial(curve_picture, x="step"), show=without("bpb train minutes"))
 def adapt(ar="", ar_steps=2000, steps=2000, windows=256, workers=2, out="out/adapt", **adapted):
     """A diffusion model from the weights of an AR one, and from scratch: the bound against steps.
 
@@ -1549,18 +1538,18 @@ def published_costs():
     """Published figures beside ours: bytes per token of a cache in bf16 (DeepSeek-AI, 2505.09343 table 1),
     and how many times fewer keys NSA reads than dense attention (2502.11089 table 4: compressed + selected +
     window)."""
-    layer = lambda kind, values: ATTENTION[kind](override(ModelConfig(), values))
-    cache = lambda n, *of: n * layer(*of).cache_bytes(1, torch.bfloat16)
-    mla = {k: v for k, v in PRESETS["deepseek-v3"].items() if k not in ("layers", "n_layer")}
-    qwen = settings("n_embd=8192 n_head=64 n_kv_head=8 head_dim=128")
-    llama = settings("n_embd=16384 n_head=128 n_kv_head=8 head_dim=128")
+    models = [
+        ("DeepSeek-V3", "mla", 70_272, PRESETS["deepseek-v3"]),
+        ("Qwen2.5-72B", "full", 327_680, settings("n_layer=80 n_embd=8192 n_head=64 n_kv_head=8")),
+        ("Llama-3.1-405B", "full", 516_096, settings("n_layer=126 n_embd=16384 n_head=128 n_kv_head=8"))
+    ]
+    rows = []
     with torch.device("meta"):
-        caches = [("DeepSeek-V3", 70_272, cache(61, "mla", mla)),
-                  ("Qwen2.5-72B", 327_680, cache(80, "full", qwen)),
-                  ("Llama-3.1-405B", 516_096, cache(126, "full", llama))]
-        nsa = layer("nsa", settings("n_embd=2560 n_head=64 n_kv_head=4 head_dim=128"))
-    rows = [dict(model=name, what="cache, bytes per token", published=published, ours=ours)
-            for name, published, ours in caches]
+        for name, layer, published, sizes in models:
+            config = ModelConfig(**sizes)
+            ours = config.n_layer * ATTENTION[layer](config).cache_bytes(1, torch.bfloat16)
+            rows.append(dict(model=name, what="cache, bytes per token", published=published, ours=ours))
+        nsa = ATTENTION["nsa"](ModelConfig(**settings("n_embd=2560 n_head=64 n_kv_head=4 head_dim=128")))
     for T, published in {8192: 4.0, 16384: 6.4, 32768: 9.1, 65536: 11.6}.items():
         rows.append(dict(model="NSA 27B", what=f"keys read, dense / sparse at {T // 1024}k",
                          published=published, ours=round(T / nsa.reads(T), 1)))
@@ -1934,7 +1923,7 @@ def quality(
 # recall: keys and values seen once, asked for later
 
 KEYS, VALUES, TEXT = 128, 32, 8  # ids: keys, values, letters of the text
-NEEDLES, LENGTHS, PAIRS = 4, (256, 512, 1024, 2048, 4096), (4, 8, 16, 32, 64, 128)
+NEEDLES, PAIRS = 4, (4, 8, 16, 32, 64, 128)
 # Every model starts with a layer that sees one neighbour (linear layers have that in their short
 # convolution), so that the key stands in its value's vector, and has one layer of the kind behind it, a 3:1
 # hybrid four: one state, one cache are measured. Sparse layers read at most a quarter of 512 tokens, so they
@@ -2023,7 +2012,7 @@ def recall(
     layers=(*ATTENTION, *MIXTURES),
     objectives: OBJECTIVES = ("ar", "mdm"),
     steps=600,
-    lengths=LENGTHS,
+    lengths=(256, 512, 1024, 2048, 4096),
     batch_tokens=2048,
     device="auto",
     threads=1,
@@ -2317,8 +2306,8 @@ def optical(per=(4, 10, 16, 20, 64), readers: READERS = tuple(READERS), page=128
     pages: to read, of held-out text and of random characters each
     """
     ids, val, _ = load_dataset(data_folder(dataset))
-    random = torch.randint(64, (pages, page), generator=seeded(0))
-    held = dict(text=glyph_ids(train.fixed_windows(val, page, pages).long()), random=random)
+    held = dict(random=torch.randint(64, (pages, page), generator=seeded(0)),
+                text=glyph_ids(train.fixed_windows(val, page, pages).long()))
     for n, reader in product(per, readers):
         kind, objective = reader.split()
         config = ModelConfig(vocab_size=len(GLYPHS), n_layer=n_layer, n_head=4, n_embd=n_embd, qk_norm=True,
@@ -2326,21 +2315,17 @@ def optical(per=(4, 10, 16, 20, 64), readers: READERS = tuple(READERS), page=128
         path = Path(out) / f"{kind}-{objective}-{n}-{page}-{n_layer}x{n_embd}-{steps}.pt"
         for passes in READERS[reader]:
 
-            @torch.no_grad()
-            def read(lm, x):
-                canvas = torch.cat([lm.see(x), torch.full_like(x, lm.mask_id)], dim=1)
-                how = dict(steps=passes) if objective == "mdm" else {}
-                draw = getattr(diffusion, f"sample_{objective}")
-                return draw(lm, canvas, lm.mask_id, temperature=0, **how)[:, lm.n:]
-
             def measure():
                 lm = learn_reading(config, kind, n, page, ids, objective, steps, batch_tokens, path)
-                found = {name: read(lm, x) for name, x in held.items()}
-                row = dict(page=held["text"][0].tolist(), reading=found["text"][0].tolist())
-                for name, x in held.items():
-                    right = (found[name] == x).double().mean(1)
-                    row[name], row[f"{name}_se"] = mean_se(right.tolist())
-                return row
+                draw = getattr(diffusion, f"sample_{objective}")
+                how = dict(steps=passes) if passes else {}
+                row = {}
+                for name, x in held.items():            # the text last: it is shown
+                    with torch.no_grad():
+                        canvas = torch.cat([lm.see(x), torch.full_like(x, lm.mask_id)], dim=1)
+                        found = draw(lm, canvas, lm.mask_id, temperature=0, **how)[:, lm.n:]
+                    row[name], row[f"{name}_se"] = mean_se((found == x).double().mean(1).tolist())
+                return row | dict(page=x[0].tolist(), reading=found[0].tolist())
 
             yield dict(per=n, reader=reader, passes=passes), measure
 
@@ -2521,7 +2506,7 @@ def theory(lengths=(24, 96), steps=1000, sequences=128, threads=1, out="out/theo
                 ter = nats.mean().exp().item()
                 ser, error = mean_se((~language.valid(y)).double().tolist())
                 closed = language.theory(N, L) if N else {}
-                return closed | dict(ter=ter, ser=ser, sequences=len(x), ser_se=error,
+                return closed | dict(ter=ter, ser=ser, ser_se=error,
                                      ter_se=ter * mean_se(nats.tolist())[1])
 
             yield dict(language=language.name, model=kind, L=L, N=N or L), measure
@@ -2814,7 +2799,7 @@ def decode(batches=(1, 8, 64), run_judge=None, **models):
     for family, (role, settings) in decoders(T - P).items():
         for setting in settings:
             yield dict(sampler=family, **setting), partial(measure, role, setting)
-    return dict(prompt=P, new=T - P)
+    return dict(new=T - P)
 
 
 @experiment(named="scale", gpu=MODELS_GPU)
@@ -2855,19 +2840,17 @@ def drafts(batches=(1, 8), lengths=(1, 2, 4, 8), run_mixed=None, run_mtp=None, *
 
 
 def panel_picture(plt, result):
-    """How far each run is above AR, against the tokens whose orders are mixed; the bound at the left edge."""
+    """How far each run is above AR by each likelihood."""
     rows = [r for r in result["rows"] if "over_ar" in r]
-    figure, ax = plt.subplots(figsize=(7, 4.5))
+    figure, ax = plt.subplots(figsize=(9, 4.5))
     for run in dict.fromkeys(r["run"] for r in rows):
-        size = {"bound": 0.5, "(left)": 1}                      # where the last word is not S itself
-        gaps = {r["measure"].split()[-1]: (r["over_ar"], r["over_se"]) for r in rows if r["run"] == run}
-        points = [(size.get(last) or int(last), *gap) for last, gap in gaps.items() if last != "(confidence)"]
-        ax.errorbar(*zip(*points), marker="o", capsize=3, label=run.replace("/", "\n"))
-    ax.axhline(0, color="black", lw=1)
+        gaps = [(r["over_ar"], r["measure"].partition(", ")[2], r["over_se"])
+                for r in rows if r["run"] == run]
+        over, measures, errors = zip(*gaps)
+        ax.errorbar(over, measures, xerr=errors, fmt="o", capsize=3, label=run.replace("/", "\n"))
+    ax.axvline(0, color="black", lw=1)
     dress(ax, "diffusion above AR (the black line) on the same windows, standard errors over windows",
-          xlabel="tokens in a block that is filled in any order, all orders summed", ylabel="nats per token")
-    ax.set_xscale("log", base=2)
-    ax.set_xticks([0.5, 1, 2, 4, 8], ["bound", "1: left to right", "2", "4", "8"])
+          xlabel="nats per token")
     return figure if rows else None
 
 
@@ -3165,14 +3148,13 @@ def choice_table(result):
     return [{k: r.get(k) for k in shown} | {"left out": left_out(r)} for r in result["rows"]]
 
 
-def judge_file(run, device, threads, items, measure, n_mc, journal):
-    """The rates of one run on one file. Each item is written down when it is done."""
+def judge_file(run, device, threads, items, measure, n_mc, path):
+    """The rates of one run on one file. Each item is written down in `path` when it is done."""
     lm, state = load_model(run, device=device)
     train.set_threads(threads, lm)
     flags = train.DEFAULTS | state["flags"]
-    masks = n_mc if measure == "bound" else None
-    done = Journal(journal.with_name(f"{journal.name}-{train.digest([state['model'], masks]):08x}.jsonl"))
-    progress = prepare.Progress(journal.name)
+    done = Journal(path)
+    progress = prepare.Progress(path.stem)
     results = []
     for n, item in enumerate(items, 1):
         key = zlib.crc32(json.dumps(item).encode())
@@ -3181,7 +3163,7 @@ def judge_file(run, device, threads, items, measure, n_mc, journal):
         results.append(done.find(key))
         progress(n / len(items))
     why = next((r["failed"] for r in results if "failed" in r), None)
-    return dict(n_mc=masks, **summary(items, results), why=why)
+    return summary(items, results) | dict(why=why)
 
 
 @experiment(show=choice_table)
@@ -3215,6 +3197,7 @@ def choices(
         flags = train.DEFAULTS | state["flags"]
         folder = Path(run) if Path(run).is_dir() else Path(run).parent
         tokenizer, objective = load_tokenizer(folder), flags["objective"]
+        weights = train.digest(state["model"])
         known = [m for m in MEASURES[objective] if m in measures]
         need(
             known,
@@ -3229,8 +3212,8 @@ def choices(
                 items = read_items(file, tokenizer, limit)
             for m in known:
                 key = dict(run=folder.name, objective=objective, step=state["step"], file=label, measure=m)
-                journal = Path(out) / f"{folder.name}-{label}-{m}"
-                work.append((key, partial(judge_file, run, device, threads, items, m, n_mc, journal)))
+                path = Path(out) / f"{folder.name}-{label}-{m}-{n_mc}-{weights:08x}.jsonl"
+                work.append((key, partial(judge_file, run, device, threads, items, m, n_mc, path)))
     yield from work
 
 # ------------------------------------------------------------------------------------------------------------
