@@ -131,6 +131,9 @@ HELP = """
     run_ar: run folder of the AR model (default: trained)
     run_mdm: of the diffusion model
     run_block: of the block-diffusion model
+    run_judge: of the AR model that judges texts
+    run_mixed: of the model of both losses that drafts
+    run_mtp: of the AR model with mtp that drafts
 """
 
 
@@ -920,8 +923,11 @@ def tuned(arms, rates, seeds, flags, epochs, anneal=()):
     best = {a: min(rates, key=lambda r: lowest(evals[a, "lr", r])["loss"]) for a in arms}
     runs = {(a, s): flags(a, s, best[a], epochs[a]) for a, s in product(arms, seeds)}
     evals = yield runs
-    rows = {key: outcome(evals[key]) | dict(lr=run["lr"], run=run["out"])       # an arm may set lr
-            for key, run in runs.items()}
+    rows = {}
+    for key, run in runs.items():
+        ordered = run.get("diffusion_block") == 1               # AR in an order
+        measure = "exact" if ordered else MEASURED[run["objective"]]
+        rows[key] = outcome(evals[key]) | dict(lr=run["lr"], run=run["out"], measure=measure)
     jobs = {}
     for (a, s), row in rows.items():
         overfitted = row["best"] < row["last"]
@@ -967,7 +973,7 @@ def paired_gap(ar, mdm, windows):
 
 def draw_curves(ax, rows, x, y, by=("arm",), **style):
     """The evaluations of all rows that are alike in the columns `by`: their mean at the steps that all of
-    them have, in a band from the lowest to the highest seed."""
+    them have, in a band from the lowest to the highest seed. Stars: annealed runs, each a run of its own."""
     runs = defaultdict(list)
     for r in rows:
         if "evals" in r:
@@ -983,11 +989,8 @@ def draw_curves(ax, rows, x, y, by=("arm",), **style):
         if len(seeds) > 1 and "label" not in style:
             ax.fill_between(xs, ys.min(0), ys.max(0), color=colour, alpha=0.2, lw=0)
     ax.grid(alpha=0.25)
-
-
-def draw_stars(ax, rows, x):
-    """The annealed runs, each a run of its own."""
-    if stars := points(rows, f"annealed_{x}", "annealed"):
+    stars = points(rows, f"annealed_{x}", "annealed")
+    if stars and y == "loss":
         ax.plot(*zip(*stars), "k*", ms=9, zorder=5, label="annealed")
 
 
@@ -997,7 +1000,6 @@ def curve_picture(plt, result, x="epoch", title="", by=("arm",)):
     rows, flags = result["rows"], result["flags"]
     x, y = flags.get("x", x), flags.get("y", "loss")
     draw_curves(ax, rows, x, y, by)
-    draw_stars(ax, rows, x)
     for r in (r for r in rows if "evals" not in r):
         ax.axhline(r["best"], color="0.45", lw=1, ls="--", label=f"the {r['arm']} model, {r['best']:.3f}")
     what = "nats per token (diffusion: a bound)" if y == "loss" else f"{y}, validation"
@@ -1014,7 +1016,6 @@ def crossover_picture(plt, result):
     figure, (top, below) = plt.subplots(2, 1, figsize=(8, 7), sharex=True, height_ratios=(5, 2))
     draw_curves(top, rows, x, "loss")
     draw_curves(top, plain, x, "train_loss", marker="", lw=0.8, alpha=0.7, label=None)
-    draw_stars(top, rows, x)
     best = min(floor(r) for r in rows if r["arm"] == "ar")
     top.axhline(best, color="0.45", lw=1, ls="--", label=f"AR's best, {best:.3f}")
     for kind, ls in (("curve", ":"), ("honest", "-.")):
@@ -1096,8 +1097,7 @@ def crossover(
     for s in seeds:
         for a in arms:
             row, last = rows[a, s], rows[a, s]["evals"][-1]
-            yield dict(arm=a, seed=s), row | dict(measure=MEASURED[arms[a]["objective"]],
-                                                  probe_accuracy=last.get("probe_accuracy"),
+            yield dict(arm=a, seed=s), row | dict(probe_accuracy=last.get("probe_accuracy"),
                                                   probe_gap=last.get("probe_gap"))
         ar, mdm = rows["ar", s], rows["mdm", s]
         least = ar["annealed_run"] if floor(ar) < ar["best"] else ar["run"]
@@ -1228,19 +1228,11 @@ def study_arms(table, few, rates, seeds):
     short = [a for a in arms if arms[a]["objective"] == "ar"]
     epochs = {a: few["ar_epochs"] if a in short else few["epochs"] for a in arms}
     rows = yield from tuned(arms, rates, seeds, flags, epochs, short)
-    if table is DIFFUSION:                                  # and diffusion that begins where AR was best
-        begun = {f"{a} from ar": ARMS[a] | dict(init_from=rows["ar", seeds[0]]["run"])
-                 for a in ("mdm", "block of 4")}
-        arms |= begun
-        epochs |= dict.fromkeys(begun, few["epochs"])
-        rows |= yield from tuned(begun, rates, seeds, flags, epochs)
     long = sorted((a for a in arms if a not in short), key=lambda a: floor(rows[a, seeds[0]]))
     long = {a: arms[a] for a in arms if a == "mdm" or a in long[:3]}
     rows |= yield from tuned(long, rates, seeds, flags, epochs, long)
     for (a, s), row in sorted(rows.items(), key=lambda item: floor(item[1])):
-        one = arms[a].get("diffusion_block") == 1            # AR in an order
-        measure = "exact" if one else MEASURED[arms[a]["objective"]]
-        yield dict(arm=a, seed=s), row | dict(measure=measure, least=floor(row))
+        yield dict(arm=a, seed=s), row | dict(least=floor(row))
 
 
 def study_curve(few, rates, seeds):
@@ -1296,12 +1288,12 @@ def calibration(lm, x, objective, share=None):
 
 def looseness(lm, x):
     """The bound beside exact likelihoods of the same model on the same windows, and the loss by mask rate."""
-    likelihoods = [f() for _, f in sample.panel(lm, dict(objective="mdm"), x, 16)]
-    bound, left, surest, any_order = (nats.mean().item() for nats, _ in likelihoods)
+    likelihoods = [f() for _, f in sample.panel(lm, dict(objective="mdm"), x, 16, ())]
+    bound, left, surest = (nats.mean().item() for nats, _ in likelihoods)
     rates = {rate: calibration(lm, x, "mdm", rate) for rate in (0.1, 0.3, 0.5, 0.7, 0.9)}
     by_rate = {f"nats_at_{rate}": row["nats"] for rate, row in rates.items()}
     return dict(bound=bound, bound_se=likelihoods[0][1], chain_left=left, chain_confidence=surest,
-                any_order=any_order, ece=rates[0.5]["ece"], **by_rate)
+                ece=rates[0.5]["ece"], **by_rate)
 
 
 def study_capacity(few, rates, seeds):
@@ -1610,19 +1602,16 @@ def attention(
     layers: names, comma-separated
     bidirectional: as a diffusion model uses it
     """
-    width = n_head * head_dim
     for T, name in product(lengths, dict.fromkeys(["full", *layers])):
 
         def measure():
             layer = make_layer(name, T, n_head, head_dim, device)
-            x = torch.randn(1, T, width, device=device, dtype=dtype_on(device))
+            x = torch.randn(1, T, n_head * head_dim, device=device, dtype=dtype_on(device))
             f = lambda x: layer(x, causal=not bidirectional)
             row = time_passes(f, x, device, repeat, layer.parameters())
-            cache = layer.cache_bytes(T, torch.bfloat16)
             return row | dict(
                 reads=layer.reads(T, not bidirectional),
-                cache_bytes_per_token=cache / T,
-                cache_vs_mha=cache / (4 * width * T)
+                cache_bytes_per_token=layer.cache_bytes(T, torch.bfloat16) / T
             )
 
         yield dict(layer=name, T=T), measure
@@ -1849,13 +1838,11 @@ def ratio_picture(plt, result):
     lines = {key: sorted(line) for key, line in lines.items() if len({share for share, *_ in line}) > 2}
     if not lines:
         return None
-    found = list(dict.fromkeys(objective for objective, *_ in lines))
-    figure, axes = plt.subplots(1, len(found), figsize=(8, 4.5), squeeze=False)
+    figure, ax = plt.subplots(figsize=(8, 4.5))
     for (objective, kind, place), line in lines.items():
-        ax = axes[0, found.index(objective)]
         dots = "-" if place == "last" else ":"
-        ax.errorbar(*zip(*line), marker="o", ls=dots, label=f"{kind}, full {place}")
-        dress(ax, objective, xlabel="share of full layers", ylabel=f"nats per token ({MEASURED[objective]})")
+        ax.errorbar(*zip(*line), marker="o", ls=dots, label=f"{objective}, {kind}, full {place}")
+    dress(ax, "", xlabel="share of full layers", ylabel="nats per token (mdm: a bound)")
     return figure
 
 
@@ -1909,7 +1896,6 @@ def quality(
             std=stdev(losses) if seeds > 1 else None,
             seeds=seeds,
             losses=losses,
-            params=lm.num_params(),
             reads=max(b.mixer.reads(T, o == "ar") for b in lm.blocks)
         )
     ids = load_dataset(folder)[0]
@@ -2115,9 +2101,8 @@ def switch(length=1024, keys=128, steps=600, adapt=100, batch_tokens=2048, devic
             row = {}
             for when, N in dict(before=0, after=adapt).items():
                 lm, right, se, nats = asked(dense, layer, N)
-                row |= dict(reads=lm.blocks[1].mixer.reads(length), params=lm.num_params())
-                row |= {f"recall_{when}": right, f"se_{when}": se, f"nats_{when}": nats,
-                        f"gap_{when}": nats - asked(dense, dense, N)[3]}
+                row |= {"reads": lm.blocks[1].mixer.reads(length), f"recall_{when}": right, f"se_{when}": se,
+                        f"nats_{when}": nats, f"gap_{when}": nats - asked(dense, dense, N)[3]}
             return row
 
         yield dict(arm=arm), measure
@@ -2367,9 +2352,9 @@ class Bigram:
 
     name, layers, period = "2-gram", "full(window=8)", 1
 
-    def __init__(self, V=8, seed=0):
+    def __init__(self, V=8):
         self.V = V
-        gen = seeded(seed)
+        gen = seeded(0)
         p = -torch.rand(V, V, generator=gen, dtype=torch.float64).log()
         p[torch.rand(V, V, generator=gen).argsort(1) >= V // 2] = 0
         self.p = p / p.sum(1, keepdim=True)  # (V, V): letter to next letter
@@ -2446,7 +2431,7 @@ def theory_picture(plt, result):
     """Above token errors, which do not grow with length, below wrong sequences, which do;
     a column for each language."""
     rows = result["rows"]
-    figure, axes = plt.subplots(2, 2, figsize=(8, 7), sharex=True)
+    figure, axes = plt.subplots(2, 2, figsize=(9, 8))
     kinds = [
         ("closed form", "oracle", "theory_", dict(lw=1)),
         ("oracle", "oracle", "", dict(marker="o", ls="", ms=5)),
@@ -2458,9 +2443,8 @@ def theory_picture(plt, result):
         for (n, L), (kind, model, prefix, style) in product(enumerate(result["flags"]["lengths"]), kinds):
             mine = points(rows, "N", prefix + what, language=language, model=model, L=L)
             ax.plot(*zip(*mine), color=f"C{n}", label=f"length {L}, {kind}", **style)
-        dress(ax, language if what == "ter" else "", xlabel="sampling steps" if what == "ser" else "")
+        dress(ax, language, xlabel="sampling steps", ylabel=labels[what])
         log_ticks(ax, [r["N"] for r in rows if r["model"] == "oracle"])
-        ax.set_ylabel(labels[what] if ax in axes[:, 0] else "")
         if ax is not axes[0, 0]:
             ax.get_legend().remove()
     return figure
@@ -2570,7 +2554,7 @@ def tools(steps=1000, problems=200, seeds=3, seed=1337, workers=1, device="auto"
                     made = [call for row, call, *_ in hook.calls if row == i]
                     right_calls.append(made == re.findall("<tool>(.*?)</tool>", text))
             each = np.reshape(right, (seeds, -1)).mean(1)
-            return accuracy(each.tolist()) | dict(right_calls=mean(right_calls), seeds=seeds)
+            return accuracy(each.tolist()) | dict(right_calls=mean(right_calls))
 
         yield dict(model=objective, order=order, problem=kind, tool=tool), measure
 
@@ -2653,7 +2637,8 @@ def moe(scenes=("docs-byte", "pysrc-byte"), steps=600, repeat=12, device="auto",
 # without.
 SHARED["models"] = settings("""
     scale=auto dataset=docs-byte n_layer=4 n_head=4 n_embd=128 block_size=256 batch_tokens=512 lr=2e-3
-    max_steps=2000 run_ar=none run_mdm=none run_block=none workers=2 device=auto threads=1 out=none
+    max_steps=2000 workers=2 device=auto threads=1 out=none
+    run_ar=none run_mdm=none run_block=none run_judge=none run_mixed=none run_mtp=none
 """)
 MODELS_GPU = settings("n_layer=6 n_head=6 n_embd=384 batch_tokens=16_384 max_steps=1500 lr=1e-3")
 ROLES = arms_of("""
@@ -2749,14 +2734,13 @@ def decode_picture(plt, result):
 
 
 @experiment(named="scale", show=without("cache"), picture=decode_picture, gpu=MODELS_GPU)
-def decode(batches=(1, 8, 64), run_judge=None, **models):
+def decode(batches=(1, 8, 64), **models):
     """Tokens/s and FLOPs per token against quality of every sampler on trained models, by batch size.
 
     batches: sizes; quality is that of the largest
-    run_judge: run folder of the AR judge (default: trained)
     """
     roles = ("ar", "judge", "mdm", "block")
-    folders = yield from decode_runs(roles, models | dict(run_judge=run_judge))
+    folders = yield from decode_runs(roles, models)
     device = models["device"]
     most = max(batches)
     clock = clock_of(device)
@@ -2803,15 +2787,13 @@ def decode(batches=(1, 8, 64), run_judge=None, **models):
 
 
 @experiment(named="scale", gpu=MODELS_GPU)
-def drafts(batches=(1, 8), lengths=(1, 2, 4, 8), run_mixed=None, run_mtp=None, **models):
+def drafts(batches=(1, 8), lengths=(1, 2, 4, 8), **models):
     """AR with its cache where the run proposes tokens itself, by turns with the same run that does not.
 
     batches: sequences, comma-separated
     lengths: tokens that a mixed run proposes; an AR run with mtp proposes one
-    run_mixed: run folder of a mixed model (default: trained)
-    run_mtp: run folder of an AR model with mtp (default: trained)
     """
-    folders = yield from decode_runs(("mixed", "mtp"), models | dict(run_mixed=run_mixed, run_mtp=run_mtp))
+    folders = yield from decode_runs(("mixed", "mtp"), models)
     device, clock = models["device"], clock_of(models["device"])
     for role, folder in folders.items():
         lm, state = load_model(folder, "last", device)
