@@ -1095,8 +1095,8 @@ def crossover(
     windows = validation(few["dataset"], few["block_size"], 256)
     for s in seeds:
         for a in arms:
-            row = rows[a, s]
-            yield dict(arm=a, seed=s), row | dict(probe_accuracy=row["evals"][-1].get("probe_accuracy"))
+            last = rows[a, s]["evals"][-1]
+            yield dict(arm=a, seed=s), rows[a, s] | {k: v for k, v in last.items() if "probe" in k}
         ar, mdm = rows["ar", s], rows["mdm", s]
         least = ar["annealed_run"] if floor(ar) < ar["best"] else ar["run"]
         found = dict(curve=crossing(ar["evals"], mdm["evals"]),
@@ -1280,12 +1280,12 @@ def calibration(lm, x, objective, share=None):
 
 def looseness(lm, x):
     """The bound beside exact likelihoods of the same model on the same windows, and the loss by mask rate."""
-    likelihoods = [f() for _, f in sample.panel(lm, dict(objective="mdm"), x, 16, ())]
-    bound, left, surest = (nats.mean().item() for nats, _ in likelihoods)
+    likelihoods = [f() for _, f in sample.panel(lm, dict(objective="mdm"), x, 16)]
+    bound, left, surest, any_order = (nats.mean().item() for nats, _ in likelihoods)
     rates = {rate: calibration(lm, x, "mdm", rate) for rate in (0.1, 0.3, 0.5, 0.7, 0.9)}
     by_rate = {f"nats_at_{rate}": row["nats"] for rate, row in rates.items()}
     return dict(bound=bound, bound_se=likelihoods[0][1], chain_left=left, chain_confidence=surest,
-                ece=rates[0.5]["ece"], **by_rate)
+                any_order=any_order, ece=rates[0.5]["ece"], **by_rate)
 
 
 def study_capacity(few, rates, seeds):
@@ -2303,7 +2303,7 @@ def optical(per=(4, 10, 16, 20, 64), readers: READERS = READERS, page=128, steps
                     with torch.no_grad():
                         canvas = torch.cat([lm.see(x), torch.full_like(x, lm.mask_id)], dim=1)
                         found = draw(lm, canvas, lm.mask_id, temperature=0, **how)[:, lm.n:]
-                    row[name] = (found == x).double().mean().item()
+                    row[name], row[f"{name}_se"] = mean_se((found == x).double().mean(1).tolist())
                 return row | dict(page=x[0].tolist(), reading=found[0].tolist())
 
             yield dict(per=n, reader=reader, passes=passes), measure
@@ -2480,10 +2480,10 @@ def theory(lengths=(24, 96), steps=1000, sequences=128, threads=1, out="out/theo
                     nats = diffusion.ar_loss(f, x, V, reduction="none").detach()
                 else:
                     y, nats = in_steps(f, x, N, V, gen)
-                ter = nats.double().mean(1).mean().exp().item()
-                ser = (~language.valid(y)).double().mean().item()
+                nats, error = mean_se(nats.double().mean(1).tolist())
+                ser, ser_se = mean_se((~language.valid(y)).double().tolist())
                 closed = language.theory(N, L) if N else {}
-                return closed | dict(ter=ter, ser=ser)
+                return closed | dict(ter=exp(nats), ter_se=exp(nats) * error, ser=ser, ser_se=ser_se)
 
             yield dict(language=language.name, model=kind, L=L, N=N or L), measure
 
