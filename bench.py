@@ -1356,7 +1356,7 @@ def study(part: PARTS = "ar", arm: list = (), rates=(1e-3, 2e-3, 4e-3), seeds=1,
     """The crossover taken apart, for hours: what AR and diffusion are owed, where diffusion wins, and why.
 
     part: own (--arm) | ar (regularised) | diffusion (tuned too) | causes | curve | capacity | ensembles
-    arm: one more, as in crossover: "both: --weight_decay 0.8 --recipe random=.15"; may be repeated
+    arm: as in crossover: "both: --weight_decay 0.8 --recipe random=.15"; own: these and no others
     rates: learning rates; each arm keeps its best, curve and ensembles take the middle one
     ar_epochs: epochs of AR arms, which overfit early; --epochs are diffusion's
     """
@@ -1385,8 +1385,9 @@ def measured_runs(folder):
         for path in result["flags"].get("runs", ()) if result.get("experiment") == "panel" else ():
             name = re.search("([^/]+/[^/]+)-lr", path)
             for r in result["rows"] if name and name[1] in runs else ():
-                if "any order" in r["measure"] and path.endswith(r["run"]):
-                    runs[name[1]] |= dict(exact=r["nats"], exact_se=r["over_se"])
+                block = int(r["measure"].split()[-1]) if "any order" in r["measure"] else 0
+                if block > runs[name[1]].get("block", 0) and path.endswith(r["run"]):
+                    runs[name[1]] |= dict(exact=r["nats"], exact_se=r["over_se"], block=block)
     return list(runs.values())
 
 
@@ -1431,8 +1432,8 @@ def map_(results="results"):
     """Where diffusion stands, over texts, unique tokens and width: the best arm of each side, annealed where
     that is better, from the files of crossover, study and panel in --results.
 
-    mdm is a bound, exact the likelihood over all orders in a block; gaps are AR minus these, in nats per
-    token, errors over seeds, of one seed over masks or windows. over_law: diffusion's FLOPs over
+    mdm is a bound, exact the likelihood over all orders in blocks of `block`; gaps are AR minus these, in
+    nats per token, errors over seeds, of one seed over masks or windows. over_law: diffusion's FLOPs over
     191.6 U^2.174, at which it should have passed AR (2507.15857).
     """
     cells = defaultdict(list)
@@ -1449,6 +1450,8 @@ def map_(results="results"):
             if both and side != "ar":
                 gap, se = mean_se([best["ar"][s]["ar"] - arm[s][side] for s in both])
                 row |= {f"{side}_gap": gap, f"{side}_gap_se": se or arm[both[0]][f"{side}_se"]}
+        if best["exact"]:
+            row["block"] = min(r["block"] for r in best["exact"].values())
         if "mdm_gap" in row:
             row["over_law"] = best["mdm"][min(best["mdm"])]["flops"] / law(cell[1], 1, 1)["critical_flops"]
             yield dict(zip(("text", "tokens", "width"), cell)), row
@@ -2649,6 +2652,8 @@ def decode_runs(roles, models):
     root = Path(models["out"] or f"out/decode-{models['scale']}")
     same = "dataset n_layer n_head n_embd block_size batch_tokens lr".split()
     folders, jobs = {}, {}
+    for role in ROLES:
+        need(role in roles or not models[f"run_{role}"], f"--run_{role}: expected runs of {', '.join(roles)}")
     for role in roles:
         want, given = ROLES[role]["objective"], models[f"run_{role}"]
         folders[role] = given or str(root / role)
@@ -3200,9 +3205,9 @@ train_cuda_10M      train --rounds 1 --batch 64 --preset small --block_size 512 
 train_cuda_40M      train --rounds 1 --batch 64 --preset small --block_size 512 --vocab_size 4096 --iters 40 \
                     --n_layer 12 --n_head 8 --n_embd 512
 crossover_U1M       crossover --scale gpu --arms ar,mdm,'ar wd 0.8','ar mlp dropout 0.1',\
-'ar random 0.15','mdm rate 0.5'
+'ar random 0.15','mdm rate 0.5 random 0.05'
 crossover_U1M_seeds crossover --scale gpu --seeds 3 --arms ar,mdm,'ar wd 0.8','ar mlp dropout 0.1',\
-'ar random 0.15','mdm rate 0.5'
+'ar random 0.15','mdm rate 0.5 random 0.05'
 decode_gpu          decode
 context_cuda        context --batches 1,64 --n_head 16 --head_dim 128
 attention_cuda      attention --lengths 2048,4096,8192,16384,32768,65536 --n_head 16 --head_dim 128

@@ -149,8 +149,8 @@ def noise_length(x, noise_block):
 
 
 def corrupt(x, mask_id, input_mask=0.0, token_noise=0.0, generator=None):
-    """Regularisation of AR inputs (Ni et al. 2511.03276; 2606.16246): each token becomes the mask token with
-    probability `input_mask`, or a uniformly random one with probability `token_noise`.
+    """Regularisation of what is read (Ni et al. 2511.03276; 2606.16246): each token becomes the mask token
+    with probability `input_mask`, or a uniformly random one with probability `token_noise`.
 
     x (B, T), on any device -> a corrupted copy. Call it on the whole global batch with a CPU generator seeded
     by (seed, step): ranks and micro-batches then agree.
