@@ -5,6 +5,7 @@
     compare     any training runs in one picture, against steps, epochs, tokens, FLOPs or seconds
     study       the crossover taken apart: regularised AR, tuned diffusion, causes, memory; hours
     map         what all of these say of unique tokens, width and text, in one table
+    arms        every arm that they measured
     adapt       a diffusion model from the weights of an AR one, and from scratch
     sparsity    dense against mixture of experts, equal active or equal total parameters, AR and diffusion
   token mixers
@@ -53,7 +54,7 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cache, partial
 from itertools import cycle, filterfalse, permutations, product
-from math import ceil, exp, factorial, inf, isfinite, log, log2, nan
+from math import ceil, exp, factorial, hypot, inf, isfinite, log, log2, nan
 from pathlib import Path
 from statistics import mean, median, stdev
 
@@ -545,6 +546,13 @@ def learn(config, loss_of, steps, path, device="cpu", model=LM, **flags):
     path.parent.mkdir(parents=True, exist_ok=True)
     train.save_atomic({"model": lm.state_dict()}, path)
     return lm.eval()
+
+
+def averaged(models):
+    """What a model is to a likelihood, of several: it gives the log of the mean of their probabilities."""
+    f = lambda *x, **how: torch.stack([lm(*x, **how).log_softmax(-1) for lm in models]).logsumexp(0)
+    f.mask_id = models[0].mask_id
+    return f if len(models) > 1 else models[0]
 
 
 def update(lm, optimizers, loss):
@@ -1320,12 +1328,9 @@ def study_ensembles(few, rates, seeds):
 
         @torch.no_grad()
         def measure():
-            models = [load_model(job["out"])[0] for job in jobs.values()]
-            f = lambda *x, **how: torch.stack([m(*x, **how).log_softmax(-1) for m in models]).logsumexp(0)
-            mask_id = models[0].mask_id
-            if a == "ar":
-                return dict(loss=diffusion.ar_loss(f, windows, mask_id).item(), se=0.0)
-            return dict(zip(("loss", "se"), diffusion.mdm_nll(f, windows, mask_id, 8)))
+            f = averaged([load_model(job["out"])[0] for job in jobs.values()])
+            nats, se = sample.panel(f, OBJECTIVES[a], windows, 8)[0][1]()
+            return dict(loss=nats.mean().item(), se=se)
         yield dict(arm=a, models=K, epochs=epochs), measure
 
 
@@ -1366,8 +1371,8 @@ def study(part: PARTS = "ar", arm: list = (), rates=(1e-3, 2e-3, 4e-3), seeds=1,
 # map: the honest gap, wherever it was measured
 
 def measured_runs(folder):
-    """The runs in the files of crossover and study, with their least loss as `ar` (exact) or `mdm` (a bound),
-    and as `exact` that of panel, all orders in its largest blocks."""
+    """The runs in the files of crossover and study, with their least loss as `ar` (exact) or `mdm` (a bound,
+    by panel's 64 masks where it has them), and as `exact` that of panel, all orders in its largest blocks."""
     runs, sides = {}, {"exact": "ar", "bound": "mdm"}
     files = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
     for result in files:
@@ -1378,26 +1383,34 @@ def measured_runs(folder):
             for r in (r for r in result["rows"] if r.get("measure") in sides):
                 side, name = sides[r["measure"]], f"{root}/{file_part(r['arm'])}-s{r['seed']}"
                 width = own.get(r["arm"], flags).get("n_embd", flags["n_embd"])
+                end = "annealed" if floor(r) < r["best"] else "best"
                 if floor(r) < runs.get(name, {}).get(side, inf):
                     runs[name] = {"cell": (text, tokens, width), "arm": r["arm"], "seed": r["seed"],
-                                  "flops": r["best_flops"], side: floor(r), f"{side}_se": r["se"]}
+                                  "epoch": r[f"{end}_epoch"], "flops": r[f"{end}_flops"],
+                                  side: floor(r), f"{side}_se": r.get(f"{end}_se", r["se"])}
     for result in files:
-        for path in result["flags"].get("runs", ()) if result.get("experiment") == "panel" else ():
-            name = re.search("([^/]+/[^/]+)-lr", path)
-            for r in result["rows"] if name and name[1] in runs else ():
+        flags = result.get("flags", {})
+        for path in flags.get("runs", ()) if result.get("experiment") == "panel" else ():
+            name = re.fullmatch("(?:.*/)?([^/]+/[^/]+)-lr[^+]*", path)
+            run = runs.get(name and name[1], {})
+            for r in result["rows"] if run and not flags.get("fresh") else ():
                 block = int(r["measure"].split()[-1]) if "any order" in r["measure"] else 0
-                if block > runs[name[1]].get("block", 0) and path.endswith(r["run"]):
-                    runs[name[1]] |= dict(exact=r["nats"], exact_se=r["over_se"], block=block)
+                if not path.endswith(r["run"]):
+                    continue
+                if block > run.get("block", 0):
+                    run |= dict(exact=r["nats"], exact_se=r["over_se"], block=block)
+                if r["measure"].endswith("diffusion, bound") and flags["n_mc"] >= 64 and "over_se" in r:
+                    run |= dict(mdm=r["nats"], mdm_se=r["over_se"])
     return list(runs.values())
 
 
-def best_arm(runs, side):
-    """{seed: run} of the arm with the least mean."""
+def by_arm(runs, side):
+    """{arm: {seed: run}}, the best first: by the first seed, which all arms have."""
     arms = defaultdict(dict)
     for r in runs:
         if side in r:
             arms[r["arm"]][r["seed"]] = r
-    return min(arms.values(), key=lambda arm: mean(r[side] for r in arm.values()), default={})
+    return dict(sorted(arms.items(), key=lambda item: item[1][min(item[1])][side]))
 
 
 def with_worth(rows):
@@ -1433,7 +1446,7 @@ def map_(results="results"):
     that is better, from the files of crossover, study and panel in --results.
 
     mdm is a bound, exact the likelihood over all orders in blocks of `block`; gaps are AR minus these, in
-    nats per token, errors over seeds, of one seed over masks or windows. over_law: diffusion's FLOPs over
+    nats per token, with errors over seeds and windows (where panel has not been, over masks alone). over_law: diffusion's FLOPs over
     191.6 U^2.174, at which it should have passed AR (2507.15857).
     """
     cells = defaultdict(list)
@@ -1441,7 +1454,7 @@ def map_(results="results"):
         cells[r["cell"]].append(r)
     need(cells, f"{results} holds no file of crossover or study")
     for cell, runs in sorted(cells.items()):
-        best = {side: best_arm(runs, side) for side in ("ar", "mdm", "exact")}
+        best = {side: next(iter(by_arm(runs, side).values()), {}) for side in ("ar", "mdm", "exact")}
         row = dict(seeds=len(best["ar"]))
         for side, arm in best.items():
             if arm:
@@ -1449,12 +1462,31 @@ def map_(results="results"):
             both = sorted(arm.keys() & best["ar"].keys())
             if both and side != "ar":
                 gap, se = mean_se([best["ar"][s]["ar"] - arm[s][side] for s in both])
-                row |= {f"{side}_gap": gap, f"{side}_gap_se": se or arm[both[0]][f"{side}_se"]}
+                row |= {f"{side}_gap": gap, f"{side}_gap_se": hypot(se or 0, arm[both[0]][f"{side}_se"])}
         if best["exact"]:
             row["block"] = min(r["block"] for r in best["exact"].values())
         if "mdm_gap" in row:
             row["over_law"] = best["mdm"][min(best["mdm"])]["flops"] / law(cell[1], 1, 1)["critical_flops"]
             yield dict(zip(("text", "tokens", "width"), cell)), row
+
+
+@experiment()
+def arms(results="results"):
+    """Every arm of the files of crossover and study in --results: its least loss in nats per token, exact for
+    AR, a bound for diffusion, the epoch of that, and the exact loss over all orders in blocks (panel).
+
+    Arms of one text, number of tokens and width, the best first by the seed that all have; se: over seeds, of
+    one seed over masks or windows.
+    """
+    runs = measured_runs(Path(results))
+    for cell, side in product(sorted({r["cell"] for r in runs}), ("ar", "mdm")):
+        for arm, seeds in by_arm([r for r in runs if r["cell"] == cell], side).items():
+            some = [*seeds.values()]
+            loss, se = mean_se([r[side] for r in some])
+            exact = [r["exact"] for r in some if "exact" in r]
+            yield dict(zip(("text", "tokens", "width"), cell), arm=arm), dict(
+                seeds=len(some), epoch=mean(r["epoch"] for r in some), loss=loss,
+                se=se or some[0][f"{side}_se"] or None, any_order=mean(exact) if exact else None)
 
 # ------------------------------------------------------------------------------------------------------------
 # adapt: a diffusion model from an AR one
@@ -2815,42 +2847,40 @@ def drafts(batches=(1, 8), lengths=(1, 2, 4, 8), **models):
             yield dict(run=role, draft=draft, batch=B), measure
 
 
-def panel_picture(plt, result):
-    """How far each run is above AR by each likelihood."""
-    rows = [r for r in result["rows"] if "over_ar" in r]
-    figure, ax = plt.subplots(figsize=(9, 4.5))
-    for run in dict.fromkeys(r["run"] for r in rows):
-        gaps = [(r["over_ar"], r["measure"].partition(", ")[2], r["over_se"])
-                for r in rows if r["run"] == run]
-        over, measures, errors = zip(*gaps)
-        ax.errorbar(over, measures, xerr=errors, fmt="o", capsize=3, label=run.replace("/", "\n"))
-    ax.axvline(0, color="black", lw=1)
-    dress(ax, "diffusion above AR (the black line) on the same windows, standard errors over windows",
-          xlabel="nats per token")
-    return figure if rows else None
+def panel_cells(r):
+    """Of a row of panel: the last three are those of the last likelihood."""
+    loss = f"{r['nats']:.3f}" + (f" +- {r['se']:.3f}" if r["se"] else "")
+    return {r["measure"].split(", ")[-1]: loss} | {k: r.get(k) for k in ("bits_per_byte", "over_ar", "over_se")}
 
 
-@experiment(named="scale", picture=panel_picture, gpu=MODELS_GPU)
-def panel(runs: list = (), windows=16, n_mc=64, fill_blocks=(4,), **models):
+@experiment(named="scale", show=pivot("run", panel_cells), gpu=MODELS_GPU)
+def panel(runs: list = (), windows=16, n_mc=64, fill_blocks=(4,), fresh=False, **models):
     """All likelihoods of the decode runs, or of others, on the same validation windows:
     exact, bounds, chains; bits per byte.
 
     over_ar: nats above the last AR row before, over_se: the standard error of that over windows.
 
-    runs: run folders in place of the decode runs
+    runs: run folders in place of the decode runs; a+b: their probabilities averaged
     windows: validation windows
     n_mc: masks per window of a bound, a multiple of 4
     fill_blocks: tokens in a block that is filled in any order
+    fresh: random windows, not those that chose the checkpoints
     """
     need(n_mc % 4 == 0, f"--n_mc {n_mc} must be a multiple of 4")
     need(all(1 <= S <= 12 for S in fill_blocks), f"--fill_blocks {fill_blocks}: from 1 to 12")
-    folders = {run: run for run in runs} or (yield from decode_runs(("ar", "mdm", "block"), models))
+    folders = {run: run.split("+") for run in runs}
+    if not runs:
+        folders = {role: [run] for role, run in (yield from decode_runs(("ar", "mdm", "block"), models)).items()}
     ar = None
-    for role, folder in folders.items():
-        lm, state = load_model(folder, "best" if runs else "last", models["device"])
-        x = validation(state["flags"]["dataset"], lm.config.block_size, windows)
-        size = load_tokenizer(folder).token_bytes[x.numpy()].mean()  # bytes per token
-        for name, likelihood in sample.panel(lm, state["flags"], x.to(models["device"]), n_mc, fill_blocks):
+    for role, parts in folders.items():
+        loaded = [load_model(run, "best" if runs else "last", models["device"]) for run in parts]
+        lm, flags, T = averaged([lm for lm, _ in loaded]), loaded[0][1]["flags"], loaded[0][0].config.block_size
+        need(all(lm.config.block_size == T and state["flags"]["objective"] == flags["objective"]
+                 for lm, state in loaded), f"--runs {role}: models of one objective and window can be averaged")
+        text = load_dataset(data_folder(flags["dataset"]))[1]
+        x = random_windows(text, T, windows, seeded(1)) if fresh else train.fixed_windows(text, T, windows).long()
+        size = load_tokenizer(parts[0]).token_bytes[x.numpy()].mean()  # bytes per token
+        for name, likelihood in sample.panel(lm, flags, x.to(models["device"]), n_mc, fill_blocks):
             likelihood = cache(likelihood)
             ar = likelihood if name.startswith("AR") else ar
 
@@ -2861,7 +2891,8 @@ def panel(runs: list = (), windows=16, n_mc=64, fill_blocks=(4,), **models):
                 if ar and ar is not likelihood:
                     out["over_ar"], out["over_se"] = mean_se((nats - ar()[0]).tolist())
                 return out | dict(se=se or None)
-            yield dict(run="/".join(Path(role).parts[-2:]), measure=name), measure
+            label = "+".join("/".join(Path(part).parts[-2:]) for part in role.split("+"))
+            yield dict(run=label, measure=name), measure
 
 # ------------------------------------------------------------------------------------------------------------
 # tables: results/README.md from the JSON files

@@ -3306,8 +3306,8 @@ def test_map_joins_what_was_measured(lab):
     width of its own has its own cell; a mixture is on neither side."""
     def study(tokens, seeds, **losses):
         measures = dict(ar="exact", mixed="smaller")
-        rows = [dict(arm=arm, seed=s, measure=measures.get(arm, "bound"), best=99.0, annealed=s * loss,
-                     se=0.5, best_flops=1e9)
+        rows = [dict(arm=arm, seed=s, measure=measures.get(arm, "bound"), best=99.0, se=9.0, best_flops=9e9,
+                     annealed=s * loss, annealed_se=0.5, annealed_flops=1e9, annealed_epoch=7.0)
                 for arm, loss in losses.items() for s in seeds]
         flags = dict(arm=["own: --dropout .1", "wide: --n_embd 32"], dataset="data/docs",
                      unique_tokens=tokens, n_layer=1, n_embd=16)
@@ -3315,16 +3315,21 @@ def test_map_joins_what_was_measured(lab):
     study(100, (1, 2), ar=3.0, mdm=4.0, own=3.5, wide=1.0, mixed=1.0)
     study(10000, [1], ar=2.0, mdm=1.5)
     name = "mdm-s1-lr1/annealed-2"
-    rows = [dict(run=name, measure=f"any order in blocks of {S}", over_se=0.1, nats=4.25 - S) for S in (2, 1)]
-    flags = dict(runs=[f"x/docs-U100-1x16/{run}" for run in (name, "ar-s1-lr1")])
+    losses = {"any order in blocks of 2": 2.25, "any order in blocks of 1": 3.25, "diffusion, bound": 3.75}
+    rows = [dict(run=name, measure=m, over_se=0.1, nats=loss) for m, loss in losses.items()]
+    flags = dict(n_mc=64, runs=[f"x/docs-U100-1x16/{run}" for run in (name, "ar-s1-lr1")])
     write("out/panel.json", dict(experiment="panel", flags=flags, rows=rows))
     assert lab("map --results out")[0] == 0
     few, many = found("map")["rows"]
     assert few == approx(dict(
         text="docs", tokens=100, width=16, seeds=2, ar=4.5, ar_arm="ar", mdm=5.25, mdm_arm="own",
-        mdm_gap=-0.75, mdm_gap_se=0.25, exact=2.25, exact_arm="mdm", exact_gap=0.75, exact_gap_se=0.1,
+        mdm_gap=-0.75, mdm_gap_se=0.3125 ** 0.5, exact=2.25, exact_arm="mdm", exact_gap=0.75, exact_gap_se=0.1,
         worth=100 ** 0.9, block=2, over_law=1e9 / (191.6 * 100 ** 2.174)))
     assert many["mdm_gap_se"] == 0.5 and "worth" not in many
+    assert lab("arms --results out")[0] == 0
+    arms = {(r["tokens"], r["arm"]): r for r in found("arms")["rows"]}
+    assert len(arms) == 6 and arms[100, "mdm"]["loss"] == (3.75 + 8) / 2 and arms[100, "mdm"]["any_order"] == 2.25
+    assert arms[100, "ar"]["seeds"] == 2 and arms[100, "own"]["epoch"] == 7 and arms[10000, "ar"]["se"] == 0.5
 
 
 def test_what_is_measured_of_models():
@@ -3382,8 +3387,8 @@ track --layers full,deltanet --groups parity,s3 --steps 2 --length 8 --times 1,2
 moe --scenes DATASET,DATASET --steps 2 --repeat 1                                        => 5 rows
 decode TRIO --run_judge RUNS/ar --batches 1,2                                            => 25 rows, picture
 drafts SMALL --block_size 64 --lengths 2 --max_steps 2                                   => 4 rows
-panel TRIO --windows 2 --n_mc 4                                                          => 9 rows, picture
-panel --runs RUNS/ar RUNS/mdm --windows 2 --n_mc 4 --fill_blocks 2,4                      => 6 rows, picture
+panel TRIO --windows 2 --n_mc 4                                                          => 9 rows
+panel --runs RUNS/ar RUNS/mdm+RUNS/mdm --windows 2 --n_mc 4 --fill_blocks 2,4             => 6 rows
 choices RUNS/ar RUNS/mdm --files probe --limit 4 --n_mc 4                                => 3 rows
 compare RUNS/ar RUNS/mdm                                                                 => 2 rows, picture
 theory --steps 4 --sequences 2 --lengths 3,6                                             => 48 rows, picture
