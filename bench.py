@@ -354,13 +354,18 @@ def without(columns):
     return lambda result: [{k: v for k, v in r.items() if k not in columns.split()} for r in result["rows"]]
 
 
+def grouped(rows, *columns):
+    """{values of these columns: the rows that have them}, in the order of the rows."""
+    groups = defaultdict(list)
+    for r in rows:
+        groups[tuple(r[c] for c in columns)].append(r)
+    return groups
+
+
 def merged(rows, keys, cells):
     """Rows that are alike in the columns `keys` as one row, which has the cells(row) of each of them."""
-    out = {}
-    for r in rows:
-        same = {k: r[k] for k in keys}
-        out.setdefault(tuple(same.values()), same).update(cells(r))
-    return list(out.values())
+    return [dict(zip(keys, values)) | {k: v for r in same for k, v in cells(r).items()}
+            for values, same in grouped(rows, *keys).items()]
 
 
 def pivot(keys, cells):
@@ -472,8 +477,8 @@ def layer_lines(y, xlabel, ylabel, title):
         colours = cycle((*plt.get_cmap("tab10").colors, *plt.get_cmap("Dark2").colors))
         rows = [r for r in result["rows"] if r.get("batch") == result["rows"][0].get("batch")]
         labels = []
-        for name in dict.fromkeys(r["layer"] for r in rows):
-            mine = points(rows, "T", y, layer=name)
+        for (name,), mine in grouped(rows, "layer").items():
+            mine = points(mine, "T", y)
             style = dict(color="black", lw=2.5) if name == "full" else dict(color=next(colours), lw=1.3)
             ax.loglog(*zip(*mine), marker="o", ms=3, **style)
             labels.append((*mine[-1], name, style["color"]))
@@ -979,12 +984,10 @@ def paired_gap(ar, mdm, windows):
 def draw_curves(ax, rows, x, y, by=("arm",), **style):
     """The evaluations of all rows that are alike in the columns `by`: their mean at the steps that all of
     them have, in a band from the lowest to the highest seed. Stars: annealed runs, each a run of its own."""
-    runs = defaultdict(list)
-    for r in rows:
-        if "evals" in r:
-            evals = {e["step"]: e for e in r["evals"] if e.get(y) is not None}
-            runs[" ".join(r[column] for column in by)].append(evals)
-    for i, (name, seeds) in enumerate(runs.items()):
+    runs = grouped([r for r in rows if "evals" in r], *by)
+    for i, (words, same) in enumerate(runs.items()):
+        name = " ".join(words)
+        seeds = [{e["step"]: e for e in r["evals"] if e.get(y) is not None} for r in same]
         steps = sorted(set.intersection(*map(set, seeds)))
         xs = [mean(evals[s][x] for evals in seeds) for s in steps]
         ys = np.array([[evals[s][y] for s in steps] for evals in seeds])
@@ -1385,8 +1388,8 @@ def measured_runs(folder):
                 width = own.get(r["arm"], flags).get("n_embd", flags["n_embd"])
                 end = "annealed" if floor(r) < r["best"] else "best"
                 if floor(r) < runs.get(name, {}).get(side, inf):
-                    runs[name] = {"cell": (text, tokens, width), "arm": r["arm"], "seed": r["seed"],
-                                  "epoch": r[f"{end}_epoch"], "flops": r[f"{end}_flops"],
+                    runs[name] = {"text": text, "tokens": tokens, "width": width, "arm": r["arm"],
+                                  "seed": r["seed"], "epoch": r[f"{end}_epoch"], "flops": r[f"{end}_flops"],
                                   side: floor(r), f"{side}_se": r.get(f"{end}_se", r["se"])}
     for result in files:
         flags = result.get("flags", {})
@@ -1405,23 +1408,20 @@ def measured_runs(folder):
 
 
 def by_arm(runs, side):
-    """{arm: {seed: run}}, the best first: by the first seed, which all arms have."""
-    arms = defaultdict(dict)
-    for r in runs:
-        if side in r:
-            arms[r["arm"]][r["seed"]] = r
-    return dict(sorted(arms.items(), key=lambda item: item[1][min(item[1])][side]))
+    """[{seed: run}] of each arm, the best first: by the first seed, which all arms have."""
+    arms = [{r["seed"]: r for r in arm} for arm in grouped([r for r in runs if side in r], "arm").values()]
+    return sorted(arms, key=lambda arm: arm[min(arm)][side])
 
 
 def with_worth(rows):
     """Adds how many times as many unique tokens AR needs for what diffusion reaches with these (the claim of
     2511.03276 is 3): interpolated in log tokens between AR's own points, none outside of them."""
-    for r in rows:
-        at = sorted((o["ar"], log(o["tokens"])) for o in rows
-                    if (o["text"], o["width"]) == (r["text"], r["width"]))
-        loss = r.get("exact", r["mdm"])
-        if len(at) > 1 and at[0][0] <= loss <= at[-1][0]:
-            r["worth"] = exp(np.interp(loss, *zip(*at))) / r["tokens"]
+    for same in grouped(rows, "text", "width").values():
+        at = sorted((r["ar"], log(r["tokens"])) for r in same)
+        for r in same:
+            loss = r.get("exact", r["mdm"])
+            if len(at) > 1 and at[0][0] <= loss <= at[-1][0]:
+                r["worth"] = exp(np.interp(loss, *zip(*at))) / r["tokens"]
     return rows
 
 
@@ -1430,11 +1430,10 @@ def map_picture(plt, result):
     titles = dict(mdm="by the bound", exact="by the exact likelihood, all orders in a block")
     for (side, title), ax in zip(titles.items(), axes):
         ax.axhline(0, color="black", lw=1)
-        for i, (text, width) in enumerate(dict.fromkeys((r["text"], r["width"]) for r in result["rows"])):
-            mine = [(r["tokens"], r[f"{side}_gap"], r[f"{side}_gap_se"]) for r in result["rows"]
-                    if side in r and (r["text"], r["width"]) == (text, width)]
-            if mine:
-                ax.errorbar(*zip(*mine), marker="o", capsize=3, color=f"C{i}", label=f"{text}, {width} wide")
+        for i, ((text, width), mine) in enumerate(grouped(result["rows"], "text", "width").items()):
+            gaps = [(r["tokens"], r[f"{side}_gap"], r[f"{side}_gap_se"]) for r in mine if side in r]
+            if gaps:
+                ax.errorbar(*zip(*gaps), marker="o", capsize=3, color=f"C{i}", label=f"{text}, {width} wide")
         dress(ax, title, xlabel="unique tokens", ylabel="AR minus diffusion, nats per token")
         log_ticks(ax, [r["tokens"] for r in result["rows"]])
     return figure
@@ -1446,15 +1445,13 @@ def map_(results="results"):
     that is better, from the files of crossover, study and panel in --results.
 
     mdm is a bound, exact the likelihood over all orders in blocks of `block`; gaps are AR minus these, in
-    nats per token, with errors over seeds and windows (where panel has not been, over masks alone). over_law: diffusion's FLOPs over
-    191.6 U^2.174, at which it should have passed AR (2507.15857).
+    nats per token, errors over seeds and windows (where panel has not been: masks). over_law: diffusion's
+    FLOPs over 191.6 U^2.174, at which it should have passed AR (2507.15857).
     """
-    cells = defaultdict(list)
-    for r in measured_runs(Path(results)):
-        cells[r["cell"]].append(r)
+    cells = grouped(measured_runs(Path(results)), "text", "tokens", "width")
     need(cells, f"{results} holds no file of crossover or study")
     for cell, runs in sorted(cells.items()):
-        best = {side: next(iter(by_arm(runs, side).values()), {}) for side in ("ar", "mdm", "exact")}
+        best = {side: next(iter(by_arm(runs, side)), {}) for side in ("ar", "mdm", "exact")}
         row = dict(seeds=len(best["ar"]))
         for side, arm in best.items():
             if arm:
@@ -1478,15 +1475,15 @@ def arms(results="results"):
     Arms of one text, number of tokens and width, the best first by the seed that all have; se: over seeds, of
     one seed over masks or windows.
     """
-    runs = measured_runs(Path(results))
-    for cell, side in product(sorted({r["cell"] for r in runs}), ("ar", "mdm")):
-        for arm, seeds in by_arm([r for r in runs if r["cell"] == cell], side).items():
-            some = [*seeds.values()]
-            loss, se = mean_se([r[side] for r in some])
-            exact = [r["exact"] for r in some if "exact" in r]
-            yield dict(zip(("text", "tokens", "width"), cell), arm=arm), dict(
-                seeds=len(some), epoch=mean(r["epoch"] for r in some), loss=loss,
-                se=se or some[0][f"{side}_se"] or None, any_order=mean(exact) if exact else None)
+    cells = grouped(measured_runs(Path(results)), "text", "tokens", "width")
+    for cell, side in product(sorted(cells), ("ar", "mdm")):
+        for arm in by_arm(cells[cell], side):
+            runs = [*arm.values()]
+            loss, se = mean_se([r[side] for r in runs])
+            exact = [r["exact"] for r in runs if "exact" in r]
+            yield dict(zip(("text", "tokens", "width"), cell), arm=runs[0]["arm"]), dict(
+                seeds=len(runs), epoch=mean(r["epoch"] for r in runs), loss=loss,
+                se=se or runs[0][f"{side}_se"] or None, any_order=mean(exact) if exact else None)
 
 # ------------------------------------------------------------------------------------------------------------
 # adapt: a diffusion model from an AR one
@@ -1766,15 +1763,13 @@ def throughput(kind, values, batch, iters, warmup, device, threads, vs):
 def speed_table(result):
     """The median of the rounds, and beside nanoGPT the ratios of these medians."""
     table, columns = [], "params tok_per_s ms peak_mib mfu".split()
-    for model in dict.fromkeys(r["model"] for r in result["rows"]):
-        rounds = [r for r in result["rows"] if r["model"] == model]
+    for (model,), rounds in grouped(result["rows"], "model").items():
         middle = lambda key: rounds[0][key] and median(r[key] for r in rounds)   # mfu may be None
         table.append({"model": model, **{key: middle(key) for key in columns}})
-    for peer in table:
-        if peer["model"] == "nanoGPT":
-            for row in table:
-                row["speed_vs_nanoGPT"] = peer["ms"] / row["ms"]
-                row["memory_vs_nanoGPT"] = row["peak_mib"] / peer["peak_mib"]
+    peer = table[-1]
+    for row in table if peer["model"] == "nanoGPT" else ():
+        row["speed_vs_nanoGPT"] = peer["ms"] / row["ms"]
+        row["memory_vs_nanoGPT"] = row["peak_mib"] / peer["peak_mib"]
     return table
 
 
@@ -2296,11 +2291,10 @@ def optical_picture(plt, result):
         ax.imshow(drawn(torch.tensor(sample_of[what]).view(4, -1)).flatten(0, 2).numpy(), cmap="binary")
         ax.set(xticks=[], yticks=[])
         ax.set_title(f"{what}, {sample_of['reader']}, {sample_of['per']} characters a token", fontsize=10)
-    for i, (reader, passes) in enumerate(dict.fromkeys((r["reader"], r["passes"]) for r in rows)):
+    for i, ((reader, passes), mine) in enumerate(grouped(rows, "reader", "passes").items()):
         label = reader + f", {passes} passes" * bool(passes)
         for what, style in dict(text=dict(label=label), random=dict(ls=":")).items():
-            mine = points(rows, "per", what, reader=reader, passes=passes)
-            axes[2].plot(*zip(*mine), marker="o", color=f"C{i}", **style)
+            axes[2].plot(*zip(*points(mine, "per", what)), marker="o", color=f"C{i}", **style)
     axes[2].plot([10, 20], [0.97, 0.6], "k*", ms=10, label="DeepSeek-OCR")
     dress(axes[2], "", xlabel="characters per token of the page", ylabel="right characters")
     log_ticks(axes[2], [r["per"] for r in rows])
@@ -2743,10 +2737,10 @@ def decode_picture(plt, result):
     real, *rows = result["rows"]
     few = min(result["flags"]["batches"])
     many = max(result["flags"]["batches"])
-    for i, family in enumerate(dict.fromkeys(r["sampler"] for r in rows)):
+    for i, ((family,), mine) in enumerate(grouped(rows, "sampler").items()):
         for B, style in ((many, dict(ls="-", label=family)), (few, dict(ls=":", mfc="white"))):
-            mine = sorted(points(rows, f"tokens/s, batch {B}", "loss", sampler=family))
-            ax.semilogx(*zip(*mine), marker="*osD^vP"[i], ms=6, lw=0.8, color=f"C{i}", **style)
+            line = zip(*sorted(points(mine, f"tokens/s, batch {B}", "loss")))
+            ax.semilogx(*line, marker="*osD^vP"[i], ms=6, lw=0.8, color=f"C{i}", **style)
     ax.axhline(real["loss"], color="0.45", lw=1, ls="--", label="real text")
     plain_log(ax.xaxis)
     dress(
