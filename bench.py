@@ -51,10 +51,11 @@ import threading
 import time
 import zlib
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from functools import cache, partial
 from itertools import cycle, filterfalse, permutations, product
 from math import ceil, exp, factorial, hypot, inf, isfinite, log, log2, nan
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, median, stdev
 
@@ -178,8 +179,8 @@ def add_flags(parser, about):
 
 def items_like(default):
     """A type of flags: '64,256' -> (64, 256), of the type of the default's items."""
-    kind = type(default[0]) if default else str
-    read = str if kind is str else lambda item: prepare.number(item, kind)
+    kind = type(default[0])
+    read = str if kind is str else partial(prepare.number, kind=kind)
     # No comma of layer(a=1,b=2).
     return lambda text: tuple(read(item) for item in re.split(r",(?! )(?![^(]*\))", text))
 
@@ -207,8 +208,7 @@ def settle(about, typed):
         free = default == 0 or name in ("seed", "warmup")
         for value in values:
             need(free or type(value) is not int or value > 0, f"--{name} {value} must be at least 1")
-    if "device" in flags:
-        flags["device"] = train.pick_device(flags["device"])
+    flags["device"] = train.pick_device(flags.get("device", "auto"))
     if flags.get("threads"):
         train.set_threads(flags["threads"], None)
     return flags
@@ -280,7 +280,7 @@ def perform(command, typed):
         experiment=command,
         command=shlex.join(["python", "bench.py", *sys.argv[1:]]),
         date=time.strftime("%Y-%m-%d"),
-        device=device_name(flags.get("device") or train.pick_device("auto")),
+        device=device_name(flags["device"]),
         versions={"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         seed=seeds[0],
         seeds=seeds,
@@ -545,8 +545,7 @@ def learn(config, loss_of, steps, path, device="cpu", model=LM, **flags):
         for o in optimizers:
             for group in o.param_groups:
                 group["lr"] = train.learning_rate(step, steps, flags)
-        generator = seeded((1337 << 32) + step)
-        update(lm, optimizers, loss_of(lm, step, generator))
+        update(lm, optimizers, loss_of(lm, step, seeded((1337 << 32) + step)))
         progress((step + 1) / steps)
     path.parent.mkdir(parents=True, exist_ok=True)
     train.save_atomic({"model": lm.state_dict()}, path)
@@ -594,11 +593,10 @@ def run_arms(jobs, workers):
         if stop.is_set():
             return
         name = " ".join(map(str, name)) if isinstance(name, tuple) else name
-        command = [sys.executable, str(HERE / "train.py"), "--resume", "auto"]
+        command = [sys.executable, HERE / "train.py", "--resume", "auto"]
         for k, v in flags.items():
             command += [f"--{k}", *(v if isinstance(v, list) else [str(v)])]
-        how = dict(text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
-        p = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **how)
+        p = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         running.append(p)
         line = "no output"
         for line in p.stdout:
@@ -1020,7 +1018,7 @@ def curve_picture(plt, result, x="epoch", title="", by=("arm",)):
 def crossover_picture(plt, result):
     """Losses of all arms and, below, whether they tell true ends of passages from others;
     x is the axis of --x. A star is an annealed run."""
-    rows, x = result["rows"], result["flags"].get("x", "epoch")
+    rows, x = result["rows"], result["flags"]["x"]
     plain = [r for r in rows if r["arm"] in OBJECTIVES]
     figure, (top, below) = plt.subplots(2, 1, figsize=(8, 7), sharex=True, height_ratios=(5, 2))
     draw_curves(top, rows, x, "loss")
@@ -1056,9 +1054,9 @@ def crossings(result):
              "honest": "honest crossing (diffusion below the best that AR ever was, annealed too)",
              "honest_tuned": "honest crossing against the best regularised AR"}
     found = [r for r in result["rows"] if r["arm"] == "crossing"]
+    until = next(r["epochs"] for r in arms if r["arm"] == "mdm")
     for kind, told in kinds.items():
         for r in found:
-            until = next(a["epochs"] for a in arms if a["arm"] == "mdm" and a["seed"] == r["seed"])
             if kind in r:
                 text += f"\n{told}, seed {r['seed']}: {tell(r[kind], until)}  "
     for r in found:
@@ -1709,7 +1707,7 @@ def to_train(kind, config, device, folder):
     """(model, its optimizers, its loss of tokens (B, T + 1) and noise) of "ar", "mdm" or,
     of the same shape, a nanoGPT checkout."""
     if kind == "nanoGPT":
-        sys.path.insert(0, folder)
+        sys.path.insert(0, str(folder))
         sys.modules.pop("model")
         from model import GPT, GPTConfig  # nanoGPT's, not ours
 
@@ -1725,7 +1723,7 @@ def to_train(kind, config, device, folder):
     return lm, train.make_optimizers(lm, train.DEFAULTS), losses[kind]
 
 
-def throughput(kind, values, batch, iters, warmup, device, threads, vs):
+def throughput(kind, values, batch, iters, warmup, device, threads, peer):
     """Times optimizer steps of one model on random tokens; in a process of its own."""
     cuda = device.startswith("cuda")
     clock = clock_of(device)
@@ -1735,7 +1733,7 @@ def throughput(kind, values, batch, iters, warmup, device, threads, vs):
     torch.set_float32_matmul_precision("high")  # as train.py and nanoGPT do
     config = ModelConfig(**values)
     T = config.block_size
-    lm, optimizers, loss_of = to_train(kind, config, device, vs)
+    lm, optimizers, loss_of = to_train(kind, config, device, peer)
     if cuda:
         loss_of = torch.compile(loss_of, dynamic=False, fullgraph=kind != "nanoGPT")
     pin = torch.Tensor.pin_memory if cuda else torch.Tensor.contiguous
@@ -1796,23 +1794,14 @@ def train_(
     rounds: alternating runs of each model
     vs: folder of a nanoGPT checkout to run beside
     """
-    how = dict(
-        values=PRESETS[preset] | {k: v for k, v in sizes.items() if v is not None},
-        batch=batch,
-        iters=iters,
-        warmup=warmup,
-        device=device,
-        threads=threads,
-        vs=vs and str(Path(vs).resolve(strict=True))
-    )
-    code = "import bench, json, sys; print(json.dumps(bench.throughput(**json.loads(sys.argv[1]))))"
+    values = PRESETS[preset] | {k: v for k, v in sizes.items() if v is not None}
+    peer = Path(vs, "model.py").resolve(strict=True).parent if vs else None
     for i, kind in product(range(rounds), [*objectives, *["nanoGPT"] * bool(vs)]):
 
         def measure():
-            command = [sys.executable, "-c", code, json.dumps(how | dict(kind=kind))]
-            p = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
-            need(not p.returncode, f"{kind}: {(p.stderr.strip() or 'failed').splitlines()[-1]}")
-            return json.loads(p.stdout.splitlines()[-1])
+            with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+                run = pool.submit(throughput, kind, values, batch, iters, warmup, device, threads, peer)
+                return run.result()
 
         yield dict(model=kind, round=i + 1), measure
 
