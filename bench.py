@@ -1176,7 +1176,7 @@ def fitting(goal, size, step):
 
 
 def sparsity_table(result):
-    rows = without("minutes flops best_flops bpb train")(result)
+    rows = without("minutes flops best_flops bpb train lr run")(result)
     text = markdown(rows) + "\n"
     for ar, mdm in (rows[:2], rows[2:]):
         curve, honest = crossing(ar["evals"], mdm["evals"]), crossing(None, mdm["evals"], ar["best"])
@@ -1206,14 +1206,11 @@ def sparsity(match: ("active", "total") = "active", ratio=8.0, **few):
             for kind, values in {"dense": dense, "mixture": mixture}.items() for o in OBJECTIVES}
     flags = few_runs("sparsity", few, arms)
     epochs = yield from planned(few, flags, arms)
-    jobs = {a: flags(a, 1337, few["rates"][0], epochs) for a in arms}
-    evals = yield jobs
-    for name, job in jobs.items():
+    rows = yield from tuned(arms, few["rates"], [1337], flags, dict.fromkeys(arms, epochs))
+    for (name, _), row in rows.items():
         objective, kind, *_ = name.split()
-        lm, _ = load_model(job["out"], "last")
-        yield dict(model=kind, objective=objective), dict(
-            measure=MEASURED[objective], total=lm.num_params(), active=lm.active_params(),
-            **outcome(evals[name]))
+        lm, _ = load_model(row["run"], "last")
+        yield dict(model=kind, objective=objective, total=lm.num_params(), active=lm.active_params()), row
     return dict(dense=dense, mixture=mixture)
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1259,7 +1256,7 @@ def study_curve(few, rates, seeds):
             out = dict(loss=evals[-1]["loss"], se=evals[-1]["se"], train=evals[-1]["train_loss"])
             for (name, x), n in product(ends.items(), (8, 16, 32)):
                 out[f"{name}_{n}"] = copied(x[:, T // 4:], text, n)
-            return out | (calibration(lm, held, a) if a == "ar" else looseness(lm, held))
+            return out | (calibration(lm, held) if a == "ar" else looseness(lm, held))
         yield dict(arm=a, until=epochs), measure
 
 
@@ -1271,10 +1268,10 @@ def copied(x, text, n):
 
 
 @torch.no_grad()
-def calibration(lm, x, objective, share=None):
+def calibration(lm, x, share=None):
     """{"ece"}: mean distance of confidence and hit rate over 10 bins, for all tokens of AR, or for those that
     a diffusion model predicts when this share is masked."""
-    if objective == "ar":
+    if share is None:
         logits, where = lm(diffusion.shift_right(x, lm.mask_id)), torch.ones_like(x, dtype=torch.bool)
     else:
         masks = torch.full((len(x),), int(share * x.size(1)))
@@ -1291,7 +1288,7 @@ def looseness(lm, x):
     """The bound beside exact likelihoods of the same model on the same windows, and the loss by mask rate."""
     likelihoods = [f() for _, f in sample.panel(lm, dict(objective="mdm"), x, 16)]
     bound, left, surest, any_order = (nats.mean().item() for nats, _ in likelihoods)
-    rates = {rate: calibration(lm, x, "mdm", rate) for rate in (0.1, 0.3, 0.5, 0.7, 0.9)}
+    rates = {rate: calibration(lm, x, rate) for rate in (0.1, 0.3, 0.5, 0.7, 0.9)}
     by_rate = {f"nats_at_{rate}": row["nats"] for rate, row in rates.items()}
     return dict(bound=bound, bound_se=likelihoods[0][1], chain_left=left, chain_confidence=surest,
                 any_order=any_order, ece=rates[0.5]["ece"], **by_rate)
