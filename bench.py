@@ -1235,10 +1235,9 @@ def study_arms(table, few, rates, seeds):
 
 def study_curve(few, rates, seeds):
     """Along the epochs: how loose the bound is, what is memorised, how sure a model is of what is right."""
-    data, T = data_folder(few["dataset"]), few["block_size"]
-    text, val, _ = load_dataset(data)
-    text = np.asarray(text[:few["unique_tokens"]])
-    held = train.fixed_windows(val, T, 128).long()
+    T = few["block_size"]
+    text = load_dataset(data_folder(few["dataset"]))[0][:few["unique_tokens"]]
+    held = validation(few["dataset"], T, 128)
     seen = train.fixed_windows(text, T, 128).long()
     flags = few_runs("study", few, OBJECTIVES)
     for a, part in product(OBJECTIVES, (16, 4, 1)):
@@ -2299,9 +2298,9 @@ def optical(per=(4, 10, 16, 20, 64), readers: READERS = READERS, page=128, steps
     steps: of training, for each reader
     pages: to read, of held-out text and of random characters each
     """
-    ids, val, _ = load_dataset(data_folder(dataset))
+    ids = load_dataset(data_folder(dataset))[0]
     held = dict(random=torch.randint(64, (pages, page), generator=seeded(0)),
-                text=glyph_ids(train.fixed_windows(val, page, pages).long()))
+                text=glyph_ids(validation(dataset, page, pages)))
     for n, reader in product(per, readers):
         kind, objective = reader.split()
         config = ModelConfig(vocab_size=len(GLYPHS), n_layer=n_layer, n_head=4, n_embd=n_embd, qk_norm=True,
@@ -2526,16 +2525,16 @@ def tools(steps=1000, problems=200, seeds=3, seed=1337, workers=1, device="auto"
     steps: of training for AR, three times as many for block diffusion
     problems: held-out ones of each kind to solve
     """
-    _, val, _ = load_dataset(prepare.prepare("arithmetic"))
-    tokenizer = load_tokenizer("data/arithmetic")
-    texts = [t for t in tokenizer.decode(val.tolist()).split(prepare.EOT) if t]
+    folder = prepare.prepare("arithmetic")
+    tokenizer = load_tokenizer(folder)
+    texts = tokenizer.decode(load_dataset(folder)[1].tolist()).split(prepare.EOT)[:-1]
     kinds = {"plain": [t for t in texts if "=" not in t], "look-up": [t for t in texts if "=" in t]}
     runs = range(seed, seed + seeds)
     jobs = {}
     for (o, n), s in product([("ar", steps), ("block", 3 * steps)], runs):
         jobs[o, s] = ARITHMETIC | dict(objective=o, max_steps=n, seed=s, out=f"{out}/{o}-{n}-s{s}")
     yield jobs
-    answer = lambda text: text.rpartition(" ")[2]
+    answer = lambda text: text.split(prepare.EOT)[0].rpartition(" ")[2]
     cases = [("ar", "left"), ("block", "left"), ("block", "max_prob")]
     for (objective, order), kind, tool in product(cases, kinds, ("none", "tools")):
 
@@ -2554,13 +2553,12 @@ def tools(steps=1000, problems=200, seeds=3, seed=1337, workers=1, device="auto"
                 if objective == "ar":
                     how = dict(on_token=hook)
                 y = draw(lm, x, lm.mask_id, temperature=0, eot_id=tokenizer.eot, valid=valid, **how)
-                for i, (text, ids) in enumerate(zip(texts, y.tolist())):
-                    written = tokenizer.decode(ids).split(prepare.EOT)[0]
-                    right.append(answer(text) == answer(written))
+                written = map(tokenizer.decode, y.tolist())
+                right.append(mean(answer(w) == answer(text) for w, text in zip(written, texts)))
+                for i, text in enumerate(texts):
                     made = [call for row, call, *_ in hook.calls if row == i]
                     right_calls.append(made == re.findall("<tool>(.*?)</tool>", text))
-            each = np.reshape(right, (seeds, -1)).mean(1)
-            return accuracy(each.tolist()) | dict(right_calls=mean(right_calls))
+            return accuracy(right) | dict(right_calls=mean(right_calls))
 
         yield dict(model=objective, order=order, problem=kind, tool=tool), measure
 
@@ -3032,7 +3030,7 @@ def probe_as_items(flags, tokenizer, T, limit):
     """train.py's probe as items: true ends of passages
     of the run's own validation text among three others."""
     val = load_dataset(data_folder(flags["dataset"]))[1]
-    passages = train.probe_items(val, T, min(limit or 512, len(val) // T))
+    passages = train.probe_items(val, T, limit or 512)
     K = max(1, min(16, T // 4))  # tokens of an end
     return [item_of(p[0, :-K].tolist(), p[:, -K:].tolist(), 0, tokenizer) for p in passages]
 
@@ -3136,11 +3134,9 @@ def choice_table(result):
     return [{k: r.get(k) for k in shown} | {"left out": left_out(r)} for r in result["rows"]]
 
 
-def judge_file(run, device, threads, items, measure, n_mc, path):
+def judge_file(lm, flags, threads, items, measure, n_mc, path):
     """The rates of one run on one file. Each item is written down in `path` when it is done."""
-    lm, state = load_model(run, device=device)
     train.set_threads(threads, lm)
-    flags = train.DEFAULTS | state["flags"]
     done = Journal(path)
     progress = prepare.Progress(path.stem)
     results = []
@@ -3201,7 +3197,7 @@ def choices(
             for m in known:
                 key = dict(run=folder.name, objective=objective, step=state["step"], file=label, measure=m)
                 path = Path(out) / f"{folder.name}-{label}-{m}-{n_mc}-{weights:08x}.jsonl"
-                work.append((key, partial(judge_file, run, device, threads, items, m, n_mc, path)))
+                work.append((key, partial(judge_file, lm, flags, threads, items, m, n_mc, path)))
     yield from work
 
 # ------------------------------------------------------------------------------------------------------------
