@@ -94,8 +94,8 @@ class Experiment:
     run: callable
     named: str = ""  # flags whose values the name of the file carries, unless they are off: attention_cpu
     finish: callable = lambda rows: rows                # adds what follows from all rows
-    show: callable = lambda result: result["rows"]      # -> the rows of the table, or a text
-    picture: callable = None  # (matplotlib.pyplot, result) -> figure
+    show: callable = lambda rows, result: rows          # -> the rows of the table, or a text
+    picture: callable = lambda figure, rows, result: None               # draws into a matplotlib figure
     gpu: dict = dataclasses.field(default_factory=dict)                 # defaults of --scale gpu
 
 
@@ -333,7 +333,7 @@ def walk(about, given, points, seed):
 
 def page(about, result):
     """The table of an experiment as Markdown."""
-    shown = about.show(result)
+    shown = about.show(result["rows"], result)
     return shown if isinstance(shown, str) else markdown(shown)
 
 
@@ -351,7 +351,7 @@ def beside_full(*columns):
 
 def without(columns):
     """A table of all but these columns."""
-    return lambda result: [{k: v for k, v in r.items() if k not in columns.split()} for r in result["rows"]]
+    return lambda rows, result: [{k: v for k, v in r.items() if k not in columns.split()} for r in rows]
 
 
 def grouped(rows, *columns):
@@ -370,7 +370,7 @@ def merged(rows, keys, cells):
 
 def pivot(keys, cells):
     """The table of `merged` rows."""
-    return lambda result: merged(result["rows"], keys.split(), cells)
+    return lambda rows, result: merged(rows, keys.split(), cells)
 
 
 def show(value):
@@ -408,26 +408,21 @@ def device_name(device):
     return f"{name[1] if name else platform.processor() or 'CPU'}, {os.cpu_count()} cores"
 
 # ------------------------------------------------------------------------------------------------------------
-# Pictures: functions of (matplotlib.pyplot, result) -> figure, all drawn from the JSON file alone
+# Pictures: functions of (figure, rows, result), all drawn from the JSON file alone
 
 def draw(about, result, path):
-    """FILE.png beside FILE.json, where matplotlib is there."""
-    if about.picture is None:
-        return
+    """FILE.png beside FILE.json, where matplotlib is there and the picture shows anything."""
     try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
+        from matplotlib.figure import Figure
     except ImportError:
         return print("no picture: matplotlib is missing (pip install matplotlib)")
-    figure = about.picture(plt, result)
-    if figure is None:
-        return
-    figure.tight_layout()
-    with prepare.whole_file(path.with_suffix(".png")) as file:
-        figure.savefig(file, format="png", dpi=110)
-    plt.close(figure)
-    print(f"wrote {path.with_suffix('.png')}")
+    figure = Figure(figsize=(8, 5.5))
+    about.picture(figure, result["rows"], result)
+    if figure.axes:
+        figure.tight_layout()
+        with prepare.whole_file(path.with_suffix(".png")) as file:
+            figure.savefig(file, format="png", dpi=110)
+        print(f"wrote {path.with_suffix('.png')}")
 
 
 def log_ticks(ax, values):
@@ -472,10 +467,11 @@ def points(rows, x, y, **where):
 
 def layer_lines(y, xlabel, ylabel, title):
     """A picture: column y against length, a labelled line for each layer, both axes logarithmic."""
-    def picture(plt, result):
-        figure, ax = plt.subplots(figsize=(8, 5.5))
-        colours = cycle((*plt.get_cmap("tab10").colors, *plt.get_cmap("Dark2").colors))
-        rows = [r for r in result["rows"] if r.get("batch") == result["rows"][0].get("batch")]
+    def picture(figure, rows, result):
+        from matplotlib import colormaps
+        ax = figure.subplots()
+        colours = cycle((*colormaps["tab10"].colors, *colormaps["Dark2"].colors))
+        rows = [r for r in rows if r.get("batch") == rows[0].get("batch")]
         labels = []
         for (name,), mine in grouped(rows, "layer").items():
             mine = points(mine, "T", y)
@@ -488,7 +484,6 @@ def layer_lines(y, xlabel, ylabel, title):
         label_ends(ax, labels)
         ax.set_xlim(right=lengths[-1] * (lengths[-1] / lengths[0]) ** 0.25)
         dress(ax, title.format(**result["flags"]) + result["device"], xlabel=xlabel, ylabel=ylabel)
-        return figure
     return picture
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1000,10 +995,10 @@ def draw_curves(ax, rows, x, y, by=("arm",), **style):
         ax.plot(*zip(*stars), "k*", ms=9, zorder=5, label="annealed")
 
 
-def curve_picture(plt, result, x="epoch", title="", by=("arm",)):
+def curve_picture(figure, rows, result, x="epoch", title="", by=("arm",)):
     """`draw_curves` as a picture, of x and y where these are flags; a line for what was not trained here."""
-    figure, ax = plt.subplots(figsize=(8, 5.5))
-    rows, flags = result["rows"], result["flags"]
+    ax = figure.subplots()
+    flags = result["flags"]
     x, y = flags.get("x", x), flags.get("y", "loss")
     draw_curves(ax, rows, x, y, by)
     for r in rows:
@@ -1012,15 +1007,15 @@ def curve_picture(plt, result, x="epoch", title="", by=("arm",)):
     what = "nats per token (diffusion: a bound)" if y == "loss" else f"{y}, validation"
     dress(ax, title.format(**flags), xlabel=AXES[x], ylabel=what, xscale="log")
     plain_log(ax.xaxis)
-    return figure
 
 
-def crossover_picture(plt, result):
+def crossover_picture(figure, rows, result):
     """Losses of all arms and, below, whether they tell true ends of passages from others;
     x is the axis of --x. A star is an annealed run."""
-    rows, x = result["rows"], result["flags"]["x"]
+    x = result["flags"]["x"]
     plain = [r for r in rows if r["arm"] in OBJECTIVES]
-    figure, (top, below) = plt.subplots(2, 1, figsize=(8, 7), sharex=True, height_ratios=(5, 2))
+    figure.set_size_inches(8, 7)
+    top, below = figure.subplots(2, 1, sharex=True, height_ratios=(5, 2))
     draw_curves(top, rows, x, "loss")
     draw_curves(top, plain, x, "train_loss", marker="", lw=0.8, alpha=0.7, label=None)
     best = min(floor(r) for r in rows if r["arm"] == "ar")
@@ -1039,21 +1034,20 @@ def crossover_picture(plt, result):
     dress(top, title.format(**result["flags"]), xscale="log", ylabel="nats per token (mdm: a bound)",
           ylim=(None, first * 1.05))
     plain_log(below.xaxis)
-    return figure
 
 
-def crossings(result):
+def crossings(rows, result):
     """The table of the arms, and where the curves cross."""
     shown = """arm seed measure lr best best_epoch best_flops annealed annealed_epoch last epochs se
                probe_accuracy probe_gap""".split()
     if len(result["seeds"]) == 1:
         shown.remove("seed")
-    arms = [r for r in result["rows"] if r["arm"] != "crossing"]
+    arms = [r for r in rows if r["arm"] != "crossing"]
     text = markdown([{k: r.get(k) for k in shown} for r in arms]) + "\n"
     kinds = {"curve": "curve crossing (diffusion below AR at the same epoch)",
              "honest": "honest crossing (diffusion below the best that AR ever was, annealed too)",
              "honest_tuned": "honest crossing against the best regularised AR"}
-    found = [r for r in result["rows"] if r["arm"] == "crossing"]
+    found = [r for r in rows if r["arm"] == "crossing"]
     until = next(r["epochs"] for r in arms if r["arm"] == "mdm")
     for kind, told in kinds.items():
         for r in found:
@@ -1175,8 +1169,8 @@ def fitting(goal, size, step):
     return max(1, round((goal - low) / (high - low) * 4 + 4)) * step
 
 
-def sparsity_table(result):
-    rows = without("minutes flops best_flops bpb train lr run")(result)
+def sparsity_table(rows, result):
+    rows = without("minutes flops best_flops bpb train lr run")(rows, result)
     text = markdown(rows) + "\n"
     for ar, mdm in (rows[:2], rows[2:]):
         curve, honest = crossing(ar["evals"], mdm["evals"]), crossing(None, mdm["evals"], ar["best"])
@@ -1342,13 +1336,12 @@ PARTS = {
 }
 
 
-def study_picture(plt, result):
+def study_picture(figure, rows, result):
     """The best curves. curve, capacity, ensembles: nothing is drawn."""
-    rows = result["rows"]
     if "evals" in rows[0]:
         shown = [*dict.fromkeys(r["arm"] for r in rows)][:5] + [*OBJECTIVES]
         title = "the best five arms, AR and diffusion: {unique_tokens:,} unique tokens of {dataset}"
-        return curve_picture(plt, result | dict(rows=[r for r in rows if r["arm"] in shown]), title=title)
+        curve_picture(figure, [r for r in rows if r["arm"] in shown], result, title=title)
 
 
 @experiment(named="part dataset unique_tokens", picture=study_picture,
@@ -1419,18 +1412,17 @@ def with_worth(rows):
     return rows
 
 
-def map_picture(plt, result):
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.8), sharey=True)
+def map_picture(figure, rows, result):
+    figure.set_size_inches(10, 4.8)
     titles = dict(mdm="by the bound", exact="by the exact likelihood, all orders in a block")
-    for (side, title), ax in zip(titles.items(), axes):
+    for (side, title), ax in zip(titles.items(), figure.subplots(1, 2, sharey=True)):
         ax.axhline(0, color="black", lw=1)
-        for i, ((text, width), mine) in enumerate(grouped(result["rows"], "text", "width").items()):
+        for i, ((text, width), mine) in enumerate(grouped(rows, "text", "width").items()):
             gaps = [(r["tokens"], r[f"{side}_gap"], r[f"{side}_gap_se"]) for r in mine if side in r]
             if gaps:
                 ax.errorbar(*zip(*gaps), marker="o", capsize=3, color=f"C{i}", label=f"{text}, {width} wide")
         dress(ax, title, xlabel="unique tokens", ylabel="AR minus diffusion, nats per token")
-        log_ticks(ax, [r["tokens"] for r in result["rows"]])
-    return figure
+        log_ticks(ax, [r["tokens"] for r in rows])
 
 
 @experiment(finish=with_worth, picture=map_picture)
@@ -1564,9 +1556,9 @@ def published_costs():
     return rows
 
 
-def preset_table(result):
+def preset_table(rows, result):
     text = "\n\nFrom the papers, and from `cache_bytes` and `reads` at the published settings:\n\n"
-    return markdown(result["rows"]) + text + markdown(result["published_costs"])
+    return markdown(rows) + text + markdown(result["published_costs"])
 
 
 @experiment(show=preset_table)
@@ -1591,9 +1583,9 @@ def presets():
 SWEEP = tuple(dict.fromkeys(["full", "full gqa", "full window", *ATTENTION]))
 
 
-def longest(result):
+def longest(rows, result):
     """The table of the longest length alone."""
-    return [r for r in result["rows"] if r["T"] == max(r["T"] for r in result["rows"])]
+    return [r for r in rows if r["T"] == max(r["T"] for r in rows)]
 
 
 @experiment(
@@ -1754,10 +1746,10 @@ def throughput(kind, values, batch, iters, warmup, device, threads, peer):
     return dict(params=params, ms=1e3 * seconds, tok_per_s=speed, peak_mib=memory / 2 ** 20, mfu=mfu)
 
 
-def speed_table(result):
+def speed_table(rows, result):
     """The median of the rounds, and beside nanoGPT the ratios of these medians."""
     table, columns = [], "params tok_per_s ms peak_mib mfu".split()
-    for (model,), rounds in grouped(result["rows"], "model").items():
+    for (model,), rounds in grouped(rows, "model").items():
         middle = lambda key: rounds[0][key] and median(r[key] for r in rounds)   # mfu may be None
         table.append({"model": model, **{key: middle(key) for key in columns}})
     peer = table[-1]
@@ -1821,21 +1813,21 @@ def same_size(pattern, base):
         return fitting(size(layers="full"), lambda n: size(layers=pattern, n_inner=n), 8)
 
 
-def joined(result):
+def joined(rows, result):
     """A row for each mixer: keys read, loss +- standard deviation (seeds) as AR and as diffusion."""
     def cells(r):
         spread = f" +- {r['std']:.3f}" if r["std"] else ""
         column = {"ar": "AR", "mdm": "masked diffusion (a bound)"}[r["objective"]]
         return {"mixer": f"`{r['mixer']}`", f"{r['objective']} reads": r["reads"],
                 column: f"{r['loss']:.3f}{spread} ({r['seeds']})"}
-    return sorted(merged(result["rows"], ["mixer"], cells), key=lambda row: row.get("AR", "9"))
+    return sorted(merged(rows, ["mixer"], cells), key=lambda row: row.get("AR", "9"))
 
 
-def ratio_picture(plt, result):
+def ratio_picture(figure, rows, result):
     """Loss against the share of `full` layers beside one other kind, AR and diffusion; dotted where the full
-    layer is the first of its period. None without such mixtures."""
+    layer is the first of its period. Nothing without such mixtures."""
     lines = defaultdict(list)
-    for r in result["rows"]:
+    for r in rows:
         names = [name for name, _ in parse_layers(pattern_of(r["mixer"]), result["flags"]["n_layer"])]
         share = names.count("full") / len(names)
         places = ["first" if names[0] == "full" else "last"] if 0 < share < 1 else ["first", "last"]
@@ -1845,13 +1837,13 @@ def ratio_picture(plt, result):
                 lines[r["objective"], kind, place].append((share, r["loss"], r["std"] or 0))
     lines = {key: sorted(line) for key, line in lines.items() if len({share for share, *_ in line}) > 2}
     if not lines:
-        return None
-    figure, ax = plt.subplots(figsize=(8, 4.5))
+        return
+    figure.set_size_inches(8, 4.5)
+    ax = figure.subplots()
     for (objective, kind, place), line in lines.items():
         dots = "-" if place == "last" else ":"
         ax.errorbar(*zip(*line), marker="o", ls=dots, label=f"{objective}, {kind}, full {place}")
     dress(ax, "", xlabel="share of full layers", ylabel="nats per token (mdm: a bound)")
-    return figure
 
 
 @experiment(named="device dtype", show=joined, picture=ratio_picture)
@@ -2266,12 +2258,12 @@ def optical_cells(r):
     return {f"{r['per']}": f"{100 * r['text']:.0f} / {100 * r['random']:.0f}"}
 
 
-def optical_picture(plt, result):
+def optical_picture(figure, rows, result):
     """A page, its reading where a token stands for 20 characters,
     and right characters against compression, dotted those of random pages."""
-    rows = result["rows"]
     sample_of = next((r for r in rows if r["per"] == 20), rows[0])
-    figure, axes = plt.subplots(3, 1, figsize=(8, 8), height_ratios=(2, 2, 9))
+    figure.set_size_inches(8, 8)
+    axes = figure.subplots(3, 1, height_ratios=(2, 2, 9))
     for ax, what in zip(axes, ("page", "reading")):
         ax.imshow(drawn(torch.tensor(sample_of[what]).view(4, -1)).flatten(0, 2).numpy(), cmap="binary")
         ax.set(xticks=[], yticks=[])
@@ -2283,7 +2275,6 @@ def optical_picture(plt, result):
     axes[2].plot([10, 20], [0.97, 0.6], "k*", ms=10, label="DeepSeek-OCR")
     dress(axes[2], "", xlabel="characters per token of the page", ylabel="right characters")
     log_ticks(axes[2], [r["per"] for r in rows])
-    return figure
 
 
 @experiment(show=pivot("reader passes", optical_cells), picture=optical_picture)
@@ -2435,11 +2426,11 @@ def learn_language(language, objective, lengths, steps, path):
     return partial(read, learn(config, loss_of, steps, path, lr=3e-3, optimizer="adamw"))
 
 
-def theory_picture(plt, result):
+def theory_picture(figure, rows, result):
     """Above token errors, which do not grow with length, below wrong sequences, which do;
     a column for each language."""
-    rows = result["rows"]
-    figure, axes = plt.subplots(2, 2, figsize=(9, 8))
+    figure.set_size_inches(9, 8)
+    axes = figure.subplots(2, 2)
     kinds = [
         ("closed form", "oracle", "theory_", dict(lw=1)),
         ("oracle", "oracle", "", dict(marker="o", ls="", ms=5)),
@@ -2455,13 +2446,11 @@ def theory_picture(plt, result):
         log_ticks(ax, [r["N"] for r in rows if r["model"] == "oracle"])
         if ax is not axes[0, 0]:
             ax.get_legend().remove()
-    return figure
 
 
-def theory_table(result):
+def theory_table(rows, result):
     shown = "language model L N ter theory_ter ser theory_ser".split()
-    rows = [r for r in result["rows"] if r["N"] in (1, 16, 256) or r["model"] == "ar"]
-    return [{k: r.get(k) for k in shown} for r in rows]
+    return [{k: r.get(k) for k in shown} for r in rows if r["N"] in (1, 16, 256) or r["model"] == "ar"]
 
 
 @experiment(show=theory_table, picture=theory_picture)
@@ -2593,8 +2582,8 @@ def load_of(lm, x):
     return loads.max().item(), (loads < 0.1).double().mean().item()
 
 
-def moe_tables(result):
-    return "\n\n".join(markdown([r for r in result["rows"] if key in r]) for key in ("experts", "router"))
+def moe_tables(rows, result):
+    return "\n\n".join(markdown([r for r in rows if key in r]) for key in ("experts", "router"))
 
 
 @experiment(named="device", show=moe_tables)
@@ -2714,11 +2703,12 @@ def judged(judge, x, start):
     return dict(loss=loss, se=se, entropy=-torch.xlogy(p, p).sum(-1).mean().item())
 
 
-def decode_picture(plt, result):
+def decode_picture(figure, rows, result):
     """Quality against speed. Along a line the steps change:
     the further right, the fewer, or the lower the threshold."""
-    figure, ax = plt.subplots(figsize=(8, 6))
-    real, *rows = result["rows"]
+    figure.set_size_inches(8, 6)
+    ax = figure.subplots()
+    real, *rows = rows
     few = min(result["flags"]["batches"])
     many = max(result["flags"]["batches"])
     for i, ((family,), mine) in enumerate(grouped(rows, "sampler").items()):
@@ -2734,7 +2724,6 @@ def decode_picture(plt, result):
         xlabel="tokens/s",
         ylabel="loss under an AR judge, nats per token"
     )
-    return figure
 
 
 @experiment(named="scale", show=without("cache"), picture=decode_picture, gpu=MODELS_GPU)
@@ -3127,11 +3116,11 @@ def summary(items, results):
     return out
 
 
-def choice_table(result):
+def choice_table(rows, result):
     """With how many items were left out, and why."""
     shown = "run step file measure items accuracy se accuracy_norm gap gap_se loss".split()
     left_out = lambda r: f"{r['failed']:,}: {r['why']}" if r["failed"] else "0"
-    return [{k: r.get(k) for k in shown} | {"left out": left_out(r)} for r in result["rows"]]
+    return [{k: r.get(k) for k in shown} | {"left out": left_out(r)} for r in rows]
 
 
 def judge_file(lm, flags, threads, items, measure, n_mc, path):

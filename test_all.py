@@ -4106,7 +4106,7 @@ def test_train_speed_beside_a_peer(lab, monkeypatch):
     line = f"train --preset small {flags} --batch 2 --iters 1 --warmup 0 --device cpu"
     assert lab(f"{line} --vs .")[0] == 0
     result = found("train_cpu")
-    rows = {r["model"]: r for r in bench.speed_table(result)}
+    rows = {r["model"]: r for r in bench.speed_table(result["rows"], result)}
     speeds = [rows[k]["speed_vs_nanoGPT"] for k in ("ar", "mdm", "nanoGPT")]
     assert speeds == approx([8, 4, 1])
     assert len(result["rows"]) == 9 and rows["ar"]["tok_per_s"] == approx(2 * 8 / 1e-3)
