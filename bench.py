@@ -515,7 +515,8 @@ def seeded(seed):
 
 
 def mean_se(values):
-    """(mean, its standard error) of a list of numbers."""
+    """(mean, its standard error) of numbers: a list, or a tensor (N,)."""
+    values = [*map(float, values)]
     error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
     return mean(values), error
 
@@ -2165,7 +2166,7 @@ def track(layers=RULES, groups: GROUPS = tuple(GROUPS), steps=1000, length=32, t
                 x, y = draw_words(max(4, 8192 // T), T, things, seeded(T))
                 with torch.no_grad():
                     right = lm(x).argmax(-1) == y
-                return accuracy(right.double().mean(1).tolist())
+                return accuracy(right.double().mean(1))
 
             yield dict(layer=name, group=group, T=T), measure
 
@@ -2308,7 +2309,7 @@ def optical(per=(4, 10, 16, 20, 64), readers: READERS = READERS, page=128, steps
                     with torch.no_grad():
                         canvas = torch.cat([lm.see(x), torch.full_like(x, lm.mask_id)], dim=1)
                         found = draw(lm, canvas, lm.mask_id, temperature=0, **how)[:, lm.n:]
-                    row[name], row[f"{name}_se"] = mean_se((found == x).double().mean(1).tolist())
+                    row[name], row[f"{name}_se"] = mean_se((found == x).double().mean(1))
                 return row | dict(page=x[0].tolist(), reading=found[0].tolist())
 
             yield dict(per=n, reader=reader, passes=passes), measure
@@ -2483,8 +2484,8 @@ def theory(lengths=(24, 96), steps=1000, sequences=128, threads=1, out="out/theo
                     nats = diffusion.ar_loss(f, x, V, reduction="none").detach()
                 else:
                     y, nats = in_steps(f, x, N, V, gen)
-                nats, error = mean_se(nats.double().mean(1).tolist())
-                ser, ser_se = mean_se((~language.valid(y)).double().tolist())
+                nats, error = mean_se(nats.double().mean(1))
+                ser, ser_se = mean_se(~language.valid(y))
                 closed = language.theory(N, L) if N else {}
                 return closed | dict(ter=exp(nats), ter_se=exp(nats) * error, ser=ser, ser_se=ser_se)
 
@@ -2698,7 +2699,7 @@ def judged(judge, x, start):
 
     Entropy (nats, of the counts of one row, mean over rows) stands beside the loss because a sampler that
     repeats itself gets a low loss."""
-    loss, se = mean_se(train.ar_nats(judge, x, 32)[:, start:].mean(1).tolist())
+    loss, se = mean_se(train.ar_nats(judge, x, 32)[:, start:].mean(1))
     p = F.one_hot(x[:, start:], judge.V).float().mean(1)  # (N, V)
     return dict(loss=loss, se=se, entropy=-torch.xlogy(p, p).sum(-1).mean().item())
 
@@ -2856,7 +2857,7 @@ def panel(runs: list = (), windows=16, n_mc=64, fill_blocks=(4,), fresh=False, *
                 loss = nats.mean().item()
                 out = dict(nats=loss, bits_per_byte=loss / log(2) / size)
                 if ar and ar is not likelihood:
-                    out["over_ar"], out["over_se"] = mean_se((nats - ar()[0]).tolist())
+                    out["over_ar"], out["over_se"] = mean_se(nats - ar()[0])
                 return out | dict(se=se or None)
             label = "+".join("/".join(Path(part).parts[-2:]) for part in role.split("+"))
             yield dict(run=label, measure=name), measure
@@ -3098,11 +3099,11 @@ def summary(items, results):
         if "failed" in r:
             continue
         g, nats = item["gold"], np.array(r["nats"])
-        least = lambda values: float(values[g] < np.delete(values, g).min())
+        least = lambda values: values[g] < np.delete(values, g).min()
         right.append(nats[g])
         tokens += len(item["ends"][g])
         if len(nats) == 1:
-            hits.append(float(r["greedy"]))
+            hits.append(r["greedy"])
         else:
             hits.append(least(nats))
             norm.append(least(nats / item["bytes"]))
@@ -3111,7 +3112,7 @@ def summary(items, results):
     if hits:
         out |= accuracy(hits) | dict(loss=sum(right) / tokens)
     if gaps:
-        out["accuracy_norm"] = mean(norm)
+        out["accuracy_norm"], _ = mean_se(norm)
         out["gap"], out["gap_se"] = mean_se(gaps)
     return out
 
