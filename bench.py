@@ -349,6 +349,11 @@ def beside_full(*columns):
     return finish
 
 
+def pick(row, names):
+    """Those of its columns: "a b c" -> {name: value, None where there is none}."""
+    return {name: row.get(name) for name in names.split()}
+
+
 def without(columns):
     """A table of all but these columns."""
     return lambda rows, result: [{k: v for k, v in r.items() if k not in columns.split()} for r in rows]
@@ -465,26 +470,24 @@ def points(rows, x, y, **where):
     return [(r[x], r[y]) for r in rows if None not in (r.get(x), r.get(y)) and where.items() <= r.items()]
 
 
-def layer_lines(y, xlabel, ylabel, title):
-    """A picture: column y against length, a labelled line for each layer, both axes logarithmic."""
-    def picture(figure, rows, result):
-        from matplotlib import colormaps
-        ax = figure.subplots()
-        colours = cycle((*colormaps["tab10"].colors, *colormaps["Dark2"].colors))
-        rows = [r for r in rows if r.get("batch") == rows[0].get("batch")]
-        labels = []
-        for (name,), mine in grouped(rows, "layer").items():
-            mine = points(mine, "T", y)
-            style = dict(color="black", lw=2.5) if name == "full" else dict(color=next(colours), lw=1.3)
-            ax.loglog(*zip(*mine), marker="o", ms=3, **style)
-            labels.append((*mine[-1], name, style["color"]))
-        lengths = sorted({r["T"] for r in rows})
-        log_ticks(ax, lengths)
-        plain_log(ax.yaxis)
-        label_ends(ax, labels)
-        ax.set_xlim(right=lengths[-1] * (lengths[-1] / lengths[0]) ** 0.25)
-        dress(ax, title.format(**result["flags"]) + result["device"], xlabel=xlabel, ylabel=ylabel)
-    return picture
+def layer_lines(figure, rows, result, y, xlabel, ylabel, title):
+    """Column y against length, a labelled line for each layer, both axes logarithmic."""
+    from matplotlib import colormaps
+    ax = figure.subplots()
+    colours = cycle((*colormaps["tab10"].colors, *colormaps["Dark2"].colors))
+    rows = [r for r in rows if r.get("batch") == rows[0].get("batch")]
+    labels = []
+    for (name,), mine in grouped(rows, "layer").items():
+        mine = points(mine, "T", y)
+        style = dict(color="black", lw=2.5) if name == "full" else dict(color=next(colours), lw=1.3)
+        ax.loglog(*zip(*mine), marker="o", ms=3, **style)
+        labels.append((*mine[-1], name, style["color"]))
+    lengths = sorted({r["T"] for r in rows})
+    log_ticks(ax, lengths)
+    plain_log(ax.yaxis)
+    label_ends(ax, labels)
+    ax.set_xlim(right=lengths[-1] * (lengths[-1] / lengths[0]) ** 0.25)
+    dress(ax, title.format(**result["flags"]) + result["device"], xlabel=xlabel, ylabel=ylabel)
 
 # ------------------------------------------------------------------------------------------------------------
 # Data and training runs
@@ -492,10 +495,9 @@ def layer_lines(y, xlabel, ylabel, title):
 def data_folder(name):
     """The folder of a data set, from its name or path as in train.py.
     The texts that every machine has are made where missing."""
-    folder = prepare.dataset_folder(name)
-    known = {"docs": "bpe:4096", "docs-byte": "byte", "pysrc": "bpe:4096", "pysrc-byte": "byte"}
-    if name in known and not (folder / "meta.json").exists():
-        prepare.prepare(name.removesuffix("-byte"), name=name, tokenizer=known[name])
+    folder, source = prepare.dataset_folder(name), name.removesuffix("-byte")
+    if source in ("docs", "pysrc") and not (folder / "meta.json").exists():
+        prepare.prepare(source, name=name, tokenizer="bpe:4096" if source == name else "byte")
     return folder
 
 
@@ -881,8 +883,8 @@ def few_runs(name, few, arms, probe=0):
     probe: 1 for about `evals` probes on the way."""
     root = Path(few["out"] or f"out/{name}-{few['scale']}")
     root /= f"{Path(few['dataset']).name}-U{few['unique_tokens']}-{few['n_layer']}x{few['n_embd']}"
-    same = "dataset unique_tokens n_layer n_head n_embd block_size batch_tokens".split()
-    constant = settings("schedule=constant eval_windows=256 log_every=100 save_every=500")
+    common = settings("schedule=constant eval_windows=256 log_every=100 save_every=500")
+    common |= pick(few, "dataset unique_tokens n_layer n_head n_embd block_size batch_tokens")
 
     def flags(arm, seed, rate, epochs, folder="", **more):
         unique = few["unique_tokens"] // few["block_size"] * few["block_size"]
@@ -891,11 +893,10 @@ def few_runs(name, few, arms, probe=0):
         most = min(steps, max(2, steps // 8))               # evaluations: they are not to take the time
         grids = [n * (few["evals"] - 1) + 1 for n in (1, 2, 4) if n <= dense]   # each holds the one before
         evals = max((n for n in grids if n <= most), default=most)
-        given = {k: few[k] for k in same} | dict(
-            max_steps=steps, eval_epochs=f"geometric:{evals}", warmup=min(100, steps // 10),
-            seed=seed, lr=rate, probe_every=dense * probe)
+        given = dict(max_steps=steps, eval_epochs=f"geometric:{evals}", warmup=min(100, steps // 10),
+                     seed=seed, lr=rate, probe_every=dense * probe)
         out = root / f"{file_part(arm)}-s{seed}-lr{rate:g}" / folder
-        return constant | given | arms[arm] | more | dict(epochs=epochs, out=str(out))
+        return common | given | arms[arm] | more | dict(epochs=epochs, out=str(out))
     return flags
 
 
@@ -1039,12 +1040,10 @@ def crossover_picture(figure, rows, result):
 
 def crossings(rows, result):
     """The table of the arms, and where the curves cross."""
-    shown = """arm seed measure lr best best_epoch best_flops annealed annealed_epoch last epochs se
-               probe_accuracy probe_gap""".split()
-    if len(result["seeds"]) == 1:
-        shown.remove("seed")
+    shown = "arm" + " seed" * (len(result["seeds"]) > 1) + """ measure lr best best_epoch best_flops annealed
+        annealed_epoch last epochs se probe_accuracy probe_gap"""
     arms = [r for r in rows if r["arm"] != "crossing"]
-    text = markdown([{k: r.get(k) for k in shown} for r in arms]) + "\n"
+    text = markdown([pick(r, shown) for r in arms]) + "\n"
     kinds = {"curve": "curve crossing (diffusion below AR at the same epoch)",
              "honest": "honest crossing (diffusion below the best that AR ever was, annealed too)",
              "honest_tuned": "honest crossing against the best regularised AR"}
@@ -1194,7 +1193,7 @@ def sparsity(match: ("active", "total") = "active", ratio=8.0, **few):
     match: what the dense model has as many of as the mixture: active | total parameters
     ratio: total to active parameters of the mixture
     """
-    base = {k: few[k] for k in ("n_layer", "n_head", "n_embd", "block_size")}
+    base = pick(few, "n_layer n_head n_embd block_size")
     base["vocab_size"] = load_tokenizer(data_folder(few["dataset"])).n_vocab
     dense, mixture = match_experts(base, match, ratio)
     arms = {f"{o} {kind} {values}": dict(objective=o, set=[f"{k}={v}" for k, v in values.items()])
@@ -1593,8 +1592,8 @@ def longest(rows, result):
     named="device bidirectional",
     finish=beside_full("forward_ms", "both_ms"),
     show=longest,
-    picture=layer_lines("both_ms", "tokens", "ms, forward + backward",
-                        "one layer, {n_head} heads of {head_dim}\n")
+    picture=partial(layer_lines, y="both_ms", xlabel="tokens", ylabel="ms, forward + backward",
+                    title="one layer, {n_head} heads of {head_dim}\n")
 )
 def attention(
     lengths=(512, 1024, 2048, 4096, 8192),
@@ -1633,8 +1632,8 @@ def attention(
 @experiment(
     named="device",
     finish=beside_full("ms"),
-    picture=layer_lines("tok_per_s", "tokens in the cache", "tokens/s",
-                        "decoding by one layer, {n_head} heads of {head_dim}\n")
+    picture=partial(layer_lines, y="tok_per_s", xlabel="tokens in the cache", ylabel="tokens/s",
+                    title="decoding by one layer, {n_head} heads of {head_dim}\n")
 )
 def context(
     lengths=(1024, 4096, 16384, 65536),
@@ -1829,12 +1828,14 @@ def ratio_picture(figure, rows, result):
     layer is the first of its period. Nothing without such mixtures."""
     lines = defaultdict(list)
     for r in rows:
-        names = [name for name, _ in parse_layers(pattern_of(r["mixer"]), result["flags"]["n_layer"])]
+        if r["mixer"] in OPTIONS or "bidir" in r["mixer"]:
+            continue
+        names = [name for name, _ in parse_layers(r["mixer"], result["flags"]["n_layer"])]
         share = names.count("full") / len(names)
         places = ["first" if names[0] == "full" else "last"] if 0 < share < 1 else ["first", "last"]
-        others = {*names} - {"full"} or ATTENTION           # full alone is an end of every line
-        if len({*names, "full"}) < 3 and r["mixer"] not in OPTIONS and "bidir" not in r["mixer"]:
-            for kind, place in product(others, places):
+        others = {*names} - {"full"}
+        for kind, place in product(others or ATTENTION, places):     # full alone is an end of every line
+            if len(others) < 2:
                 lines[r["objective"], kind, place].append((share, r["loss"], r["std"] or 0))
     lines = {key: sorted(line) for key, line in lines.items() if len({share for share, *_ in line}) > 2}
     if not lines:
@@ -1867,8 +1868,7 @@ def quality(
     """
     folder, T = data_folder(small["dataset"]), small["block_size"]
     V = load_tokenizer(folder).n_vocab
-    base = {k: small[k] for k in ("n_layer", "n_embd", "block_size")}
-    base |= dict(n_head=4, vocab_size=V, qk_norm=True)
+    base = pick(small, "n_layer n_embd block_size") | dict(n_head=4, vocab_size=V, qk_norm=True)
     patterns = {name: pattern_of(name, T // 4, 16) for name in mixers}
     inner = {name: same_size(pattern, base) for name, pattern in patterns.items()}
     steps_of = {"ar": steps, "mdm": 3 * steps}  # diffusion learns slowly
@@ -2450,8 +2450,8 @@ def theory_picture(figure, rows, result):
 
 
 def theory_table(rows, result):
-    shown = "language model L N ter theory_ter ser theory_ser".split()
-    return [{k: r.get(k) for k in shown} for r in rows if r["N"] in (1, 16, 256) or r["model"] == "ar"]
+    rows = [r for r in rows if r["N"] in (1, 16, 256) or r["model"] == "ar"]
+    return [pick(r, "language model L N ter theory_ter ser theory_ser") for r in rows]
 
 
 @experiment(show=theory_table, picture=theory_picture)
@@ -2650,7 +2650,8 @@ def decode_runs(roles, models):
     """{role: run folder}: those given by a flag, the others trained, from where they were left. ValueError
     for a given run of another objective, before anything is trained. A part of a generator."""
     root = Path(models["out"] or f"out/decode-{models['scale']}")
-    same = "dataset n_layer n_head n_embd block_size batch_tokens lr".split()
+    common = settings("eval_every=1000 eval_windows=64 log_every=500")
+    common |= pick(models, "dataset n_layer n_head n_embd block_size batch_tokens lr")
     folders, jobs = {}, {}
     for role in ROLES:
         need(role in roles or not models[f"run_{role}"], f"--run_{role}: expected runs of {', '.join(roles)}")
@@ -2664,12 +2665,9 @@ def decode_runs(roles, models):
                 f"{given} is a run of --objective {objective}, and one of {want} is needed as --run_{role}"
             )
         else:
-            jobs[role] = {k: models[k] for k in same} | ROLES[role] | dict(
+            jobs[role] = common | ROLES[role] | dict(
                 max_steps=int(models["max_steps"] * LONGER.get(role, 1)),
                 set=["qk_norm=true", *ROLES[role].get("set", [])],
-                eval_every=1000,
-                eval_windows=64,
-                log_every=500,
                 out=folders[role]
             )
     yield jobs
@@ -3119,9 +3117,9 @@ def summary(items, results):
 
 def choice_table(rows, result):
     """With how many items were left out, and why."""
-    shown = "run step file measure items accuracy se accuracy_norm gap gap_se loss".split()
+    shown = "run step file measure items accuracy se accuracy_norm gap gap_se loss"
     left_out = lambda r: f"{r['failed']:,}: {r['why']}" if r["failed"] else "0"
-    return [{k: r.get(k) for k in shown} | {"left out": left_out(r)} for r in rows]
+    return [pick(r, shown) | {"left out": left_out(r)} for r in rows]
 
 
 def judge_file(lm, flags, threads, items, measure, n_mc, path):
