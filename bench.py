@@ -121,6 +121,7 @@ HELP = """
     n_embd: width
     head_dim: width of a head
     block_size: tokens in a window
+    vocab_size: tokens that the model knows
     batch_tokens: tokens in a step
     lr: peak rate
     rates: learning rates to try with the first seed; each arm keeps its best
@@ -160,7 +161,7 @@ def add_flags(parser, about):
     """The flags of an experiment; what was not typed stays out of the parser's answer."""
     told = dict(re.findall(r"^    (\w+): (.*)$", HELP + about.run.__doc__, re.M))
     for name, (default, kind) in (COMMON | parameters(about.run)).items():
-        how = dict(help=told.get(name, "").replace("%", "%%"))
+        how = dict(help=told[name])
         if default is inspect.Parameter.empty:
             parser.add_argument(name, nargs="+", **how)
             continue
@@ -185,28 +186,22 @@ def items_like(default):
     return lambda text: tuple(read(item) for item in re.split(r",(?! )(?![^(]*\))", text))
 
 
-def choose(flag, names, known):
-    """The names, each of which must be known."""
-    for name in names:
-        need(name in known, f"--{flag} {name} is unknown{nearest(name, known)}: expected {', '.join(known)}")
-    return names
-
 
 def settle(about, typed):
     """All flags: the typed ones, else the scale's, else the defaults, with auto made definite."""
     known = COMMON | parameters(about.run)
     flags = {name: default for name, (default, _) in known.items()} | typed
     if "scale" in flags:
-        scale, = choose("scale", [flags["scale"]], ("auto", "cpu", "gpu"))
-        if scale == "auto":
-            scale = "gpu" if torch.cuda.is_available() else "cpu"
-        flags |= (about.gpu if scale == "gpu" else {}) | typed | {"scale": scale}
+        known["scale"] = "auto", ("auto", "cpu", "gpu")
+        if flags["scale"] == "auto":
+            flags["scale"] = "gpu" if torch.cuda.is_available() else "cpu"
+        flags |= (about.gpu if flags["scale"] == "gpu" else {}) | typed | pick(flags, "scale")
     for name, (default, kind) in known.items():
-        values = flags[name] if isinstance(flags[name], tuple) else [flags[name]]
-        if not isinstance(kind, type):
-            choose(name, values, kind)
         free = default == 0 or name in ("seed", "warmup")
-        for value in values:
+        for value in flags[name] if isinstance(flags[name], tuple) else [flags[name]]:
+            if not isinstance(kind, type):
+                told = f"--{name} {value} is unknown{nearest(value, kind)}: expected {', '.join(kind)}"
+                need(value in kind, told)
             need(free or type(value) is not int or value > 0, f"--{name} {value} must be at least 1")
     flags["device"] = train.pick_device(flags.get("device", "auto"))
     if flags.get("threads"):
@@ -1121,6 +1116,7 @@ def crossover(
 def compare(runs, x: AXES = "epoch", y="loss"):
     """Any training runs in one table and one picture, from their metrics.jsonl.
 
+    runs: run folders of train.py
     x: epoch | step | tokens | flops | seconds
     y: any number of an evaluation: loss, train_loss, bpb, probe_accuracy
     """
@@ -1493,10 +1489,13 @@ SHARED["adapted"] = settings("""
 def adapt(ar="", ar_steps=2000, steps=2000, windows=256, workers=2, out="out/adapt", **adapted):
     """A diffusion model from the weights of an AR one, and from scratch: the bound against steps.
 
-    Shifted: as in AR the state that has read token i predicts token i + 1 (Dream, 2508.15487). After 30%: of
-    one budget the first part as AR, the rest as block diffusion (Chang-Han-Chen/sample-efficient-dlm).
+    In a shifted one the state that has read token i predicts token i + 1, as in AR (Dream, 2508.15487). After
+    30%: of one budget the first part as AR, the rest as block diffusion
+    (Chang-Han-Chen/sample-efficient-dlm).
 
     ar: run of train.py or folder of published weights; none: one is trained for --ar_steps
+    ar_steps: of its training
+    steps: of training of each diffusion model
     windows: validation windows
     """
     common = adapted | dict(eval_windows=windows, warmup=min(100, steps // 10), log_every=100)
@@ -2144,6 +2143,9 @@ def track(layers=RULES, groups: GROUPS = tuple(GROUPS), steps=1000, length=32, t
     at parity; eigenvalues down to -1 (neg_eigval) give parity, several writes per token the groups that do
     not commute.
 
+    layers: names or any layer patterns, comma-separated
+    groups: parity, s3, s5: permutations of two, three, five things
+    steps: of training, each
     length: of the texts at the end of training; they begin with 4 tokens
     times: tested at so many times that length
     """
@@ -2824,7 +2826,7 @@ def panel(runs: list = (), windows=16, n_mc=64, fill_blocks=(4,), fresh=False, *
     """All likelihoods of the decode runs, or of others, on the same validation windows:
     exact, bounds, chains; bits per byte.
 
-    over_ar: nats above the last AR row before, over_se: the standard error of that over windows.
+    Beside a loss, over_ar: nats above the last AR row before, over_se: its standard error over windows.
 
     runs: run folders in place of the decode runs; a+b: their probabilities averaged
     windows: validation windows
