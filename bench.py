@@ -240,6 +240,12 @@ class Journal:
         self.results[json.dumps(key)] = result
 
 
+def stored(folder):
+    """{name: result} of the files of a folder that experiments have written."""
+    files = {file.stem: json.loads(file.read_text()) for file in sorted(Path(folder).glob("*.json"))}
+    return {name: result for name, result in files.items() if result.get("experiment") in EXPERIMENTS}
+
+
 def write(path, content):
     """A file that is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -286,7 +292,7 @@ def perform(command, typed):
     result = json.loads(json.dumps(result))     # as it will be read
     write(path, json.dumps(result, indent=1) + "\n")
     print(f"\n{page(about, result)}\nwrote {path}")
-    draw(about, result, path)
+    draw(about, result, path.with_suffix(".png"))
     points.path.unlink(missing_ok=True)         # the next call measures anew
 
 
@@ -411,7 +417,7 @@ def device_name(device):
 # Pictures: functions of (figure, rows, result), all drawn from the JSON file alone
 
 def draw(about, result, path):
-    """FILE.png beside FILE.json, where matplotlib is there and the picture shows anything."""
+    """The picture of a result, where matplotlib is there and it shows anything."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -420,9 +426,9 @@ def draw(about, result, path):
     about.picture(figure, result["rows"], result)
     if figure.axes:
         figure.tight_layout()
-        with prepare.whole_file(path.with_suffix(".png")) as file:
+        with prepare.whole_file(path) as file:
             figure.savefig(file, format="png", dpi=110)
-        print(f"wrote {path.with_suffix('.png')}")
+        print(f"wrote {path}")
 
 
 def log_ticks(ax, values):
@@ -1093,8 +1099,8 @@ def crossover(
     windows = validation(few["dataset"], few["block_size"], 256)
     for s in seeds:
         for a in arms:
-            last = rows[a, s]["evals"][-1]
-            yield dict(arm=a, seed=s), rows[a, s] | {k: v for k, v in last.items() if "probe" in k}
+            probe = pick(rows[a, s]["evals"][-1], "probe_accuracy probe_gap")
+            yield dict(arm=a, seed=s), rows[a, s] | probe
         ar, mdm = rows["ar", s], rows["mdm", s]
         least = ar["annealed_run"] if floor(ar) < ar["best"] else ar["run"]
         found = dict(curve=crossing(ar["evals"], mdm["evals"]),
@@ -1360,9 +1366,9 @@ def measured_runs(folder):
     """The runs in the files of crossover and study, with their least loss as `ar` (exact) or `mdm` (a bound,
     by panel's 64 masks where it has them), and as `exact` that of panel, all orders in its largest blocks."""
     runs, sides = {}, {"exact": "ar", "bound": "mdm"}
-    files = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+    files = stored(folder).values()
     for result in files:
-        if result.get("experiment") in ("crossover", "study"):
+        if result["experiment"] in ("crossover", "study"):
             flags, own = result["flags"], own_arms(result["flags"]["arm"])
             text, tokens = Path(flags["dataset"]).name, flags["unique_tokens"]
             root = f"{text}-U{tokens}-{flags['n_layer']}x{flags['n_embd']}"
@@ -1430,7 +1436,7 @@ def map_(results="results"):
     nats per token, errors over seeds and windows (where panel has not been: masks). over_law: diffusion's
     FLOPs over 191.6 U^2.174, at which it should have passed AR (2507.15857).
     """
-    cells = grouped(measured_runs(Path(results)), "text", "tokens", "width")
+    cells = grouped(measured_runs(results), "text", "tokens", "width")
     need(cells, f"{results} holds no file of crossover or study")
     for cell, runs in sorted(cells.items()):
         best = {side: next(iter(by_arm(runs, side)), {}) for side in ("ar", "mdm", "exact")}
@@ -2599,12 +2605,11 @@ def moe(scenes=("docs-byte", "pysrc-byte"), steps=600, repeat=12, device="auto",
     """
     for E, k in ((64, 8), (128, 8)) if device.startswith("cuda") else ((8, 2), (32, 4), (128, 8)):
         yield dict(experts=E, active=k), lambda: moe_speed(E, k, device, repeat)
-    folders = [data_folder(name) for name in scenes]
-    texts = [load_dataset(folder)[0] for folder in folders]
-    held = {folder.name: validation(str(folder), 64, 128).to(device) for folder in folders}
+    texts = [load_dataset(data_folder(name))[0] for name in scenes]
+    held = {Path(name).name: validation(name, 64, 128).to(device) for name in scenes}
     held["all"] = torch.cat(list(held.values()))
     size = settings("n_layer=2 n_embd=64 block_size=64 n_expert=32 n_expert_active=4 expert_inner=64")
-    size["vocab_size"] = load_tokenizer(folders[0]).n_vocab
+    size["vocab_size"] = load_tokenizer(data_folder(scenes[0])).n_vocab
 
     def loss_of(lm, step, gen):
         for layer in lm.moes():
@@ -2865,7 +2870,7 @@ def panel(runs: list = (), windows=16, n_mc=64, fill_blocks=(4,), fresh=False, *
 # ------------------------------------------------------------------------------------------------------------
 # tables: results/README.md from the JSON files
 
-def mixtures(folder):
+def mixtures(results):
     """Rows of full, linear and sparse layers and their mixtures, from the files of quality,
     recall, attention, context.
 
@@ -2873,8 +2878,7 @@ def mixtures(folder):
     cache and training at the longest length, how many times faster than full. A mixture's are the mean over
     its layers."""
     def rows_of(file, key):
-        path = Path(folder) / f"{file}.json"
-        rows = json.loads(path.read_text())["rows"] if path.exists() else []
+        rows = results[file]["rows"] if file in results else []
         return {tuple(r[k] for k in key.split()): r for r in rows}
     quality = rows_of("quality_cpu", "mixer objective")
     recalls = rows_of("recall", "layers objective task pairs T")
@@ -2924,17 +2928,15 @@ def tables(results="results", pictures=False):
 
     pictures: draw them again too
     """
-    folder = Path(results)
-    blocks = {}
-    if rows := mixtures(folder):
+    folder, found, blocks = Path(results), stored(results), {}
+    if rows := mixtures(found):
         blocks["mixtures"] = markdown(rows)
-    for file in sorted(folder.glob("*.json")):
-        result = json.loads(file.read_text())
-        if about := EXPERIMENTS.get(result.get("experiment")):
-            if pictures:
-                draw(about, result, file)
-            image = f"![{file.stem}]({file.stem}.png)\n\n" * file.with_suffix(".png").exists()
-            blocks[file.stem] = f"{told(result)}\n\n{image}{page(about, result)}"
+    for name, result in found.items():
+        about, file = EXPERIMENTS[result["experiment"]], folder / f"{name}.png"
+        if pictures:
+            draw(about, result, file)
+        image = f"![{name}]({name}.png)\n\n" * file.exists()
+        blocks[name] = f"{told(result)}\n\n{image}{page(about, result)}"
     path = folder / "README.md"
     text = path.read_text(encoding="utf-8") if path.exists() else "# Results\n"
     for name, block in blocks.items():

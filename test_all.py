@@ -3627,7 +3627,7 @@ def test_tables_join_what_was_measured():
     for name, rows in files.items():
         result = dict(about, experiment=name.split("_")[0], rows=rows)
         write(f"{name}.json", result)
-    assert [list(r.values()) for r in bench.mixtures(Path())] == [
+    assert [list(r.values()) for r in bench.mixtures(bench.stored("."))] == [
         ["`full`", "- / -", "- / 64", "- / 4", "1.0x", "100.0%", "1.00x"],
         ["`gated_deltanet*3 full`", "1.500 / -", "- / -", "- / -", f"{8 / 3.5:.1f}x", f"{3.5 / 8:.1%}",
          f"{8 / 3.5:.2f}x"]]
