@@ -502,6 +502,11 @@ def data_folder(name):
     return folder
 
 
+def training(name):
+    """(N,) ids of a data set's training text."""
+    return load_dataset(data_folder(name))[0]
+
+
 def validation(name, T, count):
     """(N, T) ids: `count` windows of a data set's validation text."""
     return train.fixed_windows(load_dataset(data_folder(name))[1], T, count).long()
@@ -603,8 +608,8 @@ def run_arms(jobs, workers):
                 print(f"[{name}] {line.rstrip()}", flush=True)
         if p.wait():
             stop.set()
-        interrupted = 130, -signal.SIGINT       # the second: while it was still importing
-        need(p.returncode in (0, *interrupted), f"arm '{name}' failed: {line.rstrip()}")
+        # 130: it was interrupted; -SIGINT: while it was still importing.
+        need(p.returncode in (0, 130, -signal.SIGINT), f"arm '{name}' failed: {line.rstrip()}")
 
     with ThreadPoolExecutor(workers) as pool:
         try:
@@ -1232,7 +1237,7 @@ def study_arms(table, few, rates, seeds):
 def study_curve(few, rates, seeds):
     """Along the epochs: how loose the bound is, what is memorised, how sure a model is of what is right."""
     T = few["block_size"]
-    text = load_dataset(data_folder(few["dataset"]))[0][:few["unique_tokens"]]
+    text = training(few["dataset"])[:few["unique_tokens"]]
     held = validation(few["dataset"], T, 128)
     seen = train.fixed_windows(text, T, 128).long()
     flags = few_runs("study", few, OBJECTIVES)
@@ -1742,9 +1747,8 @@ def throughput(kind, values, batch, iters, warmup, device, threads, peer):
         update(lm, optimizers, loss)
     seconds = (clock() - tic) / iters
     params = sum(p.numel() for p in lm.parameters())
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if cuda:
-        memory = torch.cuda.max_memory_allocated()
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    memory = torch.cuda.max_memory_allocated() if cuda else 1024 * usage.ru_maxrss
     speed = batch * T / seconds
     peak = train.peak_flops(device)
     mfu = peak and speed * (6 * params + 12 * config.n_layer * config.n_embd * T) / peak
@@ -1756,7 +1760,7 @@ def speed_table(rows, result):
     table, columns = [], "params tok_per_s ms peak_mib mfu".split()
     for (model,), rounds in grouped(rows, "model").items():
         middle = lambda key: rounds[0][key] and median(r[key] for r in rounds)   # mfu may be None
-        table.append({"model": model, **{key: middle(key) for key in columns}})
+        table.append({"model": model} | {key: middle(key) for key in columns})
     peer = table[-1]
     for row in table if peer["model"] == "nanoGPT" else ():
         row["speed_vs_nanoGPT"] = peer["ms"] / row["ms"]
@@ -1871,8 +1875,8 @@ def quality(
     steps: of training: of each AR run, three times as many for diffusion
     dtype: auto (bfloat16 on a GPU) | bfloat16 | float32
     """
-    folder, T = data_folder(small["dataset"]), small["block_size"]
-    V = load_tokenizer(folder).n_vocab
+    T = small["block_size"]
+    V = load_tokenizer(data_folder(small["dataset"])).n_vocab
     base = pick(small, "n_layer n_embd block_size") | dict(n_head=4, vocab_size=V, qk_norm=True)
     patterns = {name: pattern_of(name, T // 4, 16) for name in mixers}
     inner = {name: same_size(pattern, base) for name, pattern in patterns.items()}
@@ -1903,7 +1907,7 @@ def quality(
             losses=losses,
             reads=max(b.mixer.reads(T, o == "ar") for b in lm.blocks)
         )
-    ids = load_dataset(folder)[0]
+    ids = training(small["dataset"])
     x = validation(small["dataset"], T, 64).numpy()
     pairs = np.ones((V, V))  # counts of a bigram model, add-one smoothing
     np.add.at(pairs, (ids[:-1], ids[1:]), 1)
@@ -2298,7 +2302,7 @@ def optical(per=(4, 10, 16, 20, 64), readers: READERS = READERS, page=128, steps
     steps: of training, for each reader
     pages: to read, of held-out text and of random characters each
     """
-    ids = load_dataset(data_folder(dataset))[0]
+    ids = training(dataset)
     held = dict(random=torch.randint(64, (pages, page), generator=seeded(0)),
                 text=glyph_ids(validation(dataset, page, pages)))
     for n, reader in product(per, readers):
@@ -2605,7 +2609,7 @@ def moe(scenes=("docs-byte", "pysrc-byte"), steps=600, repeat=12, device="auto",
     """
     for E, k in ((64, 8), (128, 8)) if device.startswith("cuda") else ((8, 2), (32, 4), (128, 8)):
         yield dict(experts=E, active=k), lambda: moe_speed(E, k, device, repeat)
-    texts = [load_dataset(data_folder(name))[0] for name in scenes]
+    texts = [training(name) for name in scenes]
     held = {Path(name).name: validation(name, 64, 128).to(device) for name in scenes}
     held["all"] = torch.cat(list(held.values()))
     size = settings("n_layer=2 n_embd=64 block_size=64 n_expert=32 n_expert_active=4 expert_inner=64")
