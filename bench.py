@@ -860,9 +860,8 @@ def tell(c, until):
     if c["gap"] is None:
         return "nothing to compare"
     side = "below" if c["gap"] > 0 else "above"
-    end = f"diffusion is {abs(c['gap']):.3f} {side} at the end"
-    if c["se"]:
-        end += f" ({abs(c['gap']) / c['se']:.0f} standard errors of the masks)"
+    sure = f"{abs(c['gap']) / c['se']:.0f} standard errors of the masks"
+    end = f"diffusion is {abs(c['gap']):.3f} {side} at the end ({sure})"
     if c["first"] is None:
         if c["extrapolated"]:
             end += f"; a power law of its tail gets there at epoch {c['extrapolated']:.0f} or later"
@@ -1180,9 +1179,9 @@ def sparsity_table(rows, result):
     rows = without("minutes flops best_flops bpb train lr run")(rows, result)
     text = markdown(rows) + "\n"
     for ar, mdm in (rows[:2], rows[2:]):
-        curve, honest = crossing(ar["evals"], mdm["evals"]), crossing(None, mdm["evals"], ar["best"])
-        until = mdm["epochs"]
-        text += f"\n{ar['model']}: curve crossing {tell(curve, until)}; honest {tell(honest, until)}  "
+        curve = tell(crossing(ar["evals"], mdm["evals"]), mdm["epochs"])
+        honest = tell(crossing(None, mdm["evals"], ar["best"]), mdm["epochs"])
+        text += f"\n{ar['model']}: curve crossing {curve}; honest {honest}  "
     return text
 
 
