@@ -3323,8 +3323,8 @@ def test_map_joins_what_was_measured(lab):
     few, many = found("map")["rows"]
     assert few == approx(dict(
         text="docs", tokens=100, width=16, seeds=2, ar=4.5, ar_arm="ar", mdm=5.25, mdm_arm="own",
-        mdm_gap=-0.75, mdm_gap_se=0.3125 ** 0.5, exact=2.25, exact_arm="mdm", exact_gap=0.75, exact_gap_se=0.1,
-        worth=100 ** 0.9, block=2, over_law=1e9 / (191.6 * 100 ** 2.174)))
+        mdm_gap=-0.75, mdm_gap_se=0.3125 ** 0.5, exact=2.25, exact_arm="mdm", exact_gap=0.75,
+        exact_gap_se=0.1, worth=100 ** 0.9, block=2, over_law=1e9 / (191.6 * 100 ** 2.174)))
     assert many["mdm_gap_se"] == 0.5 and "worth" not in many
     assert lab("arms --results out")[0] == 0
     rows = found("arms")["rows"]
@@ -3772,7 +3772,8 @@ def test_choices_stop_and_go_on(lab, dataset, runs, monkeypatch):
     assert choices("a", 9)[0] == 0
     assert sorted(judged) == sorted(measures * 12)
     at_last = found("choices")["rows"]
-    assert choices("b", 9)[0] == 0 and at_last == found("choices")["rows"] and len(at_last) == 3 * len(measures)
+    assert choices("b", 9)[0] == 0 and at_last == found("choices")["rows"]
+    assert len(at_last) == 3 * len(measures)
     assert [(r["items"], r["failed"]) for r in at_last if r["file"] == "many"] == [(6, 1)] * len(measures)
     lm, _ = train.load_model(runs / "ar")
     val = prepare.load_dataset(dataset)[1]
