@@ -3206,10 +3206,10 @@ train_cuda_10M      train --rounds 1 --batch 64 --preset small --block_size 512 
                     --n_layer 6 --n_head 6 --n_embd 384
 train_cuda_40M      train --rounds 1 --batch 64 --preset small --block_size 512 --vocab_size 4096 --iters 40 \
                     --n_layer 12 --n_head 8 --n_embd 512
-crossover_U1M       crossover --scale gpu --arms ar,mdm,'ar wd 0.8','ar mlp dropout 0.1',\
-'ar random 0.15','mdm rate 0.5 random 0.05'
-crossover_U1M_seeds crossover --scale gpu --seeds 3 --arms ar,mdm,'ar wd 0.8','ar mlp dropout 0.1',\
-'ar random 0.15','mdm rate 0.5 random 0.05'
+crossover_U1M       crossover --scale gpu --arms ar,mdm,'ar wd 0.8','ar random 0.15',\
+'mdm rate 0.5 random 0.05' --arm 'ar random 0.25 wd 1.6: --recipe random=.25 --weight_decay 1.6'
+crossover_U1M_seeds crossover --scale gpu --seeds 3 --arms ar,mdm,'ar wd 0.8','ar random 0.15',\
+'mdm rate 0.5 random 0.05' --arm 'ar random 0.25 wd 1.6: --recipe random=.25 --weight_decay 1.6'
 decode_gpu          decode
 context_cuda        context --batches 1,64 --n_head 16 --head_dim 128
 attention_cuda      attention --lengths 2048,4096,8192,16384,32768,65536 --n_head 16 --head_dim 128
