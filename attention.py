@@ -88,7 +88,7 @@ class LayerConfig:
     dense_len: int = 8192           # infllm: a query that sees no more tokens reads all of them
     sel_per_head: bool = False      # infllm: each head picks for itself (MoBA)
     index_n_head: int | None = None     # dsa: None: n_head / 2
-    index_head_dim: int | None = None   # dsa, msa: None: the head width
+    index_head_dim: int | None = None   # None: msa the head width, dsa v_head_dim
 
 
 CHOICES = dict(
@@ -304,9 +304,8 @@ def put(cache, new, step):
         if step.valid is not None:
             entry = torch.where(step.valid[:, None, :, None], entry, buffer.gather(2, at))
         if step.rewrites and not step.commit:
-            buffer = buffer.scatter(2, at, entry)
-        else:
-            buffer.scatter_(2, at, entry)
+            buffer = buffer.clone()
+        buffer.scatter_(2, at, entry)
         if step.length != a.size(2):
             a = buffer[:, :, :step.length].to(a.dtype)
         read.append(a)
@@ -805,7 +804,7 @@ def check_shapes(q, k, v, beta, g, state, reset, write):
     legal = dict(
         k=(k, like_k),
         v=(v, like_v),
-        beta=(beta, per_token, like_k),
+        beta=(beta, per_token, *[like_k] * (write is not None)),
         write=(write, like_v),
         g=(g, per_token, like_k),
         state=(state, (B, H, K, V)),
@@ -1824,7 +1823,7 @@ def indexer_kl(scores, q, k, mask, scale=None):
 
 def window_attention(q, k, v, slots, limit, window, causal):
     """A sliding window over slots, of cached keys or with padding: only keys around the queries are read."""
-    size = q.size(2) + (window - 1) * (1 if causal else 2)
+    size = q.size(2) + (window - 1) * (2 - causal)
     slots = slots.expand(q.size(0), -1)
     s = slots[:, :1] - (window - 1) + count_to(size, q)       # (B, size)
     mask = visible_slots(slots, s, limit, window, causal)
@@ -1859,8 +1858,7 @@ def sdpa(q, k, v, causal, scale, mask):
         # A few queries: for enable_gqa SDPA may copy all keys once per query head. As rows of one head they
         # share them.
         if mask is not None:
-            mask = mask.expand(B, H, T, k.size(2))
-            mask = mask.unflatten(1, (h, -1)).flatten(2, 3)
+            mask = mask.expand(B, H, T, k.size(2)).unflatten(1, (h, -1)).flatten(2, 3)
         q = q.unflatten(1, (h, -1)).flatten(2, 3)
         y = sdpa(q, k, v, False, scale, mask)
         return y[..., :Dv].unflatten(2, (H // h, T)).flatten(1, 2)          # from (B, h, G T, Dv)
@@ -1897,8 +1895,7 @@ def flex_pays(q, v):
     with all scores in memory: outside of a compiled graph for long inputs only.
     """
     least = 128 if compiling() else 1024
-    width = min(q.size(-1), v.size(-1))
-    return q.is_cuda and q.size(-2) >= least and width >= 16
+    return q.is_cuda and q.size(-2) >= least and min(q.size(-1), v.size(-1)) >= 16
 
 
 @functools.lru_cache

@@ -2181,6 +2181,7 @@ delta(g_min=-8.0)                                           => g_min -8.0 must l
 delta(k=torch.zeros(2, 3, 9, 6))                            => k has shape
 delta(v=torch.zeros(2, 3, 9, 6))                            => v has shape
 delta(beta=torch.zeros(2, 3, 9, 6))                         => beta has shape
+delta(beta=torch.zeros(2, 3, 20, 8))                        => beta has shape
 delta(write=torch.zeros(2, 3, 20))                          => write has shape
 delta(g=torch.zeros(2, 3, 9, 6))                            => g has shape
 delta(state=torch.zeros(2, 3, 9, 6))                        => state has shape
