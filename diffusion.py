@@ -533,8 +533,7 @@ def sample_mdm(f, x, mask_id,
     first = torch.where(hole, place, T).amin(1)                 # (B,) hole
     block = torch.where(hole, (place - first[:, None]) // S, -1)        # (B, T)
     blocks = block.amax(1) + 1                                  # (B,)
-    passes = blocks * S if steps is None else steps
-    share = (passes / blocks.clamp(min=1)).ceil()               # (B,) for one block
+    share = ((steps or blocks * S) / blocks).ceil()             # (B,) for one block; without holes unused
     step = 0
     for k in range(int(blocks.max())):
         start = torch.minimum(first + k * S, valid.sum(1) - S).clamp(min=0)
@@ -601,7 +600,7 @@ def sample_block(f, x, mask_id, fill_block,
         stop = start + S
         part = x[:, start:stop]                                 # a view: filled in place
         while True:
-            left = S if steps is None else steps
+            left = steps or S
             while bool((live := part == mask_id).any()):
                 if cache:
                     logits = predict(f, part, mask_id, causal=False, cache=kv, commit=False)
@@ -691,11 +690,11 @@ def accept(p, drafts, q, generator=None):
     return F.pad(drafts, (0, 1)).scatter(1, n, last), n
 
 
-def draw(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+def draw(logits, temperature=1.0, generator=None, **law):
     """One token from each row of logits (M, V) -> (M,), with their `probabilities`."""
     if temperature == 0:
         return logits.argmax(-1)
-    return choose(probabilities(logits, temperature, top_k, top_p), generator).to(logits.device)
+    return choose(probabilities(logits, temperature, **law), generator).to(logits.device)
 
 
 def probabilities(logits, temperature=1.0, top_k=None, top_p=None):
@@ -705,7 +704,8 @@ def probabilities(logits, temperature=1.0, top_k=None, top_p=None):
         logits = logits.cpu()
     if temperature == 0:
         return F.one_hot(logits.argmax(-1), V).double()
-    logits = logits.double() / temperature
+    logits = logits.double()
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature     # else a tiny one makes inf - inf
     if top_k is None and top_p is None:
         return logits.softmax(-1)
     best, token = logits.topk(min(top_k or V, V))               # sorted
@@ -743,8 +743,7 @@ def new_cache(f, x):
     need(getattr(f, "has_cache", hasattr(f, "init_cache")),
          "a layer of this model has no init_cache: sample without a cache")
     kind = x.device.type
-    autocast = torch.is_autocast_enabled(kind)
-    dtype = torch.get_autocast_dtype(kind) if autocast else next(f.parameters()).dtype
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else next(f.parameters()).dtype
     return f.init_cache(x.size(0), x.size(1), x.device, dtype)
 
 

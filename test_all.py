@@ -2021,6 +2021,10 @@ published_size("qwen3-next")[0]              => 79674391296
 published_size("gpt-oss")[0]                 => 20914757184
 published_size("kimi-linear")[0]             => 49122675072
 diffusion.draw(torch.tensor([[1.0, 2.0, 0.0]]), temperature=0).tolist()  => [1]
+diffuse(sample_mdm, x=torch.tensor([[1, 0, 2, 1], [3, 3, 1, 3]]))[0].tolist() => [1, 0, 2, 1]
+diffuse(sample_mdm, x=torch.tensor([[1, 0, 2, 1], [3, 3, 1, 3]]), steps=2)[0].tolist() => [1, 0, 2, 1]
+diffuse(sample_mdm, x=torch.tensor([[1, 0, 2, 1], [3, 3, 1, 3]]), threshold=0.9)[0].tolist() => [1, 0, 2, 1]
+diffusion.probabilities(torch.tensor([1.0, 2.0, 0.0]), 1e-310).tolist() => [0, 1, 0]
 ORDERS.sort(1).values.unique(dim=0).tolist() => [[*range(8)]]
 ORDERS[0].tolist()                           => [*range(8)]
 torch.equal(ORDERS[1], ORDERS[2])            => True
