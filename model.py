@@ -101,6 +101,7 @@ class LM(nn.Module):
         init_weights(self)
 
     def forward(self, idx, causal=True, cache=None, commit=True, pos=None, valid=None, mask=None, aux=None):
+        need(mask is None or not self.config.causal, "causal=true reads no mask=: train it as mdm")
         step = step_of(idx, cache, causal or self.config.causal, commit, pos, valid, mask, aux)
         if pos is None:
             self.check_length(idx.size(1) if compiling() else step.length)      # a graph cannot count
@@ -109,20 +110,20 @@ class LM(nn.Module):
                  f"pos must lie between 0 and {self.config.block_size - 1}, where learned positions end")
         x = self.embed(idx)                         # (B, T, C)
         if self.embed_pos is not None:
-            x = x + self.embed_pos(step.pos)
+            x += self.embed_pos(step.pos)
         x = self.dropout(x)
         for i, block in enumerate(self.blocks):
-            x = block(x, step, None if cache is None else cache.layers[i])
-        if cache is not None and commit:
+            x = block(x, step, cache and cache.layers[i])
+        if cache and commit:
             cache.advance(step)
         if self.mtp and causal:
-            if cache is not None:
+            if cache:
                 cache.last = x, step                # where `draft` begins
             elif aux is not None:
                 aux["mtp"] = self.config.mtp * self.mtp_loss(idx, x, step)
         if self.config.shift and not causal:
-            need(cache is None, "a model with shift=true reads no cache unless it is causal")
-            x = torch.cat([x[:, :1], x[:, :-1]], dim=1)
+            need(cache is mask is None, "a model with shift=true reads no cache or mask= unless it is causal")
+            x = torch.cat([x[:, :1], x[:, :-1]], 1)
         return self.logits(self.norm(x))
 
     def logits(self, x):

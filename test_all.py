@@ -4181,6 +4181,8 @@ train TRAIN --objective mdm --recipe mask=0.1                 => not mdm
 train TRAIN --objective mdm --set mtp=0.3                   => --set mtp is for
 train TRAIN --recipe mask=0.1 --set mtp=0.3                 => without --recipe
 train TRAIN --objective block --diffusion_block 5           => must divide
+train TRAIN --objective block --set causal=true             => causal=true reads no mask
+train TRAIN --objective block --set shift=true              => shift=true reads no cache or mask
 train TRAIN --indexer_warmup 3                              => indexer
 train TRAIN --lr nan                                        => --lr
 train TRAIN --lr 1e30 --warmup 0                            => the norm of the weights became
