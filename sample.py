@@ -53,13 +53,12 @@ def parse_prompt(text, tokenizer, mask_id):
     """Token ids of a prompt; [MASK] or [MASK:n] stands for 1 or n tokens to fill in."""
     ids = []
     for i, part in enumerate(re.split(r"(\[MASK[^]]*\]?)", text)):
-        if i % 2 == 0:
+        if not i % 2:
             ids += encode(part, tokenizer)
             continue
         form = re.fullmatch(r"\[MASK(?::([0-9]{1,6}))?\]", part)
         count = form and int(form[1] or 1)
-        need(count, "--prompt: places to fill are written [MASK], or [MASK:n] for n of 1 to 999999, and it "
-                    f"has {part[:20]!r}")
+        need(count, f"--prompt: places to fill are [MASK], or [MASK:n] for n to 999999, not {part[:20]!r}")
         ids += [mask_id] * count
     return ids
 
@@ -68,20 +67,20 @@ def encode(text, tokenizer):
     """Token ids. In the prompt of a published model <|im_start|> and the like are tokens, not text."""
     names = "|".join(map(re.escape, tokenizer.special))
     parts = re.split(f"({names})", text) if tokenizer.more else [text]
-    ids = [[tokenizer.special[part]] if i % 2 else tokenizer.encode(part) for i, part in enumerate(parts)]
-    return sum(ids, [])
+    return sum(([tokenizer.special[part]] if i % 2 else tokenizer.encode(part)
+                for i, part in enumerate(parts)), [])
 
 
 def sampler(args, lm, flags, infill):
     """(which of diffusion.sample_ar, sample_mdm and sample_block is the run's, the flags that fit it).
     ValueError for a flag that does not."""
-    objective, size = flags["objective"], flags["diffusion_block"]
+    objective = flags["objective"]
+    size = flags["diffusion_block"]
     asked = [k for k in DIFFUSION if getattr(args, k) is not None]
     if objective == "ar" or objective == "mixed" and not (infill or asked):  # a mixed model does both
-        need(not infill, "[MASK] in a prompt needs a diffusion model, and this run is autoregressive: train "
-             "with --objective mdm")
-        need(not asked, f"--{asked and asked[0]} is for diffusion, and this run is autoregressive: leave it "
-             "out, or train with --objective mdm")
+        need(not infill, "[MASK] in a prompt needs a diffusion model: train with --objective mdm")
+        need(not asked,
+             f"--{asked and asked[0]} is for diffusion, and this run is autoregressive: leave it out")
         if args.draft:
             need(objective == "mixed" or lm.mtp, "--draft needs a run of --objective mixed or --set mtp=0.3")
             check_rewrites(lm.config, "--draft")
@@ -106,14 +105,15 @@ def check_rewrites(config, flag):
     """The dual cache and drafts write keys over others: ValueError unless every layer can."""
     for name, values in model.parse_layers(config.layers, config.n_layer):
         need(name == "mla" or name == "full" and values.get("window", config.window) is None,
-             f"{flag} computes tokens inside the text anew, which only the layers 'full' without window and "
-             f"'mla' can do, and this run's are '{config.layers}', window {config.window}: choose another "
-             f"run, or leave {flag} out")
+             f"{flag} computes tokens inside the text anew, as only layers 'full' without window and 'mla' "
+             f"can, and this run's are '{config.layers}', window {config.window}: leave {flag} out")
 
 
 def generate(args, lm, tokenizer, flags):
     """Prints the samples. Returns (kind of sampler, the text of the first one's canvas after each step)."""
-    mask, window, rows = lm.mask_id, lm.config.block_size, []
+    mask = lm.mask_id
+    window = lm.config.block_size
+    rows = []
     prompts = [parse_prompt(text, tokenizer, mask) for text in args.prompt or [""]]
     kind, fitting = sampler(args, lm, flags, any(mask in ids for ids in prompts))
     for ids in prompts:
@@ -121,17 +121,18 @@ def generate(args, lm, tokenizer, flags):
         if new is None:
             new = 0 if mask in ids else max(1, min(200, window - len(ids)))
         fits = len(ids) + new <= window or kind == "ar" and len(ids) < window  # AR may go on behind it
-        need(fits, f"prompt ({len(ids)} tokens) and new tokens ({new}) exceed the model's window of "
-             f"{window}: shorten one, or use --max_new_tokens")
-        need(new > 0 or new == 0 and mask in ids, f"--max_new_tokens {new}: nothing to generate, use at "
-             "least 1 or put [MASK] into the prompt")
+        need(fits, f"prompt ({len(ids)} tokens) and --max_new_tokens ({new}) exceed the window of {window}")
+        need(new >= (mask not in ids),
+             f"--max_new_tokens {new}: nothing to generate, use at least 1 or put [MASK] into the prompt")
         size = len(prompts) * args.num_samples * (len(ids) + new)
-        need(size <= 1 << 24, f"--num_samples {args.num_samples}, --max_new_tokens {new}: {size:,} tokens, "
-             f"and at most {1 << 24:,} are written at once")
+        need(size <= 1 << 24,
+             f"--num_samples {args.num_samples}, --max_new_tokens {new}: {size:,} tokens, over {1 << 24:,}")
         rows += [ids + [mask] * new] * args.num_samples
-    device, tic = lm.embed.weight.device, time.perf_counter()
+    device = lm.embed.weight.device
+    tic = time.perf_counter()
     x, valid = (a.to(device) for a in diffusion.canvas(rows, 0, mask))
-    first, steps = [canvas_text(rows[0], tokenizer, mask)], 0
+    first = [canvas_text(rows[0], tokenizer, mask)]
+    steps = 0
 
     def seen(step, x):
         nonlocal steps
@@ -141,10 +142,11 @@ def generate(args, lm, tokenizer, flags):
         if args.watch:
             show(step, first[-1], args.pause)
 
-    hook, tool = {}, None
+    hook = {}
+    tool = None
     if args.tool:
-        need(args.tool in TOOLS and kind != "mdm", f"--tool {args.tool}: expected {' or '.join(TOOLS)}, and "
-             "a run of objective ar or block, which writes in order")
+        need(args.tool in TOOLS and kind != "mdm",
+             f"--tool {args.tool}: expected {' or '.join(TOOLS)}, and a run of objective ar or block")
         tool = ToolCalls(TOOLS[args.tool], tokenizer, mask, map(len, rows))
         hook = {"on_token" if kind == "ar" else "on_block": tool}
     generator = torch.Generator("cpu" if device.type == "mps" else device).manual_seed(args.seed)
@@ -152,8 +154,8 @@ def generate(args, lm, tokenizer, flags):
     out = write(lm, x, mask, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, valid=valid,
                 eot_id=tokenizer.eot, generator=generator, callback=seen, **fitting, **hook)
     for i, (row, given) in enumerate(zip(out.tolist(), rows), 1):
-        written = [t for t, g in zip(row, given) if g != mask or t != tokenizer.eot]  # the drawn ends at EOT
-        text = tokenizer.decode(written)
+        # what is drawn ends at EOT
+        text = tokenizer.decode([t for t, g in zip(row, given) if g != mask or t != tokenizer.eot])
         print(f"--- sample {i}\n" * (len(rows) > 1) + text)
         if tool and text.rpartition("<tool>")[2].count("</tool>") < ("<tool>" in text):
             print(f"sample {i}: its last <tool> is never closed, so nothing was called", file=sys.stderr)
@@ -173,7 +175,8 @@ def score(args, lm, tokenizer, flags):
     exact for AR, a bound and exact chains for diffusion."""
     need(args.windows >= 0, f"--windows {args.windows}: expected a number of windows, 0 for all")
     S = flags["diffusion_block"] if flags["objective"] == "block" else 1
-    files, T = prepare.find_texts(args.text), lm.config.block_size // S * S
+    files = prepare.find_texts(args.text)
+    T = lm.config.block_size // S * S
     size = sum(len(text.encode()) for text, _, _ in prepare.read_text(files))
     parts = (part.tolist() for part, _ in tokenizer.encode_stream(prepare.read_text(files)))
     ids = list(itertools.islice(itertools.chain.from_iterable(parts), args.windows * T or None))
@@ -185,7 +188,8 @@ def score(args, lm, tokenizer, flags):
           f"{size:,} bytes of text; {scored / x.numel():.3f} bytes per token")
     for name, likelihood in panel(lm, flags, x.to(lm.embed.weight.device), args.n_mc):
         nats, error = likelihood()
-        nats, spread = nats.mean().item(), f" +- {error:.4f}" if error else ""
+        nats = nats.mean().item()
+        spread = f" +- {error:.4f}" if error else ""
         bits = nats * x.numel() / max(1, scored) / math.log(2)
         print(f"{name:<45} {nats:.4f}{spread} nats/token, {bits:.4f} bits/byte")
 
@@ -196,7 +200,8 @@ def panel(lm, flags, x, n_mc=64, fill_blocks=(4,)):
 
     A block run needs T to be a multiple of its blocks. Chains take T passes each, any order in blocks of S
     (2 ** S - 1) / S times as many."""
-    objective, mask = flags["objective"], lm.mask_id
+    objective = flags["objective"]
+    mask = lm.mask_id
     block = flags["diffusion_block"] if objective == "block" else None
     name = f"block diffusion ({block})" if block else "diffusion"
     sizes = dict.fromkeys(math.gcd(S, block or S) for S in fill_blocks)
@@ -237,13 +242,14 @@ def export(args, lm, tokenizer, flags):
     """Writes a new folder that transformers reads, and our scripts: config.json, model.safetensors, and the
     run's tokenizer. Our row V is a token more there. ValueError where the nearest kind of model, gpt2, llama
     or qwen3, computes something else."""
-    V, folder = lm.V, Path(args.export)
+    V = lm.V
+    folder = Path(args.export)
     c = model.override(lm.config, {"n_inner": model.inner_width(lm.config)})
     kind = "gpt2" if c.mlp in ("gelu", "gelu_new") else "qwen3" if c.qk_norm else "llama"
-    names = model.settings(GPT2 if kind == "gpt2" else LLAMA)
-    config = {theirs: getattr(c, ours) for theirs, ours in names.items()}
-    config |= dict(model_type=kind, vocab_size=V + 1, mask_token_id=V, bos_token_id=V,
-                   eos_token_id=tokenizer.eot, objective=flags["objective"])
+    config = dict(model_type=kind, vocab_size=V + 1, mask_token_id=V, bos_token_id=V,
+                  eos_token_id=tokenizer.eot, objective=flags["objective"])
+    for theirs, ours in model.settings(GPT2 if kind == "gpt2" else LLAMA).items():
+        config[theirs] = getattr(c, ours)
     twin, x, same = model.LM(model.read_config(config)).eval(), torch.arange(c.block_size)[None] % V, False
     with contextlib.suppress(RuntimeError):                     # other shapes
         twin.load_state_dict(lm.state_dict(), strict=False)     # biases that ours has not stay 0
@@ -268,8 +274,10 @@ def harness(run, device="cpu", measure=None, n_mc=32):
     from lm_eval.api.model import LM
     import bench
     lm, state = train.load_model(run, device=device)
-    flags, tokenizer = {**train.DEFAULTS, **state["flags"]}, prepare.load_tokenizer(run)
-    measure, T = measure or bench.MEASURES[flags["objective"]][0], lm.config.block_size
+    flags = train.DEFAULTS | state["flags"]
+    tokenizer = prepare.load_tokenizer(run)
+    measure = measure or bench.MEASURES[flags["objective"]][0]
+    T = lm.config.block_size
 
     def judge(context, end, seed):
         item = bench.item_of(context, [end], 0, tokenizer)
@@ -318,8 +326,8 @@ def wrap(text, width, height):
 
 def show(step, text, pause):
     """Clears the terminal and writes the text there."""
-    size = shutil.get_terminal_size()
-    rows = wrap(text, size.columns, size.lines - 2)
+    width, height = shutil.get_terminal_size()
+    rows = wrap(text, width, height - 2)
     print(f"\x1b[H\x1b[Jstep {step}", *rows, sep="\n")
     time.sleep(pause)
 
@@ -332,7 +340,8 @@ def moving_picture(path, panels):
     font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSansMono.ttf", 15)
     panels = [(names[kind], [wrap(text, 40, 16) for text in texts]) for kind, texts in panels]
     frames = min(60, max(len(pages) for _, pages in panels))
-    rows, images = max(len(page) for _, pages in panels for page in pages), []
+    rows = max(len(page) for _, pages in panels for page in pages)
+    images = []
     for i in range(frames):
         image = Image.new("L", (420 * len(panels), 22 * rows + 60), 255)
         draw = ImageDraw.Draw(image)
@@ -360,8 +369,12 @@ class ToolCalls:
     end (B,): length of each row. calls: [(row, call, result, None or why it failed)].
     """
     def __init__(self, tool, tokenizer, mask_id, end, seconds=5.0, failed="error"):
-        self.tokenizer, self.mask_id, self.seconds, self.failed = tokenizer, mask_id, seconds, failed
-        self.end, self.calls = [int(e) for e in end], []
+        self.tokenizer = tokenizer
+        self.mask_id = mask_id
+        self.seconds = seconds
+        self.failed = failed
+        self.end = [*map(int, end)]
+        self.calls = []
         self.tools = tool if isinstance(tool, list) else [tool] * len(self.end)
         self.done = [0] * len(self.end)         # tokens of each row that need no look
 
@@ -420,17 +433,17 @@ def calculator(text):
     evaluates the text as Python. ValueError for anything else, ZeroDivisionError and OverflowError as in
     Python."""
     def value(node):
-        if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        if type(getattr(node, "value", None)) in (int, float):
             return node.value
-        if isinstance(node, (ast.BinOp, ast.UnaryOp)) and type(node.op) in OPERATIONS:
+        if type(getattr(node, "op", None)) in OPERATIONS:
             parts = (value(n) for n in ast.iter_child_nodes(node) if isinstance(n, ast.expr))
             return OPERATIONS[type(node.op)](*parts)
         raise SyntaxError
     try:
         result = value(ast.parse(text.strip() if len(text) <= 200 else "", mode="eval").body)
     except (SyntaxError, MemoryError, RecursionError):
-        raise ValueError(f"'{text[:40]}' is no arithmetic: expected numbers, + - * / and parentheses, at "
-                         "most 200 characters") from None
+        raise ValueError(f"'{text[:40]}' is no arithmetic of at most 200 characters: numbers, + - * / and ()"
+                         ) from None
     return str(result) if isinstance(result, int) else f"{result:.10g}"
 
 
@@ -458,13 +471,11 @@ GENERATE = {
     "top_k": (int, "draw from the k most probable tokens"),
     "top_p": (float, "draw from the smallest set of tokens with this probability"),
     "steps": (int, "diffusion: forward passes, of each block in a block run (default: one per token)"),
-    "threshold": (float, "diffusion: a pass takes every token that is at least so probable, instead of "
-                  "--steps"),
+    "threshold": (float, "diffusion: a pass takes every token at least so probable, instead of --steps"),
     "order": (str, f"diffusion: {', '.join(diffusion.ORDERS)} (default: random; max_prob with --threshold)"),
     "fill_block": (int, "diffusion: fill blocks of so many tokens, one after the other (default: no blocks)"),
     "cache": (bool, "diffusion in blocks: the dual cache, an approximation"),
-    "refresh": (int, "renew the cache also after so many steps inside a block (default: only when one "
-                "starts)"),
+    "refresh": (int, "renew the cache also after so many steps in a block (default: when one starts)"),
     "draft": (0, "AR: tokens that the run itself proposes for each pass; texts keep their distribution"),
     "tool": (str, f"run the calls <tool>...</tool> that the model writes: {', '.join(TOOLS)}"),
     "seed": (0, "(default: 0)"),
@@ -482,8 +493,8 @@ def parse_args(argv):
                             formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="run folder of train.py, or a checkpoint in one")
     if scoring:
-        parser.add_argument("--text", required=True, nargs="+", help="as prepare.py reads it: .txt .md "
-                            ".jsonl, packed, folders")
+        parser.add_argument("--text", required=True, nargs="+",
+                            help="as prepare.py reads it: .txt .md .jsonl, packed, folders")
     for flag, (default, text) in {**COMMON, **(SCORE if scoring else GENERATE)}.items():
         kind = default if isinstance(default, type) else type(default)
         how = dict(type=kind, default=None if kind is default else default)
@@ -495,7 +506,8 @@ def parse_args(argv):
             how = dict(action="append")
         parser.add_argument(f"--{flag}", help=text, **how)
     args = parser.parse_args(argv[scoring:])
-    args.do, args.runs = score, [args.run]
+    args.do = score
+    args.runs = [args.run]
     if not scoring:
         args.do = export if args.export else generate
         need(args.num_samples > 0, f"--num_samples {args.num_samples} must be at least 1")
@@ -508,13 +520,14 @@ def parse_args(argv):
 def main(argv=None):
     prepare.console()
     try:
-        args, panels = parse_args(list(sys.argv[1:] if argv is None else argv)), []
+        args = parse_args(sys.argv[1:] if argv is None else argv)
+        panels = []
         for run in args.runs:
-            device, dtype = train.pick_device(args.device), getattr(torch, args.dtype)
-            lm, state = train.load_model(run, args.which, device, dtype)
+            lm, state = train.load_model(run, args.which, train.pick_device(args.device),
+                                         getattr(torch, args.dtype))
             train.set_threads(args.threads, lm)
             tokenizer = prepare.load_tokenizer(run)
-            flags = {**train.DEFAULTS, **state["flags"]}
+            flags = train.DEFAULTS | state["flags"]
             if panels and flags["objective"] == "ar":           # --steps and its kind were for the first run
                 vars(args).update(dict.fromkeys(DIFFUSION))
             panels.append(args.do(args, lm, tokenizer, flags))

@@ -144,7 +144,9 @@ BUDGET = {
 @each("name", BUDGET)
 def test_size(name):
     """Tokens without comments and layout, a docstring or an f-string one token; lines of 110 columns."""
-    text, count, inside = Path(__file__).with_name(name).read_text(encoding="utf-8"), 0, 0
+    text = Path(__file__).with_name(name).read_text(encoding="utf-8")
+    count = 0
+    inside = 0
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         kind = tokenize.tok_name[token.type]
         count += not inside and kind not in ("NL", "NEWLINE", "COMMENT", "INDENT", "DEDENT", "ENDMARKER")
@@ -260,7 +262,9 @@ def test_cached_equals_parallel(case):
     """Prefill and token-by-token decoding, in any cut, with drafts (commit=False) in between."""
     layer, ones = make_layer(case), [1] * 40
     for chunks in ([1], [2], [31], ones[:31], [15] + ones[:16], [100], [25, 1, 1, 2, 31] + ones):
-        x, cache, out = torch.randn(2, sum(chunks), 32), layer.init_cache(2, sum(chunks)), []
+        x = torch.randn(2, sum(chunks), 32)
+        cache = layer.init_cache(2, sum(chunks))
+        out = []
         for part in x.split(chunks, dim=1):
             layer(torch.randn_like(part), cache=cache, commit=False)
             out.append(layer(part, cache=cache))
@@ -294,14 +298,19 @@ def test_padding_changes_nothing(case, causal):
     layer, lengths = make_layer(case), (30, 17, 2)
     valid = up_to(*lengths)
     junk = math.nan if layer.family == "linear" else 1e3    # what a state took in would stay there
-    x, more = torch.randn(3, 30, 32).masked_fill(~valid[..., None], junk), torch.randn(3, 3, 32)
-    cache, aux, total = layer.init_cache(3, 33), {}, 0
+    x = torch.randn(3, 30, 32).masked_fill(~valid[..., None], junk)
+    more = torch.randn(3, 3, 32)
+    cache = layer.init_cache(3, 33)
+    aux = {}
+    total = 0
     y = layer(x, causal=causal, valid=valid, aux=aux)
     cached = layer(x, causal=causal, valid=valid, cache=cache)
     after = decode(layer, more, [1, 2], cache)
     last = layer(more[:, :1], cache=cache, valid=torch.tensor([[False], [True], [True]]))   # row 0 is full
     for b, n in enumerate(lengths):
-        row, one, own = slice(b, b + 1), layer.init_cache(1, 40), {}
+        row = slice(b, b + 1)
+        one = layer.init_cache(1, 40)
+        own = {}
         alone = layer(x[row, :n], causal=causal, cache=one, aux=own)
         close(y[row, :n], alone)
         close(cached[row, :n], alone)
@@ -390,7 +399,8 @@ def test_layers_of_nothing(case):
         assert layer(x, causal=causal).shape == x.shape
         assert layer(x, causal=causal, cache=cache, valid=torch.ones(B, T) > 0).shape == x.shape
         assert not cache.pos.any() and cache.used == 0
-    layer, x = layer.to("meta"), torch.randn(2, 70, 32, device="meta")
+    layer = layer.to("meta")
+    x = torch.randn(2, 70, 32, device="meta")
     assert layer(x).shape == layer(x, causal=False).shape == x.shape
     if layer.family == "linear":
         assert layer(x[:, :3], cache=layer.init_cache(2, 9, "meta")).shape == (2, 3, 32)
@@ -402,11 +412,14 @@ def test_layers_of_nothing(case):
 @no_grad
 def test_slots_in_use_are_computed_anew(case, causal, max_len):
     """pos into a cache answers as the changed canvas does; a draft (commit=False) leaves every bit."""
-    layer, x, new = make_layer(case), torch.randn(2, 12, 32), torch.randn(2, 4, 32)
+    layer = make_layer(case)
+    x = torch.randn(2, 12, 32)
+    new = torch.randn(2, 4, 32)
     cache = layer.init_cache(2, max_len)
     layer(x, cache=cache)
     tensors = lambda: [a.clone() for a in vars(cache).values() if torch.is_tensor(a)]
-    before, canvas = tensors(), torch.cat([x[:, :3], new, x[:, 7:]], dim=1)
+    before = tensors()
+    canvas = torch.cat([x[:, :3], new, x[:, 7:]], dim=1)
     want = layer(canvas, causal=causal)
     anew = partial(layer, new, cache=cache, causal=causal, pos=torch.arange(3, 7))
     close(anew(commit=False), want[:, 3:7])
@@ -421,7 +434,9 @@ def test_slots_in_use_are_computed_anew(case, causal, max_len):
 @each_case
 def test_layers_in_bfloat16(case):
     """Under autocast, as train.py does it, and all in bf16: near float32, with gradients, cached."""
-    layer, x, aux = make_layer(case), torch.randn(2, 100, 32), {}
+    layer = make_layer(case)
+    x = torch.randn(2, 100, 32)
+    aux = {}
     near = slice(0, 5 if layer.family == "sparse" else None)    # further on it may choose otherwise
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x, aux=aux)
@@ -457,7 +472,8 @@ def test_layers_compile_to_one_graph(case):
         x = torch.randn(1, T, 32, requires_grad=True)
         same_gradients(f, partial(layer, causal=causal), [x])
         assert counter.frame_count == 1
-    counter, cache = CompileCounterWithBackend("eager"), layer.init_cache(1, 20)
+    counter = CompileCounterWithBackend("eager")
+    cache = layer.init_cache(1, 20)
     step = torch.compile(layer, backend=counter, fullgraph=True)
     with torch.no_grad():
         layer(x[:, :15], cache=cache)
@@ -532,7 +548,8 @@ def test_softmax_layers_are_their_definition(case):
     pos = slots + torch.randint(3, (4, 12)).cumsum(1)
     valid = up_to(7, 12, 9, 12)
     near = (pos[:, :, None] - pos[:, None]).abs() < CASES[case].get("window", math.inf)
-    every, given = torch.ones(12, 12) > 0, (torch.rand(12, 12) < 0.7) | (slots[:, None] == slots)
+    every = torch.ones(12, 12) > 0
+    given = (torch.rand(12, 12) < 0.7) | (slots[:, None] == slots)
     for causal, mask, seen in ((True, None, every.tril()), (False, None, every), (True, given, given)):
         seen = (seen & near & valid[:, None]).unsqueeze(1)
         q, *kv = layer.project(x, attention.step_of(x, pos=pos))
@@ -709,7 +726,9 @@ def test_block_sparse_paths_are_their_definition(G, block, tile):
 def test_layers_take_the_blocks_path(name, monkeypatch):
     """Where it pays, on a CPU; in several slices; equal to the mask with padding, in both directions."""
     layer = make_layer(name, n_kv_head=2, sel_block=32, sel_topk=3, sel_init=0, sel_local=2, dense_len=0)
-    x, valid, taken = torch.randn(2, 1101, 32, requires_grad=True), up_to(1101, 900), []
+    x = torch.randn(2, 1101, 32, requires_grad=True)
+    valid = up_to(1101, 900)
+    taken = []
     pick_path = attention.pick_path
 
     def run(path):
@@ -730,7 +749,9 @@ def test_layers_take_the_blocks_path(name, monkeypatch):
 @each("tile", (1, 16))
 def test_select_blocks_is_its_definition(tile):
     """By enumeration: forced blocks, exactly min(topk, visible) picks, ties to the earliest, tiles add up."""
-    T, block, n = 45, 8, 6
+    T = 45
+    block = 8
+    n = 6
     slots = torch.arange(T).expand(2, T)
     scores = torch.randint(-1, 2, (2, 1, T, n)) * torch.tensor([1.0, -1.0, 1.0]).repeat(2)     # 0 and -0 tie
     scores[1, 0, 37:, 1:3] += 9                     # what the second row's padding would choose
@@ -758,7 +779,9 @@ def test_compressed_scores_are_the_papers(size, stride, block):
     """NSA's double sum (eq. 9) over strides of windows; InfLLM-V2: the best window that touches the block."""
     T = 3 * block + 5
     N = max((T - size) // stride + 1, 1)
-    q, ck, t = torch.randn(1, 4, T, 4), torch.randn(1, 2, N, 4), torch.arange(T)
+    q = torch.randn(1, 4, T, 4)
+    ck = torch.randn(1, 2, N, 4)
+    t = torch.arange(T)
     seen = torch.arange(N) * stride + size <= t[:, None] + 1
     p = (q @ ck.repeat_interleave(2, 1).mT / 2).masked_fill(~seen, -1e9).softmax(-1) * seen
     p = p.unflatten(1, (2, 2)).sum(2).unsqueeze(-1)                 # (1, 2, T, N, 1)
@@ -816,7 +839,10 @@ def test_sparse_layers_are_their_definition(case, causal, tile, T):
     """The blocks with the best scores are read and no others; the index learns from these."""
     dense_len = 56 * (case == "infllm")
     layer = make_layer(case, position="none", sel_tile=tile, dense_len=dense_len)
-    x, t, ck, index = torch.randn(1, T, 32), torch.arange(T), None, None
+    x = torch.randn(1, T, 32)
+    t = torch.arange(T)
+    ck = None
+    index = None
     end = t + 1 if causal else torch.full_like(t, T)
     seen = t < end[:, None]
     q, k, v = layer.project(x, attention.step_of(x))   # of dsa: queries, latents, what queries are made of
@@ -828,7 +854,8 @@ def test_sparse_layers_are_their_definition(case, causal, tile, T):
         index = index_scores(case, layer, x, v if case == "dsa" else x)
     elif case == "nsa":
         windows = [a.unfold(2, 8, 4).mT + place for a, place in zip((k, v), layer.window_pos)]
-        ck, cv = layer.k_compress(windows[0].flatten(-2)), layer.v_compress(windows[1].flatten(-2))
+        ck = layer.k_compress(windows[0].flatten(-2))
+        cv = layer.v_compress(windows[1].flatten(-2))
     else:
         ck = k.unfold(2, 8, layer.cmp_stride).mean(-1)
 
@@ -873,7 +900,8 @@ def test_sparse_layers_are_their_definition(case, causal, tile, T):
 @each("case", ("msa", "dsa"))
 def test_indexer_trains_alone(case):
     """Gradients stay on their side, in all three stages."""
-    layer, x = make_layer(case), torch.randn(2, 96, 32, requires_grad=True)
+    layer = make_layer(case)
+    x = torch.randn(2, 96, 32, requires_grad=True)
     weights = dict(layer.named_parameters())
     index = {name for name in weights if name.startswith("index_")}
 
@@ -1058,7 +1086,10 @@ def test_rules_in_bfloat16(rule, causal):
 
 def linear_formula(case, layer, x, causal):
     """Convolution, L2 norm, decay, strength of a write, norm and gate, as FixedState's docstring has them."""
-    H, Hv, n, taps = layer.H, layer.Hv, layer.writes, layer.conv_weight
+    H = layer.H
+    Hv = layer.Hv
+    n = layer.writes
+    taps = layer.conv_weight
     before = taps.size(1) - 1
     if not causal:                                  # the same taps ahead
         taps = torch.cat([taps, taps[:, :-1].flip(1)], dim=1)
@@ -1084,7 +1115,8 @@ def linear_formula(case, layer, x, causal):
         if layer.channel_beta:
             write = gate(layer.write_proj)
     if layer.delta and causal:
-        o, S = [], torch.zeros(2, Hv, layer.K, layer.V)
+        o = []
+        S = torch.zeros(2, Hv, layer.K, layer.V)
         for t in range(20):
             S = S if g is None else S * g[:, :, t].exp().view(2, Hv, -1, 1)
             for j in range(n):                      # head h writes its keys h n to h n + n - 1 in turn
@@ -1133,7 +1165,8 @@ def test_short_convolution_is_conv1d(T, symmetric, compiled, monkeypatch):
     def conv1d(x, w):
         ahead = 0
         if symmetric:
-            w, ahead = torch.cat([w, w[:, :-1].flip(1)], dim=1), 3
+            w = torch.cat([w, w[:, :-1].flip(1)], dim=1)
+            ahead = 3
         return F.conv1d(F.pad(x.mT, (0, ahead)), w.unsqueeze(1), groups=5).mT
     same_gradients(partial(attention.short_conv, symmetric=symmetric), conv1d, inputs)
 
@@ -1172,7 +1205,8 @@ def test_logits():
 
 
 def test_beyond_block_size():
-    x, lm = torch.zeros(1, 20).long(), LM(tiny(block_size=16, position="learned"))
+    x = torch.zeros(1, 20).long()
+    lm = LM(tiny(block_size=16, position="learned"))
     with pytest.warns(UserWarning, match="block_size 16"):
         LM(tiny(block_size=16))(x)
     y, cache = lm(x[:, :16]), lm.init_cache(1, 20)
@@ -1301,7 +1335,8 @@ def test_moe_balance_loss_is_its_definition():
 
     A mean over tokens: padding counts nowhere.
     """
-    moe, x = make_moe(**MOES["softmax"], router_aux=0.5), torch.randn(2, 10, 32)
+    moe = make_moe(**MOES["softmax"], router_aux=0.5)
+    x = torch.randn(2, 10, 32)
 
     def loss(x, valid=None, before=0.0):
         aux = {"balance": before}
@@ -1324,7 +1359,8 @@ def test_moe_bias_moves_towards_equal_load():
     """One step for each expert, centred; counted are the choices of training, and no token is dropped."""
     moe, x = make_moe(router_bias_step=0.02), torch.randn(1, 512, 32)
     moe.bias[0] = 0.1
-    count, before = best(torch.sigmoid(x[0] @ moe.router.weight.T) + moe.bias, 2).sum(0), moe.bias.clone()
+    count = best(torch.sigmoid(x[0] @ moe.router.weight.T) + moe.bias, 2).sum(0)
+    before = moe.bias.clone()
     assert count.max() > 1.2 * 128
     moe(x)
     assert (moe.balance() == count).all()
@@ -1362,7 +1398,9 @@ def test_preset_twins_train_and_decode(name):
     with torch.device("meta"), warnings.catch_warnings(action="ignore"):        # the pattern is cut
         laptop = LM(from_preset(name, n_layer=4, n_embd=256, vocab_size=257))
     assert laptop.num_params() < 13e6 and 1024 % laptop.config.block_size == 0
-    lm, x, aux = LM(from_preset(name, n_layer=4, n_embd=64, vocab_size=11)), torch.randint(11, (2, 24)), {}
+    lm = LM(from_preset(name, n_layer=4, n_embd=64, vocab_size=11))
+    x = torch.randint(11, (2, 24))
+    aux = {}
     loss = ar_loss(partial(lm, aux=aux), x, 11)
     (loss + sum(aux.values())).backward()
     assert all(p.grad is not None for p in lm.parameters())
@@ -1422,7 +1460,8 @@ def chains(f, x, places):
     """(orders, B): -log p of x (B, T) at `places` by the chain rule, in each order; left to right first."""
     nats = []
     for order in permutations(places):
-        masked, total = torch.isin(torch.arange(x.size(1)), torch.tensor(order)), 0
+        masked = torch.isin(torch.arange(x.size(1)), torch.tensor(order))
+        total = 0
         for i in order:
             logits = f(torch.where(masked, f.V, x), causal=False)[:, i]
             total = total + F.cross_entropy(logits, x[:, i], reduction="none")
@@ -1456,7 +1495,9 @@ def test_orders_by_enumeration():
     and so is the mean over every mask, where n is uniform, and the choice of n places."""
     T = 4
     f, x = OrderTable(3, T), torch.randint(3, (1, T))
-    nats, mean, want = [], 0.0, bound(f, x, range(T)).item()
+    nats = []
+    mean = 0.0
+    want = bound(f, x, range(T)).item()
     for order in permutations(range(T)):
         order = torch.tensor([order])
         nats.append(block_diffusion_loss(f, x.gather(1, order), 3, 1, pos=order).item())
@@ -1497,7 +1538,9 @@ def test_mdm_noise_is_uniform_and_stratified():
 
 def test_losses_are_means_and_sums():
     """Of the tokens of the batch, or of each objective's."""
-    f, x, noise = DiffTable(3, 5), torch.randint(3, (12, 5)), mdm_noise(12, 5)
+    f = DiffTable(3, 5)
+    x = torch.randint(3, (12, 5))
+    noise = mdm_noise(12, 5)
     ar = ar_loss(f, x[:3], 3, reduction="none")
     mdm = mdm_loss(f, x[3:], 3, [a[3:] for a in noise], reduction="none")
     for reduction in ("mean", "sum"):
@@ -1529,7 +1572,8 @@ def test_chain_nll_is_a_distribution(order):
     scored = torch.tensor([[False, True, True, True], [False, False, True, False]])
     nll = chain_nll(f, hidden, 3, order, scored=scored)
     close(nll[1:], chains(f, hidden[1:], [2])[0])
-    lm, texts = LM(tiny(vocab_size=2)).double().eval(), all_texts(2, 6)
+    lm = LM(tiny(vocab_size=2)).double().eval()
+    texts = all_texts(2, 6)
     for S in (1, 2, 3, 6):
         nll = chain_nll(lm, texts, 2, order, noise_block=S)
         assert torch.exp(-6 * nll).sum().item() == approx(1, abs=1e-9)
@@ -1541,7 +1585,8 @@ def test_any_order_nll_is_the_mean_over_orders():
     f, every = DiffTable(3, 4), all_texts(3, 4)
     mean = -chains(f, every, range(4)).neg().exp().mean(0).log() / 4
     close(any_order_nll(f, every, 3, 4), mean)
-    lm, x = LM(tiny(vocab_size=2)).double().eval(), all_texts(2, 6)
+    lm = LM(tiny(vocab_size=2)).double().eval()
+    x = all_texts(2, 6)
     for S, noise_block in ((1, 3), (3, 3), (2, 6), (4, None)):      # the last in blocks of 4 and of 2
         nll = any_order_nll(lm, x, 2, S, noise_block)
         close(nll.mul(-6).exp().sum(), torch.ones(()).double())
@@ -1553,7 +1598,10 @@ def test_any_order_nll_is_the_mean_over_orders():
 def test_mdm_nll_estimates_the_bound(drawn, monkeypatch):
     """With an honest error; with context, the bound of the smaller problem. Also with few uniforms at a time:
     then its memory does not grow with the windows."""
-    f, x, sizes, rand = DiffTable(3, 5), torch.randint(3, (6, 5)), [], torch.rand
+    f = DiffTable(3, 5)
+    x = torch.randint(3, (6, 5))
+    sizes = []
+    rand = torch.rand
     count = lambda *shape, **how: sizes.append(math.prod(shape)) or rand(*shape, **how)
     monkeypatch.setattr("torch.rand", count)
     monkeypatch.setattr("diffusion.DRAWN", drawn)
@@ -1575,7 +1623,8 @@ def test_mdm_nll_reads_token_files(kind, V):
     x = torch.randint(V, (9, 4))
     x.numpy().astype("uint16" if V > 200 else kind).tofile("tokens")
     mapped = torch.from_numpy(np.memmap("tokens", dtype=kind, mode="c").reshape(9, 4))
-    group, scored = torch.tensor([0, 0, 0, 1, 1, 2, 4, 4, 4]), torch.ones(9, 4, dtype=torch.bool).tril(2)
+    group = torch.tensor([0, 0, 0, 1, 1, 2, 4, 4, 4])
+    scored = torch.ones(9, 4, dtype=torch.bool).tril(2)
     for more in (dict(noise_block=2), dict(scored=scored, group=group)):
         a, b = (mdm_nll(lm, ids, V, 8, batch_size=n, per_row=True, **more)[0]
                 for ids, n in ((x, 99), (mapped, 2)))
@@ -1591,7 +1640,8 @@ def test_groups_share_masks():
         return torch.zeros(*idx.shape, 13)
     scored = (torch.arange(12) >= 4).repeat(4, 1)
     scored[1, 8:] = False
-    x, group = torch.zeros(4, 12, dtype=torch.int64), torch.tensor([0, 0, 0, 1])
+    x = torch.zeros(4, 12, dtype=torch.int64)
+    group = torch.tensor([0, 0, 0, 1])
     mdm_nll(f, x, 13, 64, scored=scored, group=group, batch_size=10 ** 6)
     whole, short, again, other = torch.cat([s.view(-1, 4, 12) for s in seen]).unbind(1)     # (64, 12) each
     assert torch.equal(whole, again) and not torch.equal(whole, other)
@@ -1604,7 +1654,8 @@ def test_groups_share_masks():
 
 def test_losses_compile_to_one_graph():
     """Forward and backward, static shapes, with the noise given."""
-    net, x = nn.Sequential(nn.Embedding(8, 16), nn.Linear(16, 7)), torch.randint(7, (4, 6))
+    net = nn.Sequential(nn.Embedding(8, 16), nn.Linear(16, 7))
+    x = torch.randint(7, (4, 6))
     f = lambda idx, causal: net(idx)
 
     def loss(x, noise):
@@ -1689,7 +1740,9 @@ def blocks_of(lm, idx):
 def test_mtp_loss_is_its_definition():
     """Place i of the blocks and the token i + 1 predict the token i + 2; without the module the model is the
     same."""
-    lm, idx, aux = diff_lm("full mla", mtp=0.3), torch.randint(13, (3, 9)), {}
+    lm = diff_lm("full mla", mtp=0.3)
+    idx = torch.randint(13, (3, 9))
+    aux = {}
     logits = lm(idx, aux=aux)
     x, mtp = blocks_of(lm, idx), lm.mtp[0]
     both = torch.cat([mtp.x_norm(x[:, :-1]), mtp.token_norm(lm.embed(idx[:, 1:]))], -1) @ mtp.in_proj.weight.T
@@ -1739,7 +1792,9 @@ top_p={best - 1e-6}      => 0
 top_p={best + 1e-6}      => 0 4
 top_k=3 top_p=0.999      => 0 2 4
 """):
-        how, keep, want = model.settings(how), [*map(int, keep.split())], torch.zeros(5, dtype=torch.float64)
+        how = model.settings(how)
+        keep = [*map(int, keep.split())]
+        want = torch.zeros(5, dtype=torch.float64)
         want[keep] = p[keep] ** (1 / how.get("temperature", 1.0))
         got = torch.bincount(diffusion.draw(logits, **how), minlength=5) / 200_000
         assert (got - want / want.sum()).abs().max() < 0.005 and (got[want == 0] == 0).all(), how
@@ -1812,7 +1867,8 @@ def test_nothing_is_generated_after_end_of_text(name):
     after = ((y == 12) & new).cumsum(1) > 0
     assert after.any() and (y[after & new] == 12).all() and (y[::2, 3:] != 12).any()
     assert (y[~valid] == 0).all() and torch.equal(y[~new], x[~new])
-    steps, ends = [], lambda idx, causal: 1e3 * F.one_hot(torch.full(idx.shape, 12), 13)
+    steps = []
+    ends = lambda idx, causal: 1e3 * F.one_hot(torch.full(idx.shape, 12), 13)
     sample_ar(ends, x, 13, eot_id=12, valid=valid, callback=lambda step, x: steps.append(step))
     assert len(steps) == 1, "every row has ended"
 
@@ -1854,7 +1910,8 @@ def test_cached_sampling_equals_recomputed(temperature, prompts):
     cache, where it is exact: in one layer no key depends on another place."""
     x, valid = canvas(PROMPTS[prompts], 9, 13)
     if prompts == "full":
-        x, valid = x.masked_fill(~valid, 13)[:, :26], None
+        x = x.masked_fill(~valid, 13)[:, :26]
+        valid = None
     sparse = model.settings(f"dense_len=20 sel_local=2 {BLOCKS}")
     for layers, sampler in (("full full", sample_ar), ("full gated_deltanet", sample_ar),
                             ("nsa(window=6) infllm msa dsa", sample_ar),
@@ -1875,12 +1932,15 @@ def test_cached_sampling_equals_recomputed(temperature, prompts):
 @each("layers", ["full", "full(window=6) full", "mla"])
 def test_block_diffusion_equals_its_definition(layers):
     """Two streams == each noisy block alone against the cache of the clean ones; size 1 has no variance."""
-    lm, B, T = diff_lm(layers), 3, 12
+    lm = diff_lm(layers)
+    B = 3
+    T = 12
     x = torch.randint(13, (B, T))
     for S in (1, 3, 12):
         noise = mdm_noise(B * T // S, S, seeded(S))
         masked, weight = mdm_mask(noise)
-        cache, alone = lm.init_cache(B, T, dtype=torch.float64), []
+        cache = lm.init_cache(B, T, dtype=torch.float64)
+        alone = []
         for part, hidden in zip(x.split(S, 1), masked.view(B, T).split(S, 1)):
             logits = lm(torch.where(hidden, 13, part), causal=False, cache=cache, commit=False)
             alone.append(token_nll(logits, part))
@@ -2329,7 +2389,8 @@ def test_calls_are_refused(call, words):
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     """A small byte-level dataset made by prepare.py from made-up English."""
-    folder, rng = tmp_path_factory.mktemp("corpus"), np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
     words = "the cat dog sat on a mat and saw one red bird then it ran far away from here to there".split()
     text = "\n".join(" ".join(rng.choice(words, 12)) + "." for _ in range(300))
     write(folder / "text.txt", text)
@@ -2510,7 +2571,8 @@ def test_resume_is_bit_exact(go, runs, kind):
 @each("objective", ["ar", "mdm", "mixed", "block"])
 def test_looking_does_not_disturb_training(go, monkeypatch, objective):
     """Evaluations, also where they draw, probes, lines of the log, checkpoints."""
-    kind, evaluate = dict(objective=objective, dropout=0.1, diffusion_block=4), train.evaluate
+    kind = dict(objective=objective, dropout=0.1, diffusion_block=4)
+    evaluate = train.evaluate
     drawing = lambda *a, **k: evaluate(*a, **k) | {"drawn": torch.rand(()).item()}
     monkeypatch.setattr("train.evaluate", drawing)
     a = go("a", eval_every=0, log_every=5, save_every=2, **kind)
@@ -2564,7 +2626,8 @@ def divided(go, out, flags):
 def test_a_divided_batch_is_the_same(go, kind):
     """Two processes, in parts of one window, where one has rows of one objective only, and sharded: the same
     losses, weights and experts' biases after 20 steps; and the checkpoint goes on as one process."""
-    kind, whole = train.parse_flags(kind.split()), dict(fsdp="off", micro_batch=None)
+    kind = train.parse_flags(kind.split())
+    whole = dict(fsdp="off", micro_batch=None)
     kind |= dict(max_steps=20, lr=1e-3)
     one = go("one", **kind | whole)
     divided(go, "two", kind)
@@ -2738,7 +2801,8 @@ def test_best_is_the_least_of_the_log(go, monkeypatch, which):
         save(state, path, keep)
 
     def bests(**flags):
-        result, state = go("run", resume="auto", eval_every=3, **flags), train.load_checkpoint(best)
+        result = go("run", resume="auto", eval_every=3, **flags)
+        state = train.load_checkpoint(best)
         assert [r["step"] for r in result["evals"]] == [*range(3, result["step"] + 1, 3)]
         return state["step"], state["best"], result["best"]
     if which == "gone":
@@ -2842,7 +2906,9 @@ def test_bpe_encodes_by_rank(monkeypatch):
         ids += [tok.ranks[part] for part in parts]
     assert tok.encode(PREP_TEXT) == ids and len(ids) < 0.7 * len(PREP_TEXT.encode())
     assert tok.n_vocab == len(tok.vocab) == len(tok.ranks) + 1 == 300
-    dna, learnt, learn = "".join(random.Random(0).choices("ACGT", k=200_000)), [], prepare.train_bpe
+    dna = "".join(random.Random(0).choices("ACGT", k=200_000))
+    learnt = []
+    learn = prepare.train_bpe
     monkeypatch.setattr("prepare.train_bpe", lambda words, n: learnt.extend(words) or learn(words, n))
     tok = prepare.learn_bpe([("a few words " * 9 + dna, True, 1)], 300)
     assert sum(map(len, learnt)) < 20_000 and max(map(len, learnt)) <= prepare.BPE_LONG
@@ -2895,7 +2961,8 @@ def test_one_reader_of_text(runs):
 def test_pieces_change_no_token(monkeypatch, text):
     write("a.txt", text)
     monkeypatch.setattr("prepare.PIECE", 64)
-    pieces, tok = list(prepare.read_text([Path("a.txt")])), prep_bpe()
+    pieces = list(prepare.read_text([Path("a.txt")]))
+    tok = prep_bpe()
     assert len(pieces) > 5 and [last for _, last, _ in pieces] == [False] * (len(pieces) - 1) + [True]
     assert [i for piece, _, _ in pieces for i in tok.encode(piece)] == tok.encode(text)
 
@@ -2913,7 +2980,8 @@ def test_cut_bytes_divides_the_text(cut):
 
 def test_corruption():
     """Each word may be replaced by another one; a higher rate damages the same words and more."""
-    words, hit = [chr(0x4e00 + i) + "ab" for i in range(4000)], {}
+    words = [chr(0x4e00 + i) + "ab" for i in range(4000)]
+    hit = {}
     damage = lambda rate, seed=3: list(prepare.corrupt_stream([(" ".join(words), True, 1)], rate, seed))
     for rate in (0.0, 0.1, 0.5, 1.0):
         [(text, _, _)] = damage(rate)
@@ -3013,7 +3081,8 @@ def test_prepare_own_text(tokenizer, kept):
     overwrites it."""
     other = PREP_TEXT.upper()
     text = PREP_TEXT + prepare.EOT + "\n" + other
-    line, folder = f"--name mine --tokenizer {tokenizer}", Path("data/mine")
+    line = f"--name mine --tokenizer {tokenizer}"
+    folder = Path("data/mine")
     assert prep_make(line, text)[0] == 0
     train, val, meta = prepare.load_dataset(folder)
     tok = prepare.load_tokenizer(folder / "meta.json")
@@ -3133,7 +3202,8 @@ class Answers(http.server.BaseHTTPRequestHandler):
 def test_downloads_are_whole_and_checked(monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    sha, there = hashlib.sha256(Answers.body).hexdigest(), f"http://127.0.0.1:{server.server_port}/"
+    sha = hashlib.sha256(Answers.body).hexdigest()
+    there = f"http://127.0.0.1:{server.server_port}/"
     here, raw = Path.cwd().as_uri() + "/", Path("raw")
     for asked, message in pairs(f"""
 {there}half.txt         => 99 of 1,980 bytes
@@ -3347,7 +3417,8 @@ def test_what_is_measured_of_models():
     for share in (None, 0.5):
         row = bench.calibration(sure, torch.zeros(4, 8, dtype=torch.long), share)
         assert row == approx(dict(ece=1 - p, nats=-math.log(p)), rel=1e-5)
-    lm, x = LM(tiny(vocab_size=7)).eval(), torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 6, 6, 6, 6]])
+    lm = LM(tiny(vocab_size=7)).eval()
+    x = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 6, 6, 6, 6]])
     loss, se, entropy = bench.judged(lm, x, 2).values()
     want = ar_loss(lm, x, 7, reduction="none")[:, 2:]
     assert loss == approx(want.mean().item())
@@ -3541,7 +3612,8 @@ def test_crossover_is_what_its_runs_say(lab, monkeypatch):
     assert rows["own"]["lr"] == min(sweep, key=sweep.get)
     run, = Path().rglob(f"own-s1337-lr{rows['own']['lr']:g}")
     assert train.load_model(run, "last")[0].config.layers == "linear"
-    annealed, ar = losses(f"ar-s1337-lr{rows['ar']['lr']:g}/annealed-*"), rows["ar"]
+    annealed = losses(f"ar-s1337-lr{rows['ar']['lr']:g}/annealed-*")
+    ar = rows["ar"]
     assert ar["annealed"] == min(annealed) and ar["best"] == min(e["loss"] for e in ar["evals"])
     gap = min(*annealed, ar["best"]) - rows["mdm"]["last"]          # to the least that AR ever was
     assert rows["crossing"]["honest"]["gap"] == approx(gap)
@@ -3553,7 +3625,10 @@ def test_decode_is_what_was_timed(lab, runs, monkeypatch):
     """Every sampler with each of its settings, at every batch size; the judge reads the largest batch. A run
     that other settings have left is not taken: train.py --resume auto compares them. FLOPs are of the passes,
     here one."""
-    called, read, judged, jobs = [], [], bench.judged, {}
+    called = []
+    read = []
+    judged = bench.judged
+    jobs = {}
     for name in ("ar", "mdm", "block"):
         def sampler(f, x, mask_id, name=name, **how):
             called.append((name, len(x), how))
@@ -3579,7 +3654,8 @@ def test_decode_is_what_was_timed(lab, runs, monkeypatch):
 
 
 def test_finished_arms_start_no_process(dataset, monkeypatch):
-    job, started = TOY_RUN | dict(dataset=dataset, out="run", max_steps=2), []
+    job = TOY_RUN | dict(dataset=dataset, out="run", max_steps=2)
+    started = []
 
     class Process:
         returncode, stdout = -signal.SIGINT, ["Traceback\n"]        # Ctrl-C while it still imported torch
@@ -3733,7 +3809,8 @@ def test_an_item_is_judged(objective, measure, sampler):
 
 def test_summary_is_its_definition():
     items = [{"gold": g, "ends": [[0] * n for n in (1, 2, 4)], "bytes": [2, 4, 8]} for g in (0, 2, 1, 0)]
-    nats, gaps = ([1.0, 5.0, 6.0], [3.0, 5.0, 4.0], [7.0, 7.0, 9.0]), [4.5, 0.0, 1.0]
+    nats = ([1.0, 5.0, 6.0], [3.0, 5.0, 4.0], [7.0, 7.0, 9.0])
+    gaps = [4.5, 0.0, 1.0]
     results = [*({"nats": values} for values in nats), {"failed": "why"}]
     assert bench.summary(items, results) == approx(dict(
         items=3, failed=1, accuracy=1 / 3, se=(1 / 3 / 3) ** 0.5, accuracy_norm=2 / 3,     # a tie is no hit
@@ -3747,7 +3824,9 @@ def test_summary_is_its_definition():
 def test_choices_stop_and_go_on(lab, dataset, runs, monkeypatch):
     """All kinds of runs and of files. Interrupted in a file, with damaged results, with a larger --limit:
     only what is missing is judged, and all is as in one run. The probe is that of train.py."""
-    kinds, judged, judge = ("ar", "mdm", "mixed", "block"), [], bench.judge_item
+    kinds = ("ar", "mdm", "mixed", "block")
+    judged = []
+    judge = bench.judge_item
     measures = [m for kind in kinds for m in bench.MEASURES[kind]]
     rows = [{**GOOD, "ctx": "the cat " * n, "endings": ["sat on", "ran"], "label": n % 2} for n in range(6)]
     write_jsonl("many.jsonl", *rows, {**GOOD, "endings": ["b", "c" * 99]})
@@ -3795,7 +3874,8 @@ class Cyclic(nn.Module):
 
     def forward(self, idx, causal=True, mask=None, pos=None):
         first = idx[:, 1:3] if causal else idx[:, :2]               # AR reads BOS first
-        step, t = first[:, 1:] - first[:, :1], torch.arange(idx.size(1)) if pos is None else pos
+        step = first[:, 1:] - first[:, :1]
+        t = torch.arange(idx.size(1)) if pos is None else pos
         return 5.0 * self.knows * F.one_hot((first[:, :1] + step * t) % self.mask_id, self.mask_id)
 
 
@@ -3826,7 +3906,8 @@ def test_probe_picks_the_truth(objective):
 def test_parity_closed_forms(L, N):
     """TER follows from the chance that both others of a triple are open when n of L are, each of the other
     L - 1 with probability t = j / N; the sampler's rates are the closed forms."""
-    language, n = bench.Parity(), torch.arange(1, L + 1, dtype=torch.float64)
+    language = bench.Parity()
+    n = torch.arange(1, L + 1, dtype=torch.float64)
     table = math.log(2) * (1 - (L - n) * (L - n - 1) / ((L - 1) * (L - 2)))
     t = torch.arange(1, N + 1, dtype=torch.float64)[:, None] / N
     weights = torch.distributions.Binomial(L - 1, t).log_prob(n - 1).exp().mean(0)
@@ -3979,7 +4060,9 @@ def test_tool_calls_pause_and_resume(sampler, hooked, monkeypatch):
     resumed = 0
     for start in product(range(2, 10), (2, 3)):
         y, calls = run([[0, *start]], 19, lambda call: "fgh"[:1 + len(call) % 3], temperature=0)
-        logits, row, written = torch.cat(seen), y[0].tolist(), None
+        logits = torch.cat(seen)
+        row = y[0].tolist()
+        written = None
         for _, call, result, why in calls:
             written = f"<tool>{call}</tool>{result}"
             assert result and why is None and written in tok.decode(row)
@@ -4558,7 +4641,8 @@ def test_tokenizer_json_equals_tokenizers(steps):
     peer = pytest.importorskip("tokenizers")
     split = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
              r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-    theirs, pre = peer.Tokenizer(peer.models.BPE()), peer.pre_tokenizers
+    theirs = peer.Tokenizer(peer.models.BPE())
+    pre = peer.pre_tokenizers
     first = pre.Digits(individual_digits=True)
     if steps == "Split":
         first = pre.Split(peer.Regex(split), "isolated")
@@ -4656,7 +4740,8 @@ linear_attn_config='{"full_attn_layers": [4, 8, 12, 16, 20, 24, 27], "kda_layers
 
 @each("preset, published", pairs(HUB))
 def test_config_json_is_the_preset(preset, published):
-    config, values = model.read_config(as_published(published)), dict(PRESETS[preset], block_size=None)
+    config = model.read_config(as_published(published))
+    values = dict(PRESETS[preset], block_size=None)
     same = lambda c: [(name, override(ModelConfig(), given))
                       for name, given in parse_layers(c.layers, c.n_layer)]
     assert same(config) == same(from_preset(preset))
@@ -4690,10 +4775,11 @@ def test_harness_says_what_choices_says(runs, objective):
     from lm_eval.api.instance import Instance
     ask = lambda kind, *args: [Instance(kind, {}, args, 0, metadata=("task", 3, 1))]
     run = runs / objective
-    peer, tok, (lm, _) = sample.harness(run, n_mc=8), prepare.load_tokenizer(run), train.load_model(run)
-    flags = {**train.DEFAULTS, "objective": objective}
+    peer = sample.harness(run, n_mc=8)
+    tok = prepare.load_tokenizer(run)
+    lm, state = train.load_model(run)
     item = bench.item_of(tok.encode("the cat"), [tok.encode(" sat on")], 0, tok)
-    expected = bench.judge_item(lm, flags, item, bench.MEASURES[objective][0], 8, 3)
+    expected = bench.judge_item(lm, state["flags"], item, bench.MEASURES[objective][0], 8, 3)
     (nats, greedy), = peer.loglikelihood(ask("loglikelihood", "the cat", " sat on"))
     assert -nats == expected["nats"][0] and greedy == expected["greedy"]
     assert peer.loglikelihood_rolling(ask("loglikelihood_rolling", "the cat sat " * 20))[0] < nats
@@ -4747,7 +4833,8 @@ def test_layers_equal_transformers(peer):
     sizes = "vocab_size=64 hidden_size=64 num_hidden_layers=2 rms_norm_eps=1e-6 num_attention_heads=4"
     config = getattr(module, config)(**as_published(f"{sizes} {there}"))
     config._attn_implementation = "eager"
-    theirs, weights = getattr(module, layer)(config, 0).eval(), {}
+    theirs = getattr(module, layer)(config, 0).eval()
+    weights = {}
     fill(theirs)
     for key, p in theirs.state_dict().items():
         for pair in names.split():
@@ -4759,7 +4846,8 @@ def test_layers_equal_transformers(peer):
         weights["qkv_proj.weight"] = torch.cat([weights.pop(f"{n}_proj.weight") for n in "qkv"])
     ours = ATTENTION[name](tiny(**model.settings(f"n_embd=64 {here}")))
     ours.load_state_dict(weights)
-    x, how = torch.randn(2, 100, 64, requires_grad=True), {}
+    x = torch.randn(2, 100, 64, requires_grad=True)
+    how = {}
     if ours.family == "sparse":
         pos = torch.arange(100).expand(2, -1)
         rotary = getattr(module, layer.replace("Attention", "RotaryEmbedding"))(config)
@@ -4820,7 +4908,8 @@ def on_cuda(*shapes, dtype=torch.float32):
 def test_flex_on_cuda(block, dtype, tol):
     """Against the dense mask; sel made by a scatter in the same compiled graph, the CPU's silent bug."""
     inputs = on_cuda((8, 1000, 64), (2, 1000, 64), (2, 1000, 64), dtype=dtype)
-    n, slots = -(-1000 // block), torch.arange(1000, device="cuda")[None]
+    n = -(-1000 // block)
+    slots = torch.arange(1000, device="cuda")[None]
     scores = torch.randn(1, 2, 1000, n, device="cuda")
 
     def run(q, k, v, path="flex"):
@@ -4833,7 +4922,8 @@ def test_flex_on_cuda(block, dtype, tol):
 @on_gpu
 def test_windows_on_cuda():
     """The flex path of a sliding window, forward and backward, against the mask."""
-    inputs, t = on_cuda((4, 1100, 64), (2, 1100, 64), (2, 1100, 64)), torch.arange(1100, device="cuda")
+    inputs = on_cuda((4, 1100, 64), (2, 1100, 64), (2, 1100, 64))
+    t = torch.arange(1100, device="cuda")
     for causal, window in product((True, False), (100, 200)):
         flex = partial(softmax_attention, causal=causal, window=window)
         masked = partial(softmax_attention, mask=visible(t, t, causal, window))
