@@ -708,8 +708,8 @@ def read_meta(folder):
 
 def run_files(folder):
     """What a run keeps of its dataset:
-    the paths of meta.json and, unless it is plain bytes, of the tokenizer."""
-    return [*Path(folder).glob("meta.json"), *Path(folder).glob("tokenizer.tiktoken")]
+    the paths of meta.json and, unless it is plain bytes, of the tokenizer; also a published model's."""
+    return [*Path(folder).glob("meta.json"), *Path(folder).glob("tokenizer*")]
 
 
 # ------------------------------------------------------------------------------------------------------------

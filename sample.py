@@ -20,7 +20,6 @@ What is in this file, in this order:
 """
 import argparse
 import ast
-import contextlib
 import itertools
 import json
 import math
@@ -242,6 +241,7 @@ def export(args, lm, tokenizer, flags):
     """Writes a new folder that transformers reads, and our scripts: config.json, model.safetensors, and the
     run's tokenizer. Our row V is a token more there. ValueError where the nearest kind of model, gpt2, llama
     or qwen3, computes something else."""
+    need(flags["objective"] != "block", "--export: a config.json knows no blocks, and this is a block run")
     V = lm.V
     folder = Path(args.export)
     c = model.override(lm.config, {"n_inner": model.inner_width(lm.config)})
@@ -250,10 +250,14 @@ def export(args, lm, tokenizer, flags):
                   eos_token_id=tokenizer.eot, objective=flags["objective"])
     for theirs, ours in model.settings(GPT2 if kind == "gpt2" else LLAMA).items():
         config[theirs] = getattr(c, ours)
-    twin, x, same = model.LM(model.read_config(config)).eval(), torch.arange(c.block_size)[None] % V, False
-    with contextlib.suppress(RuntimeError):                     # other shapes
+    lm.cpu().float()
+    twin = model.LM(model.read_config(config)).eval()
+    try:
         twin.load_state_dict(lm.state_dict(), strict=False)     # biases that ours has not stay 0
-        same = torch.allclose(twin(x), lm.cpu()(x), atol=1e-4)
+    except RuntimeError:                                        # other shapes, so other outputs
+        pass
+    x = torch.arange(c.block_size)[None] % V
+    same = all(torch.allclose(twin(x, causal), lm(x, causal), atol=1e-4) for causal in (True, False))
     need(same, f"--export: a {kind} is the nearest that there is, and it computes something else")
     from safetensors.torch import save
     weights = {name: w.contiguous() for name, ([w], _) in model.their_tensors(twin, kind, V + 1).items()}
@@ -262,7 +266,7 @@ def export(args, lm, tokenizer, flags):
         f.write(save(weights, {"format": "pt"}))
     with prepare.whole_file(folder / "config.json", "w") as f:
         json.dump(config, f, indent=1)
-    for path in prepare.run_files(args.run):
+    for path in prepare.run_files(args.run) or prepare.run_files(Path(args.run).parent):    # of a checkpoint
         shutil.copy(path, folder)
 
 

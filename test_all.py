@@ -2234,6 +2234,8 @@ sample.calculator("1" * 201)                                => no arithmetic
 pattern("")                                                 => no layer
 pattern("(" * 3000 + "full" + ")" * 3001)                   => unbalanced
 pattern("full*" + "9" * 5000)                               => more than 10,000
+export("causal=true")                                       => computes something else
+export("shift=true")                                        => computes something else
 export("logit_softcap=1")                                   => computes something else
 export("layers=kda")                                        => computes something else
 export("n_expert=4")                                        => computes something else
@@ -4356,6 +4358,7 @@ sample RUNS/ar --gif no/a.gif                               => cannot write
 sample RUNS/ar --gif a.gif --beside x                       => no checkpoint
 sample RUNS/ar --tool abacus                                => calculator
 sample RUNS/mdm --tool calculator                           => ar or block
+sample RUNS/block --export out                              => this is a block run
 sample score RUNS/ar --text file                            => file is empty
 sample score RUNS/ar --text latin.txt                       => latin.txt as UTF-8 text
 sample score RUNS/ar --text list.json                       => list.json: line 1
@@ -4764,7 +4767,10 @@ def test_export_is_read_by_transformers_and_us(dataset, flags):
     x[:, 0] = lm.mask_id
     back, state = train.load_model("out")
     assert back.V == lm.V and torch.equal(back(x), lm(x)) and state["flags"]["objective"] == "ar"
-    works(sample, "out --prompt a --max_new_tokens 3 --device cpu")
+    published("llama", LLAMA)
+    for line in "run/ckpt_last.pt --export a", "out --dtype bfloat16 --export b", "llama --export c":
+        works(sample, line)
+        works(sample, f"{line[-1]} --prompt a --max_new_tokens 3")
     theirs = pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained("out")
     close(theirs(x).logits[..., :257], lm(x), 1e-5)
 
