@@ -325,7 +325,7 @@ def canvas_text(ids, tokenizer, mask_id):
 
 def wrap(text, width, height):
     """The first `height` lines of a text, each of at most `width` characters."""
-    return [row[i:i + width] for row in text.split("\n") for i in range(0, len(row) or 1, width)][:height]
+    return [row[i:i + width] for row in text.splitlines() for i in range(0, len(row) or 1, width)][:height]
 
 
 def show(step, text, pause):
@@ -535,7 +535,7 @@ def main(argv=None):
             if panels and flags["objective"] == "ar":           # --steps and its kind were for the first run
                 vars(args).update(dict.fromkeys(DIFFUSION))
             panels.append(args.do(args, lm, tokenizer, flags))
-        if vars(args).get("gif"):
+        if panels[0] and args.gif:                              # an export has no panel, nor has a score
             moving_picture(args.gif, panels)
     except KeyboardInterrupt:
         print("sample.py: interrupted", file=sys.stderr)

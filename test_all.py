@@ -2138,6 +2138,7 @@ sample.calculator("6/3")                     => "2"
 sample.calculator(" -(2-5)*4 ")              => "12"
 sample.calculator("1/3")                     => "0.3333333333"
 sample.calculator("2*(3+4)*5")               => "70"
+sample.wrap("ab\\rc\\n\\nd", 1, 9)             => ["a", "b", "c", "", "d"]
 answer("ab(cd)efij", lambda call: "gh")      => ("ab(cd)gh________", [(0, "cd", "gh", None)])
 answer("(c)", lambda call: "g" * 7)          => ("(c)k_____", [(0, "c", "k", NO_ROOM.format(7, 6))])
 answer("(c)", lambda call: "gg", room=0)     => ("(c)", [(0, "c", "", NO_ROOM.format(2, 0))])
@@ -4762,7 +4763,7 @@ def test_export_is_read_by_transformers_and_us(dataset, flags):
     run = f"--dataset {dataset} --out run --max_steps 2 --eval_windows 8 --batch_tokens 64"
     sizes = "--block_size 32 --n_embd 32 --n_layer 2 --device cpu"
     works(train, f"{run} {sizes} {flags}")
-    assert [typed(sample, "run --export out --device cpu")[0] for _ in "ab"] == [0, 2]
+    assert [typed(sample, "run --export out --gif a.gif --device cpu")[0] for _ in "ab"] == [0, 2]
     lm, x = train.load_model("run")[0], torch.randint(257, (2, 32))
     x[:, 0] = lm.mask_id
     back, state = train.load_model("out")
