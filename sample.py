@@ -540,9 +540,17 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("sample.py: interrupted", file=sys.stderr)
         return 130
-    except (ImportError, ValueError, OSError, MemoryError) as e:
-        return prepare.complain("sample.py", e)
-    return 0
+    except ImportError as e:
+        why = f"{e}: pip install {e.name}"
+    except (ValueError, OSError, MemoryError) as e:
+        why = e
+    except RuntimeError as e:
+        if "allocate" not in str(e):
+            raise
+        why = "out of memory: use a smaller --num_samples, --max_new_tokens or --n_mc"
+    else:
+        return 0
+    return prepare.complain("sample.py", why)
 
 
 if __name__ == "__main__":

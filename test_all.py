@@ -4359,7 +4359,9 @@ sample RUNS/ar --gif no/a.gif                               => cannot write
 sample RUNS/ar --gif a.gif --beside x                       => no checkpoint
 sample RUNS/ar --tool abacus                                => calculator
 sample RUNS/mdm --tool calculator                           => ar or block
+sample RUNS/block                                           => out of memory: use a smaller --num_samples
 sample RUNS/block --export out                              => this is a block run
+sample RUNS/ar --export out                                 => pip install safetensors
 sample score RUNS/ar --text file                            => file is empty
 sample score RUNS/ar --text latin.txt                       => latin.txt as UTF-8 text
 sample score RUNS/ar --text list.json                       => list.json: line 1
@@ -4432,6 +4434,8 @@ bench ITEMS => items.jsonl line 2 must have one right     <= {"context": "a", "c
 def test_refusals(row, dataset, runs, monkeypatch):
     """One line that names what is wrong and the exit status 2; nothing is trained, lost or overwritten."""
     monkeypatch.setattr("bench.run_arms", None)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setattr("diffusion.sample_block", raising(RuntimeError("can't allocate memory")))
     for name, raw in FILES.items():
         write(name, raw)
     line, word, *bad = re.split("=>|<=", row)
