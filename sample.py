@@ -65,7 +65,7 @@ def parse_prompt(text, tokenizer, mask_id):
 def encode(text, tokenizer):
     """Token ids. In the prompt of a published model <|im_start|> and the like are tokens, not text."""
     names = "|".join(map(re.escape, tokenizer.special))
-    parts = re.split(f"({names})", text) if tokenizer.more else [text]
+    parts = re.split(f"({names})", text) if tokenizer.more and names else [text]
     return sum(([tokenizer.special[part]] if i % 2 else tokenizer.encode(part)
                 for i, part in enumerate(parts)), [])
 

@@ -2139,6 +2139,7 @@ sample.calculator(" -(2-5)*4 ")              => "12"
 sample.calculator("1/3")                     => "0.3333333333"
 sample.calculator("2*(3+4)*5")               => "70"
 sample.wrap("ab\\rc\\n\\nd", 1, 9)             => ["a", "b", "c", "", "d"]
+sample.encode("ab", prepare.Tokenizer("byte", special={}))               => [97, 98]
 answer("ab(cd)efij", lambda call: "gh")      => ("ab(cd)gh________", [(0, "cd", "gh", None)])
 answer("(c)", lambda call: "g" * 7)          => ("(c)k_____", [(0, "c", "k", NO_ROOM.format(7, 6))])
 answer("(c)", lambda call: "gg", room=0)     => ("(c)", [(0, "c", "", NO_ROOM.format(2, 0))])
