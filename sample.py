@@ -273,8 +273,9 @@ def export(args, lm, tokenizer, flags):
 def harness(run, device="cpu", measure=None, n_mc=32):
     """A model for lm-evaluation-harness: lm_eval.simple_evaluate(sample.harness("out/RUN"), tasks=["piqa"]).
 
-    measure: one of bench.MEASURES, None takes the objective's first; what it says of an item is what
-    `bench.py choices` says, with the same masks, drawn from the document's number."""
+    measure: one of bench.MEASURES, None takes the objective's first. exact and chain are what `bench.py
+    choices` says; the bound comes from other masks, drawn from the document's number: the same for its ends.
+    At most half a window is written."""
     from lm_eval.api.model import LM
     import bench
     lm, state = train.load_model(run, device=device)
@@ -284,6 +285,7 @@ def harness(run, device="cpu", measure=None, n_mc=32):
     T = lm.config.block_size
 
     def judge(context, end, seed):
+        need(len(end) <= T, f"an end of {len(end)} tokens is longer than the window of {T}")
         item = bench.item_of(context, [end], 0, tokenizer)
         found = bench.judge_item(lm, flags, item, measure, n_mc, seed)
         return -found["nats"][0], found["greedy"]
@@ -293,21 +295,22 @@ def harness(run, device="cpu", measure=None, n_mc=32):
             return [judge(*map(tokenizer.encode, r.args), r.doc_id or 0) for r in requests]
 
         def loglikelihood_rolling(self, requests):
-            texts = (torch.tensor(tokenizer.encode(*r.args)).split(T) for r in requests)
-            return [sum(judge([], w.tolist(), i)[0] for i, w in enumerate(text)) for text in texts]
+            texts = (tokenizer.encode(*r.args) for r in requests)
+            return [sum(judge([], text[i:i + T], i)[0] for i in range(0, len(text), T)) for text in texts]
 
         def generate_until(self, requests):
             return [self.greedy(*r.args) for r in requests]
 
         def greedy(self, context, how):
-            new = how.get("max_gen_toks", 256)
-            ids = tokenizer.encode(context)[-max(1, T - new):]
+            new = min(how.get("max_gen_toks", 256), T // 2)     # the rest is for the context
+            ids = tokenizer.encode(context)[new - T:]
             kind, fitting = sampler(argparse.Namespace(draft=0, **dict.fromkeys(DIFFUSION)), lm, flags, False)
             x = torch.tensor([ids + [lm.mask_id] * new], device=lm.embed.weight.device)
             write = getattr(diffusion, f"sample_{kind}")
             y = write(lm, x, lm.mask_id, temperature=0, eot_id=tokenizer.eot, **fitting)
-            text = tokenizer.decode(y[0, len(ids):].tolist())
-            for stop in (*how["until"], tokenizer.vocab[tokenizer.eot].decode()):
+            text = canvas_text(y[0, len(ids):].tolist(), tokenizer, lm.mask_id)     # without ends of text
+            until = how.get("until") or []
+            for stop in [until] if isinstance(until, str) else until:
                 text = text.split(stop)[0]
             return text
     return Harness()

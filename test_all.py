@@ -4795,8 +4795,12 @@ def test_harness_says_what_choices_says(runs, objective):
     (nats, greedy), = peer.loglikelihood(ask("loglikelihood", "the cat", " sat on"))
     assert -nats == expected["nats"][0] and greedy == expected["greedy"]
     assert peer.loglikelihood_rolling(ask("loglikelihood_rolling", "the cat sat " * 20))[0] < nats
-    text, = peer.generate_until(ask("generate_until", "the cat", {"until": ["a"], "max_gen_toks": 12}))
-    assert "a" not in text
+    assert peer.loglikelihood_rolling(ask("loglikelihood_rolling", "")) == [0]
+    with refused("longer than the window"):
+        peer.loglikelihood(ask("loglikelihood", "the cat", " sat on" * 9))
+    for until in (["a"], "a", None):
+        text, = peer.generate_until(ask("generate_until", "the cat", {"until": until}))
+        assert len(text) <= 8 and not (until and "a" in text)
 
 
 # ------------------------------------------------------------------------------------------------------------
