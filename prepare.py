@@ -670,7 +670,7 @@ def load_dataset(folder):
         need(file_sha256(path) == meta[f"{split}_sha256"],          # a second for each gigabyte
              f"{path} does not hold the tokens that meta.json tells of: delete that folder and run "
              "prepare.py again")
-        ids.append(np.memmap(path, meta["dtype"], "r"))
+        ids.append(np.memmap(path, meta["dtype"], "c"))       # torch warns of what is read-only
     return *ids, meta
 
 

@@ -32,7 +32,6 @@ import signal
 import sys
 import time
 import types
-import warnings
 import zlib
 from pathlib import Path
 
@@ -279,9 +278,7 @@ def fixed_windows(data, T, count):
     whole = data[:n * T].reshape(n, T)
     if count and count < n:
         whole = whole[np.linspace(0, n - 1, count).round().astype(np.int64)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns of memory that must not be written to
-        return torch.from_numpy(whole)
+    return torch.from_numpy(whole)
 
 
 def eval_steps(flags, total, steps_per_epoch):
