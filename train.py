@@ -734,9 +734,8 @@ def pick_device(name):
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        need(name.startswith(("cuda", "mps", "cpu")), "unknown")
-        torch.empty(1, device=name)
-    except (ValueError, RuntimeError, AssertionError) as e:
+        torch.empty(1, device=name).item()                  # of meta there is none
+    except (RuntimeError, AssertionError, ImportError) as e:
         raise ValueError(f"--device {name}: {str(e).splitlines()[0]}; expected auto, cuda, cuda:0, mps or "
                          "cpu, and that torch sees it") from None
     return name
