@@ -789,8 +789,8 @@ def load_optimizers(optimizers, states):
 def set_stage(lm, flags, step):
     """DeepSeek-V3.2's stages of training, for layers with an indexer:
     sets and returns "dense", "warmup" or "sparse"."""
-    ends = {"dense": flags["dense_steps"], "warmup": flags["dense_steps"] + flags["indexer_warmup"]}
-    stage = next((name for name, end in ends.items() if step < end), "sparse")
+    dense = flags["dense_steps"]
+    stage = ("dense", "warmup", "sparse")[(step >= dense) + (step >= dense + flags["indexer_warmup"])]
     for module in lm.modules():
         if hasattr(module, "stage"):
             module.stage = stage
