@@ -426,12 +426,10 @@ def evaluate(lm, windows, objective, rows=64, diffusion_block=None, orders=0):
     AR exact, diffusion a bound with its s.e.
 
     A mixed model is scored both ways (ar_loss, mdm_loss); `loss` is the smaller: both are code lengths of the
-    same text, under two distributions. It has its own generator and leaves the model in the mode that it
-    found, so that training is the same with and without it. se is the Monte Carlo error of the masks alone,
-    not that of the choice of windows. orders (see RECIPE): each window is read in one of them.
+    same text, under two distributions. It has its own generator, so that training is the same with and
+    without it. lm is in eval mode. se is the Monte Carlo error of the masks alone, not that of the choice of
+    windows. orders (see RECIPE): each window is read in one of them.
     """
-    was_training = lm.training
-    lm.eval()
     losses, se, more = {}, 0.0, {}
     if objective in ("ar", "mixed"):
         losses["ar_loss"] = ar_nats(lm, windows, rows).double().mean().item()
@@ -440,7 +438,6 @@ def evaluate(lm, windows, objective, rows=64, diffusion_block=None, orders=0):
             more["pos"] = diffusion.reading_order(torch.arange(len(windows)) % orders, windows.size(1))
             windows = windows.long().gather(1, more["pos"])
         losses["mdm_loss"], se = mdm_nats(lm, windows, objective, rows, 4, diffusion_block, **more)
-    lm.train(was_training)
     return {"loss": min(losses.values()), "se": se, **(losses if objective == "mixed" else {})}
 
 
@@ -483,8 +480,6 @@ def probe(lm, items, objective, rows=64, diffusion_block=None):
     true -log p, in nats per end. AR and mixed: exact; else the bound, the four ends under the same masks.
     Like `evaluate` it is deterministic and leaves training as it was.
     """
-    was_training = lm.training
-    lm.eval()
     N, _, T = items.shape
     K = max(1, min(16, T // 4))
     x = items.flatten(0, 1)                                 # (4 N, T)
@@ -495,7 +490,6 @@ def probe(lm, items, objective, rows=64, diffusion_block=None):
                            scored=(torch.arange(T) >= T - K).expand(len(x), -1),
                            group=torch.arange(N).repeat_interleave(4))
         nats = nats * K
-    lm.train(was_training)
     true, wrong = nats.view(N, 4).split([1, 3], dim=1)
     return {"probe_accuracy": (true < wrong).all(1).double().mean().item(),
             "probe_gap": (wrong.mean(1) - true[:, 0]).mean().item()}
@@ -1105,11 +1099,13 @@ def measure(progress, held, run, log):
     set_stage(lm, flags, max(step - 1, 0))                  # as trained so far
     how = dict(objective=flags["objective"], rows=flags["micro_batch"] or max(1, 16384 // batch.windows.T),
                diffusion_block=flags["diffusion_block"])
+    lm.eval()
     with autocast(batch.process):
         result, seen = (evaluate(lm, x, orders=orders, **how) for x in (held.val, held.seen))
         result["train_loss"] = seen["loss"]
         if flags["probe_every"] and ((len(run.evals()) + 1) % flags["probe_every"] == 0 or step >= total):
             result |= probe(lm, held.ends, **how)
+    lm.train()
     need_finite({f"{name} of the evaluation": value for name, value in result.items()}, step, run)
     result["bpb"] = result["loss"] / math.log(2) / held.bytes_per_token
     run.record(progress.row("eval", **result))
