@@ -2375,6 +2375,12 @@ def go_until(step, go, out, number=signal.SIGTERM, **flags):
     assert f"--resume auto --out {out}" in lines[-1]
 
 
+def test_a_closed_terminal_stops_no_training(runs, dataset, monkeypatch):
+    """Nor does a signal that nohup ignores."""
+    monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(write=raising(BrokenPipeError)))
+    assert train.main(spelt("TRAIN", dataset, runs).split()) == 0 and Path("new/samples.txt").exists()
+
+
 def history(out, loss="loss"):
     return [(r["step"], r.get(loss, 0)) for r in train.read_log(out) if r["kind"] == "train"]
 

@@ -1232,16 +1232,24 @@ def show_sample(folder, device):
     return text
 
 
+def say(line):
+    """Prints; where a terminal or pipe was closed, training goes on in silence."""
+    try:
+        print(line)
+    except OSError:
+        sys.stdout = None
+
+
 def main(argv=None):
     prepare.console()
     rank = int(os.environ.get("RANK", 0))
     try:
-        result = train(parse_flags(argv))
+        result = train(parse_flags(argv), say)
         if rank == 0 and not result["stopped"]:
-            print(f"---\nbest validation loss {result['best']:.4f} nats/token, "
-                  f"{clock(result['seconds'])} of training. A sample:\n")
-            print(show_sample(result["out"], result["lm"].embed.weight.device))
-            print(f"\nmore: python sample.py {shlex.quote(result['out'])}")
+            say(f"---\nbest validation loss {result['best']:.4f} nats/token, "
+                f"{clock(result['seconds'])} of training. A sample:\n")
+            say(show_sample(result["out"], result["lm"].embed.weight.device))
+            say(f"\nmore: python sample.py {shlex.quote(result['out'])}")
     except (ValueError, OSError, MemoryError) as e:
         if rank == 0:                                       # the others have the same to say
             prepare.complain("train.py", e)
