@@ -2378,7 +2378,10 @@ def go_until(step, go, out, number=signal.SIGTERM, **flags):
 def test_a_closed_terminal_stops_no_training(runs, dataset, monkeypatch):
     """Nor does a signal that nohup ignores."""
     monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(write=raising(BrokenPipeError)))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    at_step(monkeypatch, 1, lambda *_: os.kill(os.getpid(), signal.SIGHUP))
     assert train.main(spelt("TRAIN", dataset, runs).split()) == 0 and Path("new/samples.txt").exists()
+    signal.signal(signal.SIGHUP, before)
 
 
 def history(out, loss="loss"):

@@ -1057,7 +1057,8 @@ def check_resume(state, data, progress, log):
 @contextlib.contextmanager
 def signals():
     """A list that gets the signals to stop: Ctrl-C, the end of a job, a closed terminal."""
-    came, numbers = [], (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    came, numbers = [], [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+                         if signal.getsignal(n) != signal.SIG_IGN]          # nohup, a script's `&`
     before = [signal.signal(number, lambda number, frame: came.append(number)) for number in numbers]
     try:
         yield came
