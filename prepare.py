@@ -559,7 +559,7 @@ def prepare(source="docs", name=None, tokenizer=None, out_dir="data", text=(), v
          f"{source} is gpt2 tokens already: it takes no --corrupt and no other --tokenizer")
     content = b"".join(bytes.fromhex(file_sha256(file)) for file in text + val)
     settings = dict(source=source, corrupt=corrupt, tokenizer=tokenizer, max_tokens=max_tokens,
-                    content=hashlib.sha256(content).hexdigest())
+                    content=hashlib.sha256(content).hexdigest(), val=len(val))
     folder = Path(out_dir) / name
     if folder.exists():
         made = read_meta(folder).get("settings", {})

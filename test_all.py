@@ -3054,6 +3054,7 @@ def test_prepare_options(monkeypatch):
         assert prep_make(f"--val v.txt --name {name} --tokenizer {tokenizer} {line}")[0] == 0
         return prepare.load_tokenizer(f"data/{name}"), *prepare.load_dataset(f"data/{name}")
     learnt, *_ = make("a", "bpe:260")
+    assert prep_make("v.txt --name a --tokenizer bpe:260")[0] == 2, "the same files, none for validation"
     tok, train, val, meta = make("c", "data/a", "--max_tokens 50")
     assert len(train) == 50 == meta["train_tokens"] and tok.ranks == learnt.ranks
     assert tok.decode(val) == "validation text\n" + prepare.EOT
