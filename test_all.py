@@ -4152,7 +4152,8 @@ def contents(*folders):
 
 GOOD = {"ctx": "a", "endings": ["b", "c"], "label": 0}
 FILES = {   # in the folder in which the commands below are typed
-    "file": b"", "empty.jsonl": b"", "cut.pt": b"PK\x03\x04 not the whole file", "folder/x.png": b"",
+    "file": b"", "empty.jsonl": b"", "cut.pt": b"PK\x03\x04 not the whole file",
+    "folder/model.safetensors": b"",
     "latin.txt": "na\xefve".encode("latin-1"), "utf 16.txt": "x".encode("utf-16"), "no.zip": b"PK",
     "ff.txt.gz": gzip.compress(b"\xff"), "cut.jsonl.gz": gzip.compress(b"x" * 9999)[:-9],
     "list.json": b'[{"text": "x"}]', "deep.jsonl": b"[" * 100_000, "number.jsonl": b'{"text": 3}',
@@ -4202,6 +4203,8 @@ train TRAIN --device meta                                   => cuda:0, mps or cp
 train TRAIN --device hpu                                    => cuda:0, mps or cpu
 train TRAIN --out file/x                                    => file/x
 train TRAIN --out RUNS/ar                                   => already holds a run
+train TRAIN --out DATASET                                   => already holds a run, a model or data
+train TRAIN --out folder                                    => already holds a run, a model or data
 train TRAIN --init_from no                                  => no checkpoint
 train TRAIN --init_from cut.pt                              => truncated
 train --dataset DATASET --resume auto                       => --out

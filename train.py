@@ -651,8 +651,9 @@ class Run:
         of the run needs of its data set, the log. Returns the lock."""
         self.folder.mkdir(parents=True, exist_ok=True)
         locked = lock(self.folder)
-        need(state or not any(self.folder.glob("ckpt_*.pt")),
-             f"{self.folder} already holds a run: go on with it by --resume auto, or choose another --out")
+        need(state or not {".pt", ".bin", ".safetensors"} & {path.suffix for path in self.folder.iterdir()},
+             f"{self.folder} already holds a run, a model or data: go on with a run by --resume auto, or "
+             "choose another --out")
         for part in self.folder.glob("*.part"):             # what a kill has left
             part.unlink()
         if not (self.folder / "ckpt_best.pt").exists():     # whatever comes is better
