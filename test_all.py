@@ -2620,7 +2620,10 @@ def test_log_lines_and_metrics_say_the_same(go, dataset, monkeypatch):
     lines, tok = [], prepare.load_tokenizer(dataset)
     tok.token_bytes *= 3
     monkeypatch.setattr("prepare.load_tokenizer", lambda path: tok)
-    go("run", lines.append, objective="mdm", log_every=5)
+    monkeypatch.setattr("torch.compile", lambda f, **_: f)
+    monkeypatch.setattr("time.perf_counter", iter(range(999)).__next__)
+    timed = partial(go, "run", lines.append, objective="mdm", log_every=5, compile="on")
+    timed()
     go("each", objective="mdm")
     seen = re.findall(r"^step (\d+)/\d+ \| epoch [\d.]+ \| loss ([\d.]+) \|", "\n".join(lines), re.M)
     np.testing.assert_allclose(np.array(seen, float), history("run"), rtol=0, atol=1e-4)        # four digits
@@ -2630,6 +2633,9 @@ def test_log_lines_and_metrics_say_the_same(go, dataset, monkeypatch):
     row = train.read_log("run")[-1]
     assert (row["kind"], row["tokens"], row["epoch"]) == ("eval", 12 * 64, approx(12 * 64 / 320))
     assert row["se"] > 0
+    timed(resume="auto", max_steps=15)
+    speeds = [r["tok_per_s"] for r in train.read_log("run") if r["kind"] == "train"]
+    assert speeds == [0, *[64] * 4], "where every step takes a second, but those that compile"
     assert row["bpb"] == approx(row["loss"] / math.log(2) / 3), "nats per token to bits per byte"
 
 

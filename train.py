@@ -1122,8 +1122,8 @@ def report(progress, rate, run, log):
     """One line of the log, on the screen and in metrics.jsonl."""
     process, (step, seconds) = progress.batch.process, progress.line_began
     progress.line_began = progress.step, progress.seconds
-    dt = max(1e-9, progress.seconds - seconds) / max(1, progress.step - step)
-    speed = progress.batch.flags["batch_tokens"] / dt
+    dt = (progress.seconds - seconds) / max(1, progress.step - step)
+    speed = dt and progress.batch.flags["batch_tokens"] / dt
     row = progress.row("train", **progress.means(), lr=rate, tok_per_s=round(speed))
     run.record(row)
     peak = peak_flops(process.device)
@@ -1201,7 +1201,9 @@ def train(given, log=print):
             stop = stopped(came, step, flags, process)
             if line or due or stop or step in evals:
                 progress.check(run)                         # waits for the device
-            if not (process.compiled and step == first + 1):
+            if process.compiled and step == first + 1:      # to compile is no training
+                progress.line_began = step, progress.seconds
+            else:
                 progress.seconds += time.perf_counter() - tic
             if line:
                 report(progress, rate, run, log)
