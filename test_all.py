@@ -2452,6 +2452,7 @@ def test_evaluation(objective):
     a, b = (train.evaluate(lm, windows, objective, rows=r) for r in (5, 2))
     assert a == approx(b, rel=1e-5) and a["loss"] == approx(math.log(11), abs=0.1)
     assert a["loss"] == min(value for name, value in a.items() if "loss" in name)
+    assert (a["se"] > 0) == (objective == "mdm" or a["loss"] == a.get("mdm_loss"))
 
 
 def test_recipes_are_what_they_say():
