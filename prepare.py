@@ -497,7 +497,7 @@ def download(url, folder, sha256=None):
     folder.mkdir(parents=True, exist_ok=True)
     progress = Progress(path.name)
     try:
-        with whole_file(path) as f, urllib.request.urlopen(url, timeout=30) as response:
+        with urllib.request.urlopen(url, timeout=30) as response, whole_file(path) as f:
             total = int(response.headers.get("Content-Length") or 0)
             while block := response.read(1 << 20):
                 f.write(block)
@@ -771,7 +771,7 @@ def whole_file(path, mode="wb", keep=None):
             os.replace(path, keep)
         os.replace(part, path)
     except (OSError, RuntimeError) as e:        # torch's writer raises the latter
-        why = getattr(e, "strerror", None) or "the disk or a limit is full"
+        why = getattr(e, "strerror", "the disk or a limit is full") or e
         raise ValueError(f"cannot write {path}: {why}") from e
     finally:
         with contextlib.suppress(OSError):

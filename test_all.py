@@ -2662,6 +2662,7 @@ lm.embed.weight.data[0].fill_(1e30)                         => the norm of the w
 setattr(train, "evaluate", lambda *_, **__: dict(loss=math.nan)) => loss of the evaluation became nan {STEP_9}
 setattr(train, "evaluate", raising(torch.OutOfMemoryError("too large"))) => out of memory.*--micro_batch
 full_disk(OSError(28, "No space left on device"))           => cannot write .*ckpt_best.pt: No space left
+full_disk(TimeoutError("timed out"))                        => cannot write .*ckpt_best.pt: timed out
 full_disk(RuntimeError("PytorchStreamWriter"))             => cannot write .*ckpt_best.pt: the disk or a limit
 """
 
@@ -3153,7 +3154,7 @@ def test_downloads_are_whole_and_checked(monkeypatch):
 {there}no_length.txt    => of 0 bytes
 {there}whole.txt 000    => {sha}
 x                       => unknown
-{here}none              => prepare.py --text FILE
+{here}none              => (<urlopen error .*No such file.*prepare.py --text FILE
 """):
         url, *digest = asked.split()
         with refused(f"cannot download {re.escape(url)}.*{message}"):
