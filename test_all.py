@@ -2040,6 +2040,7 @@ steps("--eval_epochs 1e308")                 => [100]
 steps("--eval_epochs geometric")[0]          => 5
 len(steps("--eval_epochs geometric"))        => 12
 len(steps("--eval_epochs geometric:3"))      => 3
+train.parse_flags(re.search("--preset.*", train.__doc__)[0].split())["batch_tokens"] % (8 * 1024)    => 0
 rates("wsd", 0, 50, 90, 100)                 => approx([0.1, 1, 0.5, 0])
 rates("cosine", 10, 55, 100)                 => approx([1, 0.5, 0])
 rates("constant", 99)                        => [1]

@@ -4,7 +4,7 @@
     python train.py --objective mdm --unique_tokens 30000 --epochs 100
     python train.py --resume auto --out out/NAME                     # go on with a run
     python train.py --init_from out/NAME --objective mdm             # its weights alone, everything else new
-    torchrun --standalone --nproc_per_node=8 train.py --preset gpt2 --dataset fineweb10B
+    torchrun --standalone --nproc_per_node=8 train.py --preset gpt2 --dataset fineweb10B --batch_tokens 524288
 
 Flags: python train.py --help. A run is a folder: config.json, metrics.jsonl, samples.txt, ckpt_last.pt,
 ckpt_prev.pt (the save before it), ckpt_best.pt. In this file, in this order:
