@@ -571,7 +571,8 @@ def settings(text):
 
 
 # Fields of the model, not of a layer.
-WHOLE = ("vocab_size", "block_size", "layers", "n_layer", "n_embd", "tied", "logit_softcap", "mtp")
+WHOLE = ("vocab_size", "block_size", "layers", "n_layer", "n_embd", "tied", "logit_softcap", "mtp", "causal",
+         "shift")
 MIXER = LayerConfig.__dataclass_fields__.keys() - {"bias", "norm_eps"}  # norms and the MLP read those too
 LONGEST = LIMITS["n_layer"][1]
 

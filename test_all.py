@@ -2269,6 +2269,8 @@ full*999999999                 => more than 10,000
 (full*5000)*3                  => more than 10,000
 full(window)                   => 'window' is not a setting
 full(n_embd=64)                => not a setting
+full(causal=true)              => not a setting
+full(shift=true)               => not a setting
 full(window=8, window=9)       => not a setting
 full(windw=3)                  => did you mean 'window'
 full(window=٣)                 => window ٣: expected a whole number
