@@ -751,7 +751,7 @@ def console():
 
 def complain(program, error):
     """One line about an error on stderr, whatever is in it. Returns 2, the exit status."""
-    line = " ".join(str(error or "out of memory").splitlines())         # a MemoryError has no text
+    line = " ".join((str(error) or "out of memory").splitlines())         # a MemoryError has no text
     print(f"{program}: {line[:500]}", file=sys.stderr)
     return 2
 

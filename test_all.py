@@ -2111,6 +2111,7 @@ len(bench.GLYPHS.flatten(1).unique(dim=0))   => 64
 (bench.drawn(torch.tensor([[33, 34]]))[0, 0, :, 8:16] - bench.GLYPHS[34] * 2).unique().item() => approx(-0.6)
 [r["vs_full"] for r in bench.beside_full("ms")(TIMES)]  => [1, 1, 2, 3, None]
 bench.merged(TIMES, ["layer"], lambda r: {r["T"]: r["ms"]})[1] => {"layer": "kda", 1: 1.0, 2: 3.0, 3: 1.0}
+typed(types.SimpleNamespace(main=lambda _: prepare.complain("x", MemoryError())), "")[2] => "x: out of memory\\n"
 complaint(train, "--n\\nope=a")              => (2, 1, True)
 complaint(train, "a\\nb" * 999, "--device=cpu\\n")                       => (2, 1, True)
 complaint(train, "--seed=" + "9" * 5000)     => (2, 1, True)
