@@ -2500,7 +2500,7 @@ def test_each_step_has_noise_of_its_own(go, monkeypatch):
     "--objective ar --log_every 5 --save_every 4", "--objective mdm --optimizer muon",
     "--objective mixed --log_every 3 --set mtp=0.3", "--objective mdm --init_from RUNS/mixed",
     "--objective block --diffusion_block 4 --set n_expert=4 --log_every 5",
-    "--layers gated_deltanet --set n_expert=4 router=softmax --log_every 4",
+    "--dropout 0 --layers gated_deltanet(dropout=0.2) --set n_expert=4 router=softmax --log_every 4",
     pytest.param("--objective mdm --device cuda --compile off", marks=on_gpu)])
 def test_resume_is_bit_exact(go, runs, kind):
     """Stopped mid-epoch (7) and at an epoch boundary (10), with dropout: every later row, weight and moment

@@ -1048,7 +1048,8 @@ def check_resume(state, data, progress, log):
     need(state["data"] == data.meta["train_sha256"] and config["vocab_size"] == data.tokenizer.n_vocab,
          f"{data.folder} holds other tokens than the ones this run began with: prepare the same text, or "
          f"begin a new run from these weights by --init_from {source}")
-    need(not (config["dropout"] or config["mlp_dropout"]) or state["cut"] == cut,
+    drops = config["dropout"] or config["mlp_dropout"] or "dropout" in config["layers"]
+    need(not drops or state["cut"] == cut,
          "with dropout a run goes on with its number of processes and its --micro_batch, which were "
          f"{state['cut']} and not {cut}")
     step, total = progress.step, progress.total
