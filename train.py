@@ -923,6 +923,7 @@ class Batch:
         ar, mdm = (self.lm.flops_per_token(T, causal=c) for c in (True, False))
         if self.block < T:
             return 2 * ar                                   # two streams
+        ar *= 1 + bool(self.recipe["mir"])                  # a second pass
         return (self.ar_rows * ar + (B - self.ar_rows) * mdm) / B
 
 
