@@ -3159,7 +3159,7 @@ def test_downloads_are_whole_and_checked(monkeypatch):
 {there}no_length.txt    => of 0 bytes
 {there}whole.txt 000    => {sha}
 x                       => unknown
-{here}none              => (<urlopen error .*No such file.*prepare.py --text FILE
+{here}none              => urlopen error .*No such file.*prepare.py --text FILE
 """):
         url, *digest = asked.split()
         with refused(f"cannot download {re.escape(url)}.*{message}"):
