@@ -1936,6 +1936,13 @@ def steps(line):
     return sorted(train.eval_steps(train.DEFAULTS | train.parse_flags(line.split()), 100, 5.0))
 
 
+def bytes_per_token(val):
+    """Of windows of two tokens, where token i is i bytes long."""
+    data = types.SimpleNamespace(train=val, val=val, folder="", token_bytes=np.arange(9))
+    data.tokenizer, flags = data, train.DEFAULTS | dict(eval_windows=0)
+    return train.windows_of(flags, data, 2, 1)[1].bytes_per_token
+
+
 def rates(schedule, *steps):
     flags = train.DEFAULTS | dict(lr=1.0, warmup=10, schedule=schedule)
     return [train.learning_rate(step, 100, flags) for step in steps]
@@ -2041,6 +2048,7 @@ steps("--eval_epochs geometric")[0]          => 5
 len(steps("--eval_epochs geometric"))        => 12
 len(steps("--eval_epochs geometric:3"))      => 3
 train.parse_flags(re.search("--preset.*", train.__doc__)[0].split())["batch_tokens"] % (8 * 1024)    => 0
+bytes_per_token(np.repeat(np.arange(1, 4), 6000))                        => approx(2, abs=1e-3)
 rates("wsd", 0, 50, 90, 100)                 => approx([0.1, 1, 0.5, 0])
 rates("cosine", 10, 55, 100)                 => approx([1, 0.5, 0])
 rates("constant", 99)                        => [1]

@@ -330,7 +330,7 @@ def windows_of(flags, data, T, world):
     return windows, types.SimpleNamespace(
         val=val, seen=fixed_windows(data.train[:windows.U], T, max(1, len(val) // 4)),
         ends=probe_items(data.val, T) if flags["probe_every"] else None,
-        bytes_per_token=data.tokenizer.token_bytes[val[:4096].long()].mean())
+        bytes_per_token=data.tokenizer.token_bytes[val[::len(val) // 4096 + 1].long()].mean())
 
 # ------------------------------------------------------------------------------------------------------------
 # Optimizers and schedule
