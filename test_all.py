@@ -4232,6 +4232,7 @@ train --dataset DATASET --resume auto                       => --out
 train TRAIN --init_from RUNS/ar --n_embd 32                 => do not fit
 train --dataset DATASET --out RUNS/ar --resume auto --n_embd 32  => checkpoint: 16
 train --dataset DATASET --out RUNS/ar --resume auto --lr 1  => --init_from
+train --dataset DATASET --out RUNS/mdm --resume auto --recipe rate=1  => --recipe ['rate=1'] (checkpoint: [])
 train --dataset DATASET --out RUNS/ar --resume best         => off, auto
 train --dataset DATASET --out RUNS/ar --resume auto --max_steps 3  => beyond the 3 steps
 

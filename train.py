@@ -167,20 +167,20 @@ def settings(given, log):
     checkpoint's.
     """
     flags, state = {**DEFAULTS, **given}, None
-    check(flags)
     if flags["resume"] == "auto":
         need(flags["out"], "--resume auto goes on with the run in --out: name that folder")
         state = newest_checkpoint(Path(flags["out"]), log)
-    if not state:
-        return flags, None
-    source = state["source"]
-    lost = [k for k, value in state["flags"].items() if value and k not in DEFAULTS]
-    need(not lost, f"{source} was trained with --{' --'.join(lost)}, which train.py no longer has: a new run "
-                   f"from its weights is --init_from {source}")
-    wrong = other_settings(state, given)
-    need(not wrong, f"cannot resume {source} with other settings: {', '.join(wrong)}. "
-                    f"A new run from its weights: --init_from {source}")
-    return {**DEFAULTS, **state["flags"], **given}, state
+    if state:
+        source = state["source"]
+        lost = [k for k, value in state["flags"].items() if value and k not in DEFAULTS]
+        need(not lost, f"{source} was trained with --{' --'.join(lost)}, which train.py no longer has: a new "
+                       f"run from its weights is --init_from {source}")
+        wrong = other_settings(state, given)
+        need(not wrong, f"cannot resume {source} with other settings: {', '.join(wrong)}. "
+                        f"A new run from its weights: --init_from {source}")
+        flags = {**DEFAULTS, **state["flags"], **given}
+    check(flags)
+    return flags, state
 
 
 def other_settings(state, given):
