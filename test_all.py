@@ -2753,9 +2753,10 @@ def scripted_losses(patch, losses):
 @each("which", ("best", "last", "gone"))
 def test_best_is_the_least_of_the_log(go, monkeypatch, which):
     """Killed before the one or the other checkpoint of a step: no worse model takes the best's place. Where
-    its file is gone, the loss of a model that is no more does not count, at the next resume either."""
+    its file is gone, the loss of a model that is no more does not count, at the next resume either; nor does
+    one of other windows."""
     best, save = Path("run/ckpt_best.pt"), train.save_atomic
-    scripted_losses(monkeypatch, {3: 4.0, 6: 3.0, 9: 5.0 if which == "gone" else 3.0, 12: 4.5})
+    scripted_losses(monkeypatch, {3: 4.0, 6: 3.0, 9: 5.0 if which == "gone" else 3.0, 12: 4.5, 15: 6.0})
 
     def killed(state, path, keep=None):
         if (path.name, state["step"]) == (f"ckpt_{which}.pt", 6):
@@ -2771,6 +2772,7 @@ def test_best_is_the_least_of_the_log(go, monkeypatch, which):
         best.unlink()
         assert bests(max_steps=9) == (9, 5.0, 5.0)
         assert bests(max_steps=12) == (12, 4.5, 4.5)
+        assert bests(max_steps=15, eval_windows=4) == (15, 6.0, 6.0)
         return
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("train.save_atomic", killed)
@@ -4404,10 +4406,11 @@ def test_no_run_goes_on_as_another(go):
     trained(make(), "other", max_steps=1)
     with refused("was trained on tokens of byte, and .* holds tokens of bpe:260"):
         trained(make("e", "bpe:260"), "new", init_from="run", unique_tokens=None)
-    Path("d").rename("before")
-    write("a.txt", "the dog ran. " * 200)
-    with refused("holds other tokens"):
-        trained(make(), "other", resume="auto", max_steps=2)
+    for n in (0, 185):                                      # other training text, other validation text
+        Path("d").rename(f"before{n}")
+        write("a.txt", "the cat sat. " * n + "the dog ran. " * (200 - n))
+        with refused("holds other tokens"):
+            trained(make(), "other", resume="auto", max_steps=2)
 
 
 def test_every_command_has_help():

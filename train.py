@@ -658,8 +658,9 @@ class Run:
              "choose another --out")
         for part in self.folder.glob("*.part"):             # what a kill has left
             part.unlink()
-        if not (self.folder / "ckpt_best.pt").exists():     # whatever comes is better
-            self.best = math.inf
+        asked, before = (settings["flags"]["eval_windows"] for settings in (about, state or about))
+        if asked != before or not (self.folder / "ckpt_best.pt").exists():
+            self.best = math.inf                            # whatever comes is better
         for path in prepare.run_files(data.folder):
             shutil.copyfile(path, self.folder / path.name)
         versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
@@ -1046,7 +1047,8 @@ def initial(flags, data, log):
 def check_resume(state, data, progress, log):
     """What must be as it was for the run to go on as if it had never stopped."""
     config, source, cut = state["config"], state["source"], progress.batch.cut
-    need(state["data"] == data.meta["train_sha256"] and config["vocab_size"] == data.tokenizer.n_vocab,
+    known = data.meta["train_sha256"], data.meta["val_sha256"], None                # None: of an older one
+    need({state["data"], state.get("val")} <= {*known} and config["vocab_size"] == data.tokenizer.n_vocab,
          f"{data.folder} holds other tokens than the ones this run began with: prepare the same text, or "
          f"begin a new run from these weights by --init_from {source}")
     drops = config["dropout"] or config["mlp_dropout"] or "dropout" in config["layers"]
@@ -1144,8 +1146,9 @@ def snapshot(progress, optimizers, data):
     batch = progress.batch
     return whole({"model": batch.lm.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
                   "config": dataclasses.asdict(batch.lm.config), "flags": batch.flags, "step": progress.step,
-                  "seconds": progress.seconds, "data": data.meta["train_sha256"], "cut": batch.cut,
-                  "meter": {"rows": progress.rows, "loads": progress.loads}, "rng": torch.get_rng_state()})
+                  "seconds": progress.seconds, "cut": batch.cut, "rng": torch.get_rng_state(),
+                  "data": data.meta["train_sha256"], "val": data.meta["val_sha256"],
+                  "meter": {"rows": progress.rows, "loads": progress.loads}})
 
 
 def train(given, log=print):
