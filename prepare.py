@@ -51,8 +51,6 @@ SHA256 = {"shakespeare": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca5
 DATASETS = ["docs", "pysrc", "arithmetic", *URLS, *SHARDS]
 USUAL = {"fineweb10B": "gpt2", "arithmetic": "byte"}                     # tokenizers, where not bpe:4096
 HEADERS = {20240520: "uint16", 20240801: "uint32"}  # llm.c, modded-nanogpt: 256 int32; [0] this, [2] tokens
-PACKED = {".gz": gzip.open, ".bz2": bz2.open,
-          ".zip": lambda raw: zipfile.ZipFile(raw).open(zipfile.ZipFile(raw).namelist()[0])}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -247,6 +245,15 @@ def split_pattern(step):
 
 # ------------------------------------------------------------------------------------------------------------
 # Text: files, and streams of (text, last, done)
+
+def unzipped(raw):
+    names = zipfile.ZipFile(raw).namelist()
+    need(len(names) == 1, f"it holds {len(names)} files, expected one: unpack it")
+    return zipfile.ZipFile(raw).open(*names)
+
+
+PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".zip": unzipped}
+
 
 def text_kind(file):
     """".jsonl" of a.jsonl and of a.jsonl.gz."""

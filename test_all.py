@@ -2912,6 +2912,10 @@ def test_one_reader_of_text(runs):
         assert documents_of(path) == documents, path
         scores.add(typed(sample, f"score {runs}/ar --text {path} --windows 0"))
     assert scores.pop()[0] == 0 and not scores
+    with zipfile.ZipFile("a.zip", "a") as z:
+        z.writestr("b", "")
+    with refused("cannot read a.zip .*: it holds 2 files"):
+        documents_of("a.zip")
     write("half.jsonl", {"text": "half \ud83d a pair"})
     assert documents_of("half.jsonl") == ["half ? a pair"]
 
