@@ -4233,6 +4233,7 @@ train TRAIN --out RUNS/ar                                   => already holds a r
 train TRAIN --out DATASET                                   => already holds a run, a model or data
 train TRAIN --out folder                                    => already holds a run, a model or data
 train TRAIN --init_from no                                  => no checkpoint
+train TRAIN --init_from RUNS/ar --preset gpt2               => brings its own
 train TRAIN --init_from cut.pt                              => truncated
 train --dataset DATASET --resume auto                       => --out
 train TRAIN --init_from RUNS/ar --n_embd 32                 => do not fit

@@ -167,6 +167,7 @@ def settings(given, log):
     checkpoint's.
     """
     flags, state = {**DEFAULTS, **given}, None
+    need(not {"preset", "init_from"} <= given.keys(), "--preset is of a new model, --init_from brings its own")
     if flags["resume"] == "auto":
         need(flags["out"], "--resume auto goes on with the run in --out: name that folder")
         state = newest_checkpoint(Path(flags["out"]), log)
