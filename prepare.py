@@ -842,7 +842,7 @@ def main(argv=None):
         need(not args["text"] or not args["dataset"], "--dataset and --text exclude each other")
         folder = prepare(args.pop("dataset") or "docs", **args)
         meta = read_meta(folder)
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, ImportError) as e:
         return complain("prepare.py", e)
     except KeyboardInterrupt:
         print("prepare.py: interrupted, and nothing half made is left", file=sys.stderr)

@@ -200,8 +200,8 @@ def check(flags):
     for name, value in flags.items():
         if isinstance(value, (int, float)):
             least = "above 0" if name in POSITIVE else "of 0 or more"
-            need(0 <= value < math.inf and (value or name not in POSITIVE),
-                 f"--{name} {value}: expected a number {least}")
+            need(0 <= value < 1e15 and (value or name not in POSITIVE),
+                 f"--{name} {value}: expected a number {least}, below 1e15")
     need(flags["seed"] < 2 ** 31, f"--seed {flags['seed']} must lie between 0 and {2 ** 31 - 1}")
     recipe(flags)
 
@@ -1262,7 +1262,7 @@ def main(argv=None):
                 f"{clock(result['seconds'])} of training. A sample:\n")
             say(show_sample(result["out"], result["lm"].embed.weight.device))
             say(f"\nmore: python sample.py {shlex.quote(result['out'])}")
-    except (ValueError, OSError, MemoryError) as e:
+    except (ValueError, OSError, MemoryError, ImportError) as e:
         if rank == 0:                                       # the others have the same to say
             prepare.complain("train.py", e)
         return 2
