@@ -941,7 +941,7 @@ class Progress:
     def __init__(self, batch, state):
         flags, self.batch, self.moes = batch.flags, batch, batch.lm.moes()
         self.per_epoch = batch.windows.U / flags["batch_tokens"]        # steps, a fraction
-        limits = flags["max_steps"], flags["epochs"] and math.ceil(flags["epochs"] * self.per_epoch)
+        limits = flags["max_steps"], flags["epochs"] and math.ceil(flags["epochs"] * self.per_epoch * (1 - 1e-12))
         self.total = min(filter(None, limits), default=1000)            # steps of the whole run
         self.flops = batch.flops_per_token()
         self.step, self.seconds = 0, 0.0                    # of training, compilation and evaluation left out
