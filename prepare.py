@@ -247,6 +247,7 @@ def split_pattern(step):
 # Text: files, and streams of (text, last, done)
 
 def unzipped(raw):
+    """The one file in a .zip."""
     names = zipfile.ZipFile(raw).namelist()
     need(len(names) == 1, f"it holds {len(names)} files, expected one: unpack it")
     return zipfile.ZipFile(raw).open(*names)
@@ -375,10 +376,8 @@ def python_files():
                 files.append((module.as_posix(), path))
     for i, (module, path) in enumerate(files, 1):
         progress(i / len(files))
-        try:
+        with contextlib.suppress(UnicodeDecodeError, OSError):
             yield module, path.read_text(encoding="utf-8")
-        except (UnicodeDecodeError, OSError):
-            continue
 
 
 def string_constants(constants):
@@ -452,7 +451,7 @@ def split_modules(documents, fraction):
     of all modules."""
     parts, sha1 = ({}, {}), lambda s: hashlib.sha1(s.encode()).digest()
     for module, text in documents:
-        if text not in parts[0] and text not in parts[1]:
+        if not any(text in part for part in parts):
             parts[int.from_bytes(sha1(module)[:4], "big") < fraction * 2**32][text] = None
     return [sorted(part, key=sha1) for part in parts]
 
@@ -609,9 +608,8 @@ def open_source(source, text, val, max_tokens, raw):
     """Two functions that open the training and the validation stream."""
     listed = lambda texts: lambda: ((t, True, i / len(texts)) for i, t in enumerate(texts))
     if source in SHARDS:
-        shards = functools.partial(shard_stream, source, raw)
-        limits = {"train": max_tokens or 10**8, "val": 10_485_760}              # as modded-nanogpt does
-        return [functools.partial(shards, split, limit) for split, limit in limits.items()]
+        return (lambda: shard_stream(source, raw, "train", max_tokens or 10**8),
+                lambda: shard_stream(source, raw, "val", 10_485_760))           # as modded-nanogpt does
     if source == "arithmetic":
         problems = arithmetic(50_000)
         cut = len(problems) * 9 // 10
@@ -677,7 +675,7 @@ def load_dataset(folder):
         need(file_sha256(path) == meta[f"{split}_sha256"],          # a second for each gigabyte
              f"{path} does not hold the tokens that meta.json tells of: delete that folder and run "
              "prepare.py again")
-        ids.append(np.memmap(path, meta["dtype"], "c"))       # torch warns of what is read-only
+        ids.append(np.memmap(path, meta["dtype"], "c"))                # torch warns of what is read-only
     return *ids, meta
 
 
@@ -825,12 +823,12 @@ def main(argv=None):
     parser = Parser(prog="prepare.py", description="Text to tokens: makes data/NAME/{train.bin, val.bin, "
                     "meta.json}.")
     add = parser.add_argument
-    add("--dataset", help=f"built-in, one of: {', '.join(DATASETS)}; the first three need no network "
-        "(default: docs)")
-    add("--text", nargs="+", default=(), metavar="FILE", help="your own instead: files .txt .md .jsonl, also "
-        ".gz, or folders of them")
-    add("--val", nargs="+", default=(), metavar="FILE", help="validation text to go with --text "
-        "(default: its last tenth)")
+    add("--dataset",
+        help=f"built-in, one of: {', '.join(DATASETS)}; the first three need no network (default: docs)")
+    add("--text", nargs="+", default=(), metavar="FILE",
+        help="your own instead: files .txt .md .jsonl, also .gz, or folders of them")
+    add("--val", nargs="+", default=(), metavar="FILE",
+        help="validation text to go with --text (default: its last tenth)")
     add("--name", help="folder under --out_dir (default: after the source and the tokenizer)")
     add("--tokenizer", help="byte, bpe:N, gpt2, cl100k_base, o200k_base or a prepared folder (default: "
         "bpe:4096; arithmetic: byte; fineweb10B: gpt2)")
