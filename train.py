@@ -110,7 +110,7 @@ FLAGS = {
         "eval_epochs": (str, "evaluate at these epochs: 1,2,4 or geometric (12 of them) or geometric:N"),
         "eval_windows": (256, "fixed validation windows to evaluate on, 0 = all"),
         "probe_every": (0,
-                        "N: at every N-th evaluation and the last, is the true end found among four? 0: never"),
+                        "N: at every N-th evaluation and the last: is the true end found among four? 0: off"),
         "save_every": (1000, "steps between checkpoints, besides those at evaluations and at the end"),
         "log_every": (20, "steps between log lines"),
         "resume": ("off | auto", "auto: go on with the run in --out, if there is one"),
