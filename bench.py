@@ -656,13 +656,14 @@ def time_passes(f, x, device, repeat, parameters):
     if cuda:
         f = torch.compile(f, dynamic=False)
     x = x.detach().requires_grad_()
+    leaves = [x, *parameters]
 
     def forward():
         with torch.no_grad():
             f(x)
 
     def both():
-        for a in (x, *parameters):
+        for a in leaves:
             a.grad = None
         (f(x) * 1.1).sum().backward()           # 1.1: else the gradient is an expanded 1
     both()

@@ -85,7 +85,7 @@ class LM(nn.Module):
     def __init__(self, config):
         super().__init__()
         layers = parse_layers(config.layers, config.n_layer)
-        need_memory(config, layers)
+        need_memory(config)
         self.config, self.V, self.mask_id = config, config.vocab_size, config.vocab_size
         rows, C = -(-(self.V + 1) // 64) * 64, config.n_embd
         self.embed = nn.Embedding(rows, C)
@@ -530,20 +530,17 @@ def check_setting(field, value):
     need(right, f"model setting {field.name} {value!s:.60}: expected {expected}")
 
 
-def need_memory(config, layers):
+def need_memory(config, size=4):
     """ValueError before memory is allocated:
-    where the parameters, in float32, are more than the machine's memory."""
+    where the parameters, of `size` bytes each, are more than the machine's memory."""
     if torch.get_default_device().type != "cpu" or not hasattr(os, "sysconf"):      # meta, or Windows
         return
-    kinds = {repr(layer): layer for layer in layers}
     with torch.device("meta"):
-        blocks = {kind: Block(name, override(config, values)) for kind, (name, values) in kinds.items()}
-    count = 2 * config.vocab_size * config.n_embd
-    count += sum(p.numel() for layer in layers for p in blocks[repr(layer)].parameters())
+        count = LM(config).num_params()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    need(4 * count < memory, f"the model has {count:,} parameters, {count / 2 ** 28:,.0f} GiB, the machine "
-         f"{memory / 2 ** 30:,.0f} GiB: lower n_embd {config.n_embd}, n_layer {config.n_layer}, vocab_size "
-         f"{config.vocab_size}, n_expert {config.n_expert}, or the widths of heads and MLP")
+    need(size * count < memory, f"the model has {count:,} parameters, {size * count / 2 ** 30:,.0f} GiB, the "
+         f"machine {memory / 2 ** 30:,.0f} GiB: lower n_embd {config.n_embd}, n_layer {config.n_layer}, "
+         f"vocab_size {config.vocab_size}, n_expert {config.n_expert}, or the widths of heads and MLP")
 
 
 def nearest(word, known):
@@ -575,7 +572,8 @@ def settings(text):
 
 
 # Fields of the model, not of a layer.
-WHOLE = ("vocab_size", "block_size", "layers", "n_layer", "n_embd", "tied", "logit_softcap", "mtp")
+WHOLE = ("vocab_size", "block_size", "layers", "n_layer", "n_embd", "tied", "logit_softcap", "mtp", "causal",
+         "shift")
 MIXER = LayerConfig.__dataclass_fields__.keys() - {"bias", "norm_eps"}  # norms and the MLP read those too
 LONGEST = LIMITS["n_layer"][1]
 
@@ -1146,7 +1144,7 @@ def from_pretrained(folder, dtype=torch.float32, device="cpu"):
             name = name.removeprefix("transformer.").replace("block_sparse_moe", "mlp")
             need(name not in tensors, f"{path}: tensor {name} is in another file too")
             tensors[name] = tensor
-    need_memory(config, parse_layers(config.layers, config.n_layer))
+    need_memory(config, dtype.itemsize)
     with torch.device("meta"):
         lm = LM(config).to(dtype)
     lm.to_empty(device=device)

@@ -51,8 +51,6 @@ SHA256 = {"shakespeare": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca5
 DATASETS = ["docs", "pysrc", "arithmetic", *URLS, *SHARDS]
 USUAL = {"fineweb10B": "gpt2", "arithmetic": "byte"}                     # tokenizers, where not bpe:4096
 HEADERS = {20240520: "uint16", 20240801: "uint32"}  # llm.c, modded-nanogpt: 256 int32; [0] this, [2] tokens
-PACKED = {".gz": gzip.open, ".bz2": bz2.open,
-          ".zip": lambda raw: zipfile.ZipFile(raw).open(zipfile.ZipFile(raw).namelist()[0])}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -248,6 +246,16 @@ def split_pattern(step):
 # ------------------------------------------------------------------------------------------------------------
 # Text: files, and streams of (text, last, done)
 
+def unzipped(raw):
+    """The one file in a .zip."""
+    names = zipfile.ZipFile(raw).namelist()
+    need(len(names) == 1, f"it holds {len(names)} files, expected one: unpack it")
+    return zipfile.ZipFile(raw).open(*names)
+
+
+PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".zip": unzipped}
+
+
 def text_kind(file):
     """".jsonl" of a.jsonl and of a.jsonl.gz."""
     name = Path(file.name.lower())
@@ -368,10 +376,8 @@ def python_files():
                 files.append((module.as_posix(), path))
     for i, (module, path) in enumerate(files, 1):
         progress(i / len(files))
-        try:
+        with contextlib.suppress(UnicodeDecodeError, OSError):
             yield module, path.read_text(encoding="utf-8")
-        except (UnicodeDecodeError, OSError):
-            continue
 
 
 def string_constants(constants):
@@ -445,7 +451,7 @@ def split_modules(documents, fraction):
     of all modules."""
     parts, sha1 = ({}, {}), lambda s: hashlib.sha1(s.encode()).digest()
     for module, text in documents:
-        if text not in parts[0] and text not in parts[1]:
+        if not any(text in part for part in parts):
             parts[int.from_bytes(sha1(module)[:4], "big") < fraction * 2**32][text] = None
     return [sorted(part, key=sha1) for part in parts]
 
@@ -497,7 +503,7 @@ def download(url, folder, sha256=None):
     folder.mkdir(parents=True, exist_ok=True)
     progress = Progress(path.name)
     try:
-        with whole_file(path) as f, urllib.request.urlopen(url, timeout=30) as response:
+        with urllib.request.urlopen(url, timeout=30) as response, whole_file(path) as f:
             total = int(response.headers.get("Content-Length") or 0)
             while block := response.read(1 << 20):
                 f.write(block)
@@ -559,7 +565,7 @@ def prepare(source="docs", name=None, tokenizer=None, out_dir="data", text=(), v
          f"{source} is gpt2 tokens already: it takes no --corrupt and no other --tokenizer")
     content = b"".join(bytes.fromhex(file_sha256(file)) for file in text + val)
     settings = dict(source=source, corrupt=corrupt, tokenizer=tokenizer, max_tokens=max_tokens,
-                    content=hashlib.sha256(content).hexdigest())
+                    content=hashlib.sha256(content).hexdigest(), val=len(val))
     folder = Path(out_dir) / name
     if folder.exists():
         made = read_meta(folder).get("settings", {})
@@ -602,9 +608,8 @@ def open_source(source, text, val, max_tokens, raw):
     """Two functions that open the training and the validation stream."""
     listed = lambda texts: lambda: ((t, True, i / len(texts)) for i, t in enumerate(texts))
     if source in SHARDS:
-        shards = functools.partial(shard_stream, source, raw)
-        limits = {"train": max_tokens or 10**8, "val": 10_485_760}              # as modded-nanogpt does
-        return [functools.partial(shards, split, limit) for split, limit in limits.items()]
+        return (lambda: shard_stream(source, raw, "train", max_tokens or 10**8),
+                lambda: shard_stream(source, raw, "val", 10_485_760))           # as modded-nanogpt does
     if source == "arithmetic":
         problems = arithmetic(50_000)
         cut = len(problems) * 9 // 10
@@ -670,7 +675,7 @@ def load_dataset(folder):
         need(file_sha256(path) == meta[f"{split}_sha256"],          # a second for each gigabyte
              f"{path} does not hold the tokens that meta.json tells of: delete that folder and run "
              "prepare.py again")
-        ids.append(np.memmap(path, meta["dtype"], "r"))
+        ids.append(np.memmap(path, meta["dtype"], "c"))                # torch warns of what is read-only
     return *ids, meta
 
 
@@ -751,7 +756,7 @@ def console():
 
 def complain(program, error):
     """One line about an error on stderr, whatever is in it. Returns 2, the exit status."""
-    line = " ".join(str(error or "out of memory").splitlines())         # a MemoryError has no text
+    line = " ".join((str(error) or "out of memory").splitlines())         # a MemoryError has no text
     print(f"{program}: {line[:500]}", file=sys.stderr)
     return 2
 
@@ -771,7 +776,7 @@ def whole_file(path, mode="wb", keep=None):
             os.replace(path, keep)
         os.replace(part, path)
     except (OSError, RuntimeError) as e:        # torch's writer raises the latter
-        why = getattr(e, "strerror", None) or "the disk or a limit is full"
+        why = getattr(e, "strerror", "the disk or a limit is full") or e
         raise ValueError(f"cannot write {path}: {why}") from e
     finally:
         with contextlib.suppress(OSError):
@@ -818,12 +823,12 @@ def main(argv=None):
     parser = Parser(prog="prepare.py", description="Text to tokens: makes data/NAME/{train.bin, val.bin, "
                     "meta.json}.")
     add = parser.add_argument
-    add("--dataset", help=f"built-in, one of: {', '.join(DATASETS)}; the first three need no network "
-        "(default: docs)")
-    add("--text", nargs="+", default=(), metavar="FILE", help="your own instead: files .txt .md .jsonl, also "
-        ".gz, or folders of them")
-    add("--val", nargs="+", default=(), metavar="FILE", help="validation text to go with --text "
-        "(default: its last tenth)")
+    add("--dataset",
+        help=f"built-in, one of: {', '.join(DATASETS)}; the first three need no network (default: docs)")
+    add("--text", nargs="+", default=(), metavar="FILE",
+        help="your own instead: files .txt .md .jsonl, also .gz, or folders of them")
+    add("--val", nargs="+", default=(), metavar="FILE",
+        help="validation text to go with --text (default: its last tenth)")
     add("--name", help="folder under --out_dir (default: after the source and the tokenizer)")
     add("--tokenizer", help="byte, bpe:N, gpt2, cl100k_base, o200k_base or a prepared folder (default: "
         "bpe:4096; arithmetic: byte; fineweb10B: gpt2)")
@@ -835,7 +840,7 @@ def main(argv=None):
         need(not args["text"] or not args["dataset"], "--dataset and --text exclude each other")
         folder = prepare(args.pop("dataset") or "docs", **args)
         meta = read_meta(folder)
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, ImportError) as e:
         return complain("prepare.py", e)
     except KeyboardInterrupt:
         print("prepare.py: interrupted, and nothing half made is left", file=sys.stderr)

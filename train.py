@@ -4,7 +4,7 @@
     python train.py --objective mdm --unique_tokens 30000 --epochs 100
     python train.py --resume auto --out out/NAME                     # go on with a run
     python train.py --init_from out/NAME --objective mdm             # its weights alone, everything else new
-    torchrun --standalone --nproc_per_node=8 train.py --preset gpt2 --dataset fineweb10B
+    torchrun --standalone --nproc_per_node=8 train.py --preset gpt2 --dataset fineweb10B --batch_tokens 524288
 
 Flags: python train.py --help. A run is a folder: config.json, metrics.jsonl, samples.txt, ckpt_last.pt,
 ckpt_prev.pt (the save before it), ckpt_best.pt. In this file, in this order:
@@ -32,7 +32,6 @@ import signal
 import sys
 import time
 import types
-import warnings
 import zlib
 from pathlib import Path
 
@@ -68,8 +67,8 @@ FLAGS = {
         "seed": (1337, "of the initialisation, the order of windows, the noise and dropout"),
     },
     "objective": {
-        "objective": ("ar | mdm | mixed | block", "mdm: masked diffusion; mixed: both losses; block: block "
-                      "diffusion"),
+        "objective": ("ar | mdm | mixed | block",
+                      "mdm: masked diffusion; mixed: both losses; block: block diffusion"),
         "diffusion_block": (16, "block: tokens in a block, AR over blocks and diffusion inside"),
         "ar_frac": (0.5, "mixed: share of each batch that is trained as AR"),
         "recipe": ([], f"key=value ..., regularisers and ablations: {', '.join(RECIPE)}"),
@@ -82,8 +81,8 @@ FLAGS = {
         "n_layer": (int, "blocks"),
         "n_head": (int, "attention heads"),
         "n_embd": (int, "width"),
-        "dropout": (float, "on the embedding and on what each block adds; it ties a run to its number of "
-                    "processes and its --micro_batch"),
+        "dropout": (float,
+                    "on the embedding and what each block adds; ties a run to its processes, --micro_batch"),
         "set": ([], "key=value ...: any other field of ModelConfig, such as n_kv_head=2 mlp=gelu"),
         "init_from": (str, "run folder or checkpoint: start from its weights, with everything else new"),
     },
@@ -110,8 +109,8 @@ FLAGS = {
         "eval_every": (250, "steps between evaluations, 0 = only at the end"),
         "eval_epochs": (str, "evaluate at these epochs: 1,2,4 or geometric (12 of them) or geometric:N"),
         "eval_windows": (256, "fixed validation windows to evaluate on, 0 = all"),
-        "probe_every": (0, "N: at every N-th evaluation and the last, how often the true end of a passage is "
-                           "found among four; 0 = never"),
+        "probe_every": (0,
+                        "N: at every N-th evaluation and the last: is the true end found among four? 0: off"),
         "save_every": (1000, "steps between checkpoints, besides those at evaluations and at the end"),
         "log_every": (20, "steps between log lines"),
         "resume": ("off | auto", "auto: go on with the run in --out, if there is one"),
@@ -123,8 +122,8 @@ CHOICES = {name: default.split(" | ") for name, default in DEFAULTS.items() if "
 DEFAULTS |= {name: choices[0] for name, choices in CHOICES.items()}
 # These may differ between a checkpoint and the run that resumes it; all other flags shape the trajectory.
 FREE = {*FLAGS["system"], *FLAGS["output"], "epochs", "max_steps"}
-POSITIVE = ("epochs", "max_steps", "unique_tokens", "lr", "micro_batch", "log_every", "save_every",
-            "batch_tokens", "diffusion_block")              # the other numbers may be 0; none is negative
+POSITIVE = ("epochs max_steps unique_tokens lr micro_batch log_every save_every batch_tokens "
+            "diffusion_block").split()                      # the other numbers may be 0; none is negative
 
 # Dense bf16 peak by device name, from the makers' data sheets, for MFU. Unknown devices get none: no guess.
 PEAK_FLOPS = {"H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12,
@@ -168,20 +167,21 @@ def settings(given, log):
     checkpoint's.
     """
     flags, state = {**DEFAULTS, **given}, None
-    check(flags)
+    need(not {"preset", "init_from"} <= given.keys(), "--preset is a new model, --init_from brings its own")
     if flags["resume"] == "auto":
         need(flags["out"], "--resume auto goes on with the run in --out: name that folder")
         state = newest_checkpoint(Path(flags["out"]), log)
-    if not state:
-        return flags, None
-    source = state["source"]
-    lost = [k for k, value in state["flags"].items() if value and k not in DEFAULTS]
-    need(not lost, f"{source} was trained with --{' --'.join(lost)}, which train.py no longer has: a new run "
-                   f"from its weights is --init_from {source}")
-    wrong = other_settings(state, given)
-    need(not wrong, f"cannot resume {source} with other settings: {', '.join(wrong)}. "
-                    f"A new run from its weights: --init_from {source}")
-    return {**DEFAULTS, **state["flags"], **given}, state
+    if state:
+        source = state["source"]
+        lost = [k for k, value in state["flags"].items() if value and k not in DEFAULTS]
+        need(not lost, f"{source} was trained with --{' --'.join(lost)}, which train.py no longer has: a new "
+                       f"run from its weights is --init_from {source}")
+        wrong = other_settings(state, given)
+        need(not wrong, f"cannot resume {source} with other settings: {', '.join(wrong)}. "
+                        f"A new run from its weights: --init_from {source}")
+        flags = {**DEFAULTS, **state["flags"], **given}
+    check(flags)
+    return flags, state
 
 
 def other_settings(state, given):
@@ -195,13 +195,13 @@ def check(flags):
     """ValueError for a value that no run can have. (nan is not 0 <= nan.)"""
     for name, choices in CHOICES.items():
         value = flags[name]
-        need(value in choices, f"--{name} {value} is unknown{nearest(value, choices)}: one of "
-                               f"{', '.join(choices)}")
+        need(value in choices,
+             f"--{name} {value} is unknown{nearest(value, choices)}: one of {', '.join(choices)}")
     for name, value in flags.items():
         if isinstance(value, (int, float)):
             least = "above 0" if name in POSITIVE else "of 0 or more"
-            need(0 <= value < math.inf and (value or name not in POSITIVE),
-                 f"--{name} {value}: expected a number {least}")
+            need(0 <= value < 1e15 and (value or name not in POSITIVE),
+                 f"--{name} {value}: expected a number {least}, below 1e15")
     need(flags["seed"] < 2 ** 31, f"--seed {flags['seed']} must lie between 0 and {2 ** 31 - 1}")
     recipe(flags)
 
@@ -215,8 +215,8 @@ def recipe(flags):
         default, most, objectives = RECIPE[key]
         values[key] = prepare.number(value, type(default))
         need(default <= values[key] <= most, f"--recipe {pair} must lie between {default} and {most}")
-        need(flags["objective"] in objectives.split(), f"--recipe {key} is for --objective {objectives}, not "
-                                                       f"{flags['objective']}")
+        need(flags["objective"] in objectives.split(),
+             f"--recipe {key} is for --objective {objectives}, not {flags['objective']}")
     need(not values["orders"] or flags["diffusion_block"] == 1, "--recipe orders=K needs --diffusion_block 1")
     return values
 
@@ -226,15 +226,15 @@ def model_config(flags, vocab_size, trained):
 
     vocab_size: the tokenizer's. trained: the config of a checkpoint, in place of the preset's, or None.
     """
-    names = ("block_size", "layers", "n_layer", "n_head", "n_embd", "dropout")
-    values = {name: flags[name] for name in names if flags[name] is not None}
+    values = {name: flags[name] for name in "block_size layers n_layer n_head n_embd dropout".split()
+              if flags[name] is not None}
     for pair in flags["set"]:
         key, eq, value = pair.partition("=")
         need(eq, f"--set {pair} is not of the form key=value")
         values[key] = parse_value(value)
     asked = values.setdefault("vocab_size", vocab_size)
-    need(asked == vocab_size, f"--set vocab_size={asked}: it is the tokenizer's, {vocab_size}; leave it out, "
-                              "or prepare the text with another --tokenizer")
+    need(asked == vocab_size,
+         f"--set vocab_size={asked}: it is the tokenizer's, {vocab_size}; leave it out or prepare other data")
     if trained:
         return override(override(ModelConfig(), trained), values)
     return from_preset(flags["preset"], **values)
@@ -279,9 +279,7 @@ def fixed_windows(data, T, count):
     whole = data[:n * T].reshape(n, T)
     if count and count < n:
         whole = whole[np.linspace(0, n - 1, count).round().astype(np.int64)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns of memory that must not be written to
-        return torch.from_numpy(whole)
+    return torch.from_numpy(whole)
 
 
 def eval_steps(flags, total, steps_per_epoch):
@@ -298,8 +296,8 @@ def eval_steps(flags, total, steps_per_epoch):
         else:
             epochs = [prepare.number(e, float) for e in spec.split(",")]
     except ValueError:
-        raise ValueError(f"--eval_epochs {spec} is neither a list of epochs such as 1,2,4 nor geometric nor "
-                         "geometric:N") from None
+        raise ValueError(f"--eval_epochs {spec} is neither a list such as 1,2,4 nor geometric nor geometric:N"
+                         ) from None
     return {max(1, round(min(total, e * steps_per_epoch))) for e in epochs} | {total}
 
 
@@ -323,17 +321,17 @@ def windows_of(flags, data, T, world):
     and the passages of the probe (ends).
     """
     U, batch = flags["unique_tokens"] or len(data.train), flags["batch_tokens"]
-    need(U <= len(data.train), f"--unique_tokens {U:,} is more than the {len(data.train):,} training tokens "
-                               f"of {data.folder}")
+    need(U <= len(data.train),
+         f"--unique_tokens {U:,} is more than the {len(data.train):,} training tokens of {data.folder}")
     for what, there in (("unique tokens", U), ("validation set", len(data.val))):
         need(T <= there, f"block_size {T} is above the {what} ({there:,} tokens): use a smaller --block_size")
-    need(batch % (T * world) == 0, f"--batch_tokens {batch} must be a multiple of block_size x processes = "
-                                   f"{T * world}: change it or --block_size")
+    need(batch % (T * world) == 0,
+         f"--batch_tokens {batch} must be a multiple of block_size x processes = {T * world}: change one")
     windows, val = Windows(data.train, U, T, flags["seed"]), fixed_windows(data.val, T, flags["eval_windows"])
     return windows, types.SimpleNamespace(
         val=val, seen=fixed_windows(data.train[:windows.U], T, max(1, len(val) // 4)),
         ends=probe_items(data.val, T) if flags["probe_every"] else None,
-        bytes_per_token=data.tokenizer.token_bytes[val[:4096].long()].mean())
+        bytes_per_token=data.tokenizer.token_bytes[val[::len(val) // 4096 + 1].long()].mean())
 
 # ------------------------------------------------------------------------------------------------------------
 # Optimizers and schedule
@@ -414,8 +412,7 @@ def learning_rate(step, total, flags):
     if step < warmup:
         return peak * (step + 1) / warmup
     if flags["schedule"] == "cosine":
-        done = (step - warmup) / max(1, total - warmup)
-        return 0.5 * peak * (1 + math.cos(math.pi * done))
+        return 0.5 * peak * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
     if flags["schedule"] == "wsd":
         return peak * min(1.0, (total - step) / max(1, 0.2 * total))
     return peak
@@ -429,12 +426,10 @@ def evaluate(lm, windows, objective, rows=64, diffusion_block=None, orders=0):
     AR exact, diffusion a bound with its s.e.
 
     A mixed model is scored both ways (ar_loss, mdm_loss); `loss` is the smaller: both are code lengths of the
-    same text, under two distributions. It has its own generator and leaves the model in the mode that it
-    found, so that training is the same with and without it. se is the Monte Carlo error of the masks alone,
-    not that of the choice of windows. orders (see RECIPE): each window is read in one of them.
+    same text, under two distributions. It has its own generator, so that training is the same with and
+    without it. lm is in eval mode. se is the Monte Carlo error of the masks alone, not that of the choice of
+    windows. orders (see RECIPE): each window is read in one of them.
     """
-    was_training = lm.training
-    lm.eval()
     losses, se, more = {}, 0.0, {}
     if objective in ("ar", "mixed"):
         losses["ar_loss"] = ar_nats(lm, windows, rows).double().mean().item()
@@ -443,15 +438,15 @@ def evaluate(lm, windows, objective, rows=64, diffusion_block=None, orders=0):
             more["pos"] = diffusion.reading_order(torch.arange(len(windows)) % orders, windows.size(1))
             windows = windows.long().gather(1, more["pos"])
         losses["mdm_loss"], se = mdm_nats(lm, windows, objective, rows, 4, diffusion_block, **more)
-    lm.train(was_training)
-    return {"loss": min(losses.values()), "se": se, **(losses if objective == "mixed" else {})}
+    best = min(losses, key=losses.get)
+    se *= best == "mdm_loss"                                # the AR loss is exact
+    return {"loss": losses[best], "se": se, **(losses if objective == "mixed" else {})}
 
 
 def ar_nats(lm, windows, rows):
     """(N, T) -> the same, nats of each token."""
-    device = lm.embed.weight.device
-    return torch.cat([diffusion.ar_loss(lm, x.long().to(device), lm.mask_id, reduction="none").cpu()
-                      for x in windows.split(rows)])
+    parts = (x.long().to(lm.embed.weight.device) for x in windows.split(rows))
+    return torch.cat([diffusion.ar_loss(lm, x, lm.mask_id, reduction="none").cpu() for x in parts])
 
 
 def mdm_nats(lm, windows, objective, rows, n_mc, diffusion_block, **how):
@@ -470,8 +465,8 @@ def probe_items(val_data, T, count=128):
     """
     x = fixed_windows(val_data, T, count).long()
     K = max(1, min(16, T // 4))
-    need(len(x) >= 4 and T >= 2, f"the probe needs 4 validation windows of at least 2 tokens, and there are "
-                                 f"{len(x)} of {T}: use more text")
+    need(len(x) >= 4 and T >= 2,
+         f"the probe needs 4 validation windows of 2 tokens, there are {len(x)} of {T}: use more text")
     items = x[:, None].repeat(1, 4, 1)                      # (N, 4, T)
     for j in range(1, 4):
         items[:, j, -K:] = x.roll(-(j * len(x) // 4), 0)[:, -K:]
@@ -486,8 +481,6 @@ def probe(lm, items, objective, rows=64, diffusion_block=None):
     true -log p, in nats per end. AR and mixed: exact; else the bound, the four ends under the same masks.
     Like `evaluate` it is deterministic and leaves training as it was.
     """
-    was_training = lm.training
-    lm.eval()
     N, _, T = items.shape
     K = max(1, min(16, T // 4))
     x = items.flatten(0, 1)                                 # (4 N, T)
@@ -498,7 +491,6 @@ def probe(lm, items, objective, rows=64, diffusion_block=None):
                            scored=(torch.arange(T) >= T - K).expand(len(x), -1),
                            group=torch.arange(N).repeat_interleave(4))
         nats = nats * K
-    lm.train(was_training)
     true, wrong = nats.view(N, 4).split([1, 3], dim=1)
     return {"probe_accuracy": (true < wrong).all(1).double().mean().item(),
             "probe_gap": (wrong.mean(1) - true[:, 0]).mean().item()}
@@ -548,8 +540,8 @@ def load_checkpoint(path):
         version, written = int(state["version"]), int(state.pop("digest", 0))
     except Exception as e:                                  # whatever a foreign file may hold
         raise ValueError(f"{damaged} ({e!s:.60})") from None
-    need(version == VERSION, f"{path} was written by another version of train.py ({version}; this one reads "
-                             f"{VERSION})")
+    need(version == VERSION,
+         f"{path} was written by another version of train.py ({version}; this one reads {VERSION})")
     need(written == digest(state), damaged)
     return state
 
@@ -627,8 +619,8 @@ def lock(folder):
 
 def new_folder(flags, config):
     """out/docs-ar-4x128, or the same with a number."""
-    data = prepare.dataset_folder(flags["dataset"]).name
-    name = f"out/{data}-{flags['objective']}-{config.n_layer}x{config.n_embd}"
+    name = (f"out/{prepare.dataset_folder(flags['dataset']).name}-{flags['objective']}-"
+            f"{config.n_layer}x{config.n_embd}")
     for i in itertools.count(1):
         folder = Path(name + f"-{i}" * (i > 1))
         with contextlib.suppress(FileExistsError):          # make, do not look: two may start at one moment
@@ -649,9 +641,8 @@ class Run:
     def __init__(self, folder, state, rank):
         self.rows = [json.loads(line) for line in state["log"].splitlines()] if state else []
         self.best = state["best"] if state else math.inf    # the loss of what ckpt_best.pt holds
-        self.saved = None                                   # step of a ckpt_last.pt that is known to be good
-        if state and state["source"].name == "ckpt_last.pt":
-            self.saved = state["step"]
+        # Step of a ckpt_last.pt that is known to be good.
+        self.saved = state["step"] if state and state["source"].name == "ckpt_last.pt" else None
         self.writes = rank == 0
         self.folder = Path(folder)
 
@@ -660,12 +651,13 @@ class Run:
         of the run needs of its data set, the log. Returns the lock."""
         self.folder.mkdir(parents=True, exist_ok=True)
         locked = lock(self.folder)
-        need(state or not any(self.folder.glob("ckpt_*.pt")),
-             f"{self.folder} already holds a run: go on with it by --resume auto, or choose another --out")
+        need(state or not {".pt", ".bin", ".safetensors"} & {path.suffix for path in self.folder.iterdir()},
+             f"{self.folder} already holds a run or other data: take --resume auto or another --out")
         for part in self.folder.glob("*.part"):             # what a kill has left
             part.unlink()
-        if not (self.folder / "ckpt_best.pt").exists():     # whatever comes is better
-            self.best = math.inf
+        same = (state or about)["flags"]["eval_windows"] == about["flags"]["eval_windows"]
+        if not (same and (self.folder / "ckpt_best.pt").exists()):
+            self.best = math.inf                            # whatever comes is better
         for path in prepare.run_files(data.folder):
             shutil.copyfile(path, self.folder / path.name)
         versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
@@ -694,8 +686,8 @@ class Run:
         if self.writes:
             if better:
                 save_atomic(state, last.with_name("ckpt_best.pt"))
-            another = self.saved not in (None, step)
-            save_atomic(state, last, last.with_name("ckpt_prev.pt") if another else None)
+            before = None if self.saved in (None, step) else last.with_name("ckpt_prev.pt")
+            save_atomic(state, last, before)
         self.saved = step
 
 
@@ -706,8 +698,8 @@ class Run:
 def processes(flags):
     """What this process is: rank, world, device, cuda, bf16, compiled.
     Joins the group of torchrun and leaves it."""
-    told = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1} | os.environ   # by torchrun
-    rank, local, world = (int(told[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    rank, local, world = (int(os.environ.get(name, name == "WORLD_SIZE"))       # of torchrun, or 0, 0, 1
+                          for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     device = pick_device(flags["device"])
     cuda = device.startswith("cuda")
     compiled, bf16 = flags["compile"] == "on", flags["dtype"] == "bfloat16"
@@ -725,7 +717,7 @@ def processes(flags):
         yield types.SimpleNamespace(rank=rank, world=world, device=device, cuda=cuda, bf16=bf16,
                                     compiled=compiled)
     except RuntimeError as e:
-        if isinstance(e, torch.OutOfMemoryError) or re.search("out of memory|(to|can't) allocate", str(e)):
+        if re.search("out of memory|(to|can't) allocate", str(e)):
             raise ValueError("out of memory in a pass: use a smaller --micro_batch") from None
         raise
     finally:
@@ -737,9 +729,8 @@ def pick_device(name):
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        need(name.startswith(("cuda", "mps", "cpu")), "unknown")
-        torch.empty(1, device=name)
-    except (ValueError, RuntimeError, AssertionError) as e:
+        torch.empty(1, device=name).item()                  # of meta there is none
+    except (RuntimeError, AssertionError, ImportError) as e:
         raise ValueError(f"--device {name}: {str(e).splitlines()[0]}; expected auto, cuda, cuda:0, mps or "
                          "cpu, and that torch sees it") from None
     return name
@@ -793,8 +784,8 @@ def load_optimizers(optimizers, states):
 def set_stage(lm, flags, step):
     """DeepSeek-V3.2's stages of training, for layers with an indexer:
     sets and returns "dense", "warmup" or "sparse"."""
-    ends = {"dense": flags["dense_steps"], "warmup": flags["dense_steps"] + flags["indexer_warmup"]}
-    stage = next((name for name, end in ends.items() if step < end), "sparse")
+    dense = flags["dense_steps"]
+    stage = ("dense", "warmup", "sparse")[(step >= dense) + (step >= dense + flags["indexer_warmup"])]
     for module in lm.modules():
         if hasattr(module, "stage"):
             module.stage = stage
@@ -886,8 +877,8 @@ class Batch:
         read = {"ar": self.ar_inputs(x, gen)}
         inputs = diffusion.corrupt(x, self.lm.mask_id, 0.0, self.recipe["random"], gen)
         read["mdm"] = x, *noise, inputs, order
-        names = ["ar", "mdm", "indexer_kl", *["mtp"] * len(self.lm.mtp)]
-        losses = {name: torch.zeros((), device=process.device) for name in names}
+        losses = {name: torch.zeros((), device=process.device)
+                  for name in ("ar", "mdm", "indexer_kl", *["mtp"] * len(self.lm.mtp))}
         for kind, rows in self.parts:
             # A row has one level of noise, or one for each of its blocks.
             given = [a.unflatten(0, (B, -1))[rows].flatten(0, 1) for a in read[kind] if a is not None]
@@ -926,11 +917,12 @@ class Batch:
 
     def flops_per_token(self):
         """Training FLOPs per token, over the kinds of rows."""
-        T, B = self.windows.T, self.B
+        T, share = self.windows.T, self.ar_rows / self.B
         ar, mdm = (self.lm.flops_per_token(T, causal=c) for c in (True, False))
         if self.block < T:
             return 2 * ar                                   # two streams
-        return (self.ar_rows * ar + (B - self.ar_rows) * mdm) / B
+        ar *= 1 + bool(self.recipe["mir"])                  # a second pass
+        return share * ar + (1 - share) * mdm
 
 
 def autocast(process):
@@ -945,8 +937,8 @@ class Progress:
     def __init__(self, batch, state):
         flags, self.batch, self.moes = batch.flags, batch, batch.lm.moes()
         self.per_epoch = batch.windows.U / flags["batch_tokens"]        # steps, a fraction
-        limits = flags["max_steps"], flags["epochs"] and math.ceil(flags["epochs"] * self.per_epoch)
-        self.total = min(filter(None, limits), default=1000)            # steps of the whole run
+        steps = math.ceil((flags["epochs"] or 0) * self.per_epoch * 0.999999999999)     # of 1.1 * 10: 11
+        self.total = min(filter(None, (flags["max_steps"], steps)), default=1000)       # of the whole run
         self.flops = batch.flops_per_token()
         self.step, self.seconds = 0, 0.0                    # of training, compilation and evaluation left out
         self.pending = []                                   # of steps since the last wait for the device
@@ -1052,28 +1044,32 @@ def initial(flags, data, log):
 def check_resume(state, data, progress, log):
     """What must be as it was for the run to go on as if it had never stopped."""
     config, source, cut = state["config"], state["source"], progress.batch.cut
-    need(state["data"] == data.meta["train_sha256"] and config["vocab_size"] == data.tokenizer.n_vocab,
+    known = {data.meta["train_sha256"], data.meta["val_sha256"], None}      # None: an older checkpoint's
+    need({state["data"], state.get("val")} <= known and config["vocab_size"] == data.tokenizer.n_vocab,
          f"{data.folder} holds other tokens than the ones this run began with: prepare the same text, or "
          f"begin a new run from these weights by --init_from {source}")
-    need(not (config["dropout"] or config["mlp_dropout"]) or state["cut"] == cut,
+    need(state["cut"] == cut
+         or not (config["dropout"] or config["mlp_dropout"] or "dropout" in config["layers"]),
          "with dropout a run goes on with its number of processes and its --micro_batch, which were "
          f"{state['cut']} and not {cut}")
     step, total = progress.step, progress.total
-    need(step <= total, f"the checkpoint is at step {step}, beyond the {total} steps asked for: raise "
-                        "--max_steps or --epochs")
+    need(step <= total,
+         f"the checkpoint is at step {step}, beyond the {total} steps asked: raise --max_steps or --epochs")
     log(f"resumed at step {step} from {source}" + ": the last one, nothing to do" * (step == total))
 
 
 @contextlib.contextmanager
 def signals():
     """A list that gets the signals to stop: Ctrl-C, the end of a job, a closed terminal."""
-    came, numbers = [], (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [signal.signal(number, lambda number, frame: came.append(number)) for number in numbers]
+    came = []
+    before = {number: signal.signal(number, lambda number, frame: came.append(number))
+              for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+              if signal.getsignal(number) != signal.SIG_IGN}        # by nohup, or a script's `&`
     try:
         yield came
     finally:
-        for number, handler in zip(numbers, before):
-            signal.signal(number, handler)
+        for item in before.items():
+            signal.signal(*item)
 
 
 def stopped(came, step, flags, process):
@@ -1105,21 +1101,23 @@ def measure(progress, held, run, log):
     """Evaluates and records: the loss of validation and of training windows,
     and the probe where it is due."""
     batch, step, total = progress.batch, progress.step, progress.total
-    lm, flags, orders = batch.lm, batch.flags, batch.recipe["orders"]
+    lm, flags = batch.lm, batch.flags
     set_stage(lm, flags, max(step - 1, 0))                  # as trained so far
     how = dict(objective=flags["objective"], rows=flags["micro_batch"] or max(1, 16384 // batch.windows.T),
                diffusion_block=flags["diffusion_block"])
+    lm.eval()
     with autocast(batch.process):
-        result, seen = (evaluate(lm, x, orders=orders, **how) for x in (held.val, held.seen))
+        result, seen = (evaluate(lm, x, orders=batch.recipe["orders"], **how) for x in (held.val, held.seen))
         result["train_loss"] = seen["loss"]
         if flags["probe_every"] and ((len(run.evals()) + 1) % flags["probe_every"] == 0 or step >= total):
             result |= probe(lm, held.ends, **how)
+    lm.train()
     need_finite({f"{name} of the evaluation": value for name, value in result.items()}, step, run)
     result["bpb"] = result["loss"] / math.log(2) / held.bytes_per_token
     run.record(progress.row("eval", **result))
     error = f" +- {result['se']:.4f}" if result["se"] else ""
-    known = ("bpb", "ar_loss", "mdm_loss", "probe_accuracy", "probe_gap")
-    more = "".join(f" | {name} {result[name]:.4f}" for name in known if name in result)
+    more = "".join(f" | {name} {result[name]:.4f}" for name in
+                   "bpb ar_loss mdm_loss probe_accuracy probe_gap".split() if name in result)
     log(f"eval {step}/{total} | epoch {step / progress.per_epoch:.2f} | "
         f"val {result['loss']:.4f}{error} | train {result['train_loss']:.4f}{more}")
 
@@ -1128,8 +1126,8 @@ def report(progress, rate, run, log):
     """One line of the log, on the screen and in metrics.jsonl."""
     process, (step, seconds) = progress.batch.process, progress.line_began
     progress.line_began = progress.step, progress.seconds
-    dt = max(1e-9, progress.seconds - seconds) / max(1, progress.step - step)
-    speed = progress.batch.flags["batch_tokens"] / dt
+    dt = (progress.seconds - seconds) / max(1, progress.step - step)
+    speed = dt and progress.batch.flags["batch_tokens"] / dt
     row = progress.row("train", **progress.means(), lr=rate, tok_per_s=round(speed))
     run.record(row)
     peak = peak_flops(process.device)
@@ -1146,14 +1144,15 @@ def snapshot(progress, optimizers, data):
     batch = progress.batch
     return whole({"model": batch.lm.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
                   "config": dataclasses.asdict(batch.lm.config), "flags": batch.flags, "step": progress.step,
-                  "seconds": progress.seconds, "data": data.meta["train_sha256"], "cut": batch.cut,
-                  "meter": {"rows": progress.rows, "loads": progress.loads}, "rng": torch.get_rng_state()})
+                  "seconds": progress.seconds, "cut": batch.cut, "rng": torch.get_rng_state(),
+                  "data": data.meta["train_sha256"], "val": data.meta["val_sha256"],
+                  "meter": {"rows": progress.rows, "loads": progress.loads}})
 
 
 def train(given, log=print):
     """One training run. given: {flag: value} as on the command line.
     Returns {"out", "step", "finished", "evals", ...}."""
-    if int(os.environ.get("RANK", 0)) > 0:
+    if os.environ.get("RANK", "0") != "0":
         log = lambda line: None
     flags, state = settings(given, log)
     with contextlib.ExitStack() as stack:
@@ -1172,8 +1171,8 @@ def train(given, log=print):
             flags["out"] = new_folder(flags, config)
         run = Run(flags["out"] or "", state, process.rank)
         if run.writes:
-            about = dict(flags=flags, model=dataclasses.asdict(config), device=process.device)
-            stack.enter_context(run.open(state, data, **about))
+            stack.enter_context(run.open(state, data, flags=flags, model=dataclasses.asdict(config),
+                                         device=process.device))
         announce(progress, data, held, evals, log)
         evals -= {r["step"] for r in run.evals()}
         came = stack.enter_context(signals())
@@ -1200,14 +1199,15 @@ def train(given, log=print):
                     group["lr"] = rate
                 o.step()
                 o.zero_grad()
-            progress.step += 1
-            step = progress.step
+            step = progress.step = progress.step + 1
             line = step % flags["log_every"] == 0 or step in (1, total)
             due = step % flags["save_every"] == 0 and step not in evals
             stop = stopped(came, step, flags, process)
             if line or due or stop or step in evals:
                 progress.check(run)                         # waits for the device
-            if not (process.compiled and step == first + 1):
+            if process.compiled and step == first + 1:      # to compile is no training
+                progress.line_began = step, progress.seconds
+            else:
                 progress.seconds += time.perf_counter() - tic
             if line:
                 report(progress, rate, run, log)
@@ -1240,18 +1240,26 @@ def show_sample(folder, device):
     return text
 
 
+def say(line):
+    """Prints; where a terminal or pipe was closed, training goes on in silence."""
+    try:
+        print(line)
+    except OSError:
+        sys.stdout = None
+
+
 def main(argv=None):
     prepare.console()
-    rank = int(os.environ.get("RANK", 0))
+    first = os.environ.get("RANK", "0") == "0"              # the others have the same to say
     try:
-        result = train(parse_flags(argv))
-        if rank == 0 and not result["stopped"]:
-            print(f"---\nbest validation loss {result['best']:.4f} nats/token, "
-                  f"{clock(result['seconds'])} of training. A sample:\n")
-            print(show_sample(result["out"], result["lm"].embed.weight.device))
-            print(f"\nmore: python sample.py {shlex.quote(result['out'])}")
-    except (ValueError, OSError, MemoryError) as e:
-        if rank == 0:                                       # the others have the same to say
+        result = train(parse_flags(argv), say)
+        if first and not result["stopped"]:
+            say(f"---\nbest validation loss {result['best']:.4f} nats/token, "
+                f"{clock(result['seconds'])} of training. A sample:\n")
+            say(show_sample(result["out"], result["lm"].embed.weight.device))
+            say(f"\nmore: python sample.py {shlex.quote(result['out'])}")
+    except (ValueError, OSError, MemoryError, ImportError) as e:
+        if first:
             prepare.complain("train.py", e)
         return 2
     except KeyboardInterrupt:                               # before the first step, or in the sample
