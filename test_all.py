@@ -4288,7 +4288,7 @@ train TRAIN --block_size 512                                => smaller --block_s
 train TRAIN --n_head 3                                      => multiple of n_head
 train TRAIN --set n_kv_head=4 --n_head 6 --n_embd 24        => n_kv_head
 train TRAIN --epochs -1                                     => above 0
-train TRAIN --epochs 1e308                                  => above 0, below 1e15
+train TRAIN --epochs 1e308                                  => above 0, below 1e99
 train TRAIN --epochs inf                                    => finite
 train TRAIN --batch_tokens 70                               => multiple of block_size
 train TRAIN --set windw=3                                   => did you mean 'window'

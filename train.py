@@ -200,8 +200,8 @@ def check(flags):
     for name, value in flags.items():
         if isinstance(value, (int, float)):
             least = "above 0" if name in POSITIVE else "of 0 or more"
-            need(0 <= value < 1e15 and (value or name not in POSITIVE),
-                 f"--{name} {value}: expected a number {least}, below 1e15")
+            need(0 <= value < 1e99 and (value or name not in POSITIVE),
+                 f"--{name} {value}: expected a number {least}, below 1e99")
     need(flags["seed"] < 2 ** 31, f"--seed {flags['seed']} must lie between 0 and {2 ** 31 - 1}")
     recipe(flags)
 
