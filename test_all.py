@@ -2856,7 +2856,7 @@ def test_runs_without_a_name(go, dataset):
     again = go(out, lines.append, epochs=0.3, resume="auto")
     assert again["finished"] and (again["out"], again["step"]) == (str(out), 2)
     assert "nothing to do" in "\n".join(lines)
-    assert go("a", epochs=1.1, batch_tokens=32)["step"] == 11, "1.1 * 10 is 11.000000000000002"
+    assert go("a", epochs=2.1, batch_tokens=96)["step"] == 7, "2.1 * (320 / 96) is 7.000000000000001"
     with train.lock(out), refused("another process is training in out/toy-ar-1x16-2"):
         go(out, resume="auto", max_steps=4)
     with ThreadPoolExecutor(4) as pool:
