@@ -937,7 +937,7 @@ class Progress:
     def __init__(self, batch, state):
         flags, self.batch, self.moes = batch.flags, batch, batch.lm.moes()
         self.per_epoch = batch.windows.U / flags["batch_tokens"]        # steps, a fraction
-        steps = math.ceil((flags["epochs"] or 0) * self.per_epoch * 0.999999999999)     # 7.000000000000001 are 7
+        steps = math.ceil((flags["epochs"] or 0) * self.per_epoch * 0.999999999999)  # 7.000000000000001: 7
         self.total = min(filter(None, (flags["max_steps"], steps)), default=1000)       # of the whole run
         self.flops = batch.flops_per_token()
         self.step, self.seconds = 0, 0.0                    # of training, compilation and evaluation left out
