@@ -1364,7 +1364,7 @@ def test_moe_bias_moves_towards_equal_load():
     step = 0.02 * torch.sign(128.0 - count)
     close(moe.bias, before + step - step.mean())
     moe.eval()(x)
-    assert moe.count.sum() == 0, "evaluation must not move the bias"
+    assert moe.count.sum() == 0                                     # evaluation must not move the bias
 
 
 @each("dtype, path, tol", [(torch.float32, "every", 1e-5),
@@ -1609,7 +1609,7 @@ def test_mdm_nll_estimates_the_bound(drawn, monkeypatch):
         scored = torch.isin(torch.arange(5), torch.tensor(places)).expand(6, 5)
         nll, se = mdm_nll(f, x, 3, 4096, batch_size=4096, scored=scored, per_row=True)
         assert ((nll - bound(f, x, places)).abs() < 5 * se + 1e-9).all() and se.max() < 0.04
-    assert max(sizes) <= max(drawn, 1024 * 5), "a window's own"
+    assert max(sizes) <= max(drawn, 1024 * 5)                       # a window's own
 
 
 @each("kind, V", [("uint16", 50_000), ("int16", 50_000), ("int32", 200), ("uint8", 200)])
@@ -1865,7 +1865,7 @@ def test_nothing_is_generated_after_end_of_text(name):
     steps = []
     ends = lambda idx, causal: 1e3 * F.one_hot(torch.full(idx.shape, 12), 13)
     sample_ar(ends, x, 13, eot_id=12, valid=valid, callback=lambda step, x: steps.append(step))
-    assert len(steps) == 1, "every row has ended"
+    assert len(steps) == 1                                          # every row has ended
 
 
 def drawn_from(patch, more=0):
@@ -2442,6 +2442,7 @@ def go_until(step, go, out, number=signal.SIGTERM, **flags):
     """The same, stopped by a signal during the given step: the run saves at its end and names the command to
     go on."""
     lines = []
+    signal.signal(number, signal.SIG_DFL)                       # ignored where the tests run behind a nohup
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, step, lambda *_: os.kill(os.getpid(), number))
         result = go(out, lines.append, **flags)
@@ -2452,10 +2453,10 @@ def go_until(step, go, out, number=signal.SIGTERM, **flags):
 def test_a_closed_terminal_stops_no_training(runs, dataset, monkeypatch):
     """Nor does a signal that nohup ignores."""
     monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(write=raising(BrokenPipeError)))
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     at_step(monkeypatch, 1, lambda *_: os.kill(os.getpid(), signal.SIGHUP))
     assert train.main(spelt("TRAIN", dataset, runs).split()) == 0
-    signal.signal(signal.SIGHUP, before)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def history(out, loss="loss"):
@@ -3166,7 +3167,7 @@ def test_prepare_options(monkeypatch):
     tok2, dirty, v2, meta = make("dirty", "bpe:300", "--corrupt 0.5")
     assert np.array_equal(v1, v2) and not np.array_equal(clean[:99], dirty[:99])
     assert meta["settings"]["corrupt"] == 0.5
-    assert tok.ranks == tok2.ranks, "learnt from clean text"
+    assert tok.ranks == tok2.ranks                              # learnt from clean text
 
 
 def test_byte_needs_no_tiktoken():
@@ -3714,7 +3715,7 @@ def test_finished_arms_start_no_process(dataset, monkeypatch):
     Process.returncode = 2
     with refused("arm '[ab]' failed: Traceback"):
         bench.run_arms(dict.fromkeys("ab", {**job, "lr": 0.5}), 1)
-    assert len(started) == 4, "no other arm begins"
+    assert len(started) == 4                                        # no other arm begins
 
 
 def test_quality_compares_equals():
