@@ -1429,6 +1429,7 @@ def map_picture(figure, rows, result):
                 ax.errorbar(*zip(*gaps), marker="o", capsize=3, color=f"C{i}", label=f"{text}, {width} wide")
         dress(ax, title, xlabel="unique tokens", ylabel="AR minus diffusion, nats per token")
         log_ticks(ax, [r["tokens"] for r in rows])
+        ax.tick_params(axis="x", rotation=30)
 
 
 @experiment(finish=with_worth, picture=map_picture)
