@@ -1390,12 +1390,12 @@ def measured_runs(folder):
         for path, r in product(result["flags"].get("runs", ()), result["rows"]):
             name = re.search("([^/]+/[^/]+)-lr", path)
             run = runs.get(name and name[1])
-            if run is None or "+" in path or not path.endswith(r["run"]):
+            if run is None or "+" in path or not path.endswith(r["run"]) or "over_se" not in r:
                 continue
             block = int(r["measure"].split()[-1]) if "any order" in r["measure"] else 0
             if block > run.get("block", 0):
                 run |= dict(exact=r["nats"], exact_se=r["over_se"], block=block)
-            if r["measure"] == "diffusion, bound" and "over_se" in r and result["flags"]["n_mc"] >= 64:
+            if r["measure"] == "diffusion, bound" and result["flags"]["n_mc"] >= 64:
                 run |= dict(mdm=r["nats"], mdm_se=r["over_se"])
     return list(runs.values())
 

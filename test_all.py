@@ -283,10 +283,10 @@ def test_layers_see_the_past_or_everything(case, monkeypatch):
         for t in (1, 7, 16, 17, 33, 64, 100, 257):
             mixed = torch.cat([x[:, :t], other[:, t:]], dim=1)
             z = layer(mixed)
-            assert torch.equal(y[:, :t], z[:, :t]), "a position saw its future"
+            assert torch.equal(y[:, :t], z[:, :t])                  # no position saw its future
             assert not torch.equal(y[:, t], z[:, t])
             near = layer(mixed, causal=False)[:, :t] - both[:, :t]
-            assert near.abs().max() > 1e-6, "bidirectional, yet blind to the right"
+            assert near.abs().max() > 1e-6                          # bidirectional: it sees what is right of it
 
 
 @exactly
@@ -387,7 +387,7 @@ def test_layers_refuse_calls(case):
         if not taken.get(words):
             with refused(words.replace("NAME", type(layer).__name__)):
                 layer(**dict(x=x[:, 6:], cache=cache) | eval(f"dict({keywords})"))
-    assert cache.pos.tolist() == [6, 6], "a refused call counts nothing"
+    assert cache.pos.tolist() == [6, 6]                             # a refused call counts nothing
 
 
 @each_case
@@ -864,8 +864,8 @@ def test_sparse_layers_are_their_definition(case, causal, tile, T):
     sel = select_blocks(lambda rows, _: score[:, :, rows], t[None], end[None], score.size(-1), block, topk,
                         init, local, tile, dense_len)
     read = keys_of(sel, block, T) & seen
-    assert torch.equal(read, seen.expand_as(read)) == (T == 9), "a budget of everything is dense"
-    assert sel.sum(-1).max() <= getattr(layer, "most", topk), "the bound that graphs count on"
+    assert torch.equal(read, seen.expand_as(read)) == (T == 9)      # a budget of everything is dense
+    assert sel.sum(-1).max() <= getattr(layer, "most", topk)        # the bound that graphs count on
     reads = layer.block_reads if case == "nsa" else layer.reads
     if causal:
         assert read.sum(-1)[0, 0].tolist() == [reads(n, True) for n in range(1, T + 1)]
@@ -916,7 +916,7 @@ def test_indexer_trains_alone(case):
             through = x.grad.clone()
             aux["indexer_kl"].backward()
             assert without_gradient() == weights.keys() - index
-            assert torch.equal(x.grad, through), "the index trains what lies below"
+            assert torch.equal(x.grad, through)                     # the index trains nothing that lies below
 
 
 def test_reads_of_shared_picks():
@@ -1207,7 +1207,7 @@ def test_beyond_block_size():
     with pytest.warns(UserWarning, match="block_size 16"):
         LM(tiny(block_size=16))(x)
     y, cache = lm(x[:, :16]), lm.init_cache(1, 20)
-    assert (y[:, 0] - y[:, 1]).abs().max() > 1e-3, "the same token, at two positions"
+    assert (y[:, 0] - y[:, 1]).abs().max() > 1e-3                   # the same token, at two positions
     lm(x[:, :16], cache=cache)
     for idx, how in ((x, {}), (x[:, :1], dict(cache=cache))):
         with refused("learned positions end there"):
@@ -1642,9 +1642,9 @@ def test_groups_share_masks():
     assert torch.equal(whole, again) and not torch.equal(whole, other)
     n = whole.sum(1)
     assert sorted(n.tolist()) == sorted([*range(1, 9)] * 8), "n ~ U{1..8}, stratified"
-    assert torch.equal(short.sum(1), (n + 1) // 2), "of an end half as long"
+    assert torch.equal(short.sum(1), (n + 1) // 2)                  # of an end half as long
     more = whole[:, 4:8].long() - short[:, 4:8].long()
-    assert ((more >= 0).all(1) | (more <= 0).all(1)).all(), "the same uniforms decide"
+    assert ((more >= 0).all(1) | (more <= 0).all(1)).all()          # the same uniforms decide
 
 
 def test_losses_compile_to_one_graph():
@@ -1891,7 +1891,7 @@ def test_batch_invariance(name, monkeypatch):
         alone, own = run(prompt)
         assert torch.equal(alone[0], row[:len(prompt) + 10])
         assert torch.cdist(own, logits, compute_mode="donot_use_mm_for_euclid_dist").amin(1).max() < 1e-10
-    assert SAMPLERS[name](lm, together[:0], 13).shape == (0, 19), "nothing to fill"
+    assert SAMPLERS[name](lm, together[:0], 13).shape == (0, 19)    # nothing to fill
 
 
 PROMPTS = {"even": [[1, 2, 3], [4, 5, 6]], "uneven": [[1], [2, 3, 4, 5, 6, 7, 8], [9, 13, 10]],
@@ -3432,6 +3432,7 @@ def test_map_joins_what_was_measured(lab):
     name = "mdm-s1-lr1/annealed-2"
     losses = {"any order in blocks of 2": 2.25, "any order in blocks of 1": 3.25, "diffusion, bound": 3.75}
     rows = [dict(run=name, measure=m, over_se=0.1, nats=loss) for m, loss in losses.items()]
+    rows.append(dict(run=name, measure="any order in blocks of 4", nats=0.0))       # beside no AR run
     flags = dict(n_mc=64, runs=[f"x/docs-U100-1x16/{run}" for run in (name, "ar-s1-lr1")])
     write("out/panel.json", dict(experiment="panel", flags=flags, rows=rows))
     assert lab("map --results out")[0] == 0
