@@ -286,7 +286,7 @@ def test_layers_see_the_past_or_everything(case, monkeypatch):
             assert torch.equal(y[:, :t], z[:, :t])                  # no position saw its future
             assert not torch.equal(y[:, t], z[:, t])
             near = layer(mixed, causal=False)[:, :t] - both[:, :t]
-            assert near.abs().max() > 1e-6                          # bidirectional: it sees what is right of it
+            assert near.abs().max() > 1e-6                          # bidirectional sees the right
 
 
 @exactly
