@@ -556,10 +556,13 @@ def learn(config, loss_of, steps, path, device="cpu", model=LM, **flags):
 
 
 def averaged(models):
-    """What a model is to a likelihood, of several: it gives the log of the mean of their probabilities."""
+    """What a model is to a likelihood, of several: it gives the log of the mean of their probabilities,
+    up to a constant."""
+    if len(models) == 1:
+        return models[0]
     f = lambda *x, **how: torch.stack([lm(*x, **how).log_softmax(-1) for lm in models]).logsumexp(0)
     f.mask_id = models[0].mask_id
-    return f if len(models) > 1 else models[0]
+    return f
 
 
 def update(lm, optimizers, loss):
@@ -1468,7 +1471,7 @@ def arms(results="results"):
     Arms of one text, number of tokens and width, the best first by the seed that all have; se: over seeds, of
     one seed over masks or windows.
     """
-    cells = grouped(measured_runs(Path(results)), "text", "tokens", "width")
+    cells = grouped(measured_runs(results), "text", "tokens", "width")
     for cell, side in product(sorted(cells), ("ar", "mdm")):
         for arm in by_arm(cells[cell], side):
             runs = [*arm.values()]
@@ -2854,9 +2857,8 @@ def panel(runs: list = (), windows=16, n_mc=64, fill_blocks=(4,), fresh=False, *
         kinds = {(one.config.vocab_size, one.config.block_size, state["flags"]["objective"])
                  for one, state in zip(loaded, states)}
         need(len(kinds) == 1, f"--runs {role}: not of one objective, window and vocabulary")
-        x = validation(flags["dataset"], T, windows)
-        if fresh:
-            x = random_windows(load_dataset(data_folder(flags["dataset"]))[1], T, windows, seeded(1))
+        x = (random_windows(load_dataset(data_folder(flags["dataset"]))[1], T, windows, seeded(1)) if fresh
+             else validation(flags["dataset"], T, windows))
         size = load_tokenizer(parts[0]).token_bytes[x.numpy()].mean()  # bytes per token
         for name, likelihood in sample.panel(lm, flags, x.to(models["device"]), n_mc, fill_blocks):
             likelihood = cache(likelihood)

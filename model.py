@@ -113,16 +113,17 @@ class LM(nn.Module):
             x += self.embed_pos(step.pos)
         x = self.dropout(x)
         for i, block in enumerate(self.blocks):
-            x = block(x, step, cache and cache.layers[i])
-        if cache and commit:
+            x = block(x, step, None if cache is None else cache.layers[i])
+        if cache is not None and commit:
             cache.advance(step)
         if self.mtp and causal:
-            if cache:
+            if cache is not None:
                 cache.last = x, step                # where `draft` begins
             elif aux is not None:
                 aux["mtp"] = self.config.mtp * self.mtp_loss(idx, x, step)
         if self.config.shift and not causal:
-            need(cache is mask is None, "a model with shift=true reads no cache or mask= unless it is causal")
+            need(cache is None and mask is None,
+                 "a model with shift=true reads no cache or mask= unless it is causal")
             x = torch.cat([x[:, :1], x[:, :-1]], 1)
         return self.logits(self.norm(x))
 

@@ -121,7 +121,7 @@ def generate(args, lm, tokenizer, flags):
             new = 0 if mask in ids else max(1, min(200, window - len(ids)))
         fits = len(ids) + new <= window or kind == "ar" and len(ids) < window  # AR may go on behind it
         need(fits, f"prompt ({len(ids)} tokens) and --max_new_tokens ({new}) exceed the window of {window}")
-        need(new >= (mask not in ids),
+        need(new >= (mask not in ids),                          # 0 where the prompt has places to fill
              f"--max_new_tokens {new}: nothing to generate, use at least 1 or put [MASK] into the prompt")
         size = len(prompts) * args.num_samples * (len(ids) + new)
         need(size <= 1 << 24,
