@@ -3413,7 +3413,7 @@ def test_crossing(losses, expected):
         assert c["first"] is None
     assert c["gap"] == approx(4.0 - losses[-1]) and c["se"] == 0.01
     unsure = bench.crossing(curve(*ar), curve(*losses, se=2.0))
-    assert unsure["first"] is None, "within the error of the masks nothing is crossed"
+    assert unsure["first"] is None                  # within the error of the masks nothing is crossed
 
 
 def test_map_joins_what_was_measured(lab):
@@ -3464,11 +3464,11 @@ def test_what_is_measured_of_models():
     want = ar_loss(lm, x, 7, reduction="none")[:, 2:]
     assert loss == approx(want.mean().item())
     assert se == approx(want.mean(1).std().item() / 2 ** 0.5)
-    assert entropy == approx(math.log(4) / 2), "four different tokens, and four equal ones"
+    assert entropy == approx(math.log(4) / 2)       # four different tokens, and four equal ones
     lm = LM(tiny(n_expert=8, n_expert_active=2))
     for layer in lm.moes():
         layer.bias[:2] += 10
-    assert bench.load_of(lm, x) == (4.0, 0.75), "all to two experts: four times the mean, six are unused"
+    assert bench.load_of(lm, x) == (4.0, 0.75)      # all to two experts: four times the mean, six are unused
     pair = lm, LM(tiny())
     both = bench.averaged(pair)(x).softmax(-1)
     torch.testing.assert_close(both, sum(f(x).softmax(-1) for f in pair) / 2)
@@ -3643,7 +3643,7 @@ def test_crossover_is_what_its_runs_say(lab, monkeypatch):
     status, out, _ = lab(line + " 'fast: --lr 0.01 --epochs 2'")
     assert status == 0 and "curve crossing" in out and "honest crossing" in out
     rows = {r["arm"]: r for r in found("crossover_cpu")["rows"]}
-    assert list(rows) == "ar mdm own fast crossing".split()
+    assert list(rows) == "ar mdm own fast crossing".split() and "honest_tuned" in rows["crossing"]
     assert (rows["fast"]["lr"], rows["fast"]["epochs"]) == (0.01, 2)
     fast = {"fast": dict(objective="ar", epochs=2.0)}
     again = bench.few_runs("again", found("crossover_cpu")["flags"], fast)
